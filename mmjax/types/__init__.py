@@ -1,0 +1,55 @@
+"""The public vocabulary of mmjax: prompts, parameters, outputs, errors. Imports neither jax nor transformers."""
+
+from mmjax.types.errors import RequestError, ValidationError, VLLMValidationError
+from mmjax.types.outputs import (
+    FINISH_REASONS,
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    PoolingOutput,
+    PoolingRequestOutput,
+    PromptLogprobs,
+    RequestMetrics,
+    RequestOutput,
+    SampleLogprobs,
+)
+from mmjax.types.prompts import (
+    EmbedsPrompt,
+    ExplicitEncoderDecoderPrompt,
+    MultiModalDataDict,
+    MultiModalUUIDDict,
+    PromptType,
+    SingletonPrompt,
+    TextPrompt,
+    TokensPrompt,
+)
+from mmjax.types.sampling import PoolingParams, RequestOutputKind, SamplingParams
+
+__all__ = [
+    "FINISH_REASONS",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "EmbedsPrompt",
+    "ExplicitEncoderDecoderPrompt",
+    "Logprob",
+    "MultiModalDataDict",
+    "MultiModalUUIDDict",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
+    "PromptLogprobs",
+    "PromptType",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SampleLogprobs",
+    "SamplingParams",
+    "SingletonPrompt",
+    "TextPrompt",
+    "TokensPrompt",
+    "VLLMValidationError",
+    "ValidationError",
+]
