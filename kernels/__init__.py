@@ -1,0 +1,32 @@
+"""Attention over a paged pool and over packed encoder units: one public function per op, several implementations each.
+
+    paged_decode        one query per sequence, keys and values in pages
+    paged_prefill       blocks of queries, keys and values in pages, causal or not
+    segment_attention   packed encoder units, attention inside each segment
+    write_pages         new keys and values into the pool
+
+Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U encoder units, P pages per sequence, K kv heads,
+G query heads per kv head, N = K * G query heads, H head dim. Which implementation serves which platform: `choose.py`.
+
+Another distribution is called `kernels`, and transformers probes it by importing that name, which finds this folder whenever the
+repository's root is on sys.path. Under that name nothing is imported and nothing is defined.
+"""
+
+if __name__ != "kernels":
+    # The ops share names with their folders: importing them here, first, makes the function win over the module for good.
+    from .choose import IMPLEMENTATIONS, pool_head_dim, query_block, select
+    from .pages import write_pages
+    from .paged_decode import paged_decode
+    from .paged_prefill import paged_prefill
+    from .segment_attention import segment_attention
+
+    __all__ = [
+        "IMPLEMENTATIONS",
+        "paged_decode",
+        "paged_prefill",
+        "pool_head_dim",
+        "query_block",
+        "segment_attention",
+        "select",
+        "write_pages",
+    ]

@@ -1,0 +1,57 @@
+"""Which implementation serves an op on a platform, and the sizes that follow from the choice. Platforms are jax's names: cpu, gpu, tpu."""
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "paged_decode": ("reference", "triton", "mosaic_tpu"),
+        "paged_prefill": ("reference", "triton", "mosaic_tpu"),
+        "segment_attention": ("reference", "triton", "mosaic_tpu"),
+    }
+)
+"""op -> the modules in its folder; each has `run` with the signature of the op (without `impl`)."""
+
+DEFAULT: Mapping[str, str] = MappingProxyType({"cpu": "reference", "gpu": "triton", "tpu": "mosaic_tpu"})
+
+
+@functools.cache
+def select(platform: str) -> Mapping[str, str]:
+    """op -> implementation for a platform. The choice is logged once per process; an unknown platform is a KeyError."""
+    chosen = MappingProxyType({op: DEFAULT[platform] for op in IMPLEMENTATIONS})
+    logger.info("kernels on %s: %s", platform, ", ".join(f"{op}={impl}" for op, impl in chosen.items()))
+    return chosen
+
+
+@functools.cache
+def implementation(op: str, impl: str | None) -> Callable[..., jax.Array]:
+    """The `run` of an implementation; None means the default backend's. Pallas is imported only for those that need it."""
+    name = impl or select(jax.default_backend())[op]
+    if name not in IMPLEMENTATIONS[op]:
+        raise ValueError(f"{op} has no implementation {name!r}, only {', '.join(IMPLEMENTATIONS[op])}")
+    return importlib.import_module(f".{op}.{name}", __package__).run
+
+
+def pool_head_dim(head_dim: int, platform: str) -> int:
+    """The head dim to allocate the pool with; q, k and v are zero-padded to it by the caller.
+
+    Zeros change no score and give zero outputs. The Triton blocks are powers of two and a masked tail would waste the same loads;
+    TPU pages are copied in tiles of 128 lanes. The CPU takes any size as it is.
+    """
+    if platform == "cpu":
+        return head_dim
+    if platform == "gpu":
+        return max(16, 1 << (head_dim - 1).bit_length())
+    return -(-head_dim // 128) * 128
+
+
+def query_block(platform: str) -> int:
+    """Queries per block of `paged_prefill` that suits the platform."""
+    return {"cpu": 32, "gpu": 64, "tpu": 128}[platform]

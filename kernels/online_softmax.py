@@ -1,0 +1,38 @@
+"""Softmax over keys that arrive in chunks: the running (maximum, sum, weighted values) of Milakov and Gimelshein, arXiv:1805.02867.
+
+The functions are plain jnp, so that they serve inside Pallas kernels as well.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+State = tuple[jax.Array, jax.Array, jax.Array]
+
+MASKED = -1e30
+"""Score of a key that is not seen: finite, so that a row that sees nothing stays finite too."""
+
+
+def start(rows: tuple[int, ...], head_dim: int) -> State:
+    """The state before any key: maximum [*rows], sum [*rows], values [*rows, head_dim], float32."""
+    return (
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, head_dim), jnp.float32),
+    )
+
+
+def fold(state: State, scores: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> State:
+    """Add a chunk: scores [*rows, keys] float32; `weigh` maps weights [*rows, keys] to weighted values [*rows, head_dim]."""
+    top, total, values = state
+    new_top = jnp.maximum(top, scores.max(-1))
+    keep = jnp.exp(top - new_top)
+    weights = jnp.exp(scores - new_top[..., None])
+    return new_top, total * keep + weights.sum(-1), values * keep[..., None] + weigh(weights)
+
+
+def finish(state: State) -> jax.Array:
+    """The weighted mean of the values [*rows, head_dim]; zero where no key was folded."""
+    _, total, values = state
+    return values / jnp.maximum(total, 1e-30)[..., None]

@@ -1,0 +1,38 @@
+"""Decode in jnp: the CPU's implementation."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import online_softmax
+
+CHUNK = 64
+
+
+def run(
+    q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, length: jax.Array, *, scale: float
+) -> jax.Array:
+    """See `paged_decode`. All sequences go through their keys together, chunk by chunk, up to the longest length."""
+    S, K, G, H = q.shape
+    page = k.shape[1]
+    step = max(1, CHUNK // page)
+    keys = step * page
+    pages = jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % step)))
+    query = q.astype(jnp.float32) * scale
+
+    def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
+        ids = lax.dynamic_slice_in_dim(pages, c * step, step, 1)
+        live = (c * keys + jnp.arange(keys, dtype=jnp.int32))[None] < length[:, None]
+
+        def gather(pool: jax.Array) -> jax.Array:
+            rows = jnp.take(pool, ids, axis=0, mode="clip").reshape(S, keys, K, H)
+            return rows.swapaxes(1, 2).astype(jnp.float32)
+
+        scores = jnp.einsum("skgh,skjh->skgj", query, gather(k))
+        scores = jnp.where(live[:, None, None], scores, online_softmax.MASKED)
+        values = jnp.where(live[:, None, :, None], gather(v), 0.0)  # what a page held before may be anything
+        return online_softmax.fold(state, scores, lambda weights: jnp.einsum("skgj,skjh->skgh", weights, values))
+
+    trips = lax.div(jnp.max(length) + (keys - 1), keys)
+    state = lax.fori_loop(0, trips, chunk, online_softmax.start((S, K, G), H))
+    return online_softmax.finish(state).astype(q.dtype)

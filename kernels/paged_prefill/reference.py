@@ -1,0 +1,59 @@
+"""Prefill in jnp: the CPU's implementation."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import online_softmax
+
+CHUNK = 128
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    owner: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    """See `paged_prefill`. Block after block, each over the chunks of keys that it sees and no more."""
+    B, Q, K, G, H = q.shape
+    page = k.shape[1]
+    step = max(1, CHUNK // page)
+    keys = step * page
+    pages = jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % step)))
+
+    def block(b: jax.Array, out: jax.Array) -> jax.Array:
+        query = lax.dynamic_index_in_dim(q, b, keepdims=False).astype(jnp.float32) * scale
+        query = query.transpose(1, 2, 0, 3).reshape(K, G * Q, H)
+        position = start[b] + jnp.tile(jnp.arange(Q, dtype=jnp.int32), G)
+        row = lax.dynamic_index_in_dim(pages, owner[b], keepdims=False)
+        total = jnp.where(start[b] > -Q, length[owner[b]], 0)
+        end = jnp.minimum(total, start[b] + Q) if causal else total
+
+        def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
+            ids = lax.dynamic_slice_in_dim(row, c * step, step)
+            at = c * keys + jnp.arange(keys, dtype=jnp.int32)
+
+            def gather(pool: jax.Array) -> jax.Array:
+                return jnp.take(pool, ids, axis=0, mode="clip").reshape(keys, K, H).swapaxes(0, 1).astype(jnp.float32)
+
+            seen = (at < end)[None]
+            if causal:
+                seen = seen & (at[None] <= position[:, None])
+            scores = jnp.einsum("krh,kjh->krj", query, gather(k))
+            scores = jnp.where(seen[None], scores, online_softmax.MASKED)
+            values = jnp.where((at < end)[None, :, None], gather(v), 0.0)  # what a page held before may be anything
+            return online_softmax.fold(state, scores, lambda weights: jnp.einsum("krj,kjh->krh", weights, values))
+
+        trips = lax.div(jnp.maximum(end, 0) + (keys - 1), keys)
+        state = lax.fori_loop(0, trips, chunk, online_softmax.start((K, G * Q), H))
+        rows = online_softmax.finish(state).reshape(K, G, Q, H).transpose(2, 0, 1, 3)
+        return lax.dynamic_update_index_in_dim(out, rows.astype(q.dtype), b, 0)
+
+    return lax.fori_loop(0, B, block, jnp.zeros_like(q))

@@ -1,0 +1,72 @@
+"""Segment attention in jnp: the CPU's implementation."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .. import online_softmax
+from .bounds import bounds
+
+QUERIES = 128
+KEYS = 128
+
+
+def run(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, *, scale: float, uniform: int | None = None
+) -> jax.Array:
+    """See `segment_attention`."""
+    if uniform is not None:
+        return _uniform(q, k, v, uniform, scale)
+    return _ragged(q, k, v, segment, scale)
+
+
+def _uniform(q: jax.Array, k: jax.Array, v: jax.Array, n: int, scale: float) -> jax.Array:
+    """Head after head of segment after segment."""
+    U, N, H = q.shape
+
+    def heads(x: jax.Array) -> jax.Array:
+        return x.reshape(U // n, n, N, H).swapaxes(1, 2).reshape(-1, n, H).astype(jnp.float32)
+
+    def one(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, key, value = qkv
+        weights = jax.nn.softmax(jnp.einsum("qh,kh->qk", query * scale, key), axis=-1)
+        return weights @ value
+
+    out = lax.map(one, (heads(q), heads(k), heads(v)))
+    return out.reshape(U // n, N, n, H).swapaxes(1, 2).reshape(U, N, H).astype(q.dtype)
+
+
+def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, scale: float) -> jax.Array:
+    """Block of queries after block, each over the blocks of keys that its segments span."""
+    U, N, H = q.shape
+    block = min(QUERIES, U)
+    pad = -U % block
+    segment = jnp.pad(segment, (0, pad), constant_values=-1)
+    low, high = bounds(segment, block)
+
+    def heads(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, pad), (0, 0), (0, 0))).swapaxes(0, 1).astype(jnp.float32)
+
+    query, key, value = heads(q) * scale, heads(k), heads(v)
+
+    def rows(i: jax.Array, out: jax.Array) -> jax.Array:
+        mine = lax.dynamic_slice_in_dim(query, i * block, block, 1)
+        own = lax.dynamic_slice_in_dim(segment, i * block, block)
+
+        def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
+            scores = jnp.einsum("nqh,nkh->nqk", mine, lax.dynamic_slice_in_dim(key, c * block, block, 1))
+            same = own[:, None] == lax.dynamic_slice_in_dim(segment, c * block, block)[None]
+            values = lax.dynamic_slice_in_dim(value, c * block, block, 1)
+            return online_softmax.fold(
+                state,
+                jnp.where(same[None], scores, online_softmax.MASKED),
+                lambda weights: jnp.einsum("nqk,nkh->nqh", weights, values),
+            )
+
+        first, last = lax.div(low[i], block), lax.div(high[i] + (block - 1), block)
+        state = lax.fori_loop(first, last, chunk, online_softmax.start((N, block), H))
+        return lax.dynamic_update_slice_in_dim(out, online_softmax.finish(state).astype(q.dtype), i * block, 1)
+
+    blocks = (U + pad) // block
+    out = lax.fori_loop(0, blocks, rows, jnp.zeros((N, U + pad, H), q.dtype))
+    return out.swapaxes(0, 1)[:U]
