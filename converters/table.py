@@ -1,0 +1,298 @@
+"""Conversion tables: which published tensors become which parameter, and the strict engine that runs them.
+
+The engine claims every tensor exactly once and fills every target exactly once. Whatever does not work out is one of
+four errors, all found from names and shapes before a single weight is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from mmjax.converters.transforms import Shape, Transform, identity, transpose
+
+INDEX = "{i}"
+
+
+class ConversionError(ValueError):
+    """A checkpoint and a model do not fit together."""
+
+
+class UnclaimedTensorError(ConversionError):
+    """A tensor that no rule claims, or whose place the model does not have."""
+
+
+class ClaimedTwiceError(ConversionError):
+    """A tensor claimed by two rules, or two tensors for one place."""
+
+
+class WrongShapeError(ConversionError):
+    """A tensor whose shape cannot become the parameter's."""
+
+
+class EmptyHoleError(ConversionError):
+    """A parameter, or a part of one, that nothing fills."""
+
+
+class Tensor(Protocol):
+    """A tensor known from its header; the bytes come on demand."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def read(self) -> np.ndarray:
+        """The value: a view or a copy, not to be written to."""
+        ...
+
+    def release(self) -> None:
+        """Say that what `read` brought into memory may go again; earlier results stay valid."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`source` (one name or several) becomes `target` through `transform`.
+
+    `{i}` is the only pattern: a number. In the sources only, the target is stacked and the value lands at index i of
+    its leading axis. `optional` says that the model may lack the target; the sources then count as ignored.
+    """
+
+    source: str | tuple[str, ...]
+    target: str
+    transform: Transform = identity
+    optional: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def stacked(self) -> bool:
+        return INDEX in self.sources[0] and INDEX not in self.target
+
+    def path(self, number: str) -> str:
+        return self.target.replace(INDEX, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rules over canonical names. `prefixes` (old, new) make a name canonical: the first that matches is applied, once.
+
+    `ignore`: patterns that cover the whole canonical name of a tensor that nobody needs.
+    """
+
+    rules: tuple[Rule, ...]
+    ignore: tuple[str, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
+
+    def canonical(self, name: str) -> str:
+        for old, new in self.prefixes:
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One application of a rule: `sources` as the checkpoint calls them; `index` on the leading axis when stacked."""
+
+    sources: tuple[str, ...]
+    transform: Transform
+    shape: Shape
+    index: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a checkpoint fills a model. `pieces` follows the order of the model's paths."""
+
+    pieces: dict[str, tuple[Piece, ...]]
+    claimed: tuple[str, ...]
+    ignored: tuple[str, ...]
+    problems: tuple[ConversionError, ...]
+
+
+def linear(source: str, target: str, weight: Transform = transpose, bias: Transform = identity) -> tuple[Rule, Rule]:
+    """The rules of a layer with `.weight` and `.bias`; the parameter of the bias is called `<target>_bias`."""
+    return Rule(f"{source}.weight", target, weight), Rule(f"{source}.bias", f"{target}_bias", bias)
+
+
+def norm(source: str, target: str) -> tuple[Rule, Rule]:
+    """The rules of a LayerNorm with scale and bias."""
+    return linear(source, target, identity)
+
+
+def optional(*rules: Rule) -> tuple[Rule, ...]:
+    """The same rules, allowed to have no place in the model."""
+    return tuple(dataclasses.replace(rule, optional=True) for rule in rules)
+
+
+class _Survey:
+    """Collects who claims what; `plan` turns it into pieces."""
+
+    def __init__(self, table: Table, shapes: Mapping[str, Shape]) -> None:
+        self.table = table
+        self.shapes = shapes
+        self.patterns = [
+            (re.compile(re.escape(source).replace(re.escape(INDEX), r"(0|[1-9]\d{0,5})")), row, part)
+            for row, rule in enumerate(table.rules)
+            for part, source in enumerate(rule.sources)
+        ]
+        self.ignore = [re.compile(pattern) for pattern in table.ignore]
+        self.found: dict[tuple[int, str], dict[int, str]] = {}  # (row, number) -> part -> tensor
+        self.claimed: list[str] = []
+        self.ignored: list[str] = []
+        self.problems: list[ConversionError] = []
+
+    def has_place(self, rule: Rule, number: str) -> bool:
+        path = rule.path(number)
+        return path in self.shapes and not (rule.stacked and int(number) >= (*self.shapes[path], 0)[0])
+
+    def take(self, name: str, shape: Shape) -> None:
+        """Give one tensor to the rule that claims it."""
+        canonical = self.table.canonical(name)
+        claims = [(m.groups("")[0] if m.groups() else "", row, part)
+                  for pattern, row, part in self.patterns if (m := pattern.fullmatch(canonical))]  # fmt: skip
+        if any(pattern.fullmatch(canonical) for pattern in self.ignore):
+            self.ignored.append(name)
+        elif not claims:
+            self.problems.append(UnclaimedTensorError(f"tensor {name!r} of shape {shape}: no rule of the table claims it"))
+        elif len(claims) > 1:
+            paths = " and ".join(self._place(self.table.rules[row], number) for number, row, _ in claims)
+            self.problems.append(ClaimedTwiceError(f"tensor {name!r} of shape {shape} is claimed twice: by {paths}"))
+        else:
+            self._claim(name, shape, *claims[0])
+
+    def _claim(self, name: str, shape: Shape, number: str, row: int, part: int) -> None:
+        rule = self.table.rules[row]
+        place = self._place(rule, number)
+        if not self.has_place(rule, number):
+            if rule.optional:
+                self.ignored.append(name)
+            else:
+                self.problems.append(UnclaimedTensorError(
+                    f"tensor {name!r} of shape {shape} belongs to {place}, which this model does not have"))  # fmt: skip
+            return
+        parts = self.found.setdefault((row, number), {})
+        if part in parts:
+            self.problems.append(ClaimedTwiceError(
+                f"{place} is filled twice: by tensor {parts[part]!r} and by tensor {name!r} of shape {shape}"))  # fmt: skip
+            return
+        parts[part] = name
+        self.claimed.append(name)
+
+    def _place(self, rule: Rule, number: str) -> str:
+        path = rule.path(number)
+        shape = f" of shape {self.shapes[path]}" if path in self.shapes else ""
+        return f"parameter {path!r}{f' (layer {number})' if rule.stacked else ''}{shape}"
+
+
+def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Plan:
+    """Match names and shapes, and collect every problem instead of raising. Reads no weights."""
+    survey = _Survey(table, shapes)
+    for name, tensor in tensors.items():
+        survey.take(name, tuple(tensor.shape))
+    pieces: dict[str, list[Piece]] = {path: [] for path in shapes}
+    for (row, number), parts in survey.found.items():
+        rule = table.rules[row]
+        path = rule.path(number)
+        missing = [source.replace(INDEX, number) for part, source in enumerate(rule.sources) if part not in parts]
+        if missing:
+            survey.problems.append(EmptyHoleError(
+                f"parameter {path!r} of shape {shapes[path]} has a hole: no tensor {missing[0]!r}"
+                f" beside {next(iter(parts.values()))!r}"))  # fmt: skip
+        names = tuple(parts[part] for part in sorted(parts))
+        shape = tuple(shapes[path])[1:] if rule.stacked else tuple(shapes[path])
+        pieces[path].append(Piece(names, rule.transform, shape, int(number) if rule.stacked else None))
+        if not missing:
+            survey.problems.extend(_misfits(path, pieces[path][-1], shapes[path], tensors))
+    for path, shape in shapes.items():
+        survey.problems.extend(_holes(path, pieces[path], tuple(shape), table))
+    ordered = {path: tuple(sorted(found, key=lambda piece: piece.index or 0)) for path, found in pieces.items()}
+    return Plan(ordered, tuple(survey.claimed), tuple(survey.ignored), tuple(survey.problems))
+
+
+def _misfits(path: str, piece: Piece, whole: Shape, tensors: Mapping[str, Tensor]) -> Iterator[ConversionError]:
+    try:
+        wanted = piece.transform.sources(piece.shape)
+    except ValueError as error:
+        names = ", ".join(map(repr, piece.sources))
+        yield WrongShapeError(f"parameter {path!r} of shape {whole} cannot be made from {names}: {error}")
+        return
+    for name, want in zip(piece.sources, wanted, strict=True):
+        shape = tuple(tensors[name].shape)
+        if shape != want:
+            yield WrongShapeError(f"tensor {name!r} has shape {shape}, but parameter {path!r} of shape {whole} needs {want}")
+
+
+def _holes(path: str, found: list[Piece], shape: Shape, table: Table) -> Iterator[ConversionError]:
+    if not found:
+        rules = [rule for rule in table.rules if re.fullmatch(re.escape(rule.target).replace(re.escape(INDEX), r"\d+"), path)]
+        hint = f"; it comes from {', '.join(rules[0].sources)}" if rules else "; no rule of the table makes it"
+        yield EmptyHoleError(f"parameter {path!r} of shape {shape} is not filled by any tensor{hint}")
+    elif found[0].index is not None:
+        filled = [piece.index for piece in found]
+        if missing := sorted(set(range(shape[0])) - set(filled)):
+            yield EmptyHoleError(f"parameter {path!r} of shape {shape} has a hole at layer {missing[0]}"
+                                 f" ({len(missing)} of {shape[0]} layers are not filled)")  # fmt: skip
+        if len(set(filled)) < len(filled):
+            yield ClaimedTwiceError(f"parameter {path!r} of shape {shape}: two rules fill the same layer")
+    elif len(found) > 1:
+        names = " and ".join(repr(piece.sources[0]) for piece in found)
+        yield ClaimedTwiceError(f"parameter {path!r} of shape {shape} is filled twice: by tensors {names}")
+
+
+def plan(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Plan:
+    """Match names and shapes; raise the first problem, saying how many more there are. Reads no weights."""
+    result = examine(tensors, table, shapes)
+    if result.problems:
+        first, more = result.problems[0], len(result.problems) - 1
+        raise type(first)(f"{first}{f' (and {more} more problems)' if more else ''}")
+    return result
+
+
+def leaf_dtype(pieces: tuple[Piece, ...], tensors: Mapping[str, Tensor]) -> np.dtype:
+    """The dtype a parameter comes out in: that of its sources (the widest, should they differ)."""
+    return np.result_type(*{tensors[name].dtype for piece in pieces for name in piece.sources})
+
+
+def build(pieces: tuple[Piece, ...], shape: Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
+    """The value of one parameter, C-contiguous. Raises WrongShapeError when a transform breaks its promise."""
+    out = np.empty(shape, leaf_dtype(pieces, tensors)) if pieces[0].index is not None else None
+    for piece in pieces:
+        value = piece.transform(*(tensors[name].read() for name in piece.sources), shape=piece.shape)
+        if value.shape != piece.shape:
+            raise WrongShapeError(f"tensors {piece.sources} became shape {value.shape}, not {piece.shape}")
+        if out is None:
+            return np.ascontiguousarray(value)
+        out[piece.index] = value
+        for name in piece.sources:
+            tensors[name].release()
+    assert out is not None
+    return out
+
+
+def convert(
+    tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (path, value) for every path of `shapes`, in its order and in the dtype of the source, one at a time.
+
+    A value may be a read-only view of the checkpoint. Raises ConversionError, before anything is read.
+    """
+    ready = plan(tensors, table, shapes)
+
+    def values() -> Iterator[tuple[str, np.ndarray]]:
+        for path, pieces in ready.pieces.items():
+            yield path, build(pieces, tuple(shapes[path]), tensors)
+            for piece in pieces:
+                for name in piece.sources:
+                    tensors[name].release()
+
+    return values()

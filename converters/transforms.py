@@ -1,0 +1,192 @@
+"""Changes of layout between a published tensor and a parameter, in plain NumPy.
+
+A `Transform` is two functions of the *target* shape: which source shapes it needs (so that a checkpoint can be checked
+from its headers alone), and how the value is made. Sources are in torch order: linear `[out, in]`, convolution
+`[out, in, *kernel]`. Letters: D, C widths, K kv heads, G query heads per kv head, N = K * G, H head dim, F mlp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+# A transposed copy done in one go misses the cache on every element; square tiles of this side stay inside it.
+TILE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A change of layout. Both functions raise ValueError when `shape` is not one that this transform can make.
+
+    `sources(shape)`: the shape of each source tensor, in order.
+    `build(*arrays, shape=shape)`: the value; any view or copy of the sources with exactly `shape`.
+    """
+
+    sources: Callable[[Shape], tuple[Shape, ...]]
+    build: Callable[..., np.ndarray]
+
+    def __call__(self, *arrays: np.ndarray, shape: Shape) -> np.ndarray:
+        return self.build(*arrays, shape=shape)
+
+
+def flipped(matrix: np.ndarray) -> np.ndarray:
+    """`[A, B] -> [B, A]`, contiguous, copied tile by tile."""
+    rows, columns = matrix.shape
+    out = np.empty((columns, rows), matrix.dtype)
+    for top in range(0, rows, TILE):
+        for left in range(0, columns, TILE):
+            out[left : left + TILE, top : top + TILE] = matrix[top : top + TILE, left : left + TILE].T
+    return out
+
+
+def _keep(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return array
+
+
+def _transpose(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return flipped(array) if array.ndim == 2 else array.transpose()
+
+
+def _fold(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return array.reshape(shape)
+
+
+def _qkv_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, kv, group, head = shape
+    return (kv * (group - 2) * head, width), (kv * head, width), (kv * head, width)
+
+
+def _qkv(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return _heads(q, k, v, shape=shape)
+
+
+def _heads_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, heads, count, head = shape
+    return ((heads * head, width),) * count
+
+
+def _heads(*arrays: np.ndarray, shape: Shape) -> np.ndarray:
+    """Sources `[K * g_j * H, D]` -> `[D, K, sum(g_j), H]`: each kv head keeps its share of every source together."""
+    width, kv, _, head = shape
+    parts = [array.reshape(kv, -1, head, width) for array in arrays]
+    return flipped(np.concatenate(parts, axis=1).reshape(-1, width)).reshape(shape)
+
+
+def _qkv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    kv, group, head = shape
+    return (kv * (group - 2) * head,), (kv * head,), (kv * head,)
+
+
+def _heads_bias(*arrays: np.ndarray, shape: Shape) -> np.ndarray:
+    """Sources `[K * g_j * H]` -> `[K, sum(g_j), H]`."""
+    kv, _, head = shape
+    return np.concatenate([array.reshape(kv, -1, head) for array in arrays], axis=1)
+
+
+def _qv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    q, _, v = _qkv_bias_sources(shape)
+    return q, v
+
+
+def _qv_bias(q: np.ndarray, v: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return _heads_bias(q, np.zeros_like(v), v, shape=shape)
+
+
+def _v_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    heads, count, head = shape
+    if count != 2:
+        raise ValueError(f"a fused key and value bias is [heads, 2, head dim], not {shape}")
+    return ((heads * head,),)
+
+
+def _v_bias(v: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return _heads_bias(np.zeros_like(v), v, shape=shape)
+
+
+def _split_qkv_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, heads, three, head = shape
+    return ((three * heads * head, width),)
+
+
+def _split_qkv(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+    width, heads, three, head = shape
+    rows = fused.reshape(three, heads, head, width).swapaxes(0, 1)
+    return flipped(rows.reshape(-1, width)).reshape(shape)
+
+
+def _split_qkv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    heads, three, head = shape
+    return ((three * heads * head,),)
+
+
+def _split_qkv_bias(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+    heads, three, head = shape
+    return fused.reshape(three, heads, head).swapaxes(0, 1)
+
+
+def _merge_heads_sources(shape: Shape) -> tuple[Shape, ...]:
+    *heads, width = shape
+    return ((width, math.prod(heads)),)
+
+
+def _merge_heads(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return flipped(array).reshape(shape)
+
+
+def _gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, two, mlp = shape
+    if two != 2:
+        raise ValueError(f"a fused gate and up projection is [width, 2, mlp], not {shape}")
+    return (mlp, width), (mlp, width)
+
+
+def _gate_up(gate: np.ndarray, up: np.ndarray, *, shape: Shape) -> np.ndarray:
+    out = np.empty(shape, np.result_type(gate, up))
+    out[:, 0], out[:, 1] = flipped(gate), flipped(up)
+    return out
+
+
+def patches(*lead: int) -> Transform:
+    """A patch embedding `[C, *lead, p, p]` as a matrix `[prod(lead) * p * p, C]`; p follows from the target."""
+
+    def sources(shape: Shape) -> tuple[Shape, ...]:
+        size, width = shape
+        side = math.isqrt(size // math.prod(lead))
+        if math.prod(lead) * side * side != size:
+            raise ValueError(f"{size} is not {' * '.join(map(str, lead))} * p * p")
+        return ((width, *lead, side, side),)
+
+    def build(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+        return flipped(array.reshape(shape[::-1]))
+
+    return Transform(sources, build)
+
+
+# same shape on both sides
+identity = Transform(lambda shape: (shape,), _keep)
+# all axes reversed: linear [out, in] -> [in, out]; conv1d [out, in, k] -> [k, in, out]
+transpose = Transform(lambda shape: (shape[::-1],), _transpose)
+# [prod] -> shape
+fold = Transform(lambda shape: ((math.prod(shape),),), _fold)
+# q [N*H, D], k [K*H, D], v [K*H, D] -> [D, K, G+2, H]
+fuse_qkv = Transform(_qkv_sources, _qkv)
+# q [N*H], k [K*H], v [K*H] -> [K, G+2, H]
+fuse_qkv_bias = Transform(_qkv_bias_sources, _heads_bias)
+# q [N*H], v [K*H] -> [K, G+2, H], the key part zero
+fuse_qv_bias = Transform(_qv_bias_sources, _qv_bias)
+# n tensors [N*H, D] -> [D, N, n, H]
+fuse_heads = Transform(_heads_sources, _heads)
+# v [N*H] -> [N, 2, H], the key part zero
+fuse_v_bias = Transform(_v_bias_sources, _v_bias)
+# [3*N*H, C] (all q, all k, all v) -> [C, N, 3, H], and its bias [3*N*H] -> [N, 3, H]
+split_qkv = Transform(_split_qkv_sources, _split_qkv)
+split_qkv_bias = Transform(_split_qkv_bias_sources, _split_qkv_bias)
+# output projection [D, N*H] -> [*heads, H, D]
+merge_heads = Transform(_merge_heads_sources, _merge_heads)
+# gate [F, D], up [F, D] -> [D, 2, F]
+fuse_gate_up = Transform(_gate_up_sources, _gate_up)
