@@ -1,0 +1,99 @@
+"""What every test can rely on: CPU, four devices, one thread per library, strict dtypes, warnings as errors."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4".strip()
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if importlib.util.find_spec("mmjax") is None:
+    sys.path.append(str(ROOT))  # last, so that the root's kernels/ never hides an installed distribution of that name
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+_user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+jax.config.update("jax_compilation_cache_dir", str(_user_cache / "mmjax-tests" / f"jax-{jax.__version__}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Compiles:
+    """Programs asked of the backend since the fixture was set up, or since `reset()`.
+
+    `count` is what tests should assert on: it does not depend on what earlier runs left in the persistent cache.
+    `loaded` of them came from that cache, `compiled` were built.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.loaded = 0
+
+    @property
+    def compiled(self) -> int:
+        return self.count - self.loaded
+
+    def reset(self) -> None:
+        self.count = self.loaded = 0
+
+    def on_duration(self, event: str, duration_s: float, **_: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def on_event(self, event: str, **_: object) -> None:
+        self.loaded += event == "/jax/compilation_cache/cache_hits"
+
+
+@pytest.fixture
+def compiles() -> Iterator[Compiles]:
+    """Counts backend compiles while the test runs."""
+    counter = Compiles()
+    jax.monitoring.register_event_duration_secs_listener(counter.on_duration)
+    jax.monitoring.register_event_listener(counter.on_event)
+    yield counter
+    jax.monitoring.unregister_event_duration_listener(counter.on_duration)
+    jax.monitoring.unregister_event_listener(counter.on_event)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden inputs and outputs, which is no part of the repository."""
+    folder = Path(os.environ.get("MMJAX_SHARED", ROOT.parent / "shared"))
+    if not (folder / "reference").is_dir():
+        pytest.skip(f"no reference data: {folder}/reference is not a folder (set MMJAX_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_dir(family)`: a tiny random checkpoint of that family in the hub's layout, made once per session."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            import tiny
+
+            folder = tmp_path_factory.mktemp(family)
+            tiny.make(family, folder)
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_torch = importlib.util.find_spec("torch") is None
+    no_gpu = jax.default_backend() == "cpu"
+    for item in items:
+        if no_torch and item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason="torch is not installed"))
+        if no_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="jax sees no accelerator (JAX_PLATFORMS=cuda pytest -m gpu)"))
