@@ -1,0 +1,134 @@
+"""What every family's processor shares: the processed item, the spans it fills, and placeholder expansion.
+
+A processor turns decoded media into arrays for the device and a prompt with one placeholder per item into a prompt with
+one token per embedding row. NumPy only: nothing here may import jax.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mmjax.types import RequestError
+
+Kwargs = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Item:
+    """One processed media item. `features` all lead with the `units` axis (patches, crops or clips) and are read-only."""
+
+    kind: str
+    features: dict[str, np.ndarray]
+    units: int
+    rows: int  # embedding rows it yields = placeholder tokens it fills
+    grid: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for array in self.features.values():  # cached and shared between requests: nobody may write
+            array.flags.writeable = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.features.values())
+
+
+class Span(NamedTuple):
+    """Prompt tokens [start, start + length) take rows 0..length-1 of item `index` of `kind`."""
+
+    start: int
+    length: int
+    kind: str
+    index: int
+
+
+class Expanded(NamedTuple):
+    """A prompt after expansion; spans are in prompt order. `encoder_tokens` is for encoder-decoder models only."""
+
+    tokens: list[int]
+    spans: list[Span]
+    encoder_tokens: tuple[int, ...] = ()
+
+
+class Processor(Protocol):
+    """The host side of a family. Constructed as `(config, files, tokenizer)`: config.json, the other parsed JSON files by
+    file name, and the tokenizer or None."""
+
+    kinds: Mapping[str, int | None]  # modality -> most items one prompt may hold (None: no bound)
+    placeholder: Mapping[str, str]  # modality -> text that stands for one item in a prompt
+    marker: Mapping[str, str]  # modality -> the part of `placeholder` that expands
+    accepts: frozenset[str]  # processor kwargs that `item` understands
+    sampling_rate: int | None  # of the audio that `item` takes
+
+    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item: ...
+
+    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+        """Rows of an item of this size: image (height, width), video (frames, height, width), audio (samples,)."""
+        ...
+
+    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded: ...
+
+    def positions(
+        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    ) -> tuple[np.ndarray, int]:
+        """(int32[R, T], delta): token i >= T sits at i + delta on every row."""
+        ...
+
+
+def linear_positions(length: int) -> tuple[np.ndarray, int]:
+    """Ordinary 1-D positions: (int32[1, length], 0)."""
+    return np.arange(length, dtype=np.int32)[None], 0
+
+
+def expand_placeholders(
+    tokens: Sequence[int],
+    items: Mapping[str, Sequence[Item]],
+    markers: Mapping[str, int],
+    placeholder: Mapping[str, str],
+) -> Expanded:
+    """Replace the n-th marker token of each kind by as many as its n-th item has rows.
+
+    Runs that already have the right length are kept, so that expanded prompts can be sent again. Kinds are independent:
+    one may come expanded and another not. A count that fits neither way is a RequestError.
+    """
+    ids = np.asarray(tokens, dtype=np.int64)
+    taken: list[tuple[int, int, str, int]] = []  # first marker, markers consumed, kind, index
+    for kind, marker in markers.items():
+        found = np.flatnonzero(ids == marker)
+        rows = [item.rows for item in items.get(kind, ())]
+        if len(found) == len(rows):
+            lengths = [1] * len(rows)
+        elif len(found) == sum(rows):
+            lengths = rows
+        else:
+            raise _mismatch(kind, len(rows), len(found), placeholder[kind])
+        first = np.cumsum([0, *lengths])
+        for index, length in enumerate(lengths):
+            run = found[first[index] : first[index] + length]
+            if run[-1] - run[0] != length - 1:
+                raise _mismatch(kind, len(rows), len(found), placeholder[kind])
+            taken.append((int(run[0]), length, kind, index))
+    out: list[int] = []
+    spans: list[Span] = []
+    done = 0
+    for start, length, kind, index in sorted(taken):
+        out.extend(tokens[done:start])
+        rows_here = items[kind][index].rows
+        spans.append(Span(len(out), rows_here, kind, index))
+        out.extend([markers[kind]] * rows_here)
+        done = start + length
+    out.extend(tokens[done:])
+    return Expanded(out, spans)
+
+
+def _mismatch(kind: str, expected: int, found: int, placeholder: str) -> RequestError:
+    if not expected:
+        fix = f"remove {placeholder!r} from the prompt, or pass the {kind} data it stands for"
+    else:
+        fix = f"write {placeholder!r} exactly once per {kind} item, in the order of the items"
+    return RequestError(
+        f"Expected there to be {expected} prompt placeholders corresponding to {expected} {kind} items, but instead "
+        f"found {found} placeholder tokens in the prompt. To fix this, {fix}.",
+        "placeholder_mismatch",
+    )

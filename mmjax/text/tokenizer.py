@@ -1,0 +1,105 @@
+"""Text to token ids and back, straight from tokenizer.json.
+
+The file is read by `tokenizers` alone: importing transformers costs seconds, and its AutoTokenizer may rebuild a tokenizer
+that encodes differently from the published file.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from mmjax.types import ValidationError
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint directory. Safe to use from several threads."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        file = self.directory / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{self.directory} has no tokenizer.json. Download it from the model's repository, or write it once with "
+                '`transformers.AutoTokenizer.from_pretrained("<model>").save_pretrained("<directory>")`.'
+            )
+        self._backend = Backend.from_file(str(file))
+        self._backend.no_truncation()  # some published files carry the settings of their last training run
+        self._backend.no_padding()
+        self.config: dict[str, Any] = _read_json(self.directory / "tokenizer_config.json")
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.eos_id = self._named("eos_token")
+        self.bos_id = self._named("bos_token")
+        self.pad_id = self._named("pad_token")
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
+        """Token ids of `text`. With `max_tokens`, text that cannot fit is refused before the (slow) tokenisation."""
+        if max_tokens is not None and len(text) > max_tokens * self.longest_token:
+            raise ValidationError(
+                f"This model's maximum context length is {max_tokens} tokens. However, your request has {len(text)} input "
+                "characters, which cannot fit. Please reduce the length of the input.",
+                parameter="input_text",
+                value=len(text),
+            )
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; incomplete UTF-8 shows as U+FFFD."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def id_of(self, token: str) -> int | None:
+        """Id of exactly this token, or None."""
+        index: int | None = self._backend.token_to_id(token)
+        return index
+
+    def token_of(self, index: int) -> str | None:
+        """The token as the file spells it (byte-level alphabets included), or None."""
+        token: str | None = self._backend.id_to_token(index)
+        return token
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries including added tokens; a model's embedding table may be larger."""
+        size: int = self._backend.get_vocab_size(with_added_tokens=True)
+        return size
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: text of more than n times as many cannot be n tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    @functools.cached_property
+    def chat_template(self) -> str | None:
+        """Raw Jinja text, from the first of chat_template.jinja, chat_template.json and tokenizer_config.json."""
+        jinja = self.directory / "chat_template.jinja"
+        if jinja.is_file():
+            return jinja.read_text(encoding="utf-8")
+        found = _read_json(self.directory / "chat_template.json").get("chat_template", self.config.get("chat_template"))
+        if isinstance(found, list):  # several named templates
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        return found
+
+    @functools.cached_property
+    def hf(self) -> Any:
+        """The same tokenizer.json as a Hugging Face tokenizer object; imports transformers on first use (seconds)."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(self.directory)
+
+    def _named(self, role: str) -> int | None:
+        """Id of a token that tokenizer_config.json names, as a string or as a serialised token."""
+        token = self.config.get(role)
+        if isinstance(token, dict):
+            token = token["content"]
+        return None if token is None else self.id_of(token)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
