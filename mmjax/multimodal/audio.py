@@ -1,0 +1,184 @@
+"""Audio of any kind to mono float32 at a model's rate: arrays of every common layout, sound files, video sound tracks."""
+
+import io
+import math
+import subprocess
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.multimodal import ffmpeg
+from mmjax.multimodal.arrays import is_array, to_numpy
+from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.types import RequestError
+
+FEW_CHANNELS = 8  # an axis up to this long beside a longer one holds channels
+RATES = (100, 10_000_000)  # Hz; outside, a number is no sampling rate, and resampling could allocate without bound
+SAME_RATE = 1e-6
+BLOCK = 1 << 18  # frames per read
+
+
+def decode(media: Any, rate: int | None) -> np.ndarray:
+    """What a caller may pass as one audio item -> mono float32 [n] at `rate` Hz.
+
+    `media` is an array or list of samples, already at `rate`, or a tuple (samples, sampling rate or None). Integers are
+    scaled by their full scale. RequestError: empty, NaN or infinite samples, more than two axes, no target rate.
+    """
+    samples, source = media if isinstance(media, tuple) and len(media) == 2 else (media, None)
+    mono = to_mono(_to_float(samples))
+    if not mono.size:
+        raise RequestError("The audio is empty: it has 0 samples.", "bad_media")
+    if not np.isfinite(mono).all():
+        raise RequestError("The audio contains NaN or infinite samples.", "bad_media")
+    if source is None:
+        return mono
+    if rate is None:
+        raise RequestError("Audio resampling is not supported when `target_sr` is not provided.", "bad_media")
+    return resample(mono, source, rate)
+
+
+def _to_float(samples: Any) -> np.ndarray:
+    """Samples of any number type as float32 (float64 is rounded), full scale ±1 for integers."""
+    if not is_array(samples):
+        if not isinstance(samples, (list, tuple)):
+            raise RequestError(
+                f"An audio item must be samples or a tuple (samples, sampling_rate), got {type(samples).__name__}. Read "
+                "files first, for example with soundfile.",
+                "bad_media",
+            )
+        try:
+            return np.asarray(samples, np.float32)
+        except (TypeError, ValueError) as error:
+            raise RequestError("An audio list must hold numbers only.", "bad_media") from error
+    array = to_numpy(samples)
+    if array.dtype.kind == "f":
+        return array.astype(np.float32, copy=False)
+    if array.dtype.kind not in "iu" or array.dtype.itemsize == 8:
+        raise RequestError(
+            f"Audio samples cannot be {array.dtype}: its full scale is not defined. Use float32 in ±1 or int16.", "bad_media"
+        )
+    scale = np.float32(2 ** (8 * array.dtype.itemsize - 1))
+    return array.astype(np.float32) / scale - np.float32(array.dtype.kind == "u")  # unsigned: silence is half scale
+
+
+def to_mono(audio: np.ndarray) -> np.ndarray:
+    """[n], [channels, n] or [n, channels] -> the mean over channels, [n].
+
+    Of two axes the one up to 8 long beside a longer one holds the channels; where that does not decide, the shorter
+    axis does, and the first of two equal ones.
+    """
+    if audio.ndim == 1:
+        return audio
+    if audio.ndim != 2:
+        raise RequestError(f"Unsupported audio shape {audio.shape}: at most (channels, time).", "bad_media")
+    if audio.shape[0] > audio.shape[1] and not audio.shape[1] == 0:
+        audio = audio.T
+    return audio[0] if audio.shape[0] == 1 else audio.mean(axis=0)
+
+
+def resample(audio: np.ndarray, source: float, target: float) -> np.ndarray:
+    """Band-limited change of rate along the last axis; float32, ceil(n * target / source) samples.
+
+    A polyphase filter over the ratio in lowest terms: 44.1 kHz to 16 kHz is 160/441, never an integer step.
+    """
+    for rate in (source, target):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not RATES[0] <= rate <= RATES[1]:
+            raise RequestError(f"The sampling rate must be a number of Hz in {RATES[0]}..{RATES[1]}, got {rate!r}.", "bad_media")
+    if abs(float(source) - float(target)) <= SAME_RATE:
+        return audio
+    from scipy.signal import resample_poly  # over a second to import, and only odd rates need it
+
+    ratio = (Fraction(float(target)) / Fraction(float(source))).limit_denominator(1_000_000)
+    return resample_poly(audio, ratio.numerator, ratio.denominator, axis=-1).astype(np.float32, copy=False)
+
+
+def load(source: bytes | Path, *, limits: Limits = DEFAULT) -> tuple[np.ndarray, int]:
+    """Decode a sound file or the sound track of a video: (mono float32 [n] at its own rate, that rate)."""
+    from soundfile import LibsndfileError
+
+    opened = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return _read_sound(opened, limits)
+    except LibsndfileError:
+        pass  # unknown to libsndfile: mp4, m4a, webm and the like
+    except OSError as error:
+        raise _unreadable() from error
+    with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
+        out = Path(folder) / "sound.wav"
+        longest = ["-t", str(limits.audio_seconds + 1)] if limits.audio_seconds else []
+        largest = ["-fs", str(limits.audio_bytes + 4096)] if limits.audio_bytes else []
+        try:
+            ffmpeg.run(file, ["-map", "0:a:0", *longest, *largest, "-c:a", "pcm_f32le", str(out)])
+            return _read_sound(out, limits)
+        except (subprocess.SubprocessError, LibsndfileError, OSError) as error:
+            raise _unreadable() from error
+
+
+def _read_sound(file: Any, limits: Limits) -> tuple[np.ndarray, int]:
+    """Read block by block, so that a lying header or a bomb is stopped at the limit and not by the allocator."""
+    import soundfile
+
+    with soundfile.SoundFile(file) as sound:
+        rate, channels = int(sound.samplerate), int(sound.channels)
+        most = math.inf
+        if limits.audio_seconds:
+            most = limits.audio_seconds * rate
+        if limits.audio_bytes:
+            most = min(most, limits.audio_bytes // (4 * channels))
+        blocks, total = [np.zeros(0, np.float32)], 0
+        for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+            total += len(block)
+            if total > most:
+                raise RequestError(
+                    f"The audio is longer than {most / rate:g} s, the most that is decoded. Split it first.",
+                    "media_too_large",
+                )
+            blocks.append(block[:, 0] if channels == 1 else block.mean(axis=1))
+    return np.concatenate(blocks), rate
+
+
+def _unreadable() -> RequestError:
+    return RequestError("Invalid or unsupported audio file.", "bad_media")
+
+
+def split_audio(
+    audio_data: np.ndarray,
+    sample_rate: int,
+    max_clip_duration_s: float,
+    overlap_duration_s: float,
+    min_energy_window_size: int,
+) -> list[np.ndarray]:
+    """Cut mono audio [n] into clips of at most `max_clip_duration_s`, at the quietest places.
+
+    Each cut lies in the last `overlap_duration_s` of a full clip, where a window of `min_energy_window_size` samples has
+    the least energy. No sample is lost or repeated: the clips concatenate to the input. Empty input gives no clips.
+    """
+    audio = np.asarray(audio_data)
+    clip, overlap = int(sample_rate * max_clip_duration_s), int(sample_rate * overlap_duration_s)
+    if audio.ndim != 1:
+        raise RequestError(f"split_audio needs mono audio of shape (time,), got shape {audio.shape}.", "bad_media")
+    if clip <= 0 or overlap <= 0 or min_energy_window_size <= 0:
+        raise RequestError("split_audio needs positive durations, rate and window size.", "bad_media")
+    if overlap >= clip:
+        raise RequestError("split_audio needs an overlap_duration_s below max_clip_duration_s.", "bad_media")
+    if not np.isfinite(audio).all():
+        raise RequestError("The audio contains NaN or infinite samples.", "bad_media")
+    clips, start = [], 0
+    while start + clip < len(audio):
+        end = find_split_point(audio, start + clip - overlap, start + clip, min_energy_window_size)
+        clips.append(audio[start:end])
+        start = end
+    return [*clips, audio[start:]] if len(audio) else []
+
+
+def find_split_point(wav: np.ndarray, start_idx: int, end_idx: int, min_energy_window: int) -> int:
+    """Start of the quietest window (least RMS, the first of equals) on a grid from start_idx; end_idx if none fits."""
+    segment = wav[start_idx:end_idx]
+    count = max(0, -(-(len(segment) - min_energy_window) // min_energy_window))
+    if not count:
+        return end_idx
+    windows = segment[: count * min_energy_window].reshape(count, min_energy_window).astype(np.float64)
+    return start_idx + int(np.argmin(np.square(windows).mean(axis=1))) * min_energy_window

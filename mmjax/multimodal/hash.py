@@ -1,0 +1,111 @@
+"""Identity of media: equal content, equal id; different content, different id.
+
+Every piece is fed to the hash as type tag, length and bytes, so that no two sequences of pieces share an encoding.
+"""
+
+import hashlib
+import numbers
+import struct
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from mmjax.multimodal.arrays import is_array, to_numpy
+from mmjax.multimodal.image import exif_of, read
+from mmjax.types import RequestError
+
+
+def content_id(model: str, kind: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]) -> str:
+    """Id of a media item by its content and everything that changes how it is decoded and processed."""
+    return _digest("content", model, kind, media, processor_kwargs, io_kwargs)
+
+
+def named_id(
+    model: str, kind: str, name: str, salt: str | None, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
+) -> str:
+    """Id of a media item by the caller's own name for it. Never equal to a content id; separate for every cache salt,
+    so that tenants with different salts cannot read or plant each other's items."""
+    return _digest("named", model, kind, name, salt, processor_kwargs, io_kwargs)
+
+
+def _digest(*pieces: Any) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        _feed(digest, piece)
+    return digest.hexdigest()
+
+
+def _feed(digest: "hashlib._Hash", value: Any) -> None:
+    """Feed one value: tag, length (bytes of a leaf, members of a container), then the content."""
+    if isinstance(value, Image.Image):
+        _feed_image(digest, value)
+    elif is_array(value):
+        array = np.ascontiguousarray(to_numpy(value))
+        _leaf(digest, b"A", f"{array.dtype.str}{array.shape}".encode())
+        _leaf(digest, b"D", array.reshape(-1).view(np.uint8) if array.size else b"")
+    elif isinstance(value, Mapping):
+        _count(digest, b"M", len(value))
+        for key in sorted(value, key=lambda key: (type(key).__name__, str(key))):
+            _feed(digest, key)
+            _feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        if len(value) > 64 and all(type(x) is float for x in value):  # audio samples: one buffer, not a call each
+            _leaf(digest, b"L", np.asarray(value, np.float64))
+            return
+        _count(digest, b"T", len(value))
+        for member in value:
+            _feed(digest, member)
+    else:
+        _feed_scalar(digest, value)
+
+
+def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:
+    if value is None:
+        _leaf(digest, b"N", b"")
+    elif isinstance(value, (bool, np.bool_)):
+        _leaf(digest, b"B", bytes([bool(value)]))
+    elif isinstance(value, numbers.Integral):
+        _leaf(digest, b"I", str(int(value)).encode())
+    elif isinstance(value, numbers.Real):
+        _leaf(digest, b"F", struct.pack("<d", float(value)))
+    elif isinstance(value, str):
+        _leaf(digest, b"S", value.encode("utf-8", "surrogatepass"))
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        _leaf(digest, b"Y", value)
+    elif isinstance(value, uuid.UUID):
+        _leaf(digest, b"U", value.bytes)
+    else:
+        raise RequestError(f"Cannot identify a value of type {type(value).__name__} for caching.", "bad_media")
+
+
+def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:
+    """Mode, size, orientation, transparency, palette and pixels; or the UUID that the caller put into the EXIF ImageID."""
+    exif = exif_of(image)
+    declared = exif.get(ExifTags.Base.ImageID)
+    if isinstance(declared, uuid.UUID):
+        _count(digest, b"E", 1)
+        _feed(digest, declared)
+        return
+    try:
+        read(image)
+        pixels = image.tobytes()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise RequestError("Failed to load image: the file is truncated or damaged.", "bad_media") from error
+    palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
+    _count(digest, b"P", 6)
+    for piece in (image.mode, image.size, exif.get(ExifTags.Base.Orientation), image.info.get("transparency"), palette):
+        _feed(digest, piece)
+    _leaf(digest, b"D", pixels)
+
+
+def _leaf(digest: "hashlib._Hash", tag: bytes, content: Any) -> None:
+    size = content.nbytes if isinstance(content, (np.ndarray, memoryview)) else len(content)
+    _count(digest, tag, size)
+    digest.update(content)
+
+
+def _count(digest: "hashlib._Hash", tag: bytes, length: int) -> None:
+    digest.update(tag + struct.pack("<Q", length))

@@ -1,0 +1,201 @@
+"""Images of any kind to RGB: PIL images, encoded files and arrays of every common layout and depth."""
+
+import io
+import logging
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from mmjax.multimodal.arrays import is_array, to_numpy
+from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.types import RequestError
+
+log = logging.getLogger(__name__)
+
+Color = tuple[int, int, int]
+WHITE: Color = (255, 255, 255)
+# formats with external handlers (EPS, WMF) or without use in a prompt are not opened
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "AVIF")
+SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+ALPHA = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
+BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, MemoryError, Image.DecompressionBombError)
+
+_loading = threading.Lock()  # the same lazily opened image may sit in several prompts of a batch
+
+
+def background_color(value: Any) -> Color:
+    """A checked background colour."""
+    fits = isinstance(value, (list, tuple)) and len(value) == 3
+    if not fits or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 255 for v in value):
+        raise RequestError(
+            "rgba_background_color must be a list or tuple of 3 integers in the range [0, 255].", "bad_media_kwargs"
+        )
+    return (value[0], value[1], value[2])
+
+
+def load(source: bytes | Path, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image:
+    """Decode an encoded image completely, to RGB; the first frame of an animation. RequestError if that fails."""
+    if not isinstance(source, bytes):
+        try:
+            source = source.read_bytes()
+        except OSError as error:
+            raise _failed(error.strerror or type(error).__name__) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # size warnings: the check in to_rgb decides
+        try:
+            image = Image.open(io.BytesIO(source), formats=FORMATS)
+        except Image.UnidentifiedImageError as error:
+            raise _failed(f"not an image in a supported format ({', '.join(FORMATS)})") from error
+        except BROKEN as error:
+            raise _failed(error) from error
+        return to_rgb(image, background=background, limits=limits)
+
+
+def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image | np.ndarray:
+    """What a caller may pass as one image -> an RGB image, or uint8 [H, W, 3]."""
+    if isinstance(media, Image.Image):
+        return to_rgb(media, background=background, limits=limits)
+    if is_array(media):
+        array = to_numpy(media)
+        if limits.image_pixels and array.size > 4 * limits.image_pixels:
+            raise _too_large(array.shape, limits)
+        return frames_from_array(array[None], "image", background=background)[0]
+    raise RequestError(
+        f"An image must be a PIL image or an array, got {type(media).__name__}. Open files first: "
+        '`PIL.Image.open("picture.png")`.',
+        "bad_media",
+    )
+
+
+def to_rgb(image: Image.Image, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image:
+    """Any PIL image as upright RGB. Transparency shows the background; deep greyscale is scaled, not clipped."""
+    check_size(image, limits)
+    try:
+        read(image)
+        turned = exif_of(image).get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies even without need
+        return _flatten(ImageOps.exif_transpose(image) if turned else image, background)
+    except RequestError:
+        raise
+    except BROKEN as error:
+        raise _failed(error) from error
+
+
+def check_size(image: Image.Image, limits: Limits = DEFAULT) -> None:
+    """RequestError for an image without pixels or with too many, before any is decoded."""
+    width, height = image.size
+    if not width or not height:
+        raise _failed(f"the image is empty ({width}x{height})")
+    if limits.image_pixels and width * height > limits.image_pixels:
+        raise _too_large((height, width), limits)
+
+
+def read(image: Image.Image) -> None:
+    """Read the pixels of a lazily opened image; safe from several threads."""
+    with _loading:
+        image.load()
+
+
+def exif_of(image: Image.Image) -> Mapping[int, Any]:
+    """The EXIF tags; none when they cannot be parsed, which says nothing about the pixels."""
+    try:
+        return image.getexif()
+    except BROKEN:
+        return {}
+
+
+def _flatten(image: Image.Image, background: Color) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode in SIXTEEN_BIT:
+        return Image.fromarray(_scale_down(np.asarray(image))).convert("RGB")
+    if image.mode == "I":  # older files hold 16-bit greyscale in 32 bits
+        values = np.asarray(image)
+        deep = values.max() > 255
+        grey = _scale_down(values.clip(0, 65535)) if deep else values.clip(0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "F":
+        return Image.fromarray(_to_uint8(np.asarray(image), "image")).convert("RGB")
+    if image.mode in ALPHA or image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        flat = Image.new("RGB", rgba.size, background)
+        flat.paste(rgba, mask=rgba.getchannel("A"))
+        return flat
+    return image.convert("RGB")
+
+
+def frames_from_array(array: np.ndarray, kind: str, *, background: Color = WHITE) -> np.ndarray:
+    """[T, H, W, C] or [T, C, H, W] of any number type, C in {1, 3, 4} -> own or shared uint8 [T, H, W, 3].
+
+    The layout: channels are last when the last axis is 3 or 4, or 1 without a channel-like first axis; else first.
+    """
+    *_, first, middle, last = shape = array.shape[1:]
+    if 0 in array.shape:
+        raise RequestError(f"The {kind} array is empty: its shape is {shape}.", "bad_media")
+    if last == 1 and first in (1, 3, 4) and middle * first > 1:
+        raise RequestError(
+            f"Cannot tell channels from pixels in a {kind} array of shape {shape}: drop the axis of length 1 or pass PIL.",
+            "bad_media",
+        )
+    if last not in (1, 3, 4):
+        if first not in (1, 3, 4):
+            raise RequestError(
+                f"A {kind} array must be (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels, "
+                f"got shape {shape}.",
+                "bad_media",
+            )
+        array = np.moveaxis(array, 1, -1)
+    frames = _to_uint8(array, kind)
+    if frames.shape[-1] == 1:
+        frames = np.broadcast_to(frames, (*frames.shape[:-1], 3))
+    elif frames.shape[-1] == 4:
+        alpha = frames[..., 3:].astype(np.float32) / 255
+        frames = np.rint(frames[..., :3] * alpha + np.float32(background) * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(frames)
+
+
+def _to_uint8(array: np.ndarray, kind: str) -> np.ndarray:
+    """Values of any number type in 0..255 (16 bit: 0..65535; floats up to 1.0: 0..1) as uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint16:
+        return _scale_down(array)
+    if array.dtype.kind not in "iuf":
+        raise RequestError(f"A {kind} array cannot hold {array.dtype}; use uint8.", "bad_media")
+    low, high = float(array.min()), float(array.max())  # NaN anywhere shows in both
+    if not -1 < low <= high < 256:
+        raise RequestError(
+            f"The values of a {kind} array must lie in 0..255, got {low:g}..{high:g}. Pass raw pixels: normalisation is "
+            "part of the model.",
+            "bad_media",
+        )
+    if array.dtype.kind == "f" and high <= 1.0:
+        log.warning("%s array of floats in 0..1: scaled by 255. Pass uint8 pixels to be exact.", kind)
+        array = array * np.float32(255)
+    return np.rint(array).clip(0, 255).astype(np.uint8)
+
+
+def _scale_down(deep: np.ndarray) -> np.ndarray:
+    """16-bit values to 8 bits, rounded: 65535 is 255."""
+    return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _too_large(shape: tuple[int, ...], limits: Limits) -> RequestError:
+    size = "x".join(map(str, shape))
+    return RequestError(
+        f"Failed to load image: {size} exceeds the limit of {limits.image_pixels} pixels. Scale the image down.",
+        "media_too_large",
+    )
+
+
+def _failed(reason: object) -> RequestError:
+    words = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(reason))  # no memory addresses in messages
+    return RequestError(f"Failed to load image: {words}", "bad_media")
