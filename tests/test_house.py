@@ -1,0 +1,240 @@
+"""Who may import whom, how long things may grow, and what nothing may be called.
+
+The rules are read from the syntax tree, so an import inside a function counts too. Each rule is also shown a planted
+violation: a check that cannot fail checks nothing.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mmjax.models import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {"mmjax": "mmjax", "converters": "mmjax.converters", "kernels": "mmjax.kernels", "serve": "mmjax.serve"}
+OUTSIDE = ("tests", "benchmarks", "examples")
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a room may import of mmjax (None: anything but serve) and what it must not import of others."""
+
+    ours: tuple[str, ...] | None = None
+    banned: tuple[str, ...] = ()
+
+
+HOST = ("jax", "jaxlib", "flax", "orbax")
+NO_MODEL_CODE = ("flax", "orbax", "transformers")
+ENGINE = ("engine", "batch", "config", "types", "processors.base")
+
+# The longest matching prefix decides. A family's files get the law of their folder; that they leave other families
+# alone is checked beside it.
+LAWS = {
+    "": Law(),
+    "kernels": Law(ours=("kernels",), banned=NO_MODEL_CODE),
+    "converters": Law(ours=("converters",), banned=(*HOST, "transformers")),
+    "converters.orbax": Law(ours=("converters",), banned=("flax", "transformers")),
+    "types": Law(ours=("types",), banned=(*HOST, "transformers")),
+    "config": Law(ours=("types",), banned=(*HOST, "transformers")),
+    "multimodal": Law(ours=("multimodal", "types", "config"), banned=(*HOST, "transformers")),
+    "text": Law(ours=("text", "types"), banned=HOST),
+    "processors": Law(ours=("processors", "multimodal", "text", "types"), banned=(*HOST, "transformers")),
+    "inputs": Law(banned=(*HOST, "transformers")),
+    "render": Law(banned=(*HOST, "transformers")),
+    "batch": Law(ours=("batch",), banned=NO_MODEL_CODE),
+    "sharding": Law(ours=("sharding",), banned=NO_MODEL_CODE),
+    "nn": Law(ours=("nn", "kernels", "batch", "sharding"), banned=("orbax", "transformers")),
+    "models": Law(ours=("models", "nn", "batch", "sharding"), banned=("orbax", "transformers")),
+    "engine": Law(ours=ENGINE, banned=(*HOST, "transformers")),
+    "engine.runner": Law(ours=(*ENGINE, "models.family", "kernels", "sharding"), banned=("orbax", "transformers")),
+    "engine.sample": Law(ours=(*ENGINE, "sharding"), banned=("orbax", "transformers")),
+    "serve": Law(ours=("serve", "types", "*"), banned=(*HOST, "transformers")),
+}
+
+FILE_LINES = 500
+FUNCTION_LINES = 60
+FAMILY_LINES = {"models": 350, "processors": 200, "converters": 60}
+VAGUE = re.compile(r"(^|_)(utils?|commons?|helpers?|managers?|handlers?|misc)(_|$)")
+
+
+def sources(root: Path, *folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def dotted(path: Path, root: Path) -> str:
+    """The module a file becomes: kernels/pages.py is mmjax.kernels.pages."""
+    first, *rest = path.relative_to(root).with_suffix("").parts
+    return ".".join([ROOMS[first], *(part for part in rest if part != "__init__")])
+
+
+def imports(tree: ast.AST, module: str, package: bool) -> Iterator[tuple[int, str]]:
+    """(line, dotted target) of every import; `from a import b` gives a.b, and a relative one is resolved."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")
+            up = node.level - package
+            start = ".".join(base[: len(base) - up]) + "." if node.level else ""
+            for name in node.names:
+                yield node.lineno, f"{start}{node.module or ''}.{name.name}".replace("..", ".")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            if isinstance(node.args[0], ast.Constant):
+                yield node.lineno, str(node.args[0].value)
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def law_of(room: str) -> Law:
+    return LAWS[max((key for key in LAWS if not key or within(room, (key,))), key=len)]
+
+
+def import_faults(root: Path) -> Iterator[str]:
+    for path in sources(root, *ROOMS):
+        module = dotted(path, root)
+        room = module.removeprefix("mmjax").removeprefix(".")
+        law, tree = law_of(room), ast.parse(path.read_text())
+        eager = {node.lineno for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
+        for line, target in imports(tree, module, path.name == "__init__.py"):
+            where = f"{path.relative_to(root)}:{line} imports {target}"
+            top, _, inner = target.partition(".")
+            if top in ROOMS and top != "mmjax":
+                yield f"{where}: say mmjax.{top}"
+            elif top == "torch":
+                yield f"{where}: torch is for tests"
+            elif top == "transformers" and line in eager:
+                yield f"{where}: 5 s at import; import it where it is used"
+            elif within(target, law.banned):
+                yield f"{where}: not in {room}"
+            elif top == "mmjax" and not may_open(room, law, inner):
+                yield f"{where}: {room or 'mmjax'} may not open that room"
+
+
+def may_open(room: str, law: Law, inner: str) -> bool:
+    if within(inner, ("serve",)):
+        return within(room, ("serve", "__main__"))
+    folder, _, family = room.partition(".")
+    if folder in FAMILY_LINES and family in FAMILIES.values():
+        others = tuple(f"{folder}.{other}" for other in FAMILIES.values() if other != family)
+        if within(inner, others):
+            return False
+    public = "*" in (law.ours or ()) and "." not in inner and inner[:1].isupper()
+    return law.ours is None or public or within(inner, law.ours)
+
+
+def length_faults(root: Path) -> Iterator[str]:
+    for path in sources(root, *ROOMS, *OUTSIDE):
+        name, text = path.relative_to(root), path.read_text()
+        folder, limit = path.parent.name, FILE_LINES
+        if path.stem in FAMILIES.values() and not within(name.parts[0], OUTSIDE):
+            limit = FAMILY_LINES.get(folder, limit)
+        elif folder == "processors" and name.parts[0] == "mmjax":
+            limit = FAMILY_LINES[folder]
+        if (lines := text.count("\n")) > limit:
+            yield f"{name}: {lines} lines, at most {limit}"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    yield f"{name}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES}"
+
+
+def name_faults(root: Path) -> Iterator[str]:
+    for path in sources(root, *ROOMS, *OUTSIDE):
+        for part in path.relative_to(root).with_suffix("").parts:
+            if VAGUE.search(part):
+                yield f"{path.relative_to(root)}: {part!r} names nothing"
+
+
+def word_faults(root: Path) -> Iterator[str]:
+    unfinished = re.compile(r"#.*\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+    environment = re.compile(r"\bos\.(environ|getenv)\b")
+    for path in sources(root, *ROOMS, *OUTSIDE):
+        name = path.relative_to(root)
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if unfinished.search(line):
+                yield f"{name}:{number}: unfinished business"
+            if environment.search(line) and name.parts[0] in ROOMS and str(name) != "mmjax/config.py":
+                yield f"{name}:{number}: only mmjax/config.py reads the environment"
+
+
+CHECKS = {"imports": import_faults, "lengths": length_faults, "names": name_faults, "words": word_faults}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_house_rule(check: str) -> None:
+    assert list(CHECKS[check](ROOT)) == []
+
+
+BODY = "def f():\n" + "    pass\n" * 60
+PLANTED = [
+    ("imports", "kernels/pages.py", "import mmjax.batch", "may not open"),
+    ("imports", "kernels/deep/reference.py", "from ...nn import rope", "may not open"),
+    ("imports", "kernels/pages.py", "import flax.nnx", "not in kernels"),
+    ("imports", "converters/llava.py", "import jax.numpy as jnp", "not in converters"),
+    ("imports", "converters/llava.py", "from mmjax.converters.whisper import TABLE", "may not open"),
+    ("imports", "mmjax/types/errors.py", "from mmjax import llm", "may not open"),
+    ("imports", "mmjax/multimodal/image.py", "def f():\n    import jax", "not in multimodal"),
+    ("imports", "mmjax/processors/llava.py", "from flax import nnx", "not in processors"),
+    ("imports", "mmjax/processors/llava.py", "from . import whisper", "may not open"),
+    ("imports", "mmjax/nn/rope.py", "from mmjax.models import family", "may not open"),
+    ("imports", "mmjax/models/llava.py", "from mmjax.models.whisper import Block", "may not open"),
+    ("imports", "mmjax/models/llava.py", "from mmjax.processors import base", "may not open"),
+    ("imports", "mmjax/engine/scheduler.py", "import jax", "not in engine.scheduler"),
+    ("imports", "mmjax/engine/scheduler.py", "from mmjax.processors.llava import Processor", "may not open"),
+    ("imports", "mmjax/engine/runner.py", "from mmjax.models import llava", "may not open"),
+    ("imports", "mmjax/render.py", "import jax", "not in render"),
+    ("imports", "mmjax/inputs.py", "from flax import nnx", "not in inputs"),
+    ("imports", "mmjax/llm.py", "from mmjax.serve import app", "may not open"),
+    ("imports", "mmjax/llm.py", "import kernels", "say mmjax.kernels"),
+    ("imports", "mmjax/llm.py", "from converters.table import Rule", "say mmjax.converters"),
+    ("imports", "mmjax/llm.py", "import importlib\nimportlib.import_module('serve.app')", "say mmjax.serve"),
+    ("imports", "mmjax/llm.py", "def f():\n    import torch", "torch is for tests"),
+    ("imports", "mmjax/text/tokenizer.py", "import transformers", "import it where it is used"),
+    ("imports", "serve/app.py", "from mmjax.engine import scheduler", "may not open"),
+    ("lengths", "mmjax/llm.py", "x = 1\n" * 501, "501 lines"),
+    ("lengths", "mmjax/llm.py", BODY, "f has 61 lines"),
+    ("lengths", "mmjax/processors/vision.py", "x = 1\n" * 201, "201 lines"),
+    ("lengths", "mmjax/models/llava.py", "x = 1\n" * 351, "351 lines"),
+    ("lengths", "converters/llava.py", "x = 1\n" * 61, "61 lines"),
+    ("names", "mmjax/utils.py", "", "names nothing"),
+    ("names", "mmjax/common/cache_helpers.py", "", "names nothing"),
+    ("words", "mmjax/llm.py", "x = 1  # TO" + "DO: later", "unfinished"),
+    ("words", "mmjax/llm.py", "import os\nos.environ['X']", "only mmjax/config.py"),
+]
+
+
+@pytest.mark.parametrize(("check", "file", "text", "fault"), PLANTED)
+def test_house_rule_catches(check: str, file: str, text: str, fault: str, tmp_path: Path) -> None:
+    planted = tmp_path / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(text)
+    found = list(CHECKS[check](tmp_path))
+    assert found and all(fault in line for line in found)
+
+
+ALLOWED = [
+    ("kernels/deep/reference.py", "from ..choose import select\nimport jax"),
+    ("converters/orbax.py", "import jax, orbax.checkpoint"),
+    ("mmjax/models/llava.py", "from mmjax.models.family import Encoder\nfrom mmjax.nn.tower import Tower"),
+    ("mmjax/engine/runner.py", "import jax\nfrom mmjax.models.family import Shape"),
+    ("mmjax/text/tokenizer.py", "def f():\n    from transformers import AutoTokenizer"),
+    ("mmjax/config.py", "import os\nos.environ['X']"),
+    ("serve/app.py", "from mmjax import LLM\nfrom mmjax.types import RequestError"),
+]
+
+
+@pytest.mark.parametrize(("file", "text"), ALLOWED)
+def test_house_rule_allows(file: str, text: str, tmp_path: Path) -> None:
+    planted = tmp_path / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(text)
+    assert [fault for check in CHECKS.values() for fault in check(tmp_path)] == []
