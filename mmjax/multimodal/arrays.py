@@ -31,5 +31,7 @@ def to_numpy(value: Any) -> np.ndarray:
     try:
         array = np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
-        raise RequestError(f"Cannot read a {type(value).__name__} as an array; pass a NumPy array.", "bad_media") from error
+        raise RequestError(
+            f"Cannot read a {type(value).__name__} as an array; pass a NumPy array.", "bad_media"
+        ) from error
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array

@@ -1,4 +1,4 @@
-"""Audio of any kind to mono float32 at a model's rate: arrays of every common layout, sound files, video sound tracks."""
+"""Audio of any kind to mono float32 at a model's rate: arrays of common layouts, sound files, sound tracks."""
 
 import io
 import math
@@ -45,8 +45,8 @@ def _to_float(samples: Any) -> np.ndarray:
     if not is_array(samples):
         if not isinstance(samples, (list, tuple)):
             raise RequestError(
-                f"An audio item must be samples or a tuple (samples, sampling_rate), got {type(samples).__name__}. Read "
-                "files first, for example with soundfile.",
+                f"An audio item must be samples or a tuple (samples, sampling_rate), got {type(samples).__name__}. "
+                "Read files first, for example with soundfile.",
                 "bad_media",
             )
         try:
@@ -58,7 +58,8 @@ def _to_float(samples: Any) -> np.ndarray:
         return array.astype(np.float32, copy=False)
     if array.dtype.kind not in "iu" or array.dtype.itemsize == 8:
         raise RequestError(
-            f"Audio samples cannot be {array.dtype}: its full scale is not defined. Use float32 in ±1 or int16.", "bad_media"
+            f"Audio samples cannot be {array.dtype}: its full scale is not defined. Use float32 in ±1 or int16.",
+            "bad_media",
         )
     scale = np.float32(2 ** (8 * array.dtype.itemsize - 1))
     return array.astype(np.float32) / scale - np.float32(array.dtype.kind == "u")  # unsigned: silence is half scale
@@ -74,7 +75,7 @@ def to_mono(audio: np.ndarray) -> np.ndarray:
         return audio
     if audio.ndim != 2:
         raise RequestError(f"Unsupported audio shape {audio.shape}: at most (channels, time).", "bad_media")
-    if audio.shape[0] > audio.shape[1] and not audio.shape[1] == 0:
+    if audio.shape[0] > audio.shape[1] > 0:
         audio = audio.T
     return audio[0] if audio.shape[0] == 1 else audio.mean(axis=0)
 
@@ -86,7 +87,9 @@ def resample(audio: np.ndarray, source: float, target: float) -> np.ndarray:
     """
     for rate in (source, target):
         if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not RATES[0] <= rate <= RATES[1]:
-            raise RequestError(f"The sampling rate must be a number of Hz in {RATES[0]}..{RATES[1]}, got {rate!r}.", "bad_media")
+            raise RequestError(
+                f"The sampling rate must be a number of Hz in {RATES[0]}..{RATES[1]}, got {rate!r}.", "bad_media"
+            )
     if abs(float(source) - float(target)) <= SAME_RATE:
         return audio
     from scipy.signal import resample_poly  # over a second to import, and only odd rates need it
@@ -153,8 +156,8 @@ def split_audio(
 ) -> list[np.ndarray]:
     """Cut mono audio [n] into clips of at most `max_clip_duration_s`, at the quietest places.
 
-    Each cut lies in the last `overlap_duration_s` of a full clip, where a window of `min_energy_window_size` samples has
-    the least energy. No sample is lost or repeated: the clips concatenate to the input. Empty input gives no clips.
+    Each cut lies in the last `overlap_duration_s` of a full clip, where a window of `min_energy_window_size` samples
+    has the least energy. No sample is lost or repeated: the clips concatenate to the input. Empty input gives no clips.
     """
     audio = np.asarray(audio_data)
     clip, overlap = int(sample_rate * max_clip_duration_s), int(sample_rate * overlap_duration_s)

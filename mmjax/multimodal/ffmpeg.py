@@ -1,4 +1,4 @@
-"""The bundled ffmpeg, called so that a hostile file can only ever be decoded: no playlists, no network, no other files."""
+"""The bundled ffmpeg, called so that a hostile file can only be decoded: no playlists, no network, no other files."""
 
 import contextlib
 import functools
@@ -10,7 +10,10 @@ from pathlib import Path
 from mmjax.multimodal.limits import FFMPEG_TIMEOUT_S
 
 # containers that hold their media themselves; playlist-like formats (hls, concat, dash, …) can name other files
-DEMUXERS = "mov,matroska,avi,flv,mpegts,mpeg,mpegvideo,ogg,mp3,aac,flac,wav,w64,aiff,asf,amr,ac3,gif,m4v,h264,hevc,ivf,nut,apng"
+DEMUXERS = (
+    "mov,matroska,avi,flv,asf,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,nut,gif,apng,"
+    "ogg,mp3,aac,flac,wav,w64,aiff,amr,ac3"
+)
 
 
 @functools.cache
@@ -46,7 +49,7 @@ def run(file: Path, arguments: list[str], *, loud: bool = False) -> tuple[bytes,
 
 
 def probe_video(file: Path) -> tuple[int, float, int]:
-    """(frames, frames per second or 0, bytes of one RGB frame) of the first video stream; its packets are not decoded."""
+    """(frames, frames per second or 0, bytes of one RGB frame) of the first video stream, without decoding."""
     _, report = run(file, ["-map", "0:v:0", "-c", "copy", "-f", "null", "-"], loud=True)
     counts = re.findall(r"frame=\s*(\d+)", report)
     stream = re.search(r"Stream #.*Video: .*", report)

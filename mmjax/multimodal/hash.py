@@ -18,13 +18,20 @@ from mmjax.multimodal.image import exif_of, read
 from mmjax.types import RequestError
 
 
-def content_id(model: str, kind: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]) -> str:
+def content_id(
+    model: str, kind: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
+) -> str:
     """Id of a media item by its content and everything that changes how it is decoded and processed."""
     return _digest("content", model, kind, media, processor_kwargs, io_kwargs)
 
 
 def named_id(
-    model: str, kind: str, name: str, salt: str | None, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
+    model: str,
+    kind: str,
+    name: str,
+    salt: str | None,
+    processor_kwargs: Mapping[str, Any],
+    io_kwargs: Mapping[str, Any],
 ) -> str:
     """Id of a media item by the caller's own name for it. Never equal to a content id; separate for every cache salt,
     so that tenants with different salts cannot read or plant each other's items."""
@@ -82,7 +89,7 @@ def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:
 
 
 def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:
-    """Mode, size, orientation, transparency, palette and pixels; or the UUID that the caller put into the EXIF ImageID."""
+    """Mode, size, orientation, transparency, palette, pixels; or the UUID the caller put into the EXIF ImageID."""
     exif = exif_of(image)
     declared = exif.get(ExifTags.Base.ImageID)
     if isinstance(declared, uuid.UUID):

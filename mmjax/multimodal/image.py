@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.multimodal.limits import DEFAULT, Limits
@@ -51,7 +51,7 @@ def load(source: bytes | Path, *, background: Color = WHITE, limits: Limits = DE
         warnings.simplefilter("ignore")  # size warnings: the check in to_rgb decides
         try:
             image = Image.open(io.BytesIO(source), formats=FORMATS)
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise _failed(f"not an image in a supported format ({', '.join(FORMATS)})") from error
         except BROKEN as error:
             raise _failed(error) from error
@@ -64,6 +64,8 @@ def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -
         return to_rgb(media, background=background, limits=limits)
     if is_array(media):
         array = to_numpy(media)
+        if array.ndim != 3:
+            raise RequestError(f"An image array must have 3 axes, got shape {array.shape}.", "bad_media")
         if limits.image_pixels and array.size > 4 * limits.image_pixels:
             raise _too_large(array.shape, limits)
         return frames_from_array(array[None], "image", background=background)[0]
@@ -140,14 +142,15 @@ def frames_from_array(array: np.ndarray, kind: str, *, background: Color = WHITE
         raise RequestError(f"The {kind} array is empty: its shape is {shape}.", "bad_media")
     if last == 1 and first in (1, 3, 4) and middle * first > 1:
         raise RequestError(
-            f"Cannot tell channels from pixels in a {kind} array of shape {shape}: drop the axis of length 1 or pass PIL.",
+            f"Cannot tell channels from pixels in a {kind} array of shape {shape}: drop the axis of length 1, "
+            "or pass PIL.",
             "bad_media",
         )
     if last not in (1, 3, 4):
         if first not in (1, 3, 4):
             raise RequestError(
-                f"A {kind} array must be (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels, "
-                f"got shape {shape}.",
+                f"A {kind} array must be (height, width, channels) or (channels, height, width) with 1, 3 or 4 "
+                f"channels, got shape {shape}.",
                 "bad_media",
             )
         array = np.moveaxis(array, 1, -1)
@@ -156,7 +159,7 @@ def frames_from_array(array: np.ndarray, kind: str, *, background: Color = WHITE
         frames = np.broadcast_to(frames, (*frames.shape[:-1], 3))
     elif frames.shape[-1] == 4:
         alpha = frames[..., 3:].astype(np.float32) / 255
-        frames = np.rint(frames[..., :3] * alpha + np.float32(background) * (1 - alpha)).astype(np.uint8)
+        frames = np.rint(frames[..., :3] * alpha + np.asarray(background, np.float32) * (1 - alpha)).astype(np.uint8)
     return np.ascontiguousarray(frames)
 
 
@@ -173,8 +176,8 @@ def _to_uint8(array: np.ndarray, kind: str) -> np.ndarray:
     low, high = float(array.min()), float(array.max())  # NaN anywhere shows in both
     if not -1 < low <= high < 256:
         raise RequestError(
-            f"The values of a {kind} array must lie in 0..255, got {low:g}..{high:g}. Pass raw pixels: normalisation is "
-            "part of the model.",
+            f"The values of a {kind} array must lie in 0..255, got {low:g}..{high:g}. Pass raw pixels: normalisation "
+            "is part of the model.",
             "bad_media",
         )
     if array.dtype.kind == "f" and high <= 1.0:

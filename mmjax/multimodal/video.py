@@ -31,7 +31,7 @@ class Video:
 
 
 def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits = DEFAULT) -> Video:
-    """What a caller may pass as one video: frames as PIL images or 3-D arrays in a list, a 4-D array, or (those, metadata)."""
+    """What a caller may pass as one video: a list of PIL images or 3-D arrays, a 4-D array, or (those, metadata)."""
     frames, metadata = media if isinstance(media, tuple) and len(media) == 2 else (media, {})
     if not isinstance(metadata, Mapping):
         raise RequestError(f"Video metadata must be a dictionary, got {type(metadata).__name__}.", "bad_media")
@@ -39,8 +39,8 @@ def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits 
         array = to_numpy(frames)
         if array.ndim != 4:
             raise RequestError(
-                f"A video array must be (frames, height, width, channels) or (frames, channels, height, width), got shape "
-                f"{array.shape}.",
+                f"A video array must be (frames, height, width, channels) or (frames, channels, height, width), got "
+                f"shape {array.shape}.",
                 "bad_media",
             )
         return Video(image.frames_from_array(array, "video", background=background), dict(metadata))
@@ -62,7 +62,9 @@ def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits 
 
 def _same_size(shapes: list[tuple[int, ...]]) -> None:
     if len(set(shapes)) > 1:
-        raise RequestError(f"All frames of a video must have the same size, got {sorted(set(shapes))[:4]}.", "bad_media")
+        raise RequestError(
+            f"All frames of a video must have the same size, got {sorted(set(shapes))[:4]}.", "bad_media"
+        )
 
 
 def load(
@@ -114,7 +116,9 @@ def load(
 
 def _check_sampling(num_frames: Any, fps: Any, max_duration: Any, backend: str) -> None:
     if backend not in BACKENDS:
-        raise RequestError(f"Extension class {backend} not found; video_backend is one of {BACKENDS}.", "bad_media_kwargs")
+        raise RequestError(
+            f"Extension class {backend} not found; video_backend is one of {BACKENDS}.", "bad_media_kwargs"
+        )
     if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < -1 or num_frames == 0:
         raise RequestError(f"num_frames must be greater than 0 or -1, got {num_frames!r}.", "bad_media_kwargs")
     for name, value in (("fps", -1 if fps is None else fps), ("max_duration", max_duration)):

@@ -17,7 +17,7 @@ Kwargs = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
-    """One processed media item. `features` all lead with the `units` axis (patches, crops or clips) and are read-only."""
+    """One processed media item. `features` all lead with the `units` axis (patches, crops, clips), read-only."""
 
     kind: str
     features: dict[str, np.ndarray]
@@ -34,7 +34,8 @@ class Item:
         return sum(array.nbytes for array in self.features.values())
 
 
-class Span(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Span:
     """Prompt tokens [start, start + length) take rows 0..length-1 of item `index` of `kind`."""
 
     start: int
@@ -52,8 +53,8 @@ class Expanded(NamedTuple):
 
 
 class Processor(Protocol):
-    """The host side of a family. Constructed as `(config, files, tokenizer)`: config.json, the other parsed JSON files by
-    file name, and the tokenizer or None."""
+    """The host side of a family. Constructed as `(config, files, tokenizer)`: config.json, the other parsed JSON files
+    by file name, and the tokenizer or None."""
 
     kinds: Mapping[str, int | None]  # modality -> most items one prompt may hold (None: no bound)
     placeholder: Mapping[str, str]  # modality -> text that stands for one item in a prompt

@@ -47,9 +47,7 @@ class Processor:
 
     kinds: Mapping[str, int | None] = {"image": None, "video": None}
     marker: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    placeholder: Mapping[str, str] = {
-        kind: f"<|vision_start|>{token}<|vision_end|>" for kind, token in marker.items()
-    }
+    placeholder: Mapping[str, str] = {kind: f"<|vision_start|>{token}<|vision_end|>" for kind, token in marker.items()}
     accepts = frozenset({"min_pixels", "max_pixels", "size", "do_resize"})
     sampling_rate: int | None = None
 
@@ -75,12 +73,12 @@ class Processor:
     def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
         """Tokens of an image (height, width) or a video (frames, height, width)."""
         frames = size[0] if kind == "video" else 1
-        height, width = self._target(kind, *size[-2:], kwargs)
+        height, width = self._target(kind, size[-2], size[-1], kwargs)
         return math.ceil(frames / self.frames) * (height // self.patch) * (width // self.patch) // self.merge**2
 
     def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
         """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, 1176], place i32[U, 2], segment i32[U]."""
-        frames: Sequence[Any] = media.frames if isinstance(media, Video) else [media]
+        frames = list(media.frames) if isinstance(media, Video) else [media]
         height, width = self._target(kind, *image_size(frames[0]), kwargs)
         resized = [resize(frame, height, width) for frame in frames]
         resized += resized[-1:] * (-len(resized) % self.frames)  # an image is shown twice; odd clips repeat the last

@@ -19,10 +19,10 @@ TOP_HZ = 8000.0
 
 
 class LogMel:
-    """Log-mel features as Whisper was trained on: Hann windows, slaney filters, clamped to 8 decades, scaled near ±1."""
+    """Log-mel features as Whisper was trained on: Hann windows, slaney filters, 8 decades scaled to about ±1."""
 
     def __init__(self, *, rate: int, window: int, hop: int, bins: int, samples: int):
-        self.window, self.hop, self.samples = window, hop, samples
+        self.rate, self.window, self.hop, self.samples = rate, window, hop, samples
         self.frames = samples // hop
         self.taper = np.hanning(window + 1)[:-1].astype(np.float32)  # periodic
         self.filters = mel_filters(rate, window, bins)
@@ -102,7 +102,8 @@ class Processor:
         if len(media) > self.mel.samples:
             log.warning(
                 "audio of %.1f s is cut to the model's window of %.1f s; split longer recordings first",
-                len(media) / self.sampling_rate, self.mel.samples / self.sampling_rate,
+                len(media) / self.mel.rate,
+                self.mel.samples / self.mel.rate,
             )
         return Item(kind, {"mel": self.mel(media)[None]}, units=1, rows=0)
 

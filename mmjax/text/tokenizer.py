@@ -1,7 +1,7 @@
 """Text to token ids and back, straight from tokenizer.json.
 
-The file is read by `tokenizers` alone: importing transformers costs seconds, and its AutoTokenizer may rebuild a tokenizer
-that encodes differently from the published file.
+The file is read by `tokenizers` alone: importing transformers costs seconds, and its AutoTokenizer may rebuild a
+tokenizer that encodes differently from the published file.
 """
 
 import functools
@@ -23,8 +23,8 @@ class Tokenizer:
         file = self.directory / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(
-                f"{self.directory} has no tokenizer.json. Download it from the model's repository, or write it once with "
-                '`transformers.AutoTokenizer.from_pretrained("<model>").save_pretrained("<directory>")`.'
+                f"{self.directory} has no tokenizer.json. Download it from the model's repository, or write it once "
+                'with `transformers.AutoTokenizer.from_pretrained("<model>").save_pretrained("<directory>")`.'
             )
         self._backend = Backend.from_file(str(file))
         self._backend.no_truncation()  # some published files carry the settings of their last training run
@@ -40,8 +40,8 @@ class Tokenizer:
         """Token ids of `text`. With `max_tokens`, text that cannot fit is refused before the (slow) tokenisation."""
         if max_tokens is not None and len(text) > max_tokens * self.longest_token:
             raise ValidationError(
-                f"This model's maximum context length is {max_tokens} tokens. However, your request has {len(text)} input "
-                "characters, which cannot fit. Please reduce the length of the input.",
+                f"This model's maximum context length is {max_tokens} tokens. However, your request has {len(text)} "
+                "input characters, which cannot fit. Please reduce the length of the input.",
                 parameter="input_text",
                 value=len(text),
             )

@@ -1,0 +1,271 @@
+"""What a caller hands over -> `Request`: the form is checked here, before any work is done.
+
+Wrong kinds of object are TypeError, wrong values RequestError. Media are split into items but neither decoded nor
+hashed; only their outer form is looked at.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from mmjax.multimodal.arrays import is_array, is_tensor
+from mmjax.types import RequestError
+
+MODALITIES = ("image", "video", "audio")
+DEFAULT_LIMIT = 999  # items of one modality per prompt
+LIMIT_OPTIONS = {  # keys of the dictionary form of a limit; all but `count` only size the profiling run
+    "image": ("count", "width", "height"),
+    "video": ("count", "num_frames", "width", "height"),
+    "audio": ("count", "length"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Media:
+    """One media item as given. `data` None: to be found in the cache under `uuid`."""
+
+    data: Any
+    uuid: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt of known form. Exactly one of `text` and `tokens` drives the model: tokens, when they are given.
+
+    For encoder-decoder models both belong to the decoder, and `encoder_text` is what an explicit encoder prompt said.
+    """
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    media: Mapping[str, tuple[Media, ...]] = dataclasses.field(default_factory=dict)
+    processor_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    salt: str | None = None
+    encoder_text: str | None = None
+
+
+def batch(prompts: Any) -> list[Any]:
+    """The prompts of a call: a dict, a str or a non-empty list of ints is one prompt, any other sequence many."""
+    if isinstance(prompts, (Mapping, str, bytes)) or (_is_list(prompts) and prompts and all(map(_is_int, prompts))):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise _not_a_prompt(prompts)
+    return list(prompts)
+
+
+def parse(prompt: Any, *, encoder_decoder: bool = False) -> Request:
+    """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values."""
+    if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
+        if not encoder_decoder:
+            raise TypeError("Cannot pass encoder-decoder prompt to decoder-only models")
+        return _parse_pair(prompt)
+    return _parse_single(prompt, encoder_decoder)
+
+
+def _parse_pair(prompt: Mapping[str, Any]) -> Request:
+    if "decoder_prompt" not in prompt:
+        raise TypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
+    encoder, decoder = _parse_single(prompt["encoder_prompt"], True), prompt["decoder_prompt"]
+    if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
+        raise TypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
+    half = Request(text="") if decoder is None else _parse_single(decoder, True)
+    return dataclasses.replace(
+        encoder, text=half.text, tokens=half.tokens, encoder_text=encoder.text, salt=encoder.salt or half.salt
+    )
+
+
+def _parse_single(prompt: Any, encoder_decoder: bool) -> Request:
+    if isinstance(prompt, str):
+        return Request(text=prompt)
+    if _is_list(prompt):
+        return Request(tokens=_token_ids(prompt))
+    if not isinstance(prompt, Mapping):
+        raise _not_a_prompt(prompt)
+    text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if prompt.get("prompt_embeds") is not None:
+        if encoder_decoder:
+            raise TypeError("Cannot pass embeddings prompt to encoder-decoder models")
+        raise RequestError(
+            "`prompt_embeds` is not supported; pass `prompt` or `prompt_token_ids`.", "unsupported_input"
+        )
+    if tokens is None and text is None:
+        raise TypeError(
+            "Prompt dictionary must contain text, tokens, or embeddings: "
+            "`prompt`, `prompt_token_ids` or `prompt_embeds`"
+        )
+    if text is not None and not isinstance(text, str):
+        raise TypeError(
+            f"Prompt should be a string, list of tokens, or dictionary; `prompt` is a {type(text).__name__}"
+        )
+    kwargs = prompt.get("mm_processor_kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(f"mm_processor_kwargs should be a dictionary, got {type(kwargs).__name__}")
+    return Request(
+        text=text,
+        tokens=None if tokens is None else _token_ids(tokens),
+        media=parse_media(prompt.get("multi_modal_data"), prompt.get("multi_modal_uuids")),
+        processor_kwargs=dict(kwargs),
+        salt=_salt(prompt.get("cache_salt")),
+    )
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...]:
+    if not _is_list(tokens) or not all(map(_is_int, tokens)):
+        raise TypeError("Token prompt should be a list of integers")
+    return tuple(map(int, tokens))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _not_a_prompt(prompt: Any) -> TypeError:
+    return TypeError(f"Prompt should be a string, list of tokens, or dictionary, got {type(prompt).__name__}")
+
+
+def _salt(salt: Any) -> str | None:
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError("cache_salt must be a non-empty string.", "bad_cache_salt")
+    return salt
+
+
+def parse_media(data: Any, uuids: Any = None) -> dict[str, tuple[Media, ...]]:
+    """`multi_modal_data` and `multi_modal_uuids` -> items per modality, each with its name."""
+    data, uuids = data or {}, uuids or {}
+    for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
+        for kind in value:
+            if kind not in MODALITIES:
+                raise RequestError(
+                    f"Unsupported modality: {kind}. Known are {', '.join(MODALITIES)}.", "unknown_modality"
+                )
+    media = {}
+    for kind in MODALITIES:
+        if kind in data or uuids.get(kind):
+            media[kind] = _pair(kind, split_items(kind, data.get(kind)), _names(kind, uuids.get(kind)))
+    return media
+
+
+def _pair(kind: str, items: list[Any], names: list[str | None]) -> tuple[Media, ...]:
+    """Give every item its name, and require one or the other of each."""
+    where, by = f"multi_modal_data['{kind}']", f"multi_modal_uuids['{kind}']"
+    if not items:
+        if not names:
+            raise RequestError(f"{where} is empty but {by} is missing.", "missing_media")
+        items = [None] * len(names)
+    if names and len(names) != len(items):
+        raise RequestError(
+            f"If given, {by} must have same length as {where}, but got {len(names)} vs {len(items)}.", "uuid_mismatch"
+        )
+    names = names or [None] * len(items)
+    for index, (item, name) in enumerate(zip(items, names, strict=True)):
+        if item is None and name is None:
+            raise RequestError(f"{where}[{index}] is empty but {by}[{index}] is missing.", "missing_media")
+    return tuple(map(Media, items, names))
+
+
+def _names(kind: str, uuids: Any) -> list[str | None]:
+    names = [uuids] if isinstance(uuids, str) else uuids
+    if names is None:
+        return []
+    if not _is_list(names) or not all(name is None or (isinstance(name, str) and name) for name in names):
+        raise RequestError(
+            f"multi_modal_uuids['{kind}'] must be a string, or a list of non-empty strings and None.", "bad_uuid"
+        )
+    return list(names)
+
+
+def split_items(kind: str, data: Any) -> list[Any]:
+    """The items in the value of one modality: one item, a list of items, or an array whose first axis counts them.
+
+    Arrays of torch and JAX that stand alone with three axes, lists of 2-D arrays and dictionaries are embeddings.
+    """
+    if data is None:
+        return []
+    if isinstance(data, Mapping) or (kind == "image" and is_tensor(data) and data.ndim in (2, 3)):
+        raise _embeddings(kind)
+    if is_array(data):
+        axes = {"image": 3, "video": 4, "audio": 1}[kind]  # of one item
+        if data.ndim == axes:
+            return [data]
+        if data.ndim == axes + 1:
+            return list(data)
+        if data.ndim == 3 and is_tensor(data):
+            raise _embeddings(kind)
+        raise RequestError(
+            f"An array of shape {tuple(data.shape)} is no {kind}: one {kind} has {axes} axes, several have {axes + 1}.",
+            "bad_media",
+        )
+    if not _is_list(data) or is_one_item(kind, data):
+        return [data]
+    # stereo NumPy clips in a list are audio; nothing raw of the other kinds has two axes
+    if data and all((is_tensor if kind == "audio" else is_array)(member) and member.ndim == 2 for member in data):
+        raise _embeddings(kind)
+    if kind == "audio" and len(data) == 2 and is_array(data[0]) and isinstance(data[1], (int, float)):
+        raise RequestError("Audio with its sampling rate must be a tuple (array, rate), not a list.", "bad_media")
+    return list(data)
+
+
+def is_one_item(kind: str, data: Sequence[Any]) -> bool:
+    """Whether a list or tuple is itself one item: a video's frames, audio samples, or media with metadata."""
+    if not data or kind == "image":
+        return False
+    first = data[0]
+    if isinstance(data, tuple) and len(data) == 2 and (is_array(first) or _is_list(first)):
+        second = data[1]
+        if kind == "video" and isinstance(second, Mapping):
+            return True
+        if kind == "audio" and (second is None or isinstance(second, numbers.Real)):
+            return True
+    if kind == "video":
+        # a flat list of 3-D arrays is one video, as are PIL images; arrays with four axes are videos themselves
+        return all(isinstance(f, Image.Image) or (is_array(f) and f.ndim == 3) for f in data)
+    return isinstance(first, numbers.Real) and not isinstance(first, bool)
+
+
+def _embeddings(kind: str) -> RequestError:
+    return RequestError(
+        f"You must set `--enable-mm-embeds` to input `{kind}_embeds`. (Three-axis arrays of torch or JAX, lists of 2-D "
+        f"arrays and dictionaries are read as embeddings; pass raw {kind} data as NumPy or PIL.)",
+        "embeds_disabled",
+    )
+
+
+def read_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
+    """`limit_mm_per_prompt` -> most items per modality. Values are counts, or dictionaries with a `count`.
+
+    RequestError: unknown modality or option, negative count.
+    """
+    counts = dict.fromkeys(MODALITIES, DEFAULT_LIMIT)
+    for kind, value in (limits or {}).items():
+        if kind not in MODALITIES:
+            raise RequestError(f"limit_mm_per_prompt: Unsupported modality: {kind}.", "bad_limit")
+        options = value if isinstance(value, Mapping) else {"count": value}
+        for name, number in options.items():
+            if name not in LIMIT_OPTIONS[kind]:
+                raise RequestError(
+                    f"limit_mm_per_prompt[{kind!r}]: unknown option {name!r}; known are {LIMIT_OPTIONS[kind]}.",
+                    "bad_limit",
+                )
+            least = 0 if name == "count" else 1
+            if not _is_int(number) or number < least:
+                raise RequestError(
+                    f"limit_mm_per_prompt[{kind!r}]: {name} must be an integer >= {least}, got {number!r}.", "bad_limit"
+                )
+        counts[kind] = int(options.get("count", DEFAULT_LIMIT))
+    return counts
+
+
+def check_count(kind: str, count: int, limit: int, hard: int | None) -> None:
+    """RequestError when a prompt holds more items than `limit` (the operator's) or `hard` (the model's, None: any)."""
+    most = limit if hard is None else min(limit, hard)
+    if count > most:
+        advice = " Set `--limit-mm-per-prompt` to increase this limit." if hard is None or most < hard else ""
+        raise RequestError(f"At most {most} {kind}(s) may be provided in one prompt.{advice}", "too_many_items")

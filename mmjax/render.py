@@ -1,0 +1,304 @@
+"""`Request` -> `Rendered`: the prompt in tokens and positions, its media processed and named, ready for the engine.
+
+The steps: count, tokenise, find or process every item, expand placeholders, check the length, place. Nothing here
+touches a device, and a `Renderer` may be used from several threads.
+"""
+
+import collections
+import dataclasses
+import itertools
+import logging
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mmjax import inputs
+from mmjax.inputs import Media, Request
+from mmjax.multimodal import audio, image, video
+from mmjax.multimodal.hash import content_id, named_id
+from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.processors.base import Expanded, Item, Processor, Span, linear_positions
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError, ValidationError
+
+log = logging.getLogger(__name__)
+
+TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
+
+
+class MediaItem(NamedTuple):
+    """A processed item under the name by which every cache knows it: equal keys mean equal features."""
+
+    kind: str
+    key: str
+    item: Item
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rendered:
+    """A prompt the engine can schedule. `items` are in the order of `spans` (in the order given where they fill no
+    tokens); `spans` index items within their kind. Token i >= T sits at position i + `delta` on every row."""
+
+    prompt: str | None
+    tokens: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [R, T]
+    delta: int
+    spans: list[Span]
+    items: list[MediaItem]
+    salt: str | None = None
+    encoder_prompt: str | None = None
+    encoder_tokens: np.ndarray | None = None  # int32, encoder-decoder models only
+
+
+class ItemCache:
+    """Processed items by key, least recently used out first, within a budget of bytes. Items above it are not kept."""
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes = budget_bytes
+        self.queries = self.hits = self.used_bytes = 0
+        self._items: collections.OrderedDict[str, Item] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Item | None:
+        with self._lock:
+            self.queries += 1
+            item = self._items.get(key)
+            if item is not None:
+                self.hits += 1
+                self._items.move_to_end(key)
+            return item
+
+    def put(self, key: str, item: Item) -> None:
+        with self._lock:
+            if item.nbytes > self.budget_bytes or key in self._items:
+                return
+            self._items[key] = item
+            self.used_bytes += item.nbytes
+            while self.used_bytes > self.budget_bytes:
+                self.used_bytes -= self._items.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Forget every item; the statistics go on."""
+        with self._lock:
+            self._items.clear()
+            self.used_bytes = 0
+
+
+class Renderer:
+    """Turns requests into prompts for one model.
+
+    `processor` None: a plain language model, which takes no media. `tokenizer` None: prompts must be token ids.
+    `max_item_rows`: rows the encoder cache can hold of one item. `cache_gb` is in GiB; 0 keeps no items. Without both
+    item cache and prefix cache the caller's names for media are ignored.
+    """
+
+    def __init__(
+        self,
+        processor: Processor | None,
+        tokenizer: Tokenizer | None,
+        *,
+        model_id: str,
+        vocab_size: int,
+        max_model_len: int,
+        limit_mm_per_prompt: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+        cache_gb: float = 4.0,
+        prefix_caching: bool = True,
+        encoder_decoder: bool = False,
+        max_item_rows: int | None = None,
+        limits: Limits = DEFAULT,
+    ):
+        self.processor, self.tokenizer, self.model_id = processor, tokenizer, model_id
+        self.vocab_size, self.max_model_len, self.max_item_rows = vocab_size, max_model_len, max_item_rows
+        self.counts = inputs.read_limits(limit_mm_per_prompt)
+        self.processor_kwargs = dict(mm_processor_kwargs or {})
+        self.io_kwargs = {kind: dict(kwargs) for kind, kwargs in (media_io_kwargs or {}).items()}
+        self.background = image.background_color(
+            self.io_kwargs.get("image", {}).get("rgba_background_color", image.WHITE)
+        )
+        self.encoder_decoder, self.limits = encoder_decoder, limits
+        self.cache = ItemCache(int(cache_gb * 2**30))
+        self.named = cache_gb > 0 or prefix_caching
+        self._serial = itertools.count()
+        self._warned: set[str] = set()
+
+    def parse(self, prompt: Any) -> Request:
+        """A prompt as a caller writes it -> Request; see `mmjax.inputs.parse`."""
+        request = inputs.parse(prompt, encoder_decoder=self.encoder_decoder)
+        self.check_counts(request)
+        return request
+
+    def check_counts(self, request: Request) -> None:
+        """RequestError if the prompt holds more media than the model or the operator allows."""
+        kinds = self.processor.kinds if self.processor else {}
+        for kind, media in request.media.items():
+            inputs.check_count(kind, len(media), self.counts[kind], kinds.get(kind, 0))
+
+    def render(self, request: Request, tokenization_kwargs: Mapping[str, Any] | None = None) -> Rendered:
+        """Tokenise, process, expand, check and place. RequestError for everything the caller can mend.
+
+        `tokenization_kwargs`: add_special_tokens (bool), truncate_prompt_tokens (keep the last n; -1: max_model_len).
+        """
+        self.check_counts(request)
+        tokens = self._tokens(request, tokenization_kwargs or {})
+        media = self._items(request)
+        items = {kind: [entry.item for entry in entries] for kind, entries in media.items()}
+        expanded = self.processor.expand(tokens, items) if self.processor else Expanded(tokens, [])
+        self._check_length(len(expanded.tokens))
+        if self.processor:
+            positions, delta = self.processor.positions(expanded.tokens, expanded.spans, items)
+        else:
+            positions, delta = linear_positions(len(expanded.tokens))
+        placed = [media[span.kind][span.index] for span in expanded.spans]
+        encoder = np.asarray(expanded.encoder_tokens, np.int32) if self.encoder_decoder else None
+        return Rendered(
+            prompt=request.text,
+            tokens=np.asarray(expanded.tokens, np.int32),
+            positions=positions,
+            delta=delta,
+            spans=expanded.spans,
+            items=placed or [entry for entries in media.values() for entry in entries],
+            salt=request.salt,
+            encoder_prompt=request.encoder_text,
+            encoder_tokens=encoder,
+        )
+
+    # --- text
+
+    def _tokens(self, request: Request, options: Mapping[str, Any]) -> list[int]:
+        """Ids of the prompt before expansion."""
+        if request.tokens is not None:
+            for token in request.tokens:
+                if not 0 <= token < self.vocab_size:
+                    raise RequestError(f"Token id {token} is out of vocabulary", "bad_token_id")
+            return list(request.tokens)
+        if self.tokenizer is None:
+            raise RequestError(
+                "Without a tokenizer (skip_tokenizer_init) prompts must be `prompt_token_ids`.", "no_tokenizer"
+            )
+        special, keep = self._tokenization(options)
+        text = self._with_placeholders(request)
+        bound = None if keep is not None else self.max_model_len
+        tokens = self.tokenizer.encode(text, special, max_tokens=bound)
+        if keep is not None:
+            return tokens[max(0, len(tokens) - keep) :]
+        if len(tokens) > self.max_model_len:  # before any medium is decoded
+            raise ValidationError(
+                f"This model's maximum context length is {self.max_model_len} tokens, but the text alone has "
+                f"{len(tokens)}. {self._too_long(len(tokens))}",
+                parameter="input_tokens",
+                value=len(tokens),
+            )
+        return tokens
+
+    def _tokenization(self, options: Mapping[str, Any]) -> tuple[bool, int | None]:
+        """(add special tokens, tokens to keep or None)."""
+        for name in options:
+            if name not in TOKENIZATION_KWARGS:
+                raise ValidationError(
+                    f"Unknown key in tokenization_kwargs; known are {TOKENIZATION_KWARGS}.", parameter=name
+                )
+        keep = options.get("truncate_prompt_tokens")
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < -1):
+            raise ValidationError("Must be an integer >= -1.", parameter="truncate_prompt_tokens", value=keep)
+        # the start tokens of an encoder-decoder prompt are its own business
+        special = bool(options.get("add_special_tokens", not self.encoder_decoder))
+        return special, self.max_model_len - 1 if keep == -1 else keep
+
+    def _with_placeholders(self, request: Request) -> str:
+        """The text, with `<image>`, `<video>` and `<audio>` replaced by the model's placeholders: only where the text
+        has none of the model's own for that modality and exactly as many generic ones as items."""
+        text = request.text or ""
+        for kind, media in request.media.items():
+            generic, marker = f"<{kind}>", self.processor.marker.get(kind) if self.processor else None
+            if self.processor and marker and marker not in text and text.count(generic) == len(media):
+                text = text.replace(generic, self.processor.placeholder[kind])
+        return text
+
+    def _check_length(self, length: int) -> None:
+        if not length:
+            raise RequestError("The decoder prompt cannot be empty", "empty_prompt")
+        if length >= self.max_model_len:  # equal leaves no room for one generated token
+            raise RequestError(self._too_long(length), "prompt_too_long")
+
+    def _too_long(self, length: int) -> str:
+        return (
+            f"The decoder prompt (length {length}) is longer than the maximum model length of {self.max_model_len}. "
+            "Make sure that `max_model_len` is no smaller than the number of text tokens plus multimodal tokens, and "
+            "leave room for at least one token of the answer."
+        )
+
+    # --- media
+
+    def _items(self, request: Request) -> dict[str, list[MediaItem]]:
+        """Every item of the request, from the cache or processed now."""
+        if not request.media:
+            return {}
+        kwargs = self._kwargs(request)
+        serial = next(self._serial)
+        return {
+            kind: [self._item(kind, index, entry, kwargs, request.salt, serial) for index, entry in enumerate(media)]
+            for kind, media in request.media.items()
+        }
+
+    def _kwargs(self, request: Request) -> dict[str, Any]:
+        """Engine and request kwargs together, the request's winning; keys the processor does not know are dropped."""
+        assert self.processor is not None  # counts were checked: no processor, no media
+        merged = {**self.processor_kwargs, **request.processor_kwargs}
+        for name in merged.keys() - self.processor.accepts:
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning("mm_processor_kwargs: %r is not used by this model and dropped", name)
+        return {name: value for name, value in merged.items() if name in self.processor.accepts}
+
+    def _item(
+        self, kind: str, index: int, media: Media, kwargs: Mapping[str, Any], salt: str | None, serial: int
+    ) -> MediaItem:
+        io_kwargs = self.io_kwargs.get(kind, {})
+        if isinstance(media.data, Image.Image):
+            image.check_size(media.data, self.limits)  # before its pixels are hashed
+        if not self.named:
+            key = f"{serial}-{kind}-{index}"
+        elif media.uuid is not None:
+            key = named_id(self.model_id, kind, media.uuid, salt, kwargs, io_kwargs)
+        else:
+            key = content_id(self.model_id, kind, media.data, kwargs, io_kwargs)
+        item = self.cache.get(key)
+        if item is None:
+            if media.data is None:
+                raise RequestError(f"Cache miss for {kind} at index {index} but data is not provided.", "cache_miss")
+            item = self._process(kind, index, media.data, kwargs)
+            self.cache.put(key, item)
+        if self.max_item_rows is not None and item.rows > self.max_item_rows:
+            raise RequestError(
+                f"The {kind} item at index {index} with length {item.rows} exceeds the pre-allocated encoder cache "
+                f"size {self.max_item_rows}. Reduce the input resolution, or raise `max_num_batched_tokens` to "
+                f"at least {item.rows}.",
+                "item_too_large",
+            )
+        return MediaItem(kind, key, item)
+
+    def _process(self, kind: str, index: int, data: Any, kwargs: Mapping[str, Any]) -> Item:
+        """Decode and process one item. What goes wrong in there is about this item; its content stays out of words."""
+        assert self.processor is not None
+        try:
+            return self.processor.item(kind, self._decode(kind, data), kwargs)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise RequestError(
+                f"Failed to apply {type(self.processor).__module__} on {kind} item {index} ({type(error).__name__}).",
+                "processing_failed",
+            ) from error
+
+    def _decode(self, kind: str, data: Any) -> Any:
+        assert self.processor is not None
+        if kind == "image":
+            return image.decode(data, background=self.background, limits=self.limits)
+        if kind == "video":
+            return video.decode(data, background=self.background, limits=self.limits)
+        return audio.decode(data, self.processor.sampling_rate)
