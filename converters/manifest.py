@@ -1,0 +1,37 @@
+"""What stands beside the weights of a converted checkpoint, and how such a directory is recognised. Imports no Orbax."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmjax.converters.safetensors import CheckpointError
+
+MANIFEST = "mmjax.json"
+FORMAT = 1
+TEXT_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "normalizer.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+def is_orbax(directory: Path | str) -> bool:
+    """Whether `directory` holds an Orbax checkpoint of a tree of arrays."""
+    return (Path(directory) / "_METADATA").is_file()
+
+
+def read_manifest(directory: Path | str) -> dict[str, Any] | None:
+    """The content of `mmjax.json`; None where there is none (a checkpoint written by others). Raises CheckpointError."""
+    file = Path(directory) / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version, _ = manifest["format"], manifest["tensors"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{file} has format {version}; this version reads format {FORMAT}")
+    return manifest
