@@ -5,6 +5,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmjax.compiles import Compiles
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,40 +31,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-class Compiles:
-    """Programs asked of the backend since the fixture was set up, or since `reset()`.
-
-    `count` is what tests should assert on: it does not depend on what earlier runs left in the persistent cache.
-    `loaded` of them came from that cache, `compiled` were built.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.loaded = 0
-
-    @property
-    def compiled(self) -> int:
-        return self.count - self.loaded
-
-    def reset(self) -> None:
-        self.count = self.loaded = 0
-
-    def on_duration(self, event: str, duration_s: float, **_: object) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-    def on_event(self, event: str, **_: object) -> None:
-        self.loaded += event == "/jax/compilation_cache/cache_hits"
-
-
 @pytest.fixture
-def compiles() -> Iterator[Compiles]:
-    """Counts backend compiles while the test runs."""
-    counter = Compiles()
-    jax.monitoring.register_event_duration_secs_listener(counter.on_duration)
-    jax.monitoring.register_event_listener(counter.on_event)
-    yield counter
-    jax.monitoring.unregister_event_duration_listener(counter.on_duration)
-    jax.monitoring.unregister_event_listener(counter.on_event)
+def compiles() -> "Iterator[Compiles]":
+    """Counts the programs asked of XLA while the test runs. `compiles.count` does not depend on earlier runs."""
+    from mmjax.compiles import count_compiles
+
+    with count_compiles() as counter:
+        yield counter
 
 
 @pytest.fixture(scope="session")

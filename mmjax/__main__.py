@@ -1,0 +1,144 @@
+"""The command line: `mmjax convert|inspect|bench|version`. Nothing heavy is imported before a command is chosen."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mmjax
+from mmjax import flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 2 for a wrong command line, 1 for input that cannot be used."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(flags.fold(sys.argv[1:] if argv is None else argv))
+    except flags.FlagError as error:
+        parser.error(str(error))
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"mmjax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
+    convert.add_argument("source", help="model directory or hub id (safetensors)")
+    convert.add_argument("destination", type=Path, help="directory to create")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    convert.set_defaults(command=_convert)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds, from its headers alone")
+    inspect.add_argument("directory", type=Path)
+    inspect.set_defaults(command=_inspect)
+
+    bench = commands.add_parser("bench", help="measure throughput or latency on made-up inputs")
+    kinds = bench.add_subparsers(required=True, metavar="KIND")
+    for name, prompts in (("throughput", 16), ("latency", 1)):
+        kind = kinds.add_parser(name, allow_abbrev=False)
+        kind.set_defaults(command=_bench, kind=name)
+        _add_workload(kind, prompts)
+        flags.add_engine_flags(kind)
+
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(command=_version)
+    return parser
+
+
+def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
+    parser.add_argument("model", help="model directory or hub id; random weights with --load-format dummy")
+    group = parser.add_argument_group("workload")
+    group.add_argument("--prompts", "--batch", type=int, default=prompts, help=f"default: {prompts}")
+    group.add_argument("--text", type=int, default=64, help="tokens of text per prompt, about (default: 64)")
+    group.add_argument(
+        "--image", type=_size, action="append", default=[], metavar="WxH", help="one more image per prompt"
+    )
+    group.add_argument("--audio", type=float, default=0.0, metavar="SECONDS", help="audio per prompt")
+    group.add_argument("--output", type=int, default=64, help="tokens to generate per prompt (default: 64)")
+    group.add_argument("--repeats", type=int, default=5, help="runs to take the median of, for latency (default: 5)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 640x480")
+    return int(match[1]), int(match[2])
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from mmjax import bench
+
+    work = bench.Workload(
+        prompts=arguments.prompts,
+        text=arguments.text,
+        images=tuple(arguments.image),
+        audio_s=arguments.audio,
+        output=arguments.output,
+    )
+    engine = flags.engine_kwargs(arguments)
+    if arguments.kind == "throughput":
+        report = bench.throughput(arguments.model, work, engine)
+    else:
+        report = bench.latency(arguments.model, work, engine, arguments.repeats)
+    print(report.as_table())
+    if arguments.json:
+        arguments.json.write_text(report.as_json() + "\n")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from mmjax.converters.orbax import convert_checkpoint
+    from mmjax.load import Checkpoint, declare
+
+    checkpoint = Checkpoint.open(arguments.source)
+    _, leaves = declare(checkpoint.family, checkpoint.model_config())
+    with tqdm(unit="B", unit_scale=True, desc="converting") as bar:
+
+        def progress(path: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        plan = convert_checkpoint(
+            checkpoint.directory,
+            arguments.destination,
+            table=checkpoint.family.table,
+            shapes={path: leaf.shape for path, leaf in leaves.items()},
+            dtype=arguments.dtype,
+            progress=progress,
+        )
+    taken = f"{len(leaves)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
+    print(f"{arguments.destination}: {taken}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from mmjax.converters.inspect import describe, render
+    from mmjax.load import Checkpoint, declare
+
+    try:
+        checkpoint = Checkpoint.open(str(arguments.directory))
+    except ValueError as error:  # no model of ours: what the files hold can still be told
+        print(render(describe(arguments.directory)) + f"\nno model to compare with: {error}")
+        return
+    _, leaves = declare(checkpoint.family, checkpoint.model_config())
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    print(render(describe(arguments.directory, table=checkpoint.family.table, shapes=shapes)), end="")
+
+
+def _version(arguments: argparse.Namespace) -> None:
+    print(mmjax.__version__)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

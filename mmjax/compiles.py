@@ -1,0 +1,44 @@
+"""Count the programs that XLA is asked for, to see that a running engine compiles nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+
+@dataclasses.dataclass
+class Compiles:
+    """`count` programs were asked for: the same on every run. `loaded` of them came out of the persistent cache."""
+
+    count: int = 0
+    loaded: int = 0
+
+    @property
+    def cache(self) -> str:
+        """What the persistent cache gave: "cold" (nothing), "warm" (everything) or "mixed"."""
+        return "cold" if not self.loaded else "warm" if self.loaded == self.count else "mixed"
+
+    def reset(self) -> None:
+        self.count = self.loaded = 0
+
+    def on_duration(self, event: str, duration_secs: float, **_: object) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def on_event(self, event: str, **_: object) -> None:
+        self.loaded += event == "/jax/compilation_cache/cache_hits"
+
+
+@contextmanager
+def count_compiles() -> Iterator[Compiles]:
+    """Count from here to the end of the block, in all threads."""
+    compiles = Compiles()
+    jax.monitoring.register_event_duration_secs_listener(compiles.on_duration)
+    jax.monitoring.register_event_listener(compiles.on_event)
+    try:
+        yield compiles
+    finally:
+        jax.monitoring.unregister_event_duration_listener(compiles.on_duration)
+        jax.monitoring.unregister_event_listener(compiles.on_event)
