@@ -1,0 +1,290 @@
+"""From arguments to a running model: checkpoint, mesh, parameters, sizes, engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
+from mmjax.engine.engine import Engine
+from mmjax.engine.pack import Sizes
+from mmjax.load import Checkpoint, load_params
+from mmjax.models.family import Shape
+from mmjax.render import Renderer
+from mmjax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+STOPS = 16  # stop tokens per sequence that the device watches for
+CPU_CACHE_BYTES = 1 << 30
+WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for what the programs hold while they run
+
+
+@dataclasses.dataclass
+class Parts:
+    """A built model. eos: end tokens, the primary one first. generation: the sampling defaults in force."""
+
+    engines: list[Engine]
+    renderer: Renderer
+    tokenizer: Tokenizer | None
+    shape: Shape
+    sizes: Sizes
+    generation: dict[str, Any]
+    eos: tuple[int, ...]
+    max_model_len: int
+    startup_s: float
+    compile_s: float
+    seeds: Iterator[int]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.shape.vocab
+
+    def next_seed(self) -> int:
+        """The seed of the next request that names none."""
+        return next(self.seeds)
+
+
+def build(args: EngineArgs) -> Parts:
+    """Load a model and compile its programs. Raises ValueError for whatever cannot be loaded or does not fit."""
+    begin = time.perf_counter()
+    checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token)
+    if args.hf_overrides:
+        checkpoint = dataclasses.replace(checkpoint, config=checkpoint.config | dict(args.hf_overrides))
+    jax = _start_jax(args)
+    replicas = _replicas(jax, args)
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(replicas[0][0].platform, replicas[0][0].platform)
+    dummy = args.load_format == "dummy"
+    config = checkpoint.model_config(dummy=dummy)
+    dtype = resolve_dtype(args.dtype, _stored_dtype(checkpoint.config), platform)
+    tokenizer = None if args.skip_tokenizer_init else Tokenizer(args.tokenizer or checkpoint.directory)
+    generation, eos = _generation(args, checkpoint, tokenizer)
+    processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
+    limits = args.limits(processor.kinds)
+    engines, sizes, shape, max_len, compile_s = [], None, None, 0, 0.0
+    for devices in replicas:
+        engine, sizes, shape, max_len, seconds = _engine(args, checkpoint, config, devices, platform, dtype, limits)
+        engines.append(engine)
+        compile_s += seconds
+    assert sizes is not None and shape is not None
+    prefix_caching = engines[0].scheduler.prefix_caching
+    renderer = Renderer(
+        processor,
+        tokenizer,
+        model_id=args.model,
+        vocab_size=shape.vocab,
+        max_model_len=max_len,
+        limit_mm_per_prompt=limits,
+        mm_processor_kwargs=args.mm_processor_kwargs,
+        media_io_kwargs=args.media_io_kwargs,
+        cache_gb=args.mm_processor_cache_gb,
+        prefix_caching=prefix_caching,
+        encoder_decoder=shape.cross,
+        max_item_rows=engines[0].slab.capacity or None,
+    )
+    startup = time.perf_counter() - begin
+    logger.info("ready in %.1f s, of which %.1f s compiling", startup, compile_s)
+    seeds = (args.seed * 1_000_003 + n for n in itertools.count())
+    return Parts(engines, renderer, tokenizer, shape, sizes, generation, eos, max_len, startup, compile_s, seeds)
+
+
+def _start_jax(args: EngineArgs) -> Any:
+    """Import jax with the memory share and the compilation cache it must know of before it starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        where = env("COMPILATION_CACHE", str(Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser() / "xla"))
+        if where != "0":
+            jax.config.update("jax_compilation_cache_dir", where)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return jax
+
+
+def _replicas(jax: Any, args: EngineArgs) -> list[list[Any]]:
+    """The devices of each replica. Raises ValueError when there are too few."""
+    devices, ways, copies = jax.local_devices(), args.tensor_parallel_size, args.data_parallel_size
+    if ways * copies > len(devices):
+        raise ValueError(
+            f"tensor_parallel_size {ways} times data_parallel_size {copies} needs {ways * copies} devices, "
+            f"but this machine has {len(devices)} ({devices[0].platform})"
+        )
+    return [devices[i * ways : (i + 1) * ways] for i in range(copies)]
+
+
+def _engine(
+    args: EngineArgs,
+    checkpoint: Checkpoint,
+    config: Any,
+    devices: list[Any],
+    platform: str,
+    dtype: str,
+    limits: Mapping[str, int],
+) -> tuple[Engine, Sizes, Shape, int, float]:
+    """One replica: (engine, sizes, shape, longest sequence, seconds spent compiling)."""
+    from mmjax import sharding
+    from mmjax.engine.runner import Runner
+
+    mesh = sharding.mesh(devices)
+    graph, split, params = load_params(
+        checkpoint,
+        config,
+        mesh,
+        dtype,
+        dummy=args.load_format == "dummy",
+        seed=args.seed,
+        progress=_bar("Loading weights", args),
+    )
+    shape: Shape = split.shape
+    if not any(limits.values()):
+        shape = dataclasses.replace(shape, encoder=None, slab_width=0)
+    page_bytes = _page_bytes(args, shape, platform, dtype, sharding.ways(mesh))
+    budget = _cache_bytes(args, devices[0], platform)
+    max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
+    slab_rows = _slab_rows(args, shape, platform, max_len)
+    sizes = _sizes(args, shape, platform, max_len, slab_rows)
+    runner = Runner(graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=dtype)
+    seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling", args))
+    caching = not shape.cross if args.enable_prefix_caching is None else args.enable_prefix_caching
+    engine = Engine(runner, sizes, shape, pages=pages, slab_rows=slab_rows, prefix_caching=caching)
+    return engine, sizes, shape, max_len, seconds
+
+
+def _page(args: EngineArgs, platform: str) -> int:
+    return args.block_size or PAGE[platform]
+
+
+def _page_bytes(args: EngineArgs, shape: Shape, platform: str, dtype: str, ways: int) -> int:
+    """Bytes of one page over all layers, on one device."""
+    import jax.numpy as jnp
+
+    from mmjax.kernels import pool_head_dim
+
+    head = pool_head_dim(shape.head_dim, platform)
+    values = 2 * shape.layers * _page(args, platform) * (shape.kv_heads // ways) * head
+    return values * jnp.dtype(dtype).itemsize
+
+
+def _cache_bytes(args: EngineArgs, device: Any, platform: str) -> int:
+    """Bytes the pool may take on one device."""
+    if args.kv_cache_memory_bytes:
+        return args.kv_cache_memory_bytes
+    stats = device.memory_stats() if platform != "cpu" else None
+    if not stats:
+        return CPU_CACHE_BYTES
+    free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+    return max(free - min(WORKSPACE_BYTES, free // 4), free // 4)
+
+
+def _cache_size(args: EngineArgs, shape: Shape, platform: str, budget: int, page_bytes: int) -> tuple[int, int]:
+    """(longest sequence in tokens, pages). Raises ValueError when one such sequence does not fit the budget."""
+    page = _page(args, platform)
+    seqs = args.max_num_seqs or MAX_SEQS[platform]
+    cross = -(-shape.encoder.keys // page) if shape.encoder and shape.cross else 0
+    affordable = budget // page_bytes - 1
+    asked = args.max_model_len
+    if isinstance(asked, int) and asked > shape.max_len:
+        raise ValueError(
+            f"max_model_len {asked} is greater than the {shape.max_len} positions that the model was made for"
+        )
+    longest = asked if isinstance(asked, int) and asked > 0 else shape.max_len
+    if longest > (affordable - cross) * page:
+        fits = (affordable - cross) * page
+        if asked == -1 and fits > 0:
+            longest = fits
+        else:
+            raise ValueError(
+                f"one sequence of max_model_len {longest} tokens needs {longest * page_bytes / page / 2**30:.2f} GiB of "
+                f"cache, but only {budget / 2**30:.2f} GiB are there, enough for {max(fits, 0)} tokens. Lower max_model_len "
+                f"(or set it to 'auto'), or raise "
+                f"{'kv_cache_memory_bytes' if platform == 'cpu' else 'gpu_memory_utilization'}."
+            )
+    useful = seqs * (-(-longest // page) + cross)
+    return longest, min(affordable, useful if platform == "cpu" else affordable) + 1
+
+
+def _slab_rows(args: EngineArgs, shape: Shape, platform: str, max_len: int) -> int:
+    """Media rows to keep on the device: at least the largest item that a prompt can hold."""
+    if shape.encoder is None or not shape.encoder.rows:
+        return 0
+    tokens = args.max_num_batched_tokens or MAX_BATCHED_TOKENS[platform]
+    return max(tokens, shape.encoder.rows, min(max_len, shape.largest_item))
+
+
+def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_rows: int) -> Sizes:
+    from mmjax.kernels import query_block
+
+    block, page = query_block(platform), _page(args, platform)
+    seqs = args.max_num_seqs or MAX_SEQS[platform]
+    tokens = -(-(args.max_num_batched_tokens or MAX_BATCHED_TOKENS[platform]) // block) * block
+    encoder = shape.encoder
+    units: tuple[int, ...] = ()
+    if encoder is not None:
+        most = slab_rows // encoder.rows * encoder.grain if encoder.rows else min(seqs, 8)
+        least = max(encoder.grain, min(256, most)) if encoder.grain > 1 else 1
+        units = ladder(least, most, 4 if encoder.grain > 1 else 2)
+    return Sizes(
+        tokens=ladder(min(4 * block, tokens), tokens, 4),
+        seqs=ladder(1, seqs, 4),
+        units=units,
+        block=block,
+        page=page,
+        table=-(-max_len // page),
+        cross=-(-encoder.keys // page) if encoder and shape.cross else 0,
+        rope_rows=shape.rope_rows,
+        rows=seqs + 1,
+        stops=STOPS,
+        steps=args.num_decode_steps,
+        top=shape.vocab if args.max_logprobs == -1 else min(args.max_logprobs, shape.vocab),
+    )
+
+
+def ladder(least: int, most: int, factor: int) -> tuple[int, ...]:
+    """Ascending sizes from `least`, each `factor` times the last, ending with `most`."""
+    sizes = []
+    size = least
+    while size < most:
+        sizes.append(size)
+        size *= factor
+    return (*sizes, most)
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> str:
+    for part in (config, config.get("text_config", {}), config.get("thinker_config", {})):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                return str(part[key])
+    return "float32"
+
+
+def _generation(
+    args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """(sampling defaults, end tokens): what the model's generation_config says, overridden by the caller."""
+    stored = checkpoint.files.get("generation_config.json", {})
+    config = checkpoint.config
+    ends = stored.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
+    eos = [int(e) for e in np.atleast_1d(ends)] if ends is not None else []
+    if tokenizer is not None and tokenizer.eos_id is not None:
+        eos = [tokenizer.eos_id, *eos]
+    defaults = dict(stored) if args.generation_config == "auto" else {}
+    return defaults | dict(args.override_generation_config), tuple(dict.fromkeys(eos))
+
+
+def _bar(name: str, args: EngineArgs) -> Callable[[Iterator[Any], int], Iterator[Any]]:
+    quiet = env("PROGRESS", "1") == "0"
+
+    def wrap(items: Iterator[Any], total: int) -> Iterator[Any]:
+        return iter(tqdm(items, total=total, desc=name, disable=quiet, leave=False, dynamic_ncols=True))
+
+    return wrap

@@ -1,0 +1,170 @@
+"""Every knob of the engine, typed, checked and documented; and the only reader of environment variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.types import ValidationError
+
+DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
+LIMIT_OPTIONS = {
+    "image": ("count", "width", "height"),
+    "video": ("count", "num_frames", "width", "height"),
+    "audio": ("count", "length"),
+}
+UNLIMITED = 999  # items of one modality in one prompt, unless limited
+
+MAX_BATCHED_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 4096}
+MAX_SEQS = {"cpu": 32, "gpu": 256, "tpu": 128}
+PAGE = {"cpu": 16, "gpu": 64, "tpu": 64}
+
+
+def env(name: str, default: str) -> str:
+    """MMJAX_<name>, else VLLM_<name>, else the default."""
+    return os.environ.get(f"MMJAX_{name}", os.environ.get(f"VLLM_{name}", default))
+
+
+@dataclasses.dataclass
+class EngineArgs:
+    """Arguments of `mmjax.LLM`, with vLLM's names and meanings.
+
+    model: a local directory (Hugging Face layout, or what `mmjax convert` wrote) or a hub id.
+    dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU and that float16 becomes
+    float32 on the CPU, which has no float16 arithmetic. enforce_eager: compile each shape on first use instead of all
+    at start. max_model_len: most tokens of a prompt and its answer ("4k" = 4000, "4K" = 4096, "auto" or -1 = what the
+    model and the memory allow). max_num_seqs: sequences decoded together. max_num_batched_tokens: prompt tokens per
+    step, and the largest media item. gpu_memory_utilization: share of the accelerator's memory to use; on the CPU
+    `kv_cache_memory_bytes` (default 1 GiB, at most what max_num_seqs sequences can fill) bounds the cache.
+    num_decode_steps: decode steps per dispatch where no row needs the host. enable_prefix_caching: None = on for
+    decoder-only models. limit_mm_per_prompt: {"image": 2} or {"image": {"count": 2}}. generation_config: "auto" takes
+    sampling defaults from the model's generation_config.json, "vllm" takes neutral ones.
+    """
+
+    model: str
+    runner: str = "auto"
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    allowed_local_media_path: str = ""
+    allowed_media_domains: Sequence[str] | None = None
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    dtype: str = "auto"
+    load_format: str = "auto"
+    quantization: str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    hf_token: str | None = None
+    hf_overrides: Mapping[str, Any] | None = None
+    seed: int = 0
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    enforce_eager: bool = False
+    chat_template: str | None = None
+    max_model_len: int | str | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_decode_steps: int = 8
+    limit_mm_per_prompt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    media_io_kwargs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    enable_mm_embeds: bool = False
+    interleave_mm_strings: bool = False
+    mm_processor_cache_gb: float = 4.0
+    enable_prefix_caching: bool | None = None
+    language_model_only: bool = False
+    max_logprobs: int = 20
+    generation_config: str = "auto"
+    override_generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    disable_log_stats: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_choices()
+        if self.max_model_len is not None:
+            self.max_model_len = human_int("max_model_len", self.max_model_len)
+        for kind, limit in self.limit_mm_per_prompt.items():
+            _check_limit(kind, limit)
+        path = self.allowed_local_media_path
+        if path and not Path(path).is_dir():
+            reason = "must be a directory" if Path(path).exists() else "does not exist"
+            raise ValidationError(
+                f"Invalid `--allowed-local-media-path`: The path {path} {reason}.",
+                parameter="allowed_local_media_path",
+                value=path,
+            )
+
+    def _check_sizes(self) -> None:
+        for name in ("tensor_parallel_size", "data_parallel_size", "num_decode_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(
+            0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]"
+        )
+        _require(self.max_logprobs >= -1, "max_logprobs", self.max_logprobs, "at least 0, or -1 for the vocabulary")
+        _require(self.mm_processor_cache_gb >= 0, "mm_processor_cache_gb", self.mm_processor_cache_gb, "at least 0")
+
+    def _check_choices(self) -> None:
+        _require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
+        _require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "'auto' or 'dummy'")
+        _require(self.quantization is None, "quantization", self.quantization, "None: no method is available yet")
+        _require(self.runner in ("auto", "generate"), "runner", self.runner, "'auto' or 'generate'")
+        _require(self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'")
+
+    def limits(self, kinds: Mapping[str, int | None]) -> dict[str, int]:
+        """Most items per prompt of each modality a model has, its own hard maximum included."""
+        out = {}
+        for kind, most in kinds.items():
+            asked = self.limit_mm_per_prompt.get(kind, UNLIMITED)
+            count = asked.get("count", UNLIMITED) if isinstance(asked, Mapping) else asked
+            out[kind] = 0 if self.language_model_only else min(count, UNLIMITED if most is None else most)
+        return out
+
+
+def human_int(name: str, value: int | str) -> int:
+    """4096, "4k" (4000), "4K" (4096), "1m", "1M"; "auto" and -1 give -1. Raises ValidationError."""
+    text = str(value).strip()
+    if text in ("auto", "-1"):
+        return -1
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)
+    if match is None:
+        raise ValidationError(f"{name} must be a number such as 4096, 4k or 4K, got {value!r}.", parameter=name, value=value)
+    scale = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}[match[2]]
+    number = int(float(match[1]) * scale)
+    _require(number >= 1, name, value, "at least 1")
+    return number
+
+
+def resolve_dtype(asked: str, stored: str, platform: str) -> str:
+    """The dtype to compute in. See `EngineArgs.dtype`."""
+    if asked != "auto":
+        return DTYPES[asked]
+    stored = DTYPES.get(stored.removeprefix("torch."), "float32")
+    if platform == "cpu":
+        return "float32" if stored == "float16" else stored
+    return "bfloat16" if stored == "float32" else stored
+
+
+def _require(ok: bool, name: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise ValidationError(f"{name} must be {rule}, got {value!r}.", parameter=name, value=value)
+
+
+def _check_limit(kind: str, limit: Any) -> None:
+    name = f"limit_mm_per_prompt[{kind!r}]"
+    _require(kind in LIMIT_OPTIONS, "limit_mm_per_prompt", kind, f"keyed by one of {', '.join(LIMIT_OPTIONS)}")
+    if not isinstance(limit, Mapping):
+        _require(isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0, name, limit, "an int of at least 0")
+        return
+    for option, value in limit.items():
+        _require(option in LIMIT_OPTIONS[kind], name, option, f"made of {', '.join(LIMIT_OPTIONS[kind])}")
+        least = 0 if option == "count" else 1
+        _require(isinstance(value, int) and value >= least, f"{name}[{option!r}]", value, f"an int of at least {least}")

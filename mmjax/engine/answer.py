@@ -1,0 +1,115 @@
+"""Tokens from the device become an answer: when it ends, its text, its log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mmjax.engine.sequence import Sequence
+from mmjax.text.detokenize import Detokenizer
+from mmjax.types import CompletionOutput, Logprob
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the sampler says of n tokens: i32[n], logprob f32[n], rank i32[n], rivals i32[n, top] and f32[n, top]."""
+
+    tokens: np.ndarray
+    logprob: np.ndarray
+    rank: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+class Answer:
+    """One of a request's answers. `eos`: the end-of-sequence token, whose stop has no reason to tell."""
+
+    def __init__(self, seq: Sequence, tokenizer: Any, eos: int | None) -> None:
+        self.seq = seq
+        self.eos = eos
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+        self.cumulative = 0.0
+        self.logprobs: list[dict[int, Logprob]] | None = None if seq.params.logprobs is None else []
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if seq.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * seq.prompt_len
+        self._tokenizer = tokenizer
+        wants_text = tokenizer is not None and seq.params.detokenize
+        self._text = Detokenizer(tokenizer, seq.prompt.tokens.tolist(), seq.params) if wants_text else None
+
+    def take(self, tokens: np.ndarray, report: Report | None) -> None:
+        """Take the device's newest tokens i32[n], up to where the answer ends."""
+        seq, before = self.seq, self.seq.known
+        for token in tokens.tolist():
+            seq.append(token)
+            if self._ends(token):
+                break
+        new = seq.tokens[before : seq.known].tolist()
+        if self._text is not None:
+            hidden = self.finish_reason == "stop" and not seq.params.include_stop_str_in_output
+            self._text.push(new[:-1] if hidden else new)
+            if self._text.stopped is not None:
+                seq.known = before + self._text.consumed
+                self.finish("stop", self._text.stopped)
+        if report is not None and self.logprobs is not None:
+            for i in range(seq.known - before):
+                self.cumulative += float(report.logprob[i])
+                self.logprobs.append(self._entry(report, i, seq.params.logprobs or 0))
+        if self.finish_reason is None and seq.output_len >= seq.max_tokens:
+            self.finish("length", None)
+
+    def take_prompt(self, first: int, report: Report) -> None:
+        """Take the report on prompt tokens from `first` on."""
+        assert self.prompt_logprobs is not None
+        for i in range(len(report.tokens)):
+            self.prompt_logprobs[first + i] = self._entry(report, i, self.seq.params.prompt_logprobs or 0)
+
+    def finish(self, reason: str, stop: int | str | None) -> None:
+        """The answer is complete."""
+        self.finish_reason = reason
+        self.stop_reason = stop
+        if self._text is not None:
+            self._text.finish()
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "" if self._text is None else self._text.text
+
+    def output(self) -> CompletionOutput:
+        """The answer so far, as users see it."""
+        return CompletionOutput(
+            index=self.seq.index,
+            text=self.text,
+            token_ids=self.seq.outputs.tolist(),
+            cumulative_logprob=self.cumulative if self.logprobs is not None else None,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def _ends(self, token: int) -> bool:
+        """Whether this token ends the answer; says why if so."""
+        seq, p = self.seq, self.seq.params
+        if seq.output_len <= p.min_tokens and seq.output_len < seq.max_tokens and p.min_tokens:
+            return False
+        if token == self.eos and not p.ignore_eos:
+            self.finish_reason, self.stop_reason = "stop", None
+        elif token in seq.stops:
+            self.finish_reason, self.stop_reason = "stop", token
+        return self.finish_reason is not None
+
+    def _entry(self, report: Report, i: int, count: int) -> dict[int, Logprob]:
+        """The sampled token and its `count` best rivals (all when -1), by id."""
+        count = report.top_ids.shape[1] if count == -1 else count
+        ids = [int(report.tokens[i]), *report.top_ids[i, :count].tolist()]
+        values = [float(report.logprob[i]), *report.top_logprobs[i, :count].tolist()]
+        ranks = [int(report.rank[i]), *range(1, count + 1)]
+        texts = [None if self._tokenizer is None else self._tokenizer.decode([t], False) for t in ids]
+        entry: dict[int, Logprob] = {}
+        for token, value, rank, text in zip(ids, values, ranks, texts, strict=True):
+            entry.setdefault(token, Logprob(value, rank, text))
+        return entry

@@ -1,0 +1,206 @@
+"""The loop: plan, pack, run, commit. While the device runs one dispatch, the host commits the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+
+from mmjax.engine.answer import Answer, Report
+from mmjax.engine.encoder_cache import EncoderCache
+from mmjax.engine.pack import Sizes, pack_decode, pack_encode, pack_prefill
+from mmjax.engine.pages import Pages
+from mmjax.engine.sample import history_row
+from mmjax.engine.scheduler import Limits, NeedsResults, Plan, Scheduler, Slice
+from mmjax.engine.sequence import Sequence
+from mmjax.models.family import Shape
+
+DEPTH = 2  # dispatches in flight: one running, one queued behind it
+
+
+@dataclasses.dataclass
+class Stats:
+    """What the engine did. Seconds: `wait_s` the host waited for the device, `host_s` it planned, packed and committed.
+
+    idle_s: the part of host_s during which nothing was in flight, so that the device had nothing to do.
+    """
+
+    dispatches: int = 0
+    decode_steps: int = 0
+    prefill_tokens: int = 0
+    output_tokens: int = 0
+    encoded_items: int = 0
+    wait_s: float = 0.0
+    host_s: float = 0.0
+    idle_s: float = 0.0
+
+
+@dataclasses.dataclass
+class Ticket:
+    """A dispatch whose results the host has not read. members: (sequence, column of its results, steps it takes)."""
+
+    sampled: Any
+    members: list[tuple[Sequence, int, int]]
+    scores: Any = None
+    scored: list[tuple[Sequence, int, int, int]] = dataclasses.field(default_factory=list)
+
+
+class Engine:
+    """Runs sequences to their end. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(
+        self, runner: Any, sizes: Sizes, shape: Shape, *, pages: int, slab_rows: int, prefix_caching: bool
+    ) -> None:
+        self.runner = runner
+        self.sizes = sizes
+        self.shape = shape
+        self.cross_keys = shape.encoder.keys if shape.encoder and shape.cross else 0
+        limits = Limits(
+            seqs=sizes.seqs[-1],
+            tokens=sizes.tokens[-1],
+            block=sizes.block,
+            steps=sizes.steps,
+            units=sizes.units[-1] if sizes.units else 0,
+            cross_keys=self.cross_keys,
+            table=sizes.table,
+        )
+        self.pages = Pages(pages, sizes.page)
+        self.slab = EncoderCache(slab_rows)
+        self.scheduler = Scheduler(limits, self.pages, self.slab, prefix_caching=prefix_caching)
+        self.stats = Stats()
+        self._answers: dict[int, Answer] = {}
+        self._flying: deque[Ticket] = deque()
+
+    def add(self, answer: Answer) -> None:
+        """Queue an answer."""
+        self._answers[answer.seq.number] = answer
+        self.scheduler.add(answer.seq)
+
+    def abort(self, answers: Seq[Answer]) -> None:
+        """End answers now; their pages are free at once."""
+        for answer in answers:
+            if not answer.seq.finished:
+                answer.finish("abort", None)
+                self._end(answer)
+
+    @property
+    def load(self) -> int:
+        """Answers that are queued or running."""
+        return len(self._answers)
+
+    @property
+    def busy(self) -> bool:
+        """Whether stepping would do anything."""
+        return not self.scheduler.idle or bool(self._flying)
+
+    def step(self) -> list[Answer]:
+        """Dispatch what can be, then read what has come back: the answers that changed."""
+        begin, waited = time.perf_counter(), self.stats.wait_s
+        unfed = not self._flying
+        try:
+            plan = self.scheduler.plan(in_flight=bool(self._flying))
+        except NeedsResults:
+            plan = None
+        if plan:
+            self._dispatch(plan)
+            if unfed:
+                self.stats.idle_s += time.perf_counter() - begin
+        changed = []
+        if self._flying and (plan is None or len(self._flying) >= DEPTH):
+            changed = self._collect(self._flying.popleft())
+        self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
+        return changed
+
+    def _dispatch(self, plan: Plan) -> None:
+        for seq in plan.started:
+            seq.scheduled_time = seq.scheduled_time or time.monotonic()
+            self._set_tables(seq)
+        if plan.encode:
+            assert self.shape.encoder is not None
+            self.runner.encode(*pack_encode(self.sizes, self.shape.encoder, plan.encode))
+            self.stats.encoded_items += len(plan.encode)
+        if plan.prefill:
+            self._flying.append(self._prefill(plan.prefill))
+        elif plan.decode:
+            self._flying.append(self._decode(plan.decode))
+        self.stats.dispatches += 1
+
+    def _prefill(self, slices: tuple[Slice, ...]) -> Ticket:
+        total, vector = pack_prefill(self.sizes, slices, self.scheduler.tables, self.slab, self.cross_keys)
+        sampled, hidden = self.runner.prefill(total, vector)
+        members = [(piece.seq, s, 1) for s, piece in enumerate(slices) if piece.last]
+        ticket = Ticket(sampled, members)
+        targets, at = np.zeros(total, np.int32), 0
+        for piece in slices:
+            seq = piece.seq
+            count = min(piece.start + piece.count, seq.prompt_len - 1) - piece.start
+            if seq.params.prompt_logprobs is not None and count > 0:
+                targets[at : at + count] = seq.tokens[piece.start + 1 : piece.start + 1 + count]
+                ticket.scored.append((seq, at, piece.start + 1, count))
+            at += -(-piece.count // self.sizes.block) * self.sizes.block
+        if ticket.scored:
+            ticket.scores = self.runner.score(hidden, targets)
+        self.stats.prefill_tokens += sum(piece.count for piece in slices)
+        return ticket
+
+    def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> Ticket:
+        for seq, _ in chosen:
+            if seq.constraints.dynamic:
+                self._set_tables(seq)
+        total, vector = pack_decode(self.sizes, chosen, self.scheduler.tables, self.cross_keys)
+        sampled = self.runner.decode(total, vector)
+        self.stats.decode_steps += max(steps for _, steps in chosen)
+        return Ticket(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)])
+
+    def _set_tables(self, seq: Sequence) -> None:
+        """Bring a row's sampling tables up to what its sequence needs."""
+        assert seq.row is not None
+        seen = None
+        if seq.penalised:
+            seen = history_row(seq.prompt.tokens.tolist(), seq.outputs.tolist(), self.shape.vocab)
+        bias = seq.constraints.row(seq.outputs.tolist())
+        if seq.penalised or bias is not None:
+            self.runner.set_row(seq.row, seen, bias)
+
+    def _collect(self, ticket: Ticket) -> list[Answer]:
+        """Read one dispatch's results and let the answers take them."""
+        begin = time.perf_counter()
+        tokens = np.asarray(ticket.sampled.token)
+        self.stats.wait_s += time.perf_counter() - begin
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        for seq, at, first, count in ticket.scored:
+            if not seq.finished:
+                logprob, rank, ids, top = (np.asarray(x)[at : at + count] for x in ticket.scores)
+                self._answers[seq.number].take_prompt(first, Report(seq.tokens[first : first + count], logprob, rank, ids, top))
+        changed = []
+        for seq, column, steps in ticket.members:
+            if seq.finished:
+                continue
+            answer = self._answers[seq.number]
+            mine = tokens[:steps, column]
+            mine = mine[mine >= 0]
+            before = seq.known
+            answer.take(mine, self._report(ticket, column, mine) if seq.params.logprobs is not None else None)
+            self.stats.output_tokens += seq.known - before
+            self.scheduler.register(seq, seq.known - 1)
+            if answer.finish_reason is not None:
+                self._end(answer)
+            changed.append(answer)
+        return changed
+
+    def _report(self, ticket: Ticket, column: int, tokens: np.ndarray) -> Report:
+        n, s = len(tokens), ticket.sampled
+
+        def column_of(x: Any) -> np.ndarray:
+            array = np.asarray(x)
+            return array[column][None] if np.ndim(ticket.sampled.token) == 1 else array[:n, column]
+
+        return Report(tokens, *map(column_of, (s.logprob, s.rank, s.top_ids, s.top_logprobs)))
+
+    def _end(self, answer: Answer) -> None:
+        self.scheduler.finish(answer.seq)
+        del self._answers[answer.seq.number]

@@ -1,0 +1,225 @@
+"""Plans into padded arrays. The only place where anything is padded; what each padding means is said where it is put."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mmjax.batch import Fields, Layout, bucket
+from mmjax.engine.encoder_cache import EncoderCache
+from mmjax.engine.scheduler import Encode, Slice
+from mmjax.engine.sequence import Sequence as Seq
+from mmjax.models.family import Encoder
+
+FAR = np.iinfo(np.int32).max  # an index that falls off every array
+
+SAMPLING: tuple[tuple[str, str], ...] = (
+    ("temperature", "f32"),
+    ("top_k", "i32"),
+    ("top_p", "f32"),
+    ("min_p", "f32"),
+    ("presence", "f32"),
+    ("frequency", "f32"),
+    ("repetition", "f32"),
+    ("index", "i32"),
+    ("row", "i32"),
+    ("penalised", "bool"),
+    ("biased", "bool"),
+    ("min_left", "i32"),
+    ("want_logprobs", "bool"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Every static size of the step's programs.
+
+    tokens, seqs, units: ascending buckets. block: queries per prefill block. table: pages per sequence. cross: pages
+    of the encoder's keys per sequence, 0 without. rows: rows of the sampling tables; the last belongs to nobody.
+    """
+
+    tokens: tuple[int, ...]
+    seqs: tuple[int, ...]
+    units: tuple[int, ...]
+    block: int
+    page: int
+    table: int
+    cross: int
+    rope_rows: int
+    rows: int
+    stops: int
+    steps: int
+    top: int
+
+    def seqs_of(self, tokens: int) -> int:
+        """Sequences in a prefill of so many tokens: each has at least one block."""
+        return min(tokens // self.block, self.seqs[-1])
+
+    def prefill(self, tokens: int) -> Layout:
+        """Layout of a prefill dispatch of T tokens."""
+        s, b = self.seqs_of(tokens), tokens // self.block
+        fields: Fields = (
+            ("tokens", (tokens,), "i32"),
+            ("place", (tokens,), "i32"),
+            ("positions", (self.rope_rows, tokens), "i32"),
+            ("media", (tokens,), "i32"),
+            ("owner", (b,), "i32"),
+            ("start", (b,), "i32"),
+            ("final", (s,), "i32"),
+            *self._shared(s),
+        )
+        return Layout(fields)
+
+    def decode(self, seqs: int) -> Layout:
+        """Layout of a decode dispatch of S sequences."""
+        fields: Fields = (("place", (seqs,), "i32"), ("delta", (seqs,), "i32"), ("steps", (seqs,), "i32"))
+        return Layout((*fields, *self._shared(seqs)))
+
+    def _shared(self, seqs: int) -> Fields:
+        pages: Fields = (
+            ("pages", (seqs, self.table), "i32"),
+            ("length", (seqs,), "i32"),
+            ("cross_pages", (seqs, self.cross), "i32"),
+            ("cross_length", (seqs,), "i32"),
+            ("seed", (seqs, 2), "i32"),
+            ("stop", (seqs, self.stops), "i32"),
+        )
+        return (*pages, *((name, (seqs,), dtype) for name, dtype in SAMPLING))
+
+
+def pack_prefill(
+    sizes: Sizes, slices: Sequence[Slice], tables: np.ndarray, slab: EncoderCache, cross_keys: int
+) -> tuple[int, np.ndarray]:
+    """(token bucket T, vector) of chunks of prompts; each chunk starts on a block boundary."""
+    block = sizes.block
+    used = sum(-(-piece.count // block) for piece in slices)
+    total = bucket(used * block, sizes.tokens)
+    layout = sizes.prefill(total)
+    vector = np.zeros(layout.size, np.int32)
+    f = layout.views(vector)
+    f["place"].fill(-1)  # padding has no place, so nothing is written for it
+    f["media"].fill(-1)
+    f["start"].fill(-block)  # a padding block sees no key
+    f["final"].fill(-1)
+    _pad_rows(f, sizes)
+    at = 0
+    for s, piece in enumerate(slices):
+        seq, end = piece.seq, piece.start + piece.count
+        here = slice(at, at + piece.count)
+        f["tokens"][here] = seq.tokens[piece.start : end]
+        f["place"][here] = np.arange(piece.start, end)
+        _positions(seq, piece.start, end, f["positions"][:, here])
+        _media(seq, piece.start, end, f["media"][here], slab)
+        blocks = slice(at // block, at // block + -(-piece.count // block))
+        f["owner"][blocks] = s
+        f["start"][blocks] = np.arange(piece.start, end, block)
+        f["length"][s] = end
+        if piece.last:
+            f["final"][s] = at + piece.count - 1
+        _row(f, s, seq, tables, sizes, seq.output_len, cross_keys)
+        at += -(-piece.count // block) * block
+    return total, vector
+
+
+def pack_decode(
+    sizes: Sizes, chosen: Sequence[tuple[Seq, int]], tables: np.ndarray, cross_keys: int
+) -> tuple[int, np.ndarray]:
+    """(sequence bucket S, vector) of decode steps. Called after planning: `planned` already counts these steps."""
+    total = bucket(len(chosen), sizes.seqs)
+    layout = sizes.decode(total)
+    vector = np.zeros(layout.size, np.int32)
+    f = layout.views(vector)
+    _pad_rows(f, sizes)
+    for s, (seq, steps) in enumerate(chosen):
+        place = seq.planned - steps
+        f["place"][s] = place
+        f["delta"][s] = seq.prompt.delta
+        f["steps"][s] = steps
+        _row(f, s, seq, tables, sizes, place + 1 - seq.prompt_len, cross_keys)
+    return total, vector
+
+
+def pack_encode(
+    sizes: Sizes, encoder: Encoder, work: Sequence[Encode]
+) -> tuple[int, dict[str, np.ndarray], np.ndarray]:
+    """(unit bucket U, features by name, destination) of media items, end to end in one row of units.
+
+    Destination: slab row of each encoded row, or place in the pages of each key for cross attention.
+    """
+    units = sum(e.item.units for e in work)
+    total = bucket(units, sizes.units)
+    features = {}
+    for name, (tail, dtype, fill) in encoder.features.items():
+        parts, base = [], 0
+        for e in work:
+            part = e.item.features[name]
+            if name in encoder.numbered:
+                part = part + base
+                base = int(part.max()) + 1
+            parts.append(part)
+        out = np.full((total, *tail), fill, dtype)
+        np.concatenate(parts, out=out[:units])
+        features[name] = out
+    if encoder.keys:
+        places = np.concatenate([_places(e.pages, sizes.page)[: e.item.units * encoder.keys] for e in work])
+        dest = np.full(total * encoder.keys, -1, np.int32)  # negative slots are dropped
+        dest[: len(places)] = places
+    else:
+        dest = np.full(encoder.rows_of(total), FAR, np.int32)
+        rows = np.concatenate([e.rows for e in work])
+        dest[: len(rows)] = rows
+    return total, features, dest
+
+
+def _places(pages: Sequence[int], size: int) -> np.ndarray:
+    return (np.asarray(pages, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
+
+
+def _pad_rows(f: Mapping[str, np.ndarray], sizes: Sizes) -> None:
+    """Rows that ask for nothing and write to the table row that belongs to nobody."""
+    f["row"].fill(sizes.rows - 1)
+    f["stop"].fill(-1)
+    f["top_p"].fill(1)
+    f["repetition"].fill(1)
+
+
+def _row(
+    f: Mapping[str, np.ndarray], s: int, seq: Seq, tables: np.ndarray, sizes: Sizes, index: int, cross_keys: int
+) -> None:
+    p = seq.params
+    f["pages"][s] = tables[seq.row]
+    if seq.cross_pages:
+        f["cross_pages"][s, : len(seq.cross_pages)] = seq.cross_pages
+        f["cross_length"][s] = cross_keys
+    f["temperature"][s] = p.temperature
+    f["top_k"][s] = max(p.top_k, 0)
+    f["top_p"][s] = p.top_p
+    f["min_p"][s] = p.min_p
+    f["presence"][s] = p.presence_penalty
+    f["frequency"][s] = p.frequency_penalty
+    f["repetition"][s] = p.repetition_penalty
+    f["seed"][s] = seq.seed_words
+    f["index"][s] = index
+    f["row"][s] = seq.row
+    f["penalised"][s] = seq.penalised
+    f["biased"][s] = seq.biased
+    f["min_left"][s] = max(0, p.min_tokens - index)
+    f["stop"][s, : len(seq.stops)] = seq.stops[: sizes.stops]
+    f["want_logprobs"][s] = p.logprobs is not None
+
+
+def _positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:
+    given = min(max(seq.prompt_len - start, 0), end - start)
+    out[:, :given] = seq.prompt.positions[:, start : start + given]
+    out[:, given:] = np.arange(start + given, end) + seq.prompt.delta
+
+
+def _media(seq: Seq, start: int, end: int, out: np.ndarray, slab: EncoderCache) -> None:
+    for span in seq.prompt.spans:
+        first, last = max(start, span.start), min(end, span.start + span.length)
+        if first < last:
+            rows = slab.get(span.key)
+            assert rows is not None, "the scheduler encodes before it plans"
+            out[first - start : last - start] = rows[first - span.start : last - span.start]

@@ -1,0 +1,208 @@
+"""A checkpoint directory, or a hub id, becomes a family, its configuration and its parameters on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mmjax import sharding
+from mmjax.converters.table import convert
+from mmjax.models import Family
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter before it exists: its shape and its logical axes."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A directory that holds a model: config.json, the other JSON files by name, and weights in either form."""
+
+    directory: Path
+    family: Family
+    config: dict[str, Any]
+    files: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def open(cls, model: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
+        """From a local directory or a hub id. Raises ValueError saying what is missing."""
+        directory = find(model, revision=revision, token=token)
+        files = {path.name: read_json(path) for path in sorted(directory.glob("*.json"))}
+        nested = files.get("processor_config.json", {})
+        for part, name in (
+            ("image_processor", "preprocessor_config.json"),
+            ("feature_extractor", "preprocessor_config.json"),
+            ("video_processor", "video_preprocessor_config.json"),
+        ):
+            if part in nested and name not in files:  # what save_pretrained of transformers 5 writes
+                files[name] = nested[part]
+        if "config.json" not in files:
+            raise ValueError(f"{directory} holds no config.json; is it a model directory?")
+        config = files["config.json"]
+        return cls(directory, Family.of(config), config, files)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Any]:
+        """The stored tensors by name, read lazily: published names, or our own paths in a converted directory."""
+        if self.converted:
+            from mmjax.converters.orbax import open_converted
+
+            return open_converted(self.directory)
+        from mmjax.converters.safetensors import open_checkpoint
+
+        return open_checkpoint(self.directory)
+
+    @property
+    def converted(self) -> bool:
+        """Whether `mmjax convert` wrote this directory."""
+        return (self.directory / "mmjax.json").is_file()
+
+    def model_config(self, *, dummy: bool = False) -> Any:
+        """The family's configuration. The head is tied when the config says so or when no head is stored."""
+        flag = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
+        if dummy:
+            stored = not flag
+        elif self.converted:
+            stored = "text.head" in self.tensors
+        else:
+            stored = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
+        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or not stored)
+
+    def values(self, leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
+        """Every parameter of `leaves`, one at a time. Raises ConversionError when the checkpoint does not fit."""
+        shapes = {path: leaf.shape for path, leaf in leaves.items()}
+        if not self.converted:
+            yield from convert(self.tensors, self.family.table, shapes)
+            return
+        for path, shape in shapes.items():
+            if path not in self.tensors or tuple(self.tensors[path].shape) != shape:
+                found = tuple(self.tensors[path].shape) if path in self.tensors else "nothing"
+                raise ValueError(f"{self.directory}: parameter {path!r} needs shape {shape}, found {found}; convert it again")
+            yield path, self.tensors[path].read()
+
+
+def find(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a model: a local path as it is, anything else through huggingface_hub's cache."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ValueError(f"{model!r} is neither a model directory nor a hub id such as 'Qwen/Qwen2-VL-2B-Instruct'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub's client raises a dozen kinds, offline ones included
+        raise ValueError(
+            f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def declare(family: Family, config: Any) -> tuple[nnx.GraphDef[Any], dict[str, Leaf]]:
+    """The module's graph and its parameters by dotted path. Nothing is allocated."""
+    graph, state = nnx.split(family.model(config))
+    leaves = {}
+    for path, param in nnx.to_flat_state(state):
+        leaves[".".join(map(str, path))] = Leaf(tuple(param.get_value().shape), tuple(param.axes))
+    return graph, leaves
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    config: Any,
+    mesh: Mesh,
+    dtype: Any,
+    *,
+    dummy: bool = False,
+    seed: int = 0,
+    progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
+) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array]]:
+    """(graph, configuration as split over the mesh, parameters by path, placed on the mesh in `dtype`)."""
+    ways = sharding.ways(mesh)
+    split = config.split(ways)
+    graph, leaves = declare(checkpoint.family, split)
+    if dummy:
+        make = progress(iter(leaves.items()), len(leaves))
+        return graph, split, {path: random_leaf(path, leaf, mesh, dtype, seed) for path, leaf in make}
+    _, stored = declare(checkpoint.family, config)
+    params = {}
+    for path, value in progress(checkpoint.values(stored), len(stored)):
+        leaf = leaves[path]
+        array = np.asarray(fit(value, stored[path], leaf)).astype(dtype, copy=False)
+        params[path] = jax.device_put(array, sharding.place(mesh, leaf.axes))
+    return graph, split, params
+
+
+def fit(value: np.ndarray, stored: Leaf, wanted: Leaf) -> np.ndarray:
+    """Bring a stored parameter to the shape it has on the mesh.
+
+    Key/value heads that are fewer than the devices are repeated, each copy with its share of the query heads; every
+    other axis is filled up with zeros, which no result depends on.
+    """
+    if stored.shape == wanted.shape:
+        return value
+    if "kv_heads" in wanted.axes:
+        axis = wanted.axes.index("kv_heads")
+        group = axis + 1
+        fused = wanted.axes[group] == "group_kv"
+        copies = wanted.shape[axis] // stored.shape[axis]
+        if stored.shape[group] != wanted.shape[group]:
+            keys = 2 if fused else 0
+            value = _repeat(value, axis, copies, keys)
+    pad = [(0, want - have) for have, want in zip(value.shape, wanted.shape, strict=True)]
+    return np.pad(value, pad)
+
+
+def _repeat(value: np.ndarray, axis: int, copies: int, keys: int) -> np.ndarray:
+    """[.., K, G + keys, ..] to [.., K * copies, G / copies + keys, ..]: queries are dealt out, keys repeated."""
+    value = np.moveaxis(value, (axis, axis + 1), (0, 1))
+    heads, group = value.shape[0], value.shape[1] - keys
+    queries = value[:, :group].reshape(heads * copies, group // copies, *value.shape[2:])
+    shared = np.repeat(value[:, group:], copies, axis=0)
+    return np.moveaxis(np.concatenate([queries, shared], axis=1), (0, 1), (axis, axis + 1))
+
+
+def random_leaf(path: str, leaf: Leaf, mesh: Mesh, dtype: Any, seed: int) -> jax.Array:
+    """A parameter of the right shape made on the device: ones for norms, small noise otherwise."""
+    kind = "ones" if re.search(r"norm\d?$", path) else "noise"
+    make = _maker(leaf.shape, sharding.place(mesh, leaf.axes), jnp.dtype(dtype), kind)
+    return make(np.uint32(seed), np.uint32(zlib.crc32(path.encode())))
+
+
+@functools.cache
+def _maker(shape: tuple[int, ...], place: Any, dtype: Any, kind: str) -> Callable[..., jax.Array]:
+    def make(seed: jax.Array, name: jax.Array) -> jax.Array:
+        if kind == "ones":
+            return jnp.ones(shape, dtype)
+        key = jax.random.fold_in(jax.random.key(seed), name)
+        return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
+
+    return jax.jit(make, out_shardings=place)

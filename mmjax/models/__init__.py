@@ -1,0 +1,48 @@
+"""The families. A family is a model file, a processor file, a converter table, a test, and one line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here, in processors/ and in converters/
+    "WhisperForConditionalGeneration": "whisper",
+    "LlavaForConditionalGeneration": "llava",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The parts of one family, imported on demand.
+
+    config: class with `from_hf(config.json, files, *, tied)`. model: nnx module of a config. processor: class of
+    `mmjax.processors`. table: the rules that rename a checkpoint's tensors.
+    """
+
+    name: str
+    config: Any
+    model: Any
+    processor: Any
+    table: Any
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Family:
+        """The family of a config.json. Raises ValueError naming the known architectures."""
+        names = config.get("architectures") or ["(none named)"]
+        for name in names:
+            if name in FAMILIES:
+                break
+        else:
+            known = ", ".join(sorted(FAMILIES))
+            raise ValueError(f"architecture {', '.join(map(str, names))} is not supported; mmjax runs: {known}")
+        module = FAMILIES[name]
+        model = importlib.import_module(f"mmjax.models.{module}")
+        return cls(
+            name=module,
+            config=model.Config,
+            model=model.Model,
+            processor=importlib.import_module(f"mmjax.processors.{module}").Processor,
+            table=importlib.import_module(f"mmjax.converters.{module}").TABLE,
+        )

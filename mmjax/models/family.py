@@ -1,0 +1,89 @@
+"""What the engine must know of a model before it sees a weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+
+from mmjax.batch import Batch, Pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """The sizes of a media encoder's input and output.
+
+    features: name -> (trailing shape, dtype name, padding value) of each input array; the leading axis is units.
+    grain: units come in multiples of this (four patches make one row). rows: media rows per `grain` units; 0 for an
+    encoder whose output is read through cross attention. keys: keys per unit that cross attention reads, else 0.
+    numbered: the features that hold segment numbers, which must differ from item to item.
+    """
+
+    features: Mapping[str, tuple[tuple[int, ...], str, int]]
+    grain: int = 1
+    rows: int = 0
+    keys: int = 0
+    numbered: tuple[str, ...] = ()
+
+    def rows_of(self, units: int) -> int:
+        """Media rows that `units` units yield."""
+        return units // self.grain * self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes from which the engine makes the pool, the slab and the step's programs.
+
+    largest_item: media rows of the largest item that the default preprocessing yields.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    width: int
+    max_len: int
+    rope_rows: int = 1
+    slab_width: int = 0
+    encoder: Encoder | None = None
+    cross: bool = False
+    largest_item: int = 0
+
+
+class Config(Protocol):
+    """A family's configuration: sizes that the model is declared with."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    def split(self, ways: int) -> Config:
+        """The configuration whose sharded sizes divide over `ways` devices."""
+        ...
+
+
+class Model(Protocol):
+    """What a family's module offers. All are called inside jit."""
+
+    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+        """Hidden states [T, D] after the final norm, and the pool with the batch's keys written."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[S, D] to f32[S, V]."""
+        ...
+
+    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        """Media rows [units / grain * rows, W]; for cross attention hidden states [units * keys, D]."""
+        ...
+
+
+class CrossModel(Model, Protocol):
+    """An encoder-decoder."""
+
+    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
+        """Write every layer's cross-attention keys and values at slot i32[units * keys]."""
+        ...
+
+

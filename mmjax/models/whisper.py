@@ -1,0 +1,210 @@
+"""Whisper: an audio encoder whose keys and values live in the pool's pages beside the decoder's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.batch import Batch, Pool
+from mmjax.models.family import Encoder, Shape
+from mmjax.nn.attention import attend, cross_attend, store
+from mmjax.nn.norm import layer_norm
+from mmjax.nn.tower import ACTIVATIONS, Tower, TowerConfig, gelu
+from mmjax.nn.weight import weight
+from mmjax.sharding import up
+
+EPS = 1e-5  # of every norm; the config does not name it
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes; `heads` and `mlp` of the decoder, `audio` of the encoder. `rows` counts rows of the padded embedding."""
+
+    audio: TowerConfig
+    mels: int
+    frames: int
+    width: int
+    depth: int
+    heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    rows: int
+    max_len: int
+    act: str
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json. The head is always the embedding."""
+        if config.get("scale_embedding"):
+            raise ValueError("scale_embedding=true is not supported: no published Whisper scales its embeddings")
+        width, heads = config["d_model"], config["encoder_attention_heads"]
+        act = config["activation_function"]
+        return cls(
+            audio=TowerConfig(width, config["encoder_layers"], heads, width // heads, config["encoder_ffn_dim"], EPS, act),
+            mels=config["num_mel_bins"],
+            frames=config["max_source_positions"],
+            width=width,
+            depth=config["decoder_layers"],
+            heads=config["decoder_attention_heads"],
+            head_dim=width // config["decoder_attention_heads"],
+            mlp=config["decoder_ffn_dim"],
+            vocab=config["vocab_size"],
+            rows=config["vocab_size"],
+            max_len=config["max_target_positions"],
+            act=act,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes for the engine."""
+        encoder = Encoder(features={"mel": ((self.mels, 2 * self.frames), "float32", 0)}, keys=self.frames)
+        return Shape(
+            layers=self.depth,
+            kv_heads=self.heads,
+            head_dim=self.head_dim,
+            vocab=self.vocab,
+            width=self.width,
+            max_len=self.max_len,
+            encoder=encoder,
+            cross=True,
+        )
+
+    def split(self, ways: int) -> Config:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(
+            self,
+            audio=self.audio.split(ways),
+            heads=up(self.heads, ways),
+            mlp=up(self.mlp, ways),
+            rows=up(self.rows, ways),
+        )
+
+
+class Audio(Tower):
+    """Two convolutions over time, stored positions, blocks, a final norm."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__(c.audio)
+        d = c.width
+        self.conv1 = weight(3, c.mels, d, axes=("kernel", "patch", "embed"))
+        self.conv1_bias = weight(d, axes=("embed",))
+        self.conv2 = weight(3, d, d, axes=("kernel", "embed", "embed_out"))
+        self.conv2_bias = weight(d, axes=("embed_out",))
+        self.positions = weight(c.frames, d, axes=("place", "embed"))
+        self.norm = weight(d, axes=("embed",))
+        self.norm_bias = weight(d, axes=("embed",))
+
+    def hidden(self, mel: jax.Array) -> jax.Array:
+        """f32[U, mels, 2 * frames] to [U * frames, D]."""
+        x = mel.swapaxes(1, 2).astype(self.conv1.dtype)
+        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
+        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...]) + self.positions[...]
+        units, frames, width = x.shape
+        segment = jnp.arange(units * frames, dtype=jnp.int32) // frames
+        x = self(x.reshape(-1, width), segment, uniform=frames)
+        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+    """x [U, t, C] convolved over time with kernel [3, C, D], padding 1: [U, t / stride, D].
+
+    One matrix product over the three shifted copies side by side, which is faster than XLA's convolution on the CPU.
+    """
+    steps = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
+    shifted = jnp.concatenate([padded[:, i : i + steps : stride] for i in range(3)], axis=-1)
+    return shifted @ kernel.reshape(-1, kernel.shape[-1])
+
+
+class Block(nnx.Module):
+    """Self attention, cross attention and feed-forward, each behind a layer norm."""
+
+    def __init__(self, c: Config) -> None:
+        d, n, h, f = c.width, c.heads, c.head_dim, c.mlp
+        out, back = ("kv_heads", "group", "head_dim", "embed"), ("embed",)
+        for name in ("attn_norm", "cross_norm", "mlp_norm"):
+            setattr(self, name, weight(d, axes=back))
+            setattr(self, f"{name}_bias", weight(d, axes=back))
+        self.qkv = weight(d, n, 3, h, axes=("embed", "kv_heads", "group_kv", "head_dim"))
+        self.qkv_bias = weight(n, 3, h, axes=("kv_heads", "group_kv", "head_dim"))
+        self.o = weight(n, 1, h, d, axes=out)
+        self.o_bias = weight(d, axes=back)
+        self.cross_q = weight(d, n, 1, h, axes=("embed", "kv_heads", "group", "head_dim"))
+        self.cross_q_bias = weight(n, 1, h, axes=("kv_heads", "group", "head_dim"))
+        self.cross_kv = weight(d, n, 2, h, axes=("embed", "kv_heads", "pair", "head_dim"))
+        self.cross_kv_bias = weight(n, 2, h, axes=("kv_heads", "pair", "head_dim"))
+        self.cross_o = weight(n, 1, h, d, axes=out)
+        self.cross_o_bias = weight(d, axes=back)
+        self.fc1 = weight(d, f, axes=("embed", "mlp"))
+        self.fc1_bias = weight(f, axes=("mlp",))
+        self.fc2 = weight(f, d, axes=("mlp", "embed"))
+        self.fc2_bias = weight(d, axes=back)
+        self.c = c
+
+    def __call__(self, x: jax.Array, pool: Pool, batch: Batch, first: int) -> tuple[jax.Array, Pool]:
+        """x [T, D] to [T, D] and the pool with this layer's keys written."""
+        scale = self.c.head_dim**-0.5
+        y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
+        qkv = jnp.einsum("td,dkgh->tkgh", y, self.qkv[...]) + self.qkv_bias[...]
+        y, pool = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], pool, batch, first, scale=scale)
+        x = x + jnp.einsum("tkgh,kghd->td", y, self.o[...]) + self.o_bias[...]
+        y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
+        q = jnp.einsum("td,dkgh->tkgh", y, self.cross_q[...]) + self.cross_q_bias[...]
+        y = cross_attend(q, pool, batch, first, scale=scale)
+        x = x + jnp.einsum("tkgh,kghd->td", y, self.cross_o[...]) + self.cross_o_bias[...]
+        y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
+        y = ACTIVATIONS[self.c.act](y @ self.fc1[...] + self.fc1_bias[...])
+        return x + y @ self.fc2[...] + self.fc2_bias[...], pool
+
+    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array, first: int) -> Pool:
+        """Write the keys and values of encoded [U * frames, D] at this layer's slots."""
+        kv = jnp.einsum("td,dkph->tkph", encoded, self.cross_kv[...]) + self.cross_kv_bias[...]
+        return store(kv[:, :, 0], kv[:, :, 1], pool, slot, first)
+
+
+class Text(nnx.Module):
+    """The decoder."""
+
+    def __init__(self, c: Config) -> None:
+        self.embed = weight(c.rows, c.width, axes=("vocab", "embed"))
+        self.positions = weight(c.max_len, c.width, axes=("place", "embed"))
+        self.layers = nnx.List([Block(c) for _ in range(c.depth)])
+        self.norm = weight(c.width, axes=("embed",))
+        self.norm_bias = weight(c.width, axes=("embed",))
+
+
+class Model(nnx.Module):
+    """See `mmjax.models.family.CrossModel`."""
+
+    def __init__(self, c: Config) -> None:
+        self.text = Text(c)
+        self.audio = Audio(c)
+        self.c = c
+
+    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+        text = self.text
+        x = jnp.take(text.embed[...], batch.tokens, axis=0, mode="clip")
+        x = x + jnp.take(text.positions[...], batch.positions[0], axis=0, mode="clip")
+        stride = pool.k.shape[0] // self.c.depth
+        for i, block in enumerate(text.layers):
+            x, pool = block(x, pool, batch, i * stride)
+        return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), pool
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        out = jnp.einsum("sd,vd->sv", hidden, self.text.embed[...], preferred_element_type=jnp.float32)
+        return out[:, : self.c.vocab]
+
+    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        return self.audio.hidden(features["mel"])
+
+    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
+        stride = pool.k.shape[0] // self.c.depth
+        for i, block in enumerate(self.text.layers):
+            pool = block.cross(encoded, pool, slot, i * stride)
+        return pool

@@ -1,0 +1,98 @@
+"""Attention as the models call it: keys and values go into the pool's pages, queries look through them."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.batch import Batch, Pool
+from mmjax.kernels import paged_decode, paged_prefill, segment_attention, write_pages
+from mmjax.sharding import per_head
+
+POOL = ("depth", "place", "kv_heads", "head_dim")
+QUERY = ("place", "kv_heads", "group", "head_dim")
+KEY = ("place", "kv_heads", "head_dim")
+UNIT = ("place", "heads", "head_dim")
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, pool: Pool, batch: Batch, first: int, *, scale: float
+) -> tuple[jax.Array, Pool]:
+    """Causal attention of q [T, K, G, H] over its sequence's pages, after writing k, v [T, K, H] into them.
+
+    `first` is the layer's first page id. Returns [T, K, G, H] and the pool.
+    """
+    size = pool.k.shape[1]
+    width = q.shape[-1]
+    q, k, v = (_widen(x, pool.k.shape[-1]) for x in (q, k, v))
+
+    def run(
+        q: jax.Array, k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        slot = jnp.where(batch.slot >= 0, batch.slot + first * size, -1)
+        k_pool, v_pool = write_pages(k_pool, v_pool, k, v, slot)
+        out = _look(q, k_pool, v_pool, batch.pages + first, batch.length, batch, causal=True, scale=scale)
+        return out, k_pool, v_pool
+
+    out, k_pool, v_pool = per_head(run, (QUERY, KEY, KEY, POOL, POOL), (QUERY, POOL, POOL))(q, k, v, pool.k, pool.v)
+    return out[..., :width], Pool(k_pool, v_pool)
+
+
+def cross_attend(q: jax.Array, pool: Pool, batch: Batch, first: int, *, scale: float) -> jax.Array:
+    """Attention of q [T, K, G, H] over all the encoder's keys of its sequence. Returns [T, K, G, H]."""
+    width = q.shape[-1]
+
+    def run(q: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> jax.Array:
+        pages = batch.cross_pages + first
+        return _look(q, k_pool, v_pool, pages, batch.cross_length, batch, causal=False, scale=scale)
+
+    return per_head(run, (QUERY, POOL, POOL), QUERY)(_widen(q, pool.k.shape[-1]), pool.k, pool.v)[..., :width]
+
+
+def store(k: jax.Array, v: jax.Array, pool: Pool, slot: jax.Array, first: int) -> Pool:
+    """Write k, v [T, K, H] at the layer's slots i32[T] (negative: dropped), without attending."""
+    size = pool.k.shape[1]
+    slot = jnp.where(slot >= 0, slot + first * size, -1)
+    run = per_head(
+        lambda k, v, k_pool, v_pool: write_pages(k_pool, v_pool, k, v, slot), (KEY, KEY, POOL, POOL), (POOL, POOL)
+    )
+    return Pool(*run(_widen(k, pool.k.shape[-1]), _widen(v, pool.k.shape[-1]), pool.k, pool.v))
+
+
+def within(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, *, scale: float, uniform: int | None
+) -> jax.Array:
+    """Attention among units of equal segment, q, k, v [U, N, H]; `uniform` when every segment has that many units."""
+    run = functools.partial(segment_attention, segment=segment, scale=scale, uniform=uniform)
+    return per_head(lambda q, k, v: run(q, k, v), (UNIT, UNIT, UNIT), UNIT)(q, k, v)
+
+
+def _look(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    pages: jax.Array,
+    length: jax.Array,
+    batch: Batch,
+    *,
+    causal: bool,
+    scale: float,
+) -> jax.Array:
+    """Blocks of one query are a decode step (sequence s is row s); longer blocks are chunks of a prompt."""
+    blocks = batch.owner.shape[0]
+    if blocks == q.shape[0]:
+        return paged_decode(q, k_pool, v_pool, pages, length, scale=scale)
+    chunks = q.reshape(blocks, q.shape[0] // blocks, *q.shape[1:])
+    out = paged_prefill(
+        chunks, k_pool, v_pool, pages, batch.owner, batch.start, length, causal=causal, scale=scale
+    )
+    return out.reshape(q.shape)
+
+
+def _widen(x: jax.Array, size: int) -> jax.Array:
+    """Zero-pad the head axis to the pool's: zeros change no score and the extra outputs are cut off."""
+    if x.shape[-1] == size:
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])

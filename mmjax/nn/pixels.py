@@ -1,0 +1,36 @@
+"""Pixel normalisation on the device: bytes cross the bus, not floats."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """(pixel * scale - mean) / std, with one mean and one std per channel."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> Pixels:
+        """From preprocessor_config.json; `do_rescale` and `do_normalize` are honoured."""
+        normalise = config.get("do_normalize", True)
+        return cls(
+            scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
+            mean=tuple(config["image_mean"]) if normalise else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if normalise else (1.0, 1.0, 1.0),
+        )
+
+    def normalise(self, pixels: jax.Array, *, axis: int) -> jax.Array:
+        """u8 pixels with their channels on `axis` to float32."""
+        shape = [1] * pixels.ndim
+        shape[axis] = len(self.mean)
+        mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)
+        std = jnp.asarray(self.std, jnp.float32).reshape(shape)
+        return (pixels.astype(jnp.float32) * self.scale - mean) / std

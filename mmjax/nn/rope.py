@@ -1,0 +1,74 @@
+"""Rotary position embeddings: one position per token, or one per section (time, height, width)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Which angle each of the H/2 frequency slots turns by.
+
+    `inverse` holds the H/2 inverse frequencies; `axis` says which row of the positions (0 for one-dimensional
+    rope; time, height or width otherwise) drives each slot.
+    """
+
+    inverse: tuple[float, ...]
+    axis: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of positions the slots read (R)."""
+        return max(self.axis) + 1
+
+    @classmethod
+    def from_hf(cls, head_dim: int, theta: float, scaling: dict[str, object] | None) -> Rope:
+        """Build from `rope_theta` and `rope_scaling`/`rope_parameters`.
+
+        Known kinds: default, mrope (contiguous sections), linear, llama3. Raises ValueError for any other.
+        """
+        inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        axis = [0] * (head_dim // 2)
+        scaling = scaling or {}
+        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        sections = scaling.get("mrope_section")
+        if isinstance(sections, list):
+            axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
+            if len(axis) != head_dim // 2:
+                raise ValueError(f"mrope_section {sections} must sum to half the head size, {head_dim // 2}")
+        if kind == "linear":
+            inverse = inverse / float(str(scaling["factor"]))
+        elif kind == "llama3":
+            inverse = _llama3(inverse, scaling)
+        elif kind not in ("default", "mrope"):
+            raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope, linear, llama3")
+        return cls(tuple(inverse.tolist()), tuple(axis))
+
+    def angles(self, positions: jax.Array) -> jax.Array:
+        """f32[T, H/2] angles of i32[R, T] positions."""
+        chosen = positions[jnp.asarray(self.axis)] if self.rows > 1 else positions
+        return chosen.astype(jnp.float32).T * jnp.asarray(self.inverse, jnp.float32)
+
+
+def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
+    """Llama 3.1's frequency-dependent stretch: long waves by `factor`, short ones not at all, smoothly between."""
+    factor, low, high, original = (
+        float(str(scaling[name]))
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    wave = 2 * math.pi / inverse
+    smooth = np.clip((original / wave - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * inverse / factor + smooth * inverse
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotate halves: x [T, ..., H] by f32[T, H/2] angles, in float32, returned in x's dtype."""
+    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1] // 2,)
+    cos, sin = jnp.cos(angles).reshape(shape), jnp.sin(angles).reshape(shape)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

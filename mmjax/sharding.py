@@ -1,0 +1,76 @@
+"""Where each logical axis lies on the device mesh. No other file names a mesh axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+MODEL = "model"
+
+# A logical axis that is missing here is a KeyError: a typo must never become a silent replication.
+RULES: dict[str, str | None] = {
+    "vocab": MODEL,
+    "kv_heads": MODEL,
+    "heads": MODEL,
+    "mlp": MODEL,
+    "embed": None,
+    "embed_out": None,
+    "group": None,
+    "group_kv": None,
+    "head_dim": None,
+    "pair": None,
+    "depth": None,
+    "patch": None,
+    "place": None,
+    "kernel": None,
+}
+
+
+def spec(axes: Sequence[str]) -> P:
+    """The partition of an array whose dimensions carry these logical axes."""
+    names = [RULES[axis] for axis in axes]
+    while names and names[-1] is None:  # P("a", None) and P("a") mean the same but are two jit cache keys
+        names.pop()
+    return P(*names)
+
+
+def mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of one axis over which one replica of the model is split."""
+    return Mesh(np.asarray(devices), (MODEL,), axis_types=(AxisType.Auto,))
+
+
+def ways(mesh: Mesh) -> int:
+    """Over how many devices the model is split."""
+    return int(mesh.shape[MODEL])
+
+
+def place(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
+    """The sharding of an array whose dimensions carry these logical axes."""
+    return NamedSharding(mesh, spec(axes))
+
+
+def up(n: int, ways: int) -> int:
+    """n rounded up to a multiple of `ways`: the padded size of an axis that is split that many ways."""
+    return -(-n // ways) * ways
+
+
+def per_head(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> Any:
+    """Run `function` on each device's own heads: a shard_map over the current mesh, or the function itself on one.
+
+    Attention never mixes heads, so nothing is communicated inside.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if current.empty or current.shape[MODEL] == 1:
+        return function
+    is_axes = lambda x: isinstance(x, tuple) and all(isinstance(a, str) for a in x)  # noqa: E731
+    return jax.shard_map(
+        function,
+        in_specs=tuple(spec(axes) for axes in in_axes),
+        out_specs=jax.tree.map(spec, out_axes, is_leaf=is_axes),
+        check_vma=False,
+    )
