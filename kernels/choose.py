@@ -5,6 +5,7 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NoReturn
 
 import jax
 
@@ -37,6 +38,12 @@ def implementation(op: str, impl: str | None) -> Callable[..., jax.Array]:
     if name not in IMPLEMENTATIONS[op]:
         raise ValueError(f"{op} has no implementation {name!r}, only {', '.join(IMPLEMENTATIONS[op])}")
     return importlib.import_module(f".{op}.{name}", __package__).run
+
+
+def refuse(op: str, impl: str, why: str, **arrays: jax.Array) -> NoReturn:
+    """An implementation cannot serve these shapes: there is no silent fallback."""
+    shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())
+    raise NotImplementedError(f"{op}: {impl} does not serve {shapes}: {why}")
 
 
 def pool_head_dim(head_dim: int, platform: str) -> int:

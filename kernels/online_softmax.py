@@ -23,12 +23,18 @@ def start(rows: tuple[int, ...], head_dim: int) -> State:
     )
 
 
-def fold(state: State, scores: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> State:
-    """Add a chunk: scores [*rows, keys] float32; `weigh` maps weights [*rows, keys] to weighted values [*rows, head_dim]."""
+def fold(
+    state: State,
+    scores: jax.Array,
+    weigh: Callable[[jax.Array], jax.Array],
+    exp: Callable[[jax.Array], jax.Array] = jnp.exp,
+) -> State:
+    """Add a chunk: scores [*rows, keys] float32; `weigh` maps weights [*rows, keys] to weighted values [*rows, head_dim].
+    `exp` is jnp.exp2 where the scores are in units of log 2."""
     top, total, values = state
     new_top = jnp.maximum(top, scores.max(-1))
-    keep = jnp.exp(top - new_top)
-    weights = jnp.exp(scores - new_top[..., None])
+    keep = exp(top - new_top)
+    weights = exp(scores - new_top[..., None])
     return new_top, total * keep + weights.sum(-1), values * keep[..., None] + weigh(weights)
 
 

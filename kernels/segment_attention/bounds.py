@@ -1,14 +1,43 @@
-"""Which units a block of units has to look at."""
+"""Cutting packed units into blocks, and which units each block has to look at."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def bounds(segment: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """The units [low, high) that the segments of each block of `block` units span; empty for a block of padding only.
+def whole_blocks(
+    arrays: tuple[jax.Array, ...], segment: jax.Array, block: int, uniform: int | None
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Pad arrays [U, N, H] and segment [U] to blocks of `block` units: at the tail, or, with `uniform=n`, at the end of every
+    segment, so that no block holds units of two. `unpad` is the way back."""
+    units = segment.shape[0]
+    if uniform is None:
+        pad = -units % block
+        segment = jnp.pad(segment, (0, pad), constant_values=-1)
+        return tuple(jnp.pad(x, ((0, pad), (0, 0), (0, 0))) for x in arrays), segment
+    count, pad = units // uniform, -uniform % block
 
-    segment [U] int32, U a multiple of `block` -> low, high [U // block] int32.
+    def stretch(x: jax.Array) -> jax.Array:
+        x = x.reshape(count, uniform, *x.shape[1:])
+        return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(-1, *x.shape[2:])
+
+    segment = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[:, None], (count, uniform))
+    segment = jnp.pad(segment, ((0, 0), (0, pad)), constant_values=-1).reshape(-1)
+    return tuple(map(stretch, arrays)), segment
+
+
+def unpad(x: jax.Array, units: int, uniform: int | None) -> jax.Array:
+    """[padded units, N, H] -> [units, N, H], the inverse of `whole_blocks`."""
+    if uniform is None:
+        return x[:units]
+    return x.reshape(units // uniform, -1, *x.shape[1:])[:, :uniform].reshape(units, *x.shape[1:])
+
+
+def bounds(segment: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The units [low, high) that the segments of each block of `block` units span, empty for a block of padding only; and whether
+    (1 or 0) they are one segment.
+
+    segment [U] int32, U a multiple of `block` -> low, high, single [U // block] int32.
     """
     units = segment.shape[0]
     at = jnp.arange(units, dtype=jnp.int32)
@@ -18,4 +47,5 @@ def bounds(segment: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     real = segment >= 0
     low = jnp.where(real, begins, units).reshape(-1, block).min(1)
     high = jnp.where(real, ends, 0).reshape(-1, block).max(1)
-    return jnp.minimum(low, high), high
+    single = jnp.where(real, begins, 0).reshape(-1, block).max(1) == low
+    return jnp.minimum(low, high), high, single.astype(jnp.int32)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
-from .bounds import bounds
+from .bounds import bounds, unpad, whole_blocks
 
 QUERIES = 128
 KEYS = 128
@@ -40,14 +40,10 @@ def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, scale:
     """Block of queries after block, each over the blocks of keys that its segments span."""
     U, N, H = q.shape
     block = min(QUERIES, U)
-    pad = -U % block
-    segment = jnp.pad(segment, (0, pad), constant_values=-1)
-    low, high = bounds(segment, block)
-
-    def heads(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, pad), (0, 0), (0, 0))).swapaxes(0, 1).astype(jnp.float32)
-
-    query, key, value = heads(q) * scale, heads(k), heads(v)
+    padded, segment = whole_blocks((q, k, v), segment, block, None)
+    low, high, _ = bounds(segment, block)
+    query, key, value = (x.swapaxes(0, 1).astype(jnp.float32) for x in padded)
+    query = query * scale
 
     def rows(i: jax.Array, out: jax.Array) -> jax.Array:
         mine = lax.dynamic_slice_in_dim(query, i * block, block, 1)
@@ -67,6 +63,5 @@ def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, scale:
         state = lax.fori_loop(first, last, chunk, online_softmax.start((N, block), H))
         return lax.dynamic_update_slice_in_dim(out, online_softmax.finish(state).astype(q.dtype), i * block, 1)
 
-    blocks = (U + pad) // block
-    out = lax.fori_loop(0, blocks, rows, jnp.zeros((N, U + pad, H), q.dtype))
-    return out.swapaxes(0, 1)[:U]
+    out = lax.fori_loop(0, low.shape[0], rows, jnp.zeros(query.shape, q.dtype))
+    return unpad(out.swapaxes(0, 1), U, None)

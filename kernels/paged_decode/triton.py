@@ -1,0 +1,85 @@
+"""Decode on GPU: split-KV (flash decoding) in Pallas-Triton.
+
+A program serves one kv head of one sequence, all its query heads at once, so that a key is read once, and one of `splits` equal
+shares of the keys the sequence really has. The shares are joined by XLA.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from .. import gpu, online_softmax, tile
+from ..choose import refuse
+
+PROGRAMS = 512
+"""Programs to aim for: about four for each of 132 multiprocessors."""
+MAX_SPLITS = 64
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    length: jax.Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `paged_decode`. The page and the pool's head dim must be powers of two, from 16 up."""
+    S, K, G, H = q.shape
+    page = k.shape[1]
+    if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H) < gpu.TENSOR_CORE_ROWS:
+        refuse("paged_decode", "triton", "page and head dim must be powers of two >= 16", q=q, k=k)
+    block = gpu.key_block(page)
+    rows = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(G))
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // (S * K), pages.shape[1] * page // block))
+    query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    top, total, values = pl.pallas_call(
+        functools.partial(_kernel, block=block, splits=splits, scale=scale * gpu.LOG2E),
+        grid=(S, K, splits),
+        in_specs=[pl.BlockSpec((None, None, rows, H), lambda s, h, i: (s, h, 0, 0)), *[pl.no_block_spec] * 4],
+        out_specs=[
+            pl.BlockSpec((None, None, None, rows), lambda s, h, i: (s, h, i, 0)),
+            pl.BlockSpec((None, None, None, rows), lambda s, h, i: (s, h, i, 0)),
+            pl.BlockSpec((None, None, None, rows, H), lambda s, h, i: (s, h, i, 0, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((S, K, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((S, K, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((S, K, splits, rows, H), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if H * k.dtype.itemsize <= 256 else 2),
+        interpret=interpret,
+        name="paged_decode",
+    )(query, k, v, pages, length)
+    weight = jnp.exp2(top - top.max(2, keepdims=True))[:, :, :, :G]
+    values = (values[:, :, :, :G] * weight[..., None]).sum(2)
+    total = (total[:, :, :, :G] * weight).sum(2)
+    return (values / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
+
+
+def _kernel(q_ref, k_ref, v_ref, pages_ref, length_ref, top_ref, total_ref, values_ref, *, block, splits, scale):  # type: ignore[no-untyped-def]
+    s, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    page = k_ref.shape[1]
+    length = length_ref[s]
+    blocks = lax.div(length + (block - 1), block)
+    share = lax.div(blocks + (splits - 1), splits)
+    query = q_ref[...]
+
+    def chunk(c, state):  # type: ignore[no-untyped-def]
+        at = c * block
+        page_id, rows = pages_ref[s, lax.div(at, page)], pl.ds(lax.rem(at, page), block)
+        live = at + jnp.arange(block, dtype=jnp.int32) < length
+        x = tile.scores(query, k_ref[page_id, rows, h, :]) * scale
+        value = plgpu.load(v_ref.at[page_id, rows, h, :], mask=live[:, None], other=0.0)
+        x = jnp.where(live[None], x, online_softmax.MASKED)
+        return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
+
+    state = online_softmax.start(q_ref.shape[:1], q_ref.shape[1])
+    first = i * share
+    top_ref[...], total_ref[...], values_ref[...] = lax.fori_loop(first, jnp.minimum(first + share, blocks), chunk, state)

@@ -1,0 +1,88 @@
+"""Prefill on GPU: flash attention over pages, in Pallas-Triton.
+
+The queries of a block and the query heads of a kv head make the rows of one matrix (row = query * G + head), cut into tiles; a
+program serves one tile, up to the last key that the tile sees. Tiles of a block and kv head are neighbours in the grid, so that all
+but the first find their keys in the L2 cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from .. import gpu, online_softmax, tile
+from ..choose import refuse
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    owner: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `paged_prefill`. The page and the pool's head dim must be powers of two, from 16 up."""
+    B, Q, K, G, H = q.shape
+    page = k.shape[1]
+    if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H) < gpu.TENSOR_CORE_ROWS:
+        refuse("paged_prefill", "triton", "page and head dim must be powers of two >= 16", q=q, k=k)
+    wide = H * q.dtype.itemsize > 256  # 128 rows and their accumulator would not fit
+    rows = min(64 if wide or Q * G % 128 else 128, max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(Q * G)))
+    return pl.pallas_call(
+        functools.partial(_kernel, rows=rows, block=gpu.key_block(page), causal=causal, scale=scale * gpu.LOG2E),
+        grid=(pl.cdiv(Q * G, rows), K, B),
+        in_specs=[pl.no_block_spec] * 7,
+        out_specs=pl.no_block_spec,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if rows * H >= 128 * 128 else 4, num_stages=2),
+        interpret=interpret,
+        name="paged_prefill",
+    )(q, k, v, pages, owner, start, length)
+
+
+def _kernel(  # type: ignore[no-untyped-def]
+    q_ref, k_ref, v_ref, pages_ref, owner_ref, start_ref, length_ref, out_ref, *, rows, block, causal, scale
+):
+    i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    _, Q, _, G, H = q_ref.shape
+    page = k_ref.shape[1]
+    row = i * rows + jnp.arange(rows, dtype=jnp.int32)
+    real = row < Q * G
+    row = jnp.minimum(row, Q * G - 1)
+    j, g = lax.div(row, G), lax.rem(row, G)
+    sequence, start = owner_ref[b], start_ref[b]
+    length = jnp.where(start > -Q, length_ref[sequence], 0)
+    first_query, last_query = start + lax.div(i * rows, G), start + lax.div(jnp.minimum((i + 1) * rows, Q * G) - 1, G)
+    seen_by_any = jnp.maximum(jnp.minimum(length, last_query + 1), 0) if causal else length
+    seen_by_all = jnp.maximum(jnp.minimum(length, first_query + 1), 0) if causal else length
+    query = q_ref[b, j, h, g, :]
+
+    def chunk(c, state, masked):  # type: ignore[no-untyped-def]
+        at = c * block
+        page_id, keys = pages_ref[sequence, lax.div(at, page)], pl.ds(lax.rem(at, page), block)
+        x = tile.scores(query, k_ref[page_id, keys, h, :]) * scale
+        if not masked:
+            value = v_ref[page_id, keys, h, :]
+        else:
+            position = at + jnp.arange(block, dtype=jnp.int32)
+            live = position < length
+            value = plgpu.load(v_ref.at[page_id, keys, h, :], mask=live[:, None], other=0.0)
+            seen = (position[None] <= (start + j)[:, None]) & live[None] if causal else live[None]
+            x = jnp.where(seen, x, online_softmax.MASKED)
+        return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
+
+    whole = lax.div(seen_by_all, block)
+    state = online_softmax.start((rows,), H)
+    state = lax.fori_loop(0, whole, functools.partial(chunk, masked=False), state)
+    state = lax.fori_loop(whole, lax.div(seen_by_any + (block - 1), block), functools.partial(chunk, masked=True), state)
+    out = online_softmax.finish(state).astype(out_ref.dtype)
+    plgpu.store(out_ref.at[b, j, h, g, :], out, mask=real[:, None])

@@ -1,0 +1,78 @@
+"""Segment attention on GPU: flash attention in Pallas-Triton, each block of queries over the keys of its own segments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from .. import gpu, online_softmax, tile
+from .bounds import bounds, unpad, whole_blocks
+
+QUERIES = 128
+KEYS = 64
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array,
+    *,
+    scale: float,
+    uniform: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `segment_attention`. Head dims other than powers of two are padded in a copy."""
+    U, N, H = q.shape
+    wide = pl.next_power_of_2(H) * q.dtype.itemsize > 256
+    queries = 64 if wide else QUERIES
+    width = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(H))
+    (q, k, v), segment = whole_blocks((q, k, v), segment, queries, uniform)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, width - H))) for x in (q, k, v))
+    low, high, single = bounds(segment, queries)
+    block = pl.BlockSpec((queries, None, width), lambda i, n: (i, n, 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, keys=KEYS, scale=scale * gpu.LOG2E),
+        grid=(q.shape[0] // queries, N),
+        in_specs=[block, *[pl.no_block_spec] * 3, *[pl.no_block_spec] * 3],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if queries * width >= 128 * 128 else 4, num_stages=2),
+        interpret=interpret,
+        name="segment_attention",
+    )(query, key, value, segment, low, high, single)
+    return unpad(out[:, :, :H], U, uniform)
+
+
+def _kernel(q_ref, k_ref, v_ref, segment_ref, low_ref, high_ref, single_ref, out_ref, *, keys, scale):  # type: ignore[no-untyped-def]
+    i, n = pl.program_id(0), pl.program_id(1)
+    queries = q_ref.shape[0]
+    query = q_ref[...]
+    own = segment_ref[pl.ds(i * queries, queries)]
+    low, high = low_ref[i], high_ref[i]
+
+    def chunk(c, state, masked):  # type: ignore[no-untyped-def]
+        rows = pl.ds(c * keys, keys)
+        x = tile.scores(query, k_ref[rows, n, :]) * scale
+        if masked:
+            x = jnp.where(own[:, None] == segment_ref[rows][None], x, online_softmax.MASKED)
+        value = v_ref[rows, n, :]
+        return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
+
+    # Blocks [whole, rest) lie inside the only segment of these queries and need no mask; the others are its ragged ends, or, where
+    # the queries are of several segments, all blocks. One loop over the blocks before and after keeps the program small.
+    first, last = lax.div(low, keys), lax.div(high + (keys - 1), keys)
+    whole = jnp.where(single_ref[i] != 0, jnp.minimum(lax.div(low + (keys - 1), keys), last), last)
+    rest = jnp.maximum(whole, jnp.where(single_ref[i] != 0, lax.div(high, keys), last))
+
+    def end(e, state):  # type: ignore[no-untyped-def]
+        before = first + e
+        return chunk(jnp.where(before < whole, before, before + (rest - whole)), state, masked=True)
+
+    state = online_softmax.start((queries,), q_ref.shape[1])
+    state = lax.fori_loop(whole, rest, functools.partial(chunk, masked=False), state)
+    state = lax.fori_loop(0, (whole - first) + (last - rest), end, state)
+    out_ref[...] = online_softmax.finish(state).astype(out_ref.dtype)
