@@ -1,0 +1,83 @@
+"""The bias row of a request: logit_bias, allowed_token_ids and bad_words as one f32[V] to add to the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mmjax.types import SamplingParams, ValidationError
+
+
+class Encoder(Protocol):
+    """The half of a tokenizer that bad words need."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
+class Constraints:
+    """What a request forbids and prefers, for a vocabulary of `vocab` logits.
+
+    `dynamic`: the row changes as tokens come (bad words of several tokens), so it has to be asked for before each one.
+    Raises ValidationError for bad words without a tokenizer, or whose tokens the model does not have. The other
+    parameters have passed SamplingParams.verify.
+    """
+
+    def __init__(self, params: SamplingParams, vocab: int, tokenizer: Encoder | None) -> None:
+        words = _bad_word_ids(params.bad_words or (), vocab, tokenizer)
+        self._phrases = [word for word in words if len(word) > 1]
+        self.dynamic = bool(self._phrases)
+        self._fixed: np.ndarray | None = None
+        if words or params.logit_bias or params.allowed_token_ids is not None:
+            self._fixed = _fixed_row(params, vocab, [word[0] for word in words if len(word) == 1])
+
+    def row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
+        """f32[V] to add to the logits of the token after `output_ids`, not to be written to; None = nothing ever."""
+        if self._fixed is None or not self.dynamic:
+            return self._fixed
+        longest = max(map(len, self._phrases)) - 1
+        tail = tuple(int(token) for token in output_ids[-longest:])
+        banned = [phrase[-1] for phrase in self._phrases if tail[-(len(phrase) - 1) :] == phrase[:-1]]
+        if not banned:
+            return self._fixed
+        row = self._fixed.copy()
+        row[banned] = -np.inf
+        return row
+
+
+def _fixed_row(params: SamplingParams, vocab: int, banned: Sequence[int]) -> np.ndarray:
+    row = np.zeros(vocab, np.float32)
+    if params.logit_bias:
+        row[list(params.logit_bias)] = list(params.logit_bias.values())
+    if params.allowed_token_ids is not None:
+        forbidden = np.ones(vocab, bool)
+        forbidden[params.allowed_token_ids] = False
+        row[forbidden] = -np.inf
+    row[list(banned)] = -np.inf
+    return row
+
+
+def _bad_word_ids(words: Sequence[str], vocab: int, tokenizer: Encoder | None) -> list[tuple[int, ...]]:
+    """Each word as it is tokenised at the start of a text and, where that differs, after a space.
+
+    The second form counts if its first token differs from the first form's and both are equally long: otherwise the
+    space is a token of its own, which must not be banned with the word.
+    """
+    if words and tokenizer is None:
+        raise ValidationError("bad_words need a tokenizer.", parameter="bad_words", value=words)
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        assert tokenizer is not None
+        bare = tuple(tokenizer.encode(word.lstrip(), add_special_tokens=False))
+        spaced = tuple(tokenizer.encode(" " + word.lstrip(), add_special_tokens=False))
+        forms = [bare, spaced] if len(spaced) == len(bare) and spaced[:1] != bare[:1] else [bare]
+        for form in filter(None, forms):
+            if not all(0 <= token < vocab for token in form):
+                raise ValidationError(
+                    f"bad_words: {word!r} is tokenised as {list(form)}, outside the model's vocabulary of {vocab}.",
+                    parameter="bad_words",
+                    value=word,
+                )
+            found.append(form)
+    return found
