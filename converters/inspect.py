@@ -31,7 +31,7 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """`format` is "safetensors" or "orbax"; the three mappings split `total` by dtype, by file and by place in the model.
+    """`format` is "safetensors" or "orbax"; three mappings split `total`: by dtype, by file, by place in the model.
 
     `plan` is None unless a model was given to compare with.
     """
@@ -76,10 +76,16 @@ def describe(
     config = _config(directory)
     architectures = config.get("architectures") or [None]
     return Description(
-        directory, "orbax" if is_orbax(directory) else "safetensors", architectures[0], config.get("model_type"), total,
-        dict(dtypes), dict(shards), dict(prefixes),
+        directory,
+        "orbax" if is_orbax(directory) else "safetensors",
+        architectures[0],
+        config.get("model_type"),
+        total,
+        dict(dtypes),
+        dict(shards),
+        dict(prefixes),
         examine(tensors, table, shapes) if table is not None and shapes is not None else None,
-    )  # fmt: skip
+    )
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -116,7 +122,8 @@ def render(description: Description) -> str:
         f"architecture  {description.architecture or 'not told'} ({description.model_type or 'no model type'})",
         f"tensors       {_tally(description.total)}",
     ]
-    for title, parts in (("dtypes", description.dtypes), ("shards", description.shards), ("parts", description.prefixes)):
+    sections = {"dtypes": description.dtypes, "shards": description.shards, "parts": description.prefixes}
+    for title, parts in sections.items():
         if parts:
             width = max(map(len, parts))
             lines += ["", f"{title}:", *(f"  {name:{width}}  {_tally(tally)}" for name, tally in parts.items())]
@@ -127,8 +134,10 @@ def render(description: Description) -> str:
 
 def render_plan(plan: Plan) -> list[str]:
     """The account of a conversion, one fact a line: what is taken, what is ignored by name, what does not fit."""
-    lines = [f"model: {len(plan.pieces)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored,"
-             f" {len(plan.problems)} problems"]  # fmt: skip
+    lines = [
+        f"model: {len(plan.pieces)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored,"
+        f" {len(plan.problems)} problems"
+    ]
     lines += [f"  ignored  {name}" for name in plan.ignored]
     return lines + [f"  problem  {problem}" for problem in plan.problems]
 

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a converted checkpoint, and how such a directory is recognised. Imports no Orbax."""
+"""What stands beside the weights of a converted checkpoint, and how to recognise one. Imports no Orbax."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from mmjax.converters.safetensors import CheckpointError
 MANIFEST = "mmjax.json"
 FORMAT = 1
 TEXT_FILES = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "normalizer.json", "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "normalizer.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 def is_orbax(directory: Path | str) -> bool:
@@ -23,7 +34,7 @@ def is_orbax(directory: Path | str) -> bool:
 
 
 def read_manifest(directory: Path | str) -> dict[str, Any] | None:
-    """The content of `mmjax.json`; None where there is none (a checkpoint written by others). Raises CheckpointError."""
+    """The content of `mmjax.json`; None in a checkpoint written by others. Raises CheckpointError."""
     file = Path(directory) / MANIFEST
     if not file.exists():
         return None

@@ -22,7 +22,6 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-
 from mmjax.converters.manifest import FORMAT, MANIFEST, TEXT_FILES, is_orbax, read_manifest
 from mmjax.converters.safetensors import CheckpointError, open_checkpoint
 from mmjax.converters.table import Piece, Plan, Table, Tensor, build, leaf_dtype, plan
@@ -60,7 +59,7 @@ class _Pending:
                 self.tensors[name].release()
 
 
-class _OneByOne(ocp.type_handlers.NumpyHandler):
+class _OneByOne(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax has no type hints to check
     """Writes pending parameters as Orbax writes NumPy arrays, each finished before the next is made."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
@@ -74,7 +73,8 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         done = 0
         for place, value in enumerate(values):
             written = await super().serialize(
-                [value.make()], [infos[place]], [ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)])  # fmt: skip
+                [value.make()], [infos[place]], [ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)]
+            )
             for future in written:
                 future.result()
             value.release()
@@ -85,9 +85,14 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 def convert_checkpoint(
-    src: Path | str, dst: Path | str, *, table: Table, shapes: Mapping[str, Shape],
-    dtype: np.typing.DTypeLike | None = None, progress: Progress | None = None,
-) -> Plan:  # fmt: skip
+    src: Path | str,
+    dst: Path | str,
+    *,
+    table: Table,
+    shapes: Mapping[str, Shape],
+    dtype: np.typing.DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> Plan:
     """Write the safetensors checkpoint `src` as an Orbax checkpoint `dst`; return what was claimed and ignored.
 
     `dtype`: stored dtype of floating-point parameters (default: that of the source).
@@ -99,8 +104,10 @@ def convert_checkpoint(
     _refuse_occupied(dst)
     tensors = open_checkpoint(src)
     ready = plan(tensors, table, shapes)
-    pending = {path: _Pending(path, tuple(shapes[path]), _stored(leaf_dtype(pieces, tensors), dtype), pieces, tensors)
-               for path, pieces in ready.pieces.items()}  # fmt: skip
+    pending = {
+        path: _Pending(path, tuple(shapes[path]), _stored(leaf_dtype(pieces, tensors), dtype), pieces, tensors)
+        for path, pieces in ready.pieces.items()
+    }
     total = sum(leaf.nbytes for leaf in pending.values())
     dst.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(dst.parent).free
@@ -140,7 +147,8 @@ def _stored(source: np.dtype, wanted: np.typing.DTypeLike | None) -> np.dtype:
 def _write(made: Path, pending: dict[str, _Pending], progress: Progress | None, total: int) -> None:
     # Orbax warns when a registry cannot save jax.Array, though there is none to save.
     registry = ocp.type_handlers.create_type_handler_registry(
-        (_Pending, _OneByOne(progress, total)), (jax.Array, ocp.type_handlers.ArrayHandler()))  # fmt: skip
+        (_Pending, _OneByOne(progress, total)), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(made.absolute(), args=ocp.args.PyTreeSave(pending))
@@ -189,15 +197,16 @@ def open_converted(directory: Path | str) -> dict[str, StoredLeaf]:
         raise CheckpointError(f"{directory} is not an Orbax checkpoint: it has no _METADATA")
     manifest = read_manifest(directory)
     try:
-        names = [".".join(entry["key"] for entry in leaf["key_metadata"])
-                 for leaf in json.loads((directory / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"].values()]  # fmt: skip
+        metadata = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"]
+        names = [".".join(entry["key"] for entry in leaf["key_metadata"]) for leaf in metadata.values()]
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
-        opening = {name: tensorstore.open(_spec(directory, name), open=True, read=True, context=context) for name in names}
-        leaves = {name: StoredLeaf(store.result()) for name, store in opening.items()}
+        stores = [tensorstore.open(_spec(directory, name), open=True, read=True, context=context) for name in names]
+        leaves = {name: StoredLeaf(store.result()) for name, store in zip(names, stores, strict=True)}
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{directory} is a damaged Orbax checkpoint: {error}") from error
     if manifest is not None and manifest["tensors"] != len(leaves):
-        raise CheckpointError(f"{directory}: {MANIFEST} speaks of {manifest['tensors']} tensors, the checkpoint has {len(leaves)}")
+        told = manifest["tensors"]
+        raise CheckpointError(f"{directory}: {MANIFEST} speaks of {told} tensors, the checkpoint has {len(leaves)}")
     return leaves
 
 

@@ -11,7 +11,7 @@ _S, _T = "vision.blocks.{i}", "vision.blocks"
 TABLE = Table(
     rules=(
         *decoder.RULES,
-        Rule("vision.patch_embed.proj.weight", "vision.patch", to.patches(3, 2)),  # columns in (channel, frame, y, x) order
+        Rule("vision.patch_embed.proj.weight", "vision.patch", to.patches(3, 2)),  # (channel, frame, y, x)
         *norm(f"{_S}.norm1", f"{_T}.norm1"),
         *linear(f"{_S}.attn.qkv", f"{_T}.qkv", to.split_qkv, to.split_qkv_bias),
         *linear(f"{_S}.attn.proj", f"{_T}.o", to.merge_heads),

@@ -19,6 +19,7 @@ import numpy as np
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8  # little-endian length of the header, at the start of the file
 
@@ -86,13 +87,16 @@ def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:
     if len(files) == 1:
         return read_header(files[0])
     if files:
-        raise CheckpointError(f"{directory} has {len(files)} safetensors files but no {INDEX} that says how they fit together")
-    pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(directory.glob(pattern))]
+        raise CheckpointError(
+            f"{directory} has {len(files)} safetensors files but no {INDEX} to tell how they belong together"
+        )
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
             f"{directory} has weights only in a pickle format ({pickles[0]}), which can run code when opened and is not"
             " supported: save the model again with `save_pretrained(..., safe_serialization=True)`, or fetch a revision"
-            " that has safetensors files")  # fmt: skip
+            " that has safetensors files"
+        )
     raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}")
 
 
@@ -114,7 +118,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     header = _parse(pages[LENGTH_BYTES : LENGTH_BYTES + length], f"{file}: the header")
     header.pop("__metadata__", None)
     data = LENGTH_BYTES + length
-    spans = sorted((_span(file, name, entry) for name, entry in header.items()), key=lambda span: (span.begin, span.end))
+    spans = [_span(file, name, entry) for name, entry in header.items()]
+    spans.sort(key=lambda span: (span.begin, span.end))
     at, before = 0, "the header"
     for span in spans:
         if span.begin != at:
@@ -122,8 +127,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: tensor {span.name!r} {problem} {before}")
         at, before = span.end, repr(span.name)
     if at != size - data:
-        raise CheckpointError(f"{file}: the header describes {at} bytes of weights, but the file has {size - data}"
-                              " (an incomplete download?)")  # fmt: skip
+        raise CheckpointError(
+            f"{file}: the header describes {at} bytes of weights, but the file has {size - data}"
+            " (an incomplete download?)"
+        )
     return {span.name: StoredTensor(file, span.dtype, span.shape, data + span.begin, pages) for span in spans}
 
 
@@ -150,8 +157,10 @@ def _span(file: Path, name: str, entry: Any) -> _Span:
         raise CheckpointError(f"{where} has bad data_offsets {str(offsets)[:80]}")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise CheckpointError(f"{where} of shape {tuple(shape)} and dtype {dtype} takes {nbytes} bytes,"
-                              f" but its data_offsets span {offsets[1] - offsets[0]}")  # fmt: skip
+        raise CheckpointError(
+            f"{where} of shape {tuple(shape)} and dtype {dtype} takes {nbytes} bytes,"
+            f" but its data_offsets span {offsets[1] - offsets[0]}"
+        )
     return _Span(name, DTYPES[dtype], tuple(shape), *offsets)
 
 
@@ -186,8 +195,10 @@ def _read_index(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file} has no weight_map")
     for name, shard in places.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or set(shard) & set("/\\\0:"):
-            raise CheckpointError(f"{file} puts tensor {name!r} into {str(shard)[:80]!r}, which is not the plain name of"
-                                  " a safetensors file beside it")  # fmt: skip
+            where = str(shard)[:80]
+            raise CheckpointError(
+                f"{file} puts tensor {name!r} into {where!r}, not the plain name of a safetensors file beside it"
+            )
     return places
 
 
@@ -203,9 +214,7 @@ def _open_shards(directory: Path, places: Mapping[str, str]) -> dict[str, Stored
     return tensors
 
 
-def _shard_tensors(
-    directory: Path, shards: list[str], places: Mapping[str, str]
-) -> Iterator[tuple[str, StoredTensor]]:
+def _shard_tensors(directory: Path, shards: list[str], places: Mapping[str, str]) -> Iterator[tuple[str, StoredTensor]]:
     for shard in shards:
         for name, tensor in read_header(directory / shard).items():
             if places.get(name) != shard:

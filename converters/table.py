@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
-
 from mmjax.converters.transforms import Shape, Transform, identity, transpose
 
 INDEX = "{i}"
@@ -158,12 +157,15 @@ class _Survey:
     def take(self, name: str, shape: Shape) -> None:
         """Give one tensor to the rule that claims it."""
         canonical = self.table.canonical(name)
-        claims = [(m.groups("")[0] if m.groups() else "", row, part)
-                  for pattern, row, part in self.patterns if (m := pattern.fullmatch(canonical))]  # fmt: skip
+        claims = [
+            ("".join(match.groups()), row, part)
+            for pattern, row, part in self.patterns
+            if (match := pattern.fullmatch(canonical))
+        ]
         if any(pattern.fullmatch(canonical) for pattern in self.ignore):
             self.ignored.append(name)
         elif not claims:
-            self.problems.append(UnclaimedTensorError(f"tensor {name!r} of shape {shape}: no rule of the table claims it"))
+            self.problems.append(UnclaimedTensorError(f"tensor {name!r} of shape {shape}: no rule claims it"))
         elif len(claims) > 1:
             paths = " and ".join(self._place(self.table.rules[row], number) for number, row, _ in claims)
             self.problems.append(ClaimedTwiceError(f"tensor {name!r} of shape {shape} is claimed twice: by {paths}"))
@@ -177,13 +179,13 @@ class _Survey:
             if rule.optional:
                 self.ignored.append(name)
             else:
-                self.problems.append(UnclaimedTensorError(
-                    f"tensor {name!r} of shape {shape} belongs to {place}, which this model does not have"))  # fmt: skip
+                told = f"tensor {name!r} of shape {shape} belongs to {place}, which this model does not have"
+                self.problems.append(UnclaimedTensorError(told))
             return
         parts = self.found.setdefault((row, number), {})
         if part in parts:
-            self.problems.append(ClaimedTwiceError(
-                f"{place} is filled twice: by tensor {parts[part]!r} and by tensor {name!r} of shape {shape}"))  # fmt: skip
+            told = f"{place} is filled twice: by tensor {parts[part]!r} and by tensor {name!r} of shape {shape}"
+            self.problems.append(ClaimedTwiceError(told))
             return
         parts[part] = name
         self.claimed.append(name)
@@ -205,9 +207,12 @@ def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Sh
         path = rule.path(number)
         missing = [source.replace(INDEX, number) for part, source in enumerate(rule.sources) if part not in parts]
         if missing:
-            survey.problems.append(EmptyHoleError(
-                f"parameter {path!r} of shape {shapes[path]} has a hole: no tensor {missing[0]!r}"
-                f" beside {next(iter(parts.values()))!r}"))  # fmt: skip
+            survey.problems.append(
+                EmptyHoleError(
+                    f"parameter {path!r} of shape {shapes[path]} has a hole: no tensor {missing[0]!r}"
+                    f" beside {next(iter(parts.values()))!r}"
+                )
+            )
         names = tuple(parts[part] for part in sorted(parts))
         shape = tuple(shapes[path])[1:] if rule.stacked else tuple(shapes[path])
         pieces[path].append(Piece(names, rule.transform, shape, int(number) if rule.stacked else None))
@@ -229,19 +234,22 @@ def _misfits(path: str, piece: Piece, whole: Shape, tensors: Mapping[str, Tensor
     for name, want in zip(piece.sources, wanted, strict=True):
         shape = tuple(tensors[name].shape)
         if shape != want:
-            yield WrongShapeError(f"tensor {name!r} has shape {shape}, but parameter {path!r} of shape {whole} needs {want}")
+            told = f"tensor {name!r} has shape {shape}, but parameter {path!r} of shape {whole} needs {want}"
+            yield WrongShapeError(told)
 
 
 def _holes(path: str, found: list[Piece], shape: Shape, table: Table) -> Iterator[ConversionError]:
     if not found:
-        rules = [rule for rule in table.rules if re.fullmatch(re.escape(rule.target).replace(re.escape(INDEX), r"\d+"), path)]
+        rules = [rule for rule in table.rules if rule.path("#") == re.sub(r"(?<=\.)\d+(?=\.)", "#", path)]
         hint = f"; it comes from {', '.join(rules[0].sources)}" if rules else "; no rule of the table makes it"
         yield EmptyHoleError(f"parameter {path!r} of shape {shape} is not filled by any tensor{hint}")
     elif found[0].index is not None:
         filled = [piece.index for piece in found]
         if missing := sorted(set(range(shape[0])) - set(filled)):
-            yield EmptyHoleError(f"parameter {path!r} of shape {shape} has a hole at layer {missing[0]}"
-                                 f" ({len(missing)} of {shape[0]} layers are not filled)")  # fmt: skip
+            yield EmptyHoleError(
+                f"parameter {path!r} of shape {shape} has a hole at layer {missing[0]}"
+                f" ({len(missing)} of {shape[0]} layers are not filled)"
+            )
         if len(set(filled)) < len(filled):
             yield ClaimedTwiceError(f"parameter {path!r} of shape {shape}: two rules fill the same layer")
     elif len(found) > 1:

@@ -21,9 +21,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 Shapes = dict[str, tuple[int, ...]]
 
 SIZES: Mapping[str, int] = {
-    "layers": 2, "width": 64, "mlp": 128, "heads": 4, "kv_heads": 2,
-    "tower_layers": 3, "tower_width": 32, "tower_mlp": 64, "tower_heads": 4,
-}  # fmt: skip
+    "layers": 2,
+    "width": 64,
+    "mlp": 128,
+    "heads": 4,
+    "kv_heads": 2,
+    "tower_layers": 3,
+    "tower_width": 32,
+    "tower_mlp": 64,
+    "tower_heads": 4,
+}
 # Added to the caller's seed: with these, seed 0 is known to give varied tokens and clear winners.
 SEEDS: Mapping[str, int] = {"whisper": 37, "llava": 5, "qwen2_vl": 21}
 
@@ -36,17 +43,37 @@ MUTED = 0.05
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
-MERGES = [("Ġ", "t"), ("h", "e"), ("i", "n"), ("Ġ", "a"), ("Ġt", "he"), ("e", "r"), ("o", "n"), ("Ġ", "s"), ("Ġ", "i"), ("Ġi", "s")]
+MERGES = [
+    ("Ġ", "t"),
+    ("h", "e"),
+    ("i", "n"),
+    ("Ġ", "a"),
+    ("Ġt", "he"),
+    ("e", "r"),
+    ("o", "n"),
+    ("Ġ", "s"),
+    ("Ġ", "i"),
+    ("Ġi", "s"),
+]
 QWEN_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+QWEN_SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 LANGUAGES = ["en", "zh", "de", "es", "ru", "ko", "fr", "ja"]
 WHISPER_TASKS = ["translate", "transcribe", "startoflm", "startofprev", "nospeech", "notimestamps"]
 WHISPER_SECONDS = 4
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -58,7 +85,8 @@ LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }} {% else %}"
     "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endif %}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
@@ -74,8 +102,11 @@ def make(family: str, directory: Path, seed: int = 0, shards: int = 1, **sizes: 
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = {name: draw(name, shape, seed + SEEDS[family]) for name, shape in shapes.items()}
-    head = next(name for name in ("language_model.lm_head.weight", "model.decoder.embed_tokens.weight",
-                                  "model.embed_tokens.weight") if name in weights)  # fmt: skip
+    head = next(
+        name
+        for name in ("language_model.lm_head.weight", "model.decoder.embed_tokens.weight", "model.embed_tokens.weight")
+        if name in weights
+    )
     weights[head][sorted(tokenizer.get_added_tokens_decoder())] *= MUTED
     weights[head][tokenizer.get_vocab_size() :] *= MUTED
     _save(directory, weights, shards)
@@ -91,7 +122,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return noise * HEAD_STD
     if name.endswith("decoder.embed_positions.weight"):
         return noise * POSITION_STD
-    if "embed_" in name and "patch" not in name or "embedding" in name and len(shape) < 3:
+    if ("embed_" in name or "embedding" in name) and "patch" not in name:
         return noise * EMBED_STD
     if len(shape) == 1:
         return noise * np.float32(0.1) + np.float32(name.endswith("weight"))
@@ -125,8 +156,9 @@ def _byte_level(special: list[str], words: str | None) -> Tokenizer:
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
-    tokenizer.pre_tokenizer = level if words is None else pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(words), "isolated"), level])  # fmt: skip
+    tokenizer.pre_tokenizer = (
+        level if words is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(words), "isolated"), level])
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -136,15 +168,21 @@ def _byte_level(special: list[str], words: str | None) -> Tokenizer:
 def _characters(special: list[str]) -> Tokenizer:
     """The shape of Llama-2's tokenizer: a visible space in front, bytes for what is unknown, BOS before the text."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", fuse_unk=True,
-                                     byte_fallback=True))  # fmt: skip
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])  # fmt: skip
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])  # fmt: skip
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in ["<unk>", "<s>", "</s>", *special]])  # fmt: skip
+        [AddedToken(token, special=True, normalized=False) for token in ["<unk>", "<s>", "</s>", *special]]
+    )
     return tokenizer
 
 
@@ -190,26 +228,39 @@ def _qwen2_vl(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shape
         "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "torch_dtype": "float32",
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
         "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_token_id": ids["<|vision_pad|>"], "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
-        "hidden_act": "silu", "hidden_size": size["width"], "intermediate_size": size["mlp"],
-        "num_hidden_layers": size["layers"], "num_attention_heads": size["heads"], "num_key_value_heads": size["kv_heads"],
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
-        "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": size["layers"], "vocab_size": vocabulary,
-        "rope_scaling": {"type": "mrope", "mrope_section": [slots - 2 * (3 * slots // 8), 3 * slots // 8, 3 * slots // 8]},
+        "vision_token_id": ids["<|vision_pad|>"], "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"], "hidden_act": "silu", "hidden_size": size["width"],
+        "intermediate_size": size["mlp"], "num_hidden_layers": size["layers"], "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv_heads"], "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 32768,
+        "max_window_layers": size["layers"], "vocab_size": vocabulary,
+        "rope_scaling": {
+            "type": "mrope", "mrope_section": [slots - 2 * (3 * slots // 8), 3 * slots // 8, 3 * slots // 8],
+        },
         "vision_config": {
-            "depth": size["tower_layers"], "embed_dim": size["tower_width"], "num_heads": size["tower_heads"], "in_chans": 3,
-            "mlp_ratio": size["tower_mlp"] // size["tower_width"], "hidden_size": size["width"], "patch_size": 14,
-            "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+            "depth": size["tower_layers"], "embed_dim": size["tower_width"], "num_heads": size["tower_heads"],
+            "in_chans": 3, "mlp_ratio": size["tower_mlp"] // size["tower_width"], "hidden_size": size["width"],
+            "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
         },
     }  # fmt: skip
-    generation = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"], "do_sample": True,
-                  "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "temperature": 0.01, "top_k": 1, "top_p": 0.001}  # fmt: skip
-    preprocessor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "min_pixels": 3136,
-                    "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2,
-                    "image_mean": CLIP_MEAN, "image_std": CLIP_STD}  # fmt: skip
-    text = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-            "unk_token": None, "additional_special_tokens": QWEN_SPECIAL[1:], "model_max_length": 32768,
-            "chat_template": QWEN_TEMPLATE}  # fmt: skip
+    generation = {
+        "bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"], "do_sample": True,
+        "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]], "temperature": 0.01, "top_k": 1, "top_p": 0.001,
+    }  # fmt: skip
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor", "min_pixels": 3136,
+        "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    }  # fmt: skip
+    text = {
+        "tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "unk_token": None, "additional_special_tokens": QWEN_SPECIAL[1:],
+        "model_max_length": 32768, "chat_template": QWEN_TEMPLATE,
+    }  # fmt: skip
+    return tokenizer, _files(config, generation, preprocessor, text), _qwen2_vl_shapes(size, vocabulary)
+
+
+def _qwen2_vl_shapes(size: Mapping[str, int], vocabulary: int) -> Shapes:
     shapes: Shapes = {}
     _decoder(shapes, "model.", size, vocabulary, bias=True)
     width, mlp = size["tower_width"], size["tower_mlp"]
@@ -225,7 +276,7 @@ def _qwen2_vl(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shape
     _norm(shapes, "visual.merger.ln_q", width)
     _layer(shapes, "visual.merger.mlp.0", 4 * width, 4 * width)
     _layer(shapes, "visual.merger.mlp.2", size["width"], 4 * width)
-    return tokenizer, _files(config, generation, preprocessor, text), shapes
+    return shapes
 
 
 def _llava(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
@@ -238,27 +289,41 @@ def _llava(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
         "tie_word_embeddings": False, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
         "image_seq_length": (side // patch) ** 2, "vocab_size": vocabulary,
         "text_config": {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", "vocab_size": vocabulary,
-            "hidden_size": size["width"], "intermediate_size": size["mlp"], "num_hidden_layers": size["layers"],
-            "num_attention_heads": size["heads"], "num_key_value_heads": size["kv_heads"],
-            "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32",
+            "vocab_size": vocabulary, "hidden_size": size["width"], "intermediate_size": size["mlp"],
+            "num_hidden_layers": size["layers"], "num_attention_heads": size["heads"],
+            "num_key_value_heads": size["kv_heads"], "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         },
         "vision_config": {
-            "model_type": "clip_vision_model", "hidden_size": size["tower_width"], "intermediate_size": size["tower_mlp"],
-            "num_hidden_layers": size["tower_layers"], "num_attention_heads": size["tower_heads"], "image_size": side,
-            "patch_size": patch, "projection_dim": size["tower_width"], "vocab_size": 32000,
+            "model_type": "clip_vision_model", "hidden_size": size["tower_width"],
+            "intermediate_size": size["tower_mlp"], "num_hidden_layers": size["tower_layers"],
+            "num_attention_heads": size["tower_heads"], "image_size": side, "patch_size": patch,
+            "projection_dim": size["tower_width"], "vocab_size": 32000,
         },
     }  # fmt: skip
-    preprocessor = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
-                    "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
-                    "crop_size": {"height": side, "width": side}, "do_convert_rgb": True, "do_rescale": True,
-                    "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD}  # fmt: skip
-    text = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>",
-            "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "legacy": False, "model_max_length": 4096,
-            "padding_side": "left", "chat_template": LLAVA_TEMPLATE}  # fmt: skip
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor", "do_resize": True,
+        "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": side, "width": side}, "do_convert_rgb": True, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    }  # fmt: skip
+    text = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>",
+        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "legacy": False, "model_max_length": 4096,
+        "padding_side": "left", "chat_template": LLAVA_TEMPLATE,
+    }  # fmt: skip
     files = _files(config, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad}, preprocessor, text)
-    files["processor_config.json"] = {"processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": patch,
-                                      "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}  # fmt: skip
+    files["processor_config.json"] = {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": patch,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    return tokenizer, files, _llava_shapes(size, vocabulary, side, patch)
+
+
+def _llava_shapes(size: Mapping[str, int], vocabulary: int, side: int, patch: int) -> Shapes:
     shapes: Shapes = {}
     _decoder(shapes, "language_model.model.", size, vocabulary, bias=False)
     shapes["language_model.lm_head.weight"] = (vocabulary, size["width"])
@@ -278,23 +343,25 @@ def _llava(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
             _layer(shapes, f"{block}self_attn.{projection}", width, width)
         _layer(shapes, block + "mlp.fc1", size["tower_mlp"], width)
         _layer(shapes, block + "mlp.fc2", width, size["tower_mlp"])
-    return tokenizer, files, shapes
+    return shapes
 
 
 def _whisper(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
-    tags = ["endoftext", "startoftranscript", *LANGUAGES, *WHISPER_TASKS]
-    tags = [f"<|{tag}|>" for tag in tags]
+    tags = [f"<|{tag}|>" for tag in ("endoftext", "startoftranscript", *LANGUAGES, *WHISPER_TASKS)]
     tokenizer = _byte_level(tags + [f"<|{step * 0.02:.2f}|>" for step in range(50 * WHISPER_SECONDS + 1)], None)
     ids = {tag: tokenizer.token_to_id(tag) for tag in tags}
     end, vocabulary, width, mels = ids["<|endoftext|>"], _vocabulary(tokenizer), size["width"], 80
-    common = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "max_length": 448,
-              "decoder_start_token_id": ids["<|startoftranscript|>"],
-              "begin_suppress_tokens": [tokenizer.token_to_id("Ġ"), end]}  # fmt: skip
+    common = {
+        "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "max_length": 448,
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        "begin_suppress_tokens": [tokenizer.token_to_id("Ġ"), end],
+    }  # fmt: skip
     config = {
-        **common, "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "torch_dtype": "float32",
-        "d_model": width, "encoder_layers": size["tower_layers"], "encoder_attention_heads": size["heads"],
-        "encoder_ffn_dim": size["mlp"], "decoder_layers": size["layers"], "decoder_attention_heads": size["heads"],
-        "decoder_ffn_dim": size["mlp"], "num_hidden_layers": size["tower_layers"], "activation_function": "gelu",
+        **common, "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper",
+        "torch_dtype": "float32", "d_model": width, "encoder_layers": size["tower_layers"],
+        "encoder_attention_heads": size["heads"], "encoder_ffn_dim": size["mlp"], "decoder_layers": size["layers"],
+        "decoder_attention_heads": size["heads"], "decoder_ffn_dim": size["mlp"],
+        "num_hidden_layers": size["tower_layers"], "activation_function": "gelu",
         "max_source_positions": 50 * WHISPER_SECONDS, "max_target_positions": 448, "num_mel_bins": mels,
         "is_encoder_decoder": True, "scale_embedding": False, "use_cache": True, "vocab_size": vocabulary,
     }  # fmt: skip
@@ -305,19 +372,31 @@ def _whisper(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes
         "forced_decoder_ids": [[1, None], [2, ids["<|transcribe|>"]]], "max_initial_timestamp_index": 50,
         "return_timestamps": False,
     }  # fmt: skip
-    preprocessor = {"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "WhisperProcessor",
-                    "sampling_rate": 16000, "hop_length": 160, "n_fft": 400, "feature_size": mels,
-                    "chunk_length": WHISPER_SECONDS, "n_samples": 16000 * WHISPER_SECONDS, "nb_max_frames": 100 * WHISPER_SECONDS,
-                    "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False}  # fmt: skip
-    text = {"tokenizer_class": "WhisperTokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "additional_special_tokens": tags,
-            "model_max_length": 448}  # fmt: skip
-    shapes: Shapes = {
-        "model.encoder.conv1.weight": (width, mels, 3), "model.encoder.conv1.bias": (width,),
-        "model.encoder.conv2.weight": (width, width, 3), "model.encoder.conv2.bias": (width,),
-        "model.encoder.embed_positions.weight": (50 * WHISPER_SECONDS, width),
-        "model.decoder.embed_tokens.weight": (vocabulary, width), "model.decoder.embed_positions.weight": (448, width),
+    preprocessor = {
+        "feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "WhisperProcessor",
+        "sampling_rate": 16000, "hop_length": 160, "n_fft": 400, "feature_size": mels,
+        "chunk_length": WHISPER_SECONDS, "n_samples": 16000 * WHISPER_SECONDS, "nb_max_frames": 100 * WHISPER_SECONDS,
+        "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False,
     }  # fmt: skip
+    text = {
+        "tokenizer_class": "WhisperTokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "additional_special_tokens": tags,
+        "model_max_length": 448,
+    }  # fmt: skip
+    return tokenizer, _files(config, generation, preprocessor, text), _whisper_shapes(size, vocabulary, mels)
+
+
+def _whisper_shapes(size: Mapping[str, int], vocabulary: int, mels: int) -> Shapes:
+    width = size["width"]
+    shapes: Shapes = {
+        "model.encoder.conv1.weight": (width, mels, 3),
+        "model.encoder.conv1.bias": (width,),
+        "model.encoder.conv2.weight": (width, width, 3),
+        "model.encoder.conv2.bias": (width,),
+        "model.encoder.embed_positions.weight": (50 * WHISPER_SECONDS, width),
+        "model.decoder.embed_tokens.weight": (vocabulary, width),
+        "model.decoder.embed_positions.weight": (448, width),
+    }
     for stack, depth in (("model.encoder", size["tower_layers"]), ("model.decoder", size["layers"])):
         for i in range(depth):
             layer = f"{stack}.layers.{i}."
@@ -329,12 +408,16 @@ def _whisper(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes
             _layer(shapes, layer + "fc2", width, size["mlp"])
             _norm(shapes, layer + "final_layer_norm", width)
         _norm(shapes, f"{stack}.layer_norm", width)
-    return tokenizer, _files(config, generation, preprocessor, text), shapes
+    return shapes
 
 
 def _files(config: Any, generation: Any, preprocessor: Any, text: Any) -> dict[str, Any]:
-    return {"config.json": config, "generation_config.json": generation, "preprocessor_config.json": preprocessor,
-            "tokenizer_config.json": text}  # fmt: skip
+    return {
+        "config.json": config,
+        "generation_config.json": generation,
+        "preprocessor_config.json": preprocessor,
+        "tokenizer_config.json": text,
+    }
 
 
 FAMILIES: Mapping[str, Callable[[Mapping[str, int]], tuple[Tokenizer, dict[str, Any], Shapes]]] = {

@@ -5,7 +5,6 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
-
 from mmjax.converters import transforms as to
 from mmjax.converters.table import (
     ClaimedTwiceError,
@@ -21,6 +20,8 @@ from mmjax.converters.table import (
     optional,
     plan,
 )
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass
@@ -48,7 +49,9 @@ class Held:
 
 def held(**arrays: tuple[int, ...]) -> dict[str, Held]:
     rng = np.random.default_rng(0)
-    return {name.replace("__", "."): Held(rng.standard_normal(shape, dtype=np.float32)) for name, shape in arrays.items()}
+    return {
+        name.replace("__", "."): Held(rng.standard_normal(shape, dtype=np.float32)) for name, shape in arrays.items()
+    }
 
 
 TABLE = Table(
@@ -62,9 +65,15 @@ TABLE = Table(
 )
 SHAPES = {"embed": (5, 3), "layers.0.w": (3, 2), "layers.1.w": (3, 2), "tower.ab": (2, 3, 2, 4)}
 GOOD = {
-    "model__embed": (5, 3), "model__layers__0__w": (2, 3), "m__layers__1__w": (2, 3), "model__buffer__7": (9,),
-    "m__tower__0__a": (4, 3), "m__tower__0__b": (4, 3), "m__tower__1__a": (4, 3), "m__tower__1__b": (4, 3),
-}  # fmt: skip
+    "model__embed": (5, 3),
+    "model__layers__0__w": (2, 3),
+    "m__layers__1__w": (2, 3),
+    "model__buffer__7": (9,),
+    "m__tower__0__a": (4, 3),
+    "m__tower__0__b": (4, 3),
+    "m__tower__1__a": (4, 3),
+    "m__tower__1__b": (4, 3),
+}
 
 
 def test_lists_and_stacks() -> None:
@@ -102,26 +111,52 @@ def without(*names: str) -> dict[str, tuple[int, ...]]:
 
 REFUSED = [
     ("unclaimed", {**GOOD, "m__extra": (7,)}, SHAPES, UnclaimedTensorError, ["m.extra", "(7,)"]),
-    ("no place", GOOD, {"embed": (5, 3), "layers.0.w": (3, 2), "tower.ab": (2, 3, 2, 4)}, UnclaimedTensorError,
-     ["m.layers.1.w", "layers.1.w", "(2, 3)"]),
-    ("two tensors for one place", {**GOOD, "m__embed": (5, 3)}, SHAPES, ClaimedTwiceError,
-     ["m.embed", "model.embed", "(5, 3)"]),
-    ("wrong shape", {**GOOD, "m__layers__1__w": (3, 2)}, SHAPES, WrongShapeError,
-     ["m.layers.1.w", "layers.1.w", "(3, 2)", "(2, 3)"]),
-    ("wrong shape in a stack", {**GOOD, "m__tower__1__b": (4, 5)}, SHAPES, WrongShapeError,
-     ["m.tower.1.b", "tower.ab", "(4, 5)", "(4, 3)", "(2, 3, 2, 4)"]),
-    ("wrong rank", GOOD, {**SHAPES, "tower.ab": (2, 9)}, WrongShapeError,
-     ["tower.ab", "(2, 9)"]),
+    (
+        "no place",
+        GOOD,
+        {"embed": (5, 3), "layers.0.w": (3, 2), "tower.ab": (2, 3, 2, 4)},
+        UnclaimedTensorError,
+        ["m.layers.1.w", "layers.1.w", "(2, 3)"],
+    ),
+    (
+        "two tensors for one place",
+        {**GOOD, "m__embed": (5, 3)},
+        SHAPES,
+        ClaimedTwiceError,
+        ["m.embed", "model.embed", "(5, 3)"],
+    ),
+    (
+        "wrong shape",
+        {**GOOD, "m__layers__1__w": (3, 2)},
+        SHAPES,
+        WrongShapeError,
+        ["m.layers.1.w", "layers.1.w", "(3, 2)", "(2, 3)"],
+    ),
+    (
+        "wrong shape in a stack",
+        {**GOOD, "m__tower__1__b": (4, 5)},
+        SHAPES,
+        WrongShapeError,
+        ["m.tower.1.b", "tower.ab", "(4, 5)", "(4, 3)", "(2, 3, 2, 4)"],
+    ),
+    ("wrong rank", GOOD, {**SHAPES, "tower.ab": (2, 9)}, WrongShapeError, ["tower.ab", "(2, 9)"]),
     ("empty parameter", without("model__embed"), SHAPES, EmptyHoleError, ["'embed'", "(5, 3)", "m.embed"]),
     ("unknown parameter", GOOD, {**SHAPES, "bias": (3,)}, EmptyHoleError, ["'bias'", "(3,)", "no rule"]),
     ("missing part", without("m__tower__1__b"), SHAPES, EmptyHoleError, ["m.tower.1.b", "tower.ab", "(2, 3, 2, 4)"]),
-    ("missing layer", without("m__tower__0__a", "m__tower__0__b"), SHAPES, EmptyHoleError,
-     ["tower.ab", "layer 0", "(2, 3, 2, 4)"]),
-]  # fmt: skip
+    (
+        "missing layer",
+        without("m__tower__0__a", "m__tower__0__b"),
+        SHAPES,
+        EmptyHoleError,
+        ["tower.ab", "layer 0", "(2, 3, 2, 4)"],
+    ),
+]
 
 
-@pytest.mark.parametrize(("sources", "shapes", "kind", "words"), [case[1:] for case in REFUSED], ids=[c[0] for c in REFUSED])
-def test_refuses_before_reading(sources: dict, shapes: dict, kind: type[ConversionError], words: list[str]) -> None:
+@pytest.mark.parametrize(("why", "sources", "shapes", "kind", "words"), REFUSED)
+def test_refuses_before_reading(
+    why: str, sources: Shapes, shapes: Shapes, kind: type[ConversionError], words: list[str]
+) -> None:
     tensors = held(**sources)
     with pytest.raises(kind) as refused:
         convert(tensors, TABLE, shapes)

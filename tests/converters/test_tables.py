@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Table, convert, plan
+
 from mmjax.models import Family
 
 FAMILIES = ("llava", "qwen2_vl", "whisper")
@@ -22,10 +22,18 @@ TinyDir = Callable[[str], Path]
 # published prefix -> the same tensors since transformers 4.52, as transformers 5 saves them, or from a bare model
 LAYOUTS = {
     "llava": [
-        [(r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
-         (r"vision_tower\.", "model.vision_tower."), (r"multi_modal_projector\.", "model.multi_modal_projector.")],
-        [(r"language_model\.model\.", "model.language_model."), (r"language_model\.lm_head\.", "lm_head."),
-         (r"vision_tower\.vision_model\.", "model.vision_tower."), (r"multi_modal_projector\.", "model.multi_modal_projector.")],
+        [
+            (r"language_model\.model\.", "model.language_model."),
+            (r"language_model\.lm_head\.", "lm_head."),
+            (r"vision_tower\.", "model.vision_tower."),
+            (r"multi_modal_projector\.", "model.multi_modal_projector."),
+        ],
+        [
+            (r"language_model\.model\.", "model.language_model."),
+            (r"language_model\.lm_head\.", "lm_head."),
+            (r"vision_tower\.vision_model\.", "model.vision_tower."),
+            (r"multi_modal_projector\.", "model.multi_modal_projector."),
+        ],
         [(r"vision_tower\.vision_model\.", "vision_tower.")],
     ],
     "qwen2_vl": [
@@ -33,7 +41,7 @@ LAYOUTS = {
         [(r"model\.", "language_model.model."), (r"visual\.", "model.visual.")],
     ],
     "whisper": [[(r"model\.", "")]],
-}  # fmt: skip
+}
 
 
 def table(family: str) -> Table:
@@ -68,7 +76,9 @@ def test_reads_a_published_whisper(shared: Path, expected: Expected) -> None:
     assert not plan(tensors, table("whisper"), expected("whisper", directory)).ignored
 
 
-@pytest.mark.parametrize(("family", "layout"), [(family, i) for family in FAMILIES for i in range(len(LAYOUTS[family]))])
+@pytest.mark.parametrize(
+    ("family", "layout"), [(family, i) for family in FAMILIES for i in range(len(LAYOUTS[family]))]
+)
 def test_other_layouts_give_the_same_plan(family: str, layout: int, tiny_dir: TinyDir, expected: Expected) -> None:
     tensors = open_checkpoint(tiny_dir(family))
     shapes = expected(family, tiny_dir(family))
@@ -104,13 +114,20 @@ def test_the_head_is_optional(family: str, tiny_dir: TinyDir, expected: Expected
 def test_tied_whisper_head_and_old_buffers_are_ignored(tiny_dir: TinyDir, expected: Expected) -> None:
     for family, like, names in (
         ("whisper", "model.decoder.embed_tokens.weight", ["proj_out.weight"]),
-        ("llava", "language_model.model.norm.weight", ["language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
-                                                       "vision_tower.vision_model.embeddings.position_ids"]),
+        (
+            "llava",
+            "language_model.model.norm.weight",
+            [
+                "language_model.model.layers.0.self_attn.rotary_emb.inv_freq",
+                "vision_tower.vision_model.embeddings.position_ids",
+            ],
+        ),
         ("qwen2_vl", "model.norm.weight", ["visual.rotary_pos_emb.inv_freq"]),
-    ):  # fmt: skip
+    ):
         tensors = dict(open_checkpoint(tiny_dir(family)))
-        ignored = plan({**tensors, **{name: tensors[like] for name in names}}, table(family),
-                       expected(family, tiny_dir(family))).ignored  # fmt: skip
+        ignored = plan(
+            {**tensors, **{name: tensors[like] for name in names}}, table(family), expected(family, tiny_dir(family))
+        ).ignored
         assert set(names) <= set(ignored)
 
 

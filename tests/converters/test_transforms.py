@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from mmjax.converters import transforms as to
 
 D, K, G, H, F = 7, 3, 5, 2, 11
@@ -103,10 +102,18 @@ def test_patches_equal_a_convolution() -> None:
         np.testing.assert_allclose(pixels.reshape(-1) @ value, (kernel * pixels).reshape(D, -1).sum(1))
 
 
-@pytest.mark.parametrize(("transform", "shape"), [
-    (to.fuse_qkv, (7, 3, 4)), (to.fuse_qkv_bias, (7,)), (to.fuse_v_bias, (3, 3, 2)), (to.fuse_gate_up, (7, 3, 11)),
-    (to.split_qkv, (7, 3, 4)), (to.patches(3), (3 * 5 * 6, 4)), (to.patches(3, 2), (7,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("transform", "shape"),
+    [
+        (to.fuse_qkv, (7, 3, 4)),
+        (to.fuse_qkv_bias, (7,)),
+        (to.fuse_v_bias, (3, 3, 2)),
+        (to.fuse_gate_up, (7, 3, 11)),
+        (to.split_qkv, (7, 3, 4)),
+        (to.patches(3), (3 * 5 * 6, 4)),
+        (to.patches(3, 2), (7,)),
+    ],
+)
 def test_impossible_targets(transform: to.Transform, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
         transform.sources(shape)

@@ -1,0 +1,183 @@
+"""The safetensors reader: what it reads, and every kind of damaged or hostile file that it refuses."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from mmjax.converters.safetensors import DTYPES, INDEX, SINGLE, CheckpointError, open_checkpoint
+from safetensors.numpy import save_file
+
+
+def write(file: Path, header: Any, data: bytes = b"", length: int | None = None) -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw) if length is None else length) + raw + data)
+
+
+def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def test_reads_what_the_library_writes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "f32": rng.standard_normal((3, 5)).astype(np.float32),
+        "bf16": rng.standard_normal((7,)).astype(ml_dtypes.bfloat16),
+        "f16": rng.standard_normal((2, 1, 3)).astype(np.float16),
+        "i64": rng.integers(-9, 9, (4,)),
+        "scalar": np.array(2.5, np.float64),
+        "empty": np.zeros((0, 3), np.float32),
+    }
+    save_file(arrays, tmp_path / SINGLE, metadata={"format": "pt"})
+    tensors = open_checkpoint(tmp_path)
+    assert set(tensors) == set(arrays)
+    for name, array in arrays.items():
+        tensor = tensors[name]
+        assert (tensor.dtype, tensor.shape, tensor.nbytes) == (array.dtype, array.shape, array.nbytes)
+        value = tensor.read()
+        tensor.release()
+        assert value.tobytes() == array.tobytes() and not value.flags.writeable
+
+
+def test_every_dtype_has_its_width(tmp_path: Path) -> None:
+    header, at = {}, 0
+    for name, dtype in DTYPES.items():
+        header[name] = entry(name, [3], [at, at + 3 * dtype.itemsize])
+        at += 3 * dtype.itemsize
+    write(tmp_path / SINGLE, header, bytes(at))
+    for name, tensor in open_checkpoint(tmp_path).items():
+        assert tensor.dtype == DTYPES[name] and not tensor.read().astype(np.float32).any()
+
+
+def test_a_view_outlives_the_reader_and_the_directory(tmp_path: Path) -> None:
+    save_file({"a": np.arange(5000, dtype=np.float32)}, tmp_path / SINGLE)
+    value = open_checkpoint(tmp_path)["a"].read()
+    (tmp_path / SINGLE).unlink()
+    np.testing.assert_array_equal(value, np.arange(5000))
+
+
+def test_the_only_file_needs_no_index(tmp_path: Path) -> None:
+    save_file({"a": np.ones(2, np.float32)}, tmp_path / "weights.safetensors")
+    assert list(open_checkpoint(tmp_path)) == ["a"]
+    save_file({"b": np.ones(2, np.float32)}, tmp_path / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json"):
+        open_checkpoint(tmp_path)
+
+
+HEADERS = [
+    ("not json", b"{]", "not valid JSON"),
+    ("not utf-8", b'{"\xff": 1}', "not valid JSON"),
+    ("not an object", [1], "not a JSON object"),
+    ("deep json", b"[" * 100_000, "not valid JSON"),
+    ("repeated key", b'{"a": 1, "a": 2}', "twice"),
+    ("not an entry", {"a": 1}, "needs exactly"),
+    ("missing field", {"a": {"dtype": "F32", "shape": [2]}}, "needs exactly"),
+    ("unknown dtype", {"a": entry("F4")}, "'F4'"),
+    ("dtype of another type", {"a": entry(dtype=["F32"])}, "dtype"),  # type: ignore[arg-type]
+    ("negative shape", {"a": entry(shape=[-2])}, "bad shape"),
+    ("fractional shape", {"a": entry(shape=[2.0])}, "bad shape"),
+    ("boolean shape", {"a": entry(shape=[True, 2])}, "bad shape"),
+    ("huge shape", {"a": entry(shape=[2**62, 2**62])}, "takes"),
+    ("many dimensions", {"a": entry(shape=[1] * 33)}, "bad shape"),
+    ("one offset", {"a": entry(offsets=[0])}, "bad data_offsets"),
+    ("reversed offsets", {"a": entry(offsets=[8, 0])}, "bad data_offsets"),
+    ("negative offset", {"a": entry(offsets=[-8, 0])}, "bad data_offsets"),
+    ("wrong size", {"a": entry(shape=[3])}, "takes 12 bytes"),
+    ("out of bounds", {"a": entry(shape=[4], offsets=[0, 16])}, "describes 16 bytes"),
+    ("overlap", {"a": entry(), "b": entry(offsets=[4, 12])}, "overlaps 'a'"),
+    ("same bytes twice", {"a": entry(), "b": entry()}, "overlaps"),
+    ("hole", {"a": entry(shape=[1], offsets=[4, 8])}, "unused bytes after the header"),
+    ("unused tail", {"a": entry(shape=[1], offsets=[0, 4])}, "describes 4 bytes"),
+]
+
+
+@pytest.mark.parametrize(("header", "words"), [case[1:] for case in HEADERS], ids=[case[0] for case in HEADERS])
+def test_refuses_a_bad_header(header: Any, words: str, tmp_path: Path) -> None:
+    write(tmp_path / SINGLE, header, bytes(8))
+    with pytest.raises(CheckpointError, match=words) as refused:
+        open_checkpoint(tmp_path)
+    assert SINGLE in str(refused.value) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("length", "words"), [(2**63, "limit"), (100_000_001, "limit"), (1000, "in all"), (2**64 - 1, "limit")]
+)
+def test_refuses_a_bad_length(length: int, words: str, tmp_path: Path) -> None:
+    write(tmp_path / SINGLE, {"a": entry()}, bytes(8), length)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc"])
+def test_refuses_a_stub(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="too few"):
+        open_checkpoint(tmp_path)
+
+
+def test_refuses_a_truncated_download(tmp_path: Path) -> None:
+    save_file({"a": np.ones(100, np.float32)}, tmp_path / SINGLE)
+    whole = (tmp_path / SINGLE).read_bytes()
+    (tmp_path / SINGLE).write_bytes(whole[:-40])
+    with pytest.raises(CheckpointError, match="incomplete download"):
+        open_checkpoint(tmp_path)
+
+
+def sharded(directory: Path, places: Any) -> None:
+    save_file({"a": np.ones(2, np.float32)}, directory / "one.safetensors")
+    save_file({"b": np.ones(2, np.float32)}, directory / "two.safetensors")
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_reads_shards_in_order(tmp_path: Path) -> None:
+    sharded(tmp_path, {"b": "two.safetensors", "a": "one.safetensors"})
+    assert list(open_checkpoint(tmp_path)) == ["a", "b"]
+
+
+PLACES = [
+    ("no map", None, "no weight_map"),
+    ("empty map", {}, "no weight_map"),
+    ("parent folder", {"a": "../one.safetensors"}, "plain name"),
+    ("absolute path", {"a": "/etc/one.safetensors"}, "plain name"),
+    ("windows path", {"a": "c:\\one.safetensors"}, "plain name"),
+    ("sub folder", {"a": "sub/one.safetensors"}, "plain name"),
+    ("another format", {"a": "pytorch_model.bin"}, "plain name"),
+    ("not a name", {"a": 3}, "plain name"),
+    ("missing shard", {"a": "one.safetensors", "b": "three.safetensors"}, "1 of 2 shards are missing, first three"),
+    ("absent tensor", {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}, "does not have it"),
+    ("unlisted tensor", {"a": "one.safetensors", "c": "two.safetensors"}, "does not list it"),
+    ("tensor elsewhere", {"a": "one.safetensors", "b": "one.safetensors"}, "does not have it"),
+    ("swapped", {"a": "two.safetensors", "b": "one.safetensors"}, "puts it into two.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("places", "words"), [case[1:] for case in PLACES], ids=[case[0] for case in PLACES])
+def test_refuses_a_bad_index(places: Any, words: str, tmp_path: Path) -> None:
+    sharded(tmp_path, places)
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
+
+
+def test_refuses_a_broken_index(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        open_checkpoint(tmp_path)
+
+
+def test_never_opens_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match="safe_serialization"):
+        open_checkpoint(tmp_path)
+
+
+def test_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="not a directory"):
+        open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / SINGLE).mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_checkpoint(tmp_path)
