@@ -54,7 +54,7 @@ def probe_video(file: Path) -> tuple[int, float, int]:
     counts = re.findall(r"frame=\s*(\d+)", report)
     stream = re.search(r"Stream #.*Video: .*", report)
     about = stream[0] if stream else ""
-    size = re.search(r" (\d+)x(\d+)\b", about)
+    size = re.search(r", (\d+)x(\d+)\b", about)
     rate = re.search(r"([\d.]+k?) fps", about) or re.search(r"([\d.]+k?) tbr", about)
     return (
         int(counts[-1]) if counts else 0,

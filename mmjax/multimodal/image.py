@@ -1,5 +1,6 @@
 """Images of any kind to RGB: PIL images, encoded files and arrays of every common layout and depth."""
 
+import functools
 import io
 import logging
 import re
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 # formats with external handlers (EPS, WMF) or without use in a prompt are not opened
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "MPO", "AVIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")  # MPO files open as JPEG
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, MemoryError, Image.DecompressionBombError)
@@ -40,6 +41,13 @@ def background_color(value: Any) -> Color:
     return (value[0], value[1], value[2])
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats above that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def load(source: bytes | Path, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image:
     """Decode an encoded image completely, to RGB; the first frame of an animation. RequestError if that fails."""
     if not isinstance(source, bytes):
@@ -50,7 +58,7 @@ def load(source: bytes | Path, *, background: Color = WHITE, limits: Limits = DE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size warnings: the check in to_rgb decides
         try:
-            image = Image.open(io.BytesIO(source), formats=FORMATS)
+            image = Image.open(io.BytesIO(source), formats=_formats())
         except UnidentifiedImageError as error:
             raise _failed(f"not an image in a supported format ({', '.join(FORMATS)})") from error
         except BROKEN as error:
@@ -125,7 +133,7 @@ def _flatten(image: Image.Image, background: Color) -> Image.Image:
     if image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image), "image")).convert("RGB")
     if image.mode in ALPHA or image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")  # Pillow knows no shorter way
         flat = Image.new("RGB", rgba.size, background)
         flat.paste(rgba, mask=rgba.getchannel("A"))
         return flat

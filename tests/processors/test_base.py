@@ -1,0 +1,63 @@
+"""Placeholder expansion, without any model."""
+
+import numpy as np
+import pytest
+
+from mmjax.processors.base import Item, Span, expand_placeholders
+from mmjax.types import RequestError
+
+MARKERS = {"image": 90, "video": 91}
+PLACEHOLDER = {"image": "<img>", "video": "<vid>"}
+
+
+def item(kind: str, rows: int) -> Item:
+    return Item(kind, {"pixels": np.zeros((rows, 2), np.uint8)}, units=rows, rows=rows)
+
+
+def expand(tokens: list[int], **rows: list[int]) -> tuple[list[int], list[Span]]:
+    items = {kind: [item(kind, n) for n in lengths] for kind, lengths in rows.items()}
+    expanded = expand_placeholders(tokens, items, MARKERS, PLACEHOLDER)
+    return expanded.tokens, expanded.spans
+
+
+def test_nth_placeholder_takes_nth_item_and_spans_follow_the_prompt() -> None:
+    tokens, spans = expand([1, 91, 2, 90, 90, 3], image=[2, 3], video=[4])
+    assert tokens == [1, 91, 91, 91, 91, 2, 90, 90, 90, 90, 90, 3]
+    assert spans == [Span(1, 4, "video", 0), Span(6, 2, "image", 0), Span(8, 3, "image", 1)]
+
+
+def test_expanded_prompt_expands_to_itself() -> None:
+    once, spans = expand([1, 91, 2, 90, 90, 3], image=[2, 3], video=[4])
+    assert expand(once, image=[2, 3], video=[4]) == (once, spans)
+
+
+def test_one_kind_may_come_expanded_and_another_not() -> None:
+    assert expand([90, 90, 5, 91], image=[2], video=[3])[0] == [90, 90, 5, 91, 91, 91]
+
+
+def test_no_media() -> None:
+    assert expand([1, 2]) == ([1, 2], [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "found"),
+    [
+        ([1, 90], [2, 2], 1),  # too few
+        ([90, 90, 90], [5], 3),  # too many, no run of the right length
+        ([90], [], 1),  # nothing to put there
+        ([1, 2], [4], 0),
+        ([90, 1, 90], [2], 2),  # as many as rows, but torn apart
+    ],
+)
+def test_mismatch_names_kind_counts_placeholder_and_fix(tokens: list[int], rows: list[int], found: int) -> None:
+    with pytest.raises(RequestError) as caught:
+        expand(tokens, image=rows)
+    message = str(caught.value)
+    assert caught.value.code == "placeholder_mismatch"
+    assert f"{len(rows)} image items" in message and f"found {found} " in message
+    assert "'<img>'" in message and "To fix this" in message
+
+
+def test_features_are_read_only() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        item("image", 2).features["pixels"][0] = 1

@@ -1,0 +1,80 @@
+"""Ids, pixels, mel features and positions against the stored outputs of the published processors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rendering import load_processor, read_files
+
+from mmjax.multimodal.video import Video
+from mmjax.processors.base import Item, Processor
+
+CASES = {
+    "llava": ("text", "image", "two_images", "vllm_prompt"),
+    "qwen2_vl": ("text", "image", "two_images", "video", "image_video", "video_long"),
+    "whisper": ("short", "full", "long"),
+    "whisper_turbo": ("short", "full", "long"),
+}
+PAIRS = [(family, case) for family, cases in CASES.items() for case in cases]
+
+
+def normalise(item: Item, files: dict[str, dict]) -> np.ndarray:
+    """What the model does on the device: scale to 0..1, then subtract the mean and divide by the deviation."""
+    prepare = files["preprocessor_config.json"]
+    mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
+    pixels = item.features["pixels"]
+    flat = pixels.reshape(len(pixels), 3, -1).astype(np.float32)
+    return ((flat / 255 - mean) / std).reshape(pixels.shape)
+
+
+def process(processor: Processor, golden: dict[str, np.ndarray], case: str) -> dict[str, list[Item]]:
+    items: dict[str, list[Item]] = {}
+    for name, media in golden.items():
+        if name.startswith(f"{case}/raw_"):
+            kind = name.split("_")[-2]
+            items.setdefault(kind, []).append(processor.item(kind, Video(media, {}) if kind == "video" else media, {}))
+    return items
+
+
+@pytest.mark.parametrize(("family", "case"), PAIRS)
+def test_golden(shared: Path, family: str, case: str) -> None:
+    directory = shared / "reference" / family
+    processor, tokenizer = load_processor(family.removesuffix("_turbo"), directory)
+    golden, files = dict(np.load(directory / "golden.npz")), read_files(directory)
+    speech = family.startswith("whisper")
+    prompt = json.loads((directory / "golden.json").read_text())["cases"][case]["prompt"]
+
+    items = process(processor, golden, case)
+    expanded = processor.expand(tokenizer.encode(prompt, add_special_tokens=not speech), items)
+    positions, delta = processor.positions(expanded.tokens, expanded.spans, items)
+
+    assert expanded.tokens == golden[f"{case}/{'decoder_' if speech else ''}input_ids"].tolist()
+    if f"{case}/position_ids" in golden:
+        np.testing.assert_array_equal(positions, golden[f"{case}/position_ids"])
+        assert delta == golden[f"{case}/rope_delta"]
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if kind in items:
+            pixels = np.concatenate([normalise(item, files) for item in items[kind]])
+            np.testing.assert_allclose(pixels, golden[f"{case}/{name}"], rtol=0, atol=3e-7)
+            assert sum(item.units for item in items[kind]) == len(golden[f"{case}/{name}"])
+            if family == "qwen2_vl":
+                grids = [(t, 2 * h, 2 * w) for t, h, w in (item.grid for item in items[kind])]
+                assert grids == [tuple(grid) for grid in golden[f"{case}/{kind}_grid_thw"].tolist()]
+    if speech:
+        np.testing.assert_allclose(
+            items["audio"][0].features["mel"], golden[f"{case}/input_features"], rtol=0, atol=1e-4
+        )
+
+
+def test_first_token_after_a_long_clip(shared: Path) -> None:
+    """The classic rule: text goes on after the largest position of the clip, here its 7 pairs of frames."""
+    golden = np.load(shared / "reference/qwen2_vl/golden.npz")
+    processor, _ = load_processor("qwen2_vl", shared / "reference/qwen2_vl")
+    items = process(processor, dict(golden), "video_long")
+    expanded = processor.expand(golden["video_long/input_ids"].tolist(), items)
+    positions, _ = processor.positions(expanded.tokens, expanded.spans, items)
+    span = expanded.spans[0]
+    start = positions[0, span.start - 1] + 1
+    assert items["video"][0].grid == (7, 2, 3)
+    assert positions[:, span.start + span.length].tolist() == [start + 7] * 3

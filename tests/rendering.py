@@ -1,0 +1,33 @@
+"""The host side of a checkpoint directory, for tests that need no model."""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mmjax.processors.base import Processor
+from mmjax.render import Renderer
+from mmjax.text.tokenizer import Tokenizer
+
+
+def read_files(directory: Path) -> dict[str, dict[str, Any]]:
+    return {file.name: json.loads(file.read_text()) for file in directory.glob("*config*.json")}
+
+
+def load_processor(family: str, directory: Path) -> tuple[Processor, Tokenizer]:
+    files = read_files(directory)
+    tokenizer = Tokenizer(directory)
+    module = import_module(f"mmjax.processors.{family}")
+    return module.Processor(files["config.json"], files, tokenizer), tokenizer
+
+
+def make_renderer(family: str, directory: Path, **options: Any) -> Renderer:
+    processor, tokenizer = load_processor(family, directory)
+    config = read_files(directory)["config.json"]
+    defaults: dict[str, Any] = {
+        "model_id": family,
+        "vocab_size": config["vocab_size"],
+        "max_model_len": 448 if family == "whisper" else 4096,
+        "encoder_decoder": family == "whisper",
+    }
+    return Renderer(processor, tokenizer, **{**defaults, **options})
