@@ -43,23 +43,25 @@ class Answer:
     def take(self, tokens: np.ndarray, report: Report | None) -> None:
         """Take the device's newest tokens i32[n], up to where the answer ends."""
         seq, before = self.seq, self.seq.known
+        end: tuple[str, int | str | None] | None = None
         for token in tokens.tolist():
             seq.append(token)
-            if self._ends(token):
+            end = self._end_at(token)
+            if end is not None:
                 break
-        new = seq.tokens[before : seq.known].tolist()
         if self._text is not None:
-            hidden = self.finish_reason == "stop" and not seq.params.include_stop_str_in_output
-            self._text.push(new[:-1] if hidden else new)
+            new = seq.tokens[before : seq.known].tolist()
+            unseen = end is not None and end[0] == "stop" and not seq.params.include_stop_str_in_output
+            self._text.push(new[:-1] if unseen else new)
             if self._text.stopped is not None:
                 seq.known = before + self._text.consumed
-                self.finish("stop", self._text.stopped)
+                end = ("stop", self._text.stopped)
         if report is not None and self.logprobs is not None:
             for i in range(seq.known - before):
                 self.cumulative += float(report.logprob[i])
                 self.logprobs.append(self._entry(report, i, seq.params.logprobs or 0))
-        if self.finish_reason is None and seq.output_len >= seq.max_tokens:
-            self.finish("length", None)
+        if end is not None:
+            self.finish(*end)
 
     def take_prompt(self, first: int, report: Report) -> None:
         """Take the report on prompt tokens from `first` on."""
@@ -91,16 +93,15 @@ class Answer:
             stop_reason=self.stop_reason,
         )
 
-    def _ends(self, token: int) -> bool:
-        """Whether this token ends the answer; says why if so."""
+    def _end_at(self, token: int) -> tuple[str, int | str | None] | None:
+        """(finish reason, stop reason) if the newest token ends the answer."""
         seq, p = self.seq, self.seq.params
-        if seq.output_len <= p.min_tokens and seq.output_len < seq.max_tokens and p.min_tokens:
-            return False
-        if token == self.eos and not p.ignore_eos:
-            self.finish_reason, self.stop_reason = "stop", None
-        elif token in seq.stops:
-            self.finish_reason, self.stop_reason = "stop", token
-        return self.finish_reason is not None
+        if seq.output_len > p.min_tokens or not p.min_tokens:
+            if token == self.eos and not p.ignore_eos:
+                return "stop", None
+            if token in seq.stops:
+                return "stop", token
+        return ("length", None) if seq.output_len >= seq.max_tokens else None
 
     def _entry(self, report: Report, i: int, count: int) -> dict[int, Logprob]:
         """The sampled token and its `count` best rivals (all when -1), by id."""
