@@ -85,7 +85,10 @@ def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:
     elif isinstance(value, uuid.UUID):
         _leaf(digest, b"U", value.bytes)
     else:
-        raise RequestError(f"Cannot identify a value of type {type(value).__name__} for caching.", "bad_media")
+        raise RequestError(
+            f"Cannot identify a value of type {type(value).__name__}: media are images, arrays or lists of them.",
+            "bad_media",
+        )
 
 
 def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:

@@ -74,9 +74,10 @@ def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -
         array = to_numpy(media)
         if array.ndim != 3:
             raise RequestError(f"An image array must have 3 axes, got shape {array.shape}.", "bad_media")
-        if limits.image_pixels and array.size > 4 * limits.image_pixels:
-            raise _too_large(array.shape, limits)
-        return frames_from_array(array[None], "image", background=background)[0]
+        frame = frames_from_array(array[None], "image", background=background)[0]
+        if limits.image_pixels and frame.shape[0] * frame.shape[1] > limits.image_pixels:
+            raise _too_large(frame.shape[:2], limits)
+        return frame
     raise RequestError(
         f"An image must be a PIL image or an array, got {type(media).__name__}. Open files first: "
         '`PIL.Image.open("picture.png")`.',

@@ -167,8 +167,8 @@ def test_containers_of_video_and_odd_encodings(shared: Path) -> None:
         mono, reference = (audio.resample(samples, rate, 8000) for samples, rate in loaded)
         assert len(mono) == len(reference)
         assert np.corrcoef(mono, reference)[0, 1] > 0.98, names
-    loaded, own = audio.load(shared / "media/video/bunny_with_speech.mp4")
-    assert own == 16000 and len(loaded) == 176_000
+    track, own = audio.load(shared / "media/video/bunny_with_speech.mp4")
+    assert own == 16000 and len(track) == 176_000
 
 
 def test_split_audio_reference(shared: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def qwen(tiny_dir: Make) -> Processor:
         ({"size": {"shortest_edge": 64**2, "longest_edge": 512**2}}, 330, 1320),
     ],
 )
-def test_qwen_token_counts_of_a_1300x876_image(qwen: Processor, kwargs: dict, rows: int, units: int) -> None:
+def test_qwen_token_counts_of_a_1300x876_image(qwen: Processor, kwargs: dict[str, Any], rows: int, units: int) -> None:
     item = qwen.item("image", np.zeros((876, 1300, 3), np.uint8), kwargs)
     assert (item.rows, item.units, item.features["pixels"].shape) == (rows, units, (units, 1176))
     assert qwen.item_rows("image", (876, 1300), kwargs) == rows
@@ -77,7 +78,7 @@ def test_qwen_odd_sizes(qwen: Processor, size: tuple[int, int]) -> None:
         ((56, 57), {"do_resize": False}, "divisible by 28"),
     ],
 )
-def test_qwen_refusals(qwen: Processor, size: tuple[int, int], kwargs: dict, words: str) -> None:
+def test_qwen_refusals(qwen: Processor, size: tuple[int, int], kwargs: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
         qwen.item("image", np.zeros((*size, 3), np.uint8), kwargs)
     assert words in str(caught.value)
@@ -147,7 +148,7 @@ def test_whisper_prompts(tiny_dir: Make) -> None:
     processor, tokenizer = load_processor("whisper", tiny_dir("whisper"))
     items = {"audio": [processor.item("audio", np.zeros(10, np.float32), {})]}
     start = tokenizer.id_of("<|startoftranscript|>")
-    assert processor.expand([], items).tokens == [start]
+    assert start is not None and processor.expand([], items).tokens == [start]
     assert processor.expand([start, 3], items).tokens == [start, 3]
     assert processor.expand([3], items).tokens == [start, 3]
     assert (

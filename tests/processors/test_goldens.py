@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ CASES = {
 PAIRS = [(family, case) for family, cases in CASES.items() for case in cases]
 
 
-def normalise(item: Item, files: dict[str, dict]) -> np.ndarray:
+def normalise(item: Item, files: dict[str, dict[str, Any]]) -> np.ndarray:
     """What the model does on the device: scale to 0..1, then subtract the mean and divide by the deviation."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
