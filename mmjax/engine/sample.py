@@ -28,13 +28,12 @@ from jax import Array, lax
 
 IN_PROMPT = 1 << 30  # bit of a `seen` entry; the bits below count the token's occurrences in the output
 BLOCK = 1024  # at most so many vocabulary entries per block of the two-level searches
-WORD = 0xFFFFFFFF
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """What each of the S rows of a step asks of the sampler. NumPy on the host, jax.Array inside jit."""
+    """What each of the S rows of a step asks of the sampler."""
 
     temperature: Array  # f32[S]; 0 = greedy
     top_k: Array  # i32[S]; 0 = off
@@ -43,7 +42,7 @@ class Rows:
     presence: Array  # f32[S]; 0 = off
     frequency: Array  # f32[S]; 0 = off
     repetition: Array  # f32[S]; 1 = off
-    seed: Array  # i32[S, 2]; see seed_words
+    seed: Array  # i32[S, 2]; the low 64 bits of the request's seed, low word first
     index: Array  # i32[S]; how many output tokens the sequence already has
     row: Array  # i32[S]; the sequence's row of the `seen` and `bias` tables; padding points at a row nobody owns
     penalised: Array  # bool[S]; False = the three penalties are ignored and `seen` is neither read nor kept
@@ -63,39 +62,6 @@ class Sampled:
     rank: Array  # i32[S]; 1 = the most likely
     top_ids: Array  # i32[S, top]; most likely first
     top_logprobs: Array  # f32[S, top]
-
-
-def neutral_rows(size: int, stops: int, row: int) -> Rows:
-    """Host: `size` greedy rows that ask for nothing, with room for `stops` stop ids, all pointing at table row `row`.
-
-    Its arrays are NumPy and writable: fill in the sequences, leave the rest as padding.
-    """
-
-    def full(value: float, dtype: type, *shape: int) -> np.ndarray:
-        return np.full((size, *shape), value, dtype)
-
-    return Rows(
-        temperature=full(0, np.float32),
-        top_k=full(0, np.int32),
-        top_p=full(1, np.float32),
-        min_p=full(0, np.float32),
-        presence=full(0, np.float32),
-        frequency=full(0, np.float32),
-        repetition=full(1, np.float32),
-        seed=full(0, np.int32, 2),
-        index=full(0, np.int32),
-        row=full(row, np.int32),
-        penalised=full(False, np.bool_),
-        biased=full(False, np.bool_),
-        min_left=full(0, np.int32),
-        stop=full(-1, np.int32, stops),
-        want_logprobs=full(False, np.bool_),
-    )
-
-
-def seed_words(seed: int) -> np.ndarray:
-    """Host: the low 64 bits of a seed as i32[2], low word first."""
-    return np.array([seed & WORD, (seed >> 32) & WORD], np.uint32).view(np.int32)
 
 
 def history_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int) -> np.ndarray:

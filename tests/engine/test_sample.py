@@ -21,11 +21,15 @@ weights = jax.jit(sampler._weights)
 
 
 def rows_of(size, **given):
-    """Rows of which each row asks for `given`: scalars or one value per row."""
-    rows = sampler.neutral_rows(size, stops=2, row=0)
+    """Rows of which each row asks for `given`: scalars or one value per row. Else greedy, and nothing asked."""
+    off = dict.fromkeys(["temperature", "min_p", "presence", "frequency"], 0.0) | dict(top_p=1.0, repetition=1.0)
+    off |= dict.fromkeys(["top_k", "index", "row", "min_left"], 0)
+    off |= dict.fromkeys(["penalised", "biased", "want_logprobs"], False)
+    dtypes = {float: np.float32, int: np.int32, bool: np.bool_}
+    fields = {name: np.full(size, value, dtypes[type(value)]) for name, value in off.items()}
     for name, value in given.items():
-        getattr(rows, name)[...] = value
-    return rows
+        fields[name][...] = value
+    return sampler.Rows(**fields, seed=np.zeros((size, 2), np.int32), stop=np.full((size, 2), -1, np.int32))
 
 
 def tables(rows, vocab):
@@ -169,18 +173,11 @@ def test_a_row_depends_on_nothing_but_itself():
 
 def test_seed_and_index_decide():
     logits = np.tile(noise(1, 400, 7) / 6, (6, 1))
-    seeds = [1, 1, 2, 1 + (1 << 32), -1, 1]
     rows = rows_of(6, temperature=1.0, index=[0, 0, 0, 0, 0, 1])
-    rows.seed[...] = [sampler.seed_words(seed) for seed in seeds]
+    rows.seed[...] = [[1, 0], [1, 0], [2, 0], [1, 1], [-1, -1], [1, 0]]
     tokens = np.asarray(run(logits, rows, *tables(1, 400)).token)
     assert tokens[0] == tokens[1]
     assert len({int(t) for t in tokens[1:]}) == 5  # 1 in 80 by chance; fixed by the seeds
-
-
-def test_seed_words_keep_64_bits():
-    np.testing.assert_array_equal(sampler.seed_words(5), [5, 0])
-    np.testing.assert_array_equal(sampler.seed_words(-1), [-1, -1])
-    np.testing.assert_array_equal(sampler.seed_words((3 << 32) + 0x80000000), [-(2**31), 3])
 
 
 def test_penalties_equal_their_definition():
