@@ -196,8 +196,8 @@ def _threshold(value: Array, mass: Array, target: Array) -> Array:
     """f32[S, 1]: the largest t for which the `mass` of all entries with value >= t reaches target f32[S].
 
     value f32[S, V] has no NaN. Bisection over the ordered bit patterns of float32, from -inf to +inf: exact after 32
-    passes whatever the values are. Sorting would take 20 times as long on CPU; testing three thresholds per pass, to halve the
-    number of passes, takes twice as long.
+    passes whatever the values are. Sorting would take 20 times as long on CPU; three thresholds per pass, to halve the
+    number of passes, take twice as long.
     """
 
     def unordered(key: Array) -> Array:
