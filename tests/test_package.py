@@ -33,13 +33,12 @@ print(json.dumps([m.__file__ for m in (mmjax, mmjax.kernels, mmjax.converters.wh
 """
 
 
-def python(code: str, *, cwd: Path, path: Path | None = None, **env: str) -> str:
-    """What a fresh interpreter prints; its stderr is shown when it fails."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    if path is not None:
-        inherited["PYTHONPATH"] = str(path)
+def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
+    """What a fresh interpreter prints that sees the installed packages but no editable install; stderr if it fails."""
+    installed = [entry for entry in sys.path if entry.endswith("-packages")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), *installed])}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=inherited | env, capture_output=True, text=True, check=False
+        [sys.executable, "-S", "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -185,7 +184,7 @@ def test_wheel_inside_a_checkout(built: dict[str, Path]) -> None:
 @pytest.mark.parametrize("inside", [True, False])
 def test_editable(built: dict[str, Path], tmp_path: Path, inside: bool) -> None:
     code = f"import site; site.addsitedir({str(built['editable'])!r})\n{PROBE}"
-    files = json.loads(python(code, cwd=built["source"] if inside else tmp_path))
+    files = json.loads(python(code, cwd=built["source"] if inside else tmp_path, path=built["editable"]))
     assert all(Path(file).is_relative_to(built["source"]) for file in files)
 
 
