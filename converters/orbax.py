@@ -37,7 +37,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class _Pending:
-    """A parameter that is made when Orbax comes to write it."""
+    """A parameter that is made when Orbax comes to write it. Orbax reads `size` or `nbytes` for its statistics."""
 
     path: str
     shape: Shape
@@ -46,8 +46,12 @@ class _Pending:
     tensors: Mapping[str, Tensor]
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def make(self) -> np.ndarray:
         value = build(self.pieces, self.shape, self.tensors)
@@ -63,7 +67,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax 
     """Writes pending parameters as Orbax writes NumPy arrays, each finished before the next is made."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
-        super().__init__(deepcopy_host_arrays=False)
+        super().__init__()
         self.progress = progress
         self.total = total
 
