@@ -11,9 +11,13 @@ The order of operations, per row (S rows of V logits):
  6. min_p, top_k, top_p, each on what the previous one left; ties at a threshold are all kept;
  7. one token is drawn by the Gumbel-max trick.
 
-What no row of a batch asks for is skipped at run time (`lax.cond`). Measured on one CPU core with S = 16, V = 151936:
-greedy 1 ms (jnp.argmax alone: 12), temperature 7, with min_p 7, with top_k or top_p 30 (one jnp.sort: 657), penalties,
-bias or min_tokens 2 to 3, the report with 5 rivals 5 more.
+What no row of a batch asks for is skipped at run time (`lax.cond`). Measured with S = 16, V = 151936, in ms:
+
+                 greedy  temperature  + min_p  + top_k  + top_p  penalties or bias  |  jnp.argmax  jnp.sort
+    one CPU core    1.0          7.0      7.0       30       30                  3  |          12       657
+    one H100       0.06         0.19        -     0.81     0.80               0.19  |        0.03      0.63
+
+The report with 5 rivals takes 5 ms more on the CPU core.
 """
 
 from __future__ import annotations
