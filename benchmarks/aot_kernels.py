@@ -59,10 +59,11 @@ Case = tuple[str, Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]
 def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
     """name, function, ((shape, dtype), ...) for each op over head dims, groups, pages and dtypes."""
     i32 = jnp.int32
+    half = jnp.bfloat16 if platform == "tpu" else jnp.float16
     for head_dim, K, G, page, dtype in (
         (64, 2, 7, 64, jnp.bfloat16),
         (64, 6, 1, 64, jnp.bfloat16),
-        (64, 20, 1, 64, jnp.float16),
+        (64, 20, 1, 64, half),
         (80, 8, 1, 64, jnp.bfloat16),
         (128, 2, 8, 64, jnp.bfloat16),
         (128, 2, 6, 16, jnp.bfloat16),
@@ -73,9 +74,10 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
         (256, 2, 4, 64, jnp.bfloat16),
         (256, 1, 8, 64, jnp.float32),
     ):
-        H, Q = ops.pool_head_dim(head_dim, platform), ops.query_block(platform)
-        pool, table = ((2048, page, K, H), dtype), ((16, 32), i32)
         tag = f"H{head_dim} K{K} G{G} page{page} {jnp.dtype(dtype).name}"
+        H, Q = ops.pool_head_dim(head_dim, platform), ops.query_block(platform)
+        K = ops.pool_kv_heads(K, platform)
+        pool, table = ((2048, page, K, H), dtype), ((16, 32), i32)
         decode = functools.partial(ops.paged_decode, scale=head_dim**-0.5, impl=impl)
         yield f"paged_decode {tag}", decode, (((16, K, G, H), dtype), pool, pool, table, ((16,), i32))
         for causal in (True, False):
@@ -89,7 +91,7 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
         (64, 16, 577 * 8, 577, jnp.bfloat16),
         (72, 16, 729 * 4, 729, jnp.bfloat16),
         (80, 16, 4096, None, jnp.bfloat16),
-        (64, 12, 4096, None, jnp.float16),
+        (64, 12, 4096, None, half),
         (128, 8, 4096, None, jnp.bfloat16),
         (80, 16, 4096, None, jnp.float32),
         (256, 4, 4096, None, jnp.bfloat16),

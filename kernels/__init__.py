@@ -14,7 +14,7 @@ repository's root is on sys.path. Under that name nothing is imported and nothin
 
 if __name__ != "kernels":
     # The ops share names with their folders: importing them here, first, makes the function win over the module for good.
-    from .choose import IMPLEMENTATIONS, pool_head_dim, query_block, select
+    from .choose import IMPLEMENTATIONS, pool_dtype, pool_head_dim, pool_kv_heads, query_block, select
     from .pages import write_pages
     from .paged_decode import paged_decode
     from .paged_prefill import paged_prefill
@@ -24,7 +24,9 @@ if __name__ != "kernels":
         "IMPLEMENTATIONS",
         "paged_decode",
         "paged_prefill",
+        "pool_dtype",
         "pool_head_dim",
+        "pool_kv_heads",
         "query_block",
         "segment_attention",
         "select",

@@ -3,6 +3,8 @@
 import math
 import warnings
 
+import jax.numpy as jnp
+
 # Pallas' Triton backend is deprecated since jax 0.11, to be removed at some later time; jax 0.12 still has it. The warning is
 # raised when a program is lowered, far from our calls, hence the process-wide filter.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
@@ -18,6 +20,18 @@ def power_of_2(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def key_block(page: int) -> int:
-    """Keys a program takes at a time: they lie in one page."""
-    return min(page, 64)
+def query_rows(head_dim: int, dtype: jnp.dtype) -> int:
+    """Most rows of queries of a tile: what its accumulator and operands leave in registers and shared memory. Float32 products run
+    without tensor cores, unrolled: more than 32 rows cost ptxas 20 s and gain nothing."""
+    if dtype == jnp.float32:
+        return 32
+    return 64 if head_dim > 128 else 128
+
+
+def key_block(page: int, dtype: jnp.dtype) -> int:
+    """Keys a program takes at a time; in a paged pool they lie in one page."""
+    return min(page, 32 if dtype == jnp.float32 else 64)
+
+
+def warps(rows: int, head_dim: int) -> int:
+    return 8 if rows * head_dim >= 128 * 128 else 4

@@ -35,7 +35,7 @@ def run(
     page = k.shape[1]
     if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H) < gpu.TENSOR_CORE_ROWS:
         refuse("paged_decode", "triton", "page and head dim must be powers of two >= 16", q=q, k=k)
-    block = gpu.key_block(page)
+    block = gpu.key_block(page, k.dtype)
     rows = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(G))
     splits = max(1, min(MAX_SPLITS, PROGRAMS // (S * K), pages.shape[1] * page // block))
     query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))

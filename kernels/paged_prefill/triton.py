@@ -30,20 +30,19 @@ def run(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `paged_prefill`. The page and the pool's head dim must be powers of two, from 16 up."""
+    """See `paged_prefill`. The page and the pool's head dim must be powers of two from 16 up, and Q * G a multiple of 16."""
     B, Q, K, G, H = q.shape
     page = k.shape[1]
-    if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H) < gpu.TENSOR_CORE_ROWS:
-        refuse("paged_prefill", "triton", "page and head dim must be powers of two >= 16", q=q, k=k)
-    wide = H * q.dtype.itemsize > 256  # 128 rows and their accumulator would not fit
-    rows = min(64 if wide or Q * G % 128 else 128, max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(Q * G)))
+    rows = min(gpu.query_rows(H, q.dtype), Q * G & -(Q * G))  # the largest power of two that leaves no tile half empty
+    if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H, rows) < gpu.TENSOR_CORE_ROWS:
+        refuse("paged_prefill", "triton", "page and head dim must be powers of two >= 16, Q * G a multiple of 16", q=q, k=k)
     return pl.pallas_call(
-        functools.partial(_kernel, rows=rows, block=gpu.key_block(page), causal=causal, scale=scale * gpu.LOG2E),
-        grid=(pl.cdiv(Q * G, rows), K, B),
+        functools.partial(_kernel, rows=rows, block=gpu.key_block(page, k.dtype), causal=causal, scale=scale * gpu.LOG2E),
+        grid=(Q * G // rows, K, B),
         in_specs=[pl.no_block_spec] * 7,
         out_specs=pl.no_block_spec,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=8 if rows * H >= 128 * 128 else 4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=gpu.warps(rows, H), num_stages=2),
         interpret=interpret,
         name="paged_prefill",
     )(q, k, v, pages, owner, start, length)
@@ -56,12 +55,10 @@ def _kernel(  # type: ignore[no-untyped-def]
     _, Q, _, G, H = q_ref.shape
     page = k_ref.shape[1]
     row = i * rows + jnp.arange(rows, dtype=jnp.int32)
-    real = row < Q * G
-    row = jnp.minimum(row, Q * G - 1)
     j, g = lax.div(row, G), lax.rem(row, G)
     sequence, start = owner_ref[b], start_ref[b]
     length = jnp.where(start > -Q, length_ref[sequence], 0)
-    first_query, last_query = start + lax.div(i * rows, G), start + lax.div(jnp.minimum((i + 1) * rows, Q * G) - 1, G)
+    first_query, last_query = start + lax.div(i * rows, G), start + lax.div((i + 1) * rows - 1, G)
     seen_by_any = jnp.maximum(jnp.minimum(length, last_query + 1), 0) if causal else length
     seen_by_all = jnp.maximum(jnp.minimum(length, first_query + 1), 0) if causal else length
     query = q_ref[b, j, h, g, :]
@@ -84,5 +81,6 @@ def _kernel(  # type: ignore[no-untyped-def]
     state = online_softmax.start((rows,), H)
     state = lax.fori_loop(0, whole, functools.partial(chunk, masked=False), state)
     state = lax.fori_loop(whole, lax.div(seen_by_any + (block - 1), block), functools.partial(chunk, masked=True), state)
-    out = online_softmax.finish(state).astype(out_ref.dtype)
-    plgpu.store(out_ref.at[b, j, h, g, :], out, mask=real[:, None])
+    # As an array, not as a slice: the interpreter stores through all slices or none.
+    lane = jnp.arange(H, dtype=jnp.int32)[None]
+    out_ref[b, j[:, None], h, g[:, None], lane] = online_softmax.finish(state).astype(out_ref.dtype)

@@ -11,9 +11,6 @@ from jax.experimental.pallas import triton as plgpu
 from .. import gpu, online_softmax, tile
 from .bounds import bounds, unpad, whole_blocks
 
-QUERIES = 128
-KEYS = 64
-
 
 def run(
     q: jax.Array,
@@ -27,20 +24,19 @@ def run(
 ) -> jax.Array:
     """See `segment_attention`. Head dims other than powers of two are padded in a copy."""
     U, N, H = q.shape
-    wide = pl.next_power_of_2(H) * q.dtype.itemsize > 256
-    queries = 64 if wide else QUERIES
     width = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(H))
+    queries = gpu.query_rows(width, q.dtype)
     (q, k, v), segment = whole_blocks((q, k, v), segment, queries, uniform)
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, width - H))) for x in (q, k, v))
     low, high, single = bounds(segment, queries)
     block = pl.BlockSpec((queries, None, width), lambda i, n: (i, n, 0))
     out = pl.pallas_call(
-        functools.partial(_kernel, keys=KEYS, scale=scale * gpu.LOG2E),
+        functools.partial(_kernel, keys=gpu.key_block(queries, q.dtype), scale=scale * gpu.LOG2E),
         grid=(q.shape[0] // queries, N),
         in_specs=[block, *[pl.no_block_spec] * 3, *[pl.no_block_spec] * 3],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=8 if queries * width >= 128 * 128 else 4, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=gpu.warps(queries, width), num_stages=2),
         interpret=interpret,
         name="segment_attention",
     )(query, key, value, segment, low, high, single)

@@ -1,0 +1,90 @@
+"""Decode on TPU, in Pallas-Mosaic: a grid step takes a few pages of one sequence, all kv heads at once, straight from the pool.
+
+The number of steps is a value, not a shape: the longest sequence's pages. A shorter sequence's surplus steps name its last page
+again, which is not copied a second time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import online_softmax, tile, tpu
+from ..choose import refuse
+
+STEP_KEYS = 256
+"""Keys of a grid step: enough bytes in flight to hide the latency of a copy."""
+MOST_PAGES = 8
+"""Each is unrolled: 16 took a minute to compile."""
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    length: jax.Array,
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `paged_decode`."""
+    S, K, G, H = q.shape
+    page = k.shape[1]
+    if jnp.float16 in (q.dtype, k.dtype):
+        refuse("paged_decode", "mosaic_tpu", "the TPU has no float16", q=q, k=k)
+    count = max(1, min(STEP_KEYS // page, MOST_PAGES, pages.shape[1]))
+    rows = tpu.sublanes(G, q.dtype)
+    query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    steps = jnp.maximum(lax.div(jnp.max(length) + (count * page - 1), count * page), 1)
+
+    def pool(j: int) -> pl.BlockSpec:
+        def index(s, p, pages, length):  # type: ignore[no-untyped-def]
+            last = jnp.maximum(lax.div(length[s] + (page - 1), page) - 1, 0)
+            return pages[s, jnp.minimum(p * count + j, last)], 0, 0, 0
+
+        return pl.BlockSpec((None, page, K, H), index)
+
+    heads = pl.BlockSpec((None, K, rows, H), lambda s, p, *_: (s, 0, 0, 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, count=count, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(S, steps),
+            in_specs=[heads, *[pool(j) for j in range(count)] * 2],
+            out_specs=heads,
+            scratch_shapes=tpu.state((K, rows), H),
+        ),
+        out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="paged_decode",
+    )(pages, length, query, *[k] * count, *[v] * count)
+    return out[:, :, :G]
+
+
+def _kernel(_, length_ref, q_ref, *refs, count, scale):  # type: ignore[no-untyped-def]
+    k_refs, v_refs, out_ref, state = refs[:count], refs[count : 2 * count], refs[2 * count], refs[2 * count + 1 :]
+    s, p = pl.program_id(0), pl.program_id(1)
+    page, K, _ = k_refs[0].shape
+    length = length_ref[s]
+    pl.when(p == 0)(lambda: tpu.start(*state))
+    for j in range(count):
+        first = (p * count + j) * page
+
+        def fold(first=first, k_ref=k_refs[j], v_ref=v_refs[j]):  # type: ignore[no-untyped-def]
+            live = first + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < length
+            seen = first + lax.broadcasted_iota(jnp.int32, (1, page), 1) < length
+            for h in range(K):
+                x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
+                value = v_ref[:, h, :]
+                tpu.fold((h,), *state, x, jnp.where(live, value, jnp.zeros_like(value)))
+
+        pl.when(first < length)(fold)
+
+    @pl.when(p == pl.num_programs(1) - 1)
+    def _():  # type: ignore[no-untyped-def]
+        out_ref[...] = tpu.finish(*state[1:]).astype(out_ref.dtype)

@@ -1,0 +1,99 @@
+"""Prefill on TPU, in Pallas-Mosaic: flash attention of a block of queries, a few pages of its sequence per grid step.
+
+As in decode, the number of steps is a value (the most pages that any block sees) and surplus steps copy nothing.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import online_softmax, tile, tpu
+from ..choose import refuse
+
+STEP_KEYS = 256
+MOST_PAGES = 8
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    owner: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    *,
+    causal: bool,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `paged_prefill`. The rows of a kv head's matrix are query * G + head."""
+    B, Q, K, G, H = q.shape
+    page = k.shape[1]
+    if jnp.float16 in (q.dtype, k.dtype):
+        refuse("paged_prefill", "mosaic_tpu", "the TPU has no float16", q=q, k=k)
+    count = max(1, min(STEP_KEYS // page, MOST_PAGES, pages.shape[1]))
+    rows = tpu.sublanes(Q * G, q.dtype)
+    query = q.transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, H)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
+    length = jnp.where(start > -Q, length[owner], 0)  # from here on per block
+    end = jnp.clip(start + Q, 0, length) if causal else length
+    steps = jnp.maximum(lax.div(jnp.max(end) + (count * page - 1), count * page), 1)
+
+    def pool(j: int) -> pl.BlockSpec:
+        def index(b, p, pages, owner, start, end):  # type: ignore[no-untyped-def]
+            last = jnp.maximum(lax.div(end[b] + (page - 1), page) - 1, 0)
+            return pages[owner[b], jnp.minimum(p * count + j, last)], 0, 0, 0
+
+        return pl.BlockSpec((None, page, K, H), index)
+
+    heads = pl.BlockSpec((None, K, rows, H), lambda b, p, *_: (b, 0, 0, 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, count=count, group=G, causal=causal, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(B, steps),
+            in_specs=[heads, *[pool(j) for j in range(count)] * 2],
+            out_specs=heads,
+            scratch_shapes=tpu.state((K, rows), H),
+        ),
+        out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+        ),
+        interpret=interpret,
+        name="paged_prefill",
+    )(pages, owner, start, end, query, *[k] * count, *[v] * count)
+    return out[:, :, : Q * G].reshape(B, K, Q, G, H).transpose(0, 2, 1, 3, 4)
+
+
+def _kernel(_, __, start_ref, end_ref, q_ref, *refs, count, group, causal, scale):  # type: ignore[no-untyped-def]
+    k_refs, v_refs, out_ref, state = refs[:count], refs[count : 2 * count], refs[2 * count], refs[2 * count + 1 :]
+    b, p = pl.program_id(0), pl.program_id(1)
+    page, K, _ = k_refs[0].shape
+    rows = q_ref.shape[1]
+    end = end_ref[b]
+    pl.when(p == 0)(lambda: tpu.start(*state))
+    for j in range(count):
+        first = (p * count + j) * page
+
+        def fold(first=first, k_ref=k_refs[j], v_ref=v_refs[j]):  # type: ignore[no-untyped-def]
+            live = first + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < end
+            at = first + lax.broadcasted_iota(jnp.int32, (rows, page), 1)
+            seen = at < end
+            if causal:
+                seen &= at <= start_ref[b] + lax.div(lax.broadcasted_iota(jnp.int32, (rows, page), 0), group)
+            for h in range(K):
+                x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
+                value = v_ref[:, h, :]
+                tpu.fold((h,), *state, x, jnp.where(live, value, jnp.zeros_like(value)))
+
+        pl.when(first < end)(fold)
+
+    @pl.when(p == pl.num_programs(1) - 1)
+    def _():  # type: ignore[no-untyped-def]
+        out_ref[...] = tpu.finish(*state[1:]).astype(out_ref.dtype)

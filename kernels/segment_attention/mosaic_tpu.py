@@ -1,0 +1,82 @@
+"""Segment attention on TPU, in Pallas-Mosaic: flash attention of a block of queries of one head over the keys of its segments.
+
+The number of key blocks of a step is a value: that of the block of queries that has most. The others' surplus steps copy nothing.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .. import online_softmax, tile, tpu
+from ..choose import refuse
+from .bounds import bounds, unpad, whole_blocks
+
+BLOCK = 256
+
+
+def run(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array,
+    *,
+    scale: float,
+    uniform: int | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `segment_attention`."""
+    U, N, H = q.shape
+    if q.dtype == jnp.float16:
+        refuse("segment_attention", "mosaic_tpu", "the TPU has no float16", q=q)
+    block = BLOCK if q.shape[0] >= BLOCK else tpu.LANES
+    (q, k, v), segment = whole_blocks((q, k, v), segment, block, uniform)
+    query, key, value = (x.swapaxes(0, 1) for x in (q, k, v))
+    low, high, _ = bounds(segment, block)
+    first, last = lax.div(low, block), lax.div(high + (block - 1), block)
+    steps = jnp.maximum(jnp.max(last - first), 1)
+
+    def keys(i, p, first, last):  # type: ignore[no-untyped-def]
+        return jnp.maximum(jnp.minimum(first[i] + p, last[i] - 1), 0)
+
+    queries = pl.BlockSpec((None, block, H), lambda n, i, p, *_: (n, i, 0))
+    others = pl.BlockSpec((None, block, H), lambda n, i, p, *bounds: (n, keys(i, p, *bounds), 0))
+    out = pl.pallas_call(
+        functools.partial(_kernel, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(N, segment.shape[0] // block, steps),
+            in_specs=[
+                queries,
+                others,
+                others,
+                pl.BlockSpec((block, 1), lambda n, i, p, *_: (i, 0)),
+                pl.BlockSpec((1, block), lambda n, i, p, *bounds: (0, keys(i, p, *bounds))),
+            ],
+            out_specs=queries,
+            scratch_shapes=tpu.state((block,), H),
+        ),
+        out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="segment_attention",
+    )(first, last, query, key, value, segment[:, None], segment[None])
+    return unpad(out.swapaxes(0, 1), U, uniform)
+
+
+def _kernel(first_ref, last_ref, q_ref, k_ref, v_ref, own_ref, other_ref, out_ref, *state, scale):  # type: ignore[no-untyped-def]
+    i, p = pl.program_id(1), pl.program_id(2)
+    pl.when(p == 0)(lambda: tpu.start(*state))
+
+    @pl.when(first_ref[i] + p < last_ref[i])
+    def _():  # type: ignore[no-untyped-def]
+        x = tile.scores(q_ref[...], k_ref[...]) * scale
+        x = jnp.where(own_ref[...] == other_ref[...], x, online_softmax.MASKED)
+        tpu.fold((), *state, x, v_ref[...])
+
+    @pl.when(p == pl.num_programs(2) - 1)
+    def _():  # type: ignore[no-untyped-def]
+        out_ref[...] = tpu.finish(*state[1:]).astype(out_ref.dtype)

@@ -1,0 +1,199 @@
+"""Every implementation of every op on one table of cases, against attention written out in float64 NumPy."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import kernels
+from mmjax.kernels.choose import implementation
+
+PLATFORM = {"reference": "cpu", "triton": "gpu", "mosaic_tpu": "tpu"}
+PAGE = 32
+Array = np.ndarray[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """`queries[i]` = (owner, start) is block i of a prefill; decode asks one query of every sequence."""
+
+    lengths: tuple[int, ...]
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 64
+    queries: tuple[tuple[int, int], ...] = ()
+    dtype: Any = jnp.float32
+    causal: bool = True
+
+
+DECODE = {
+    "group_1": Paged((0, 1, 32, 33, 70), kv_heads=2, group=1),
+    "group_7": Paged((33, 1, 64), kv_heads=1, group=7),
+    "head_dim_80": Paged((5, 31), head_dim=80),
+    "head_dim_128": Paged((0, 47), head_dim=128),
+    "head_dim_256": Paged((18,), kv_heads=1, head_dim=256),
+    "bfloat16": Paged((3, 50), dtype=jnp.bfloat16),
+}
+PREFILL = {
+    "whole_prompt": Paged((40, 9), queries=((0, 0), (0, 16), (0, 32), (1, 0)), group=1),
+    "history_and_padding": Paged((64, 1, 30), queries=((0, 48), (1, 0), (2, 19), (0, -16)), group=7, kv_heads=1),
+    "cross": Paged((37, 0, 64), queries=((0, 0), (2, 0), (2, 16), (1, 0), (0, -16)), causal=False),
+    "head_dim_72": Paged((20,), queries=((0, 4),), head_dim=72),
+    "head_dim_256": Paged((17,), queries=((0, 0), (0, 16)), head_dim=256, kv_heads=1),
+    "bfloat16": Paged((50,), queries=((0, 34), (0, 18)), dtype=jnp.bfloat16),
+}
+QUERIES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    lengths: tuple[int, ...]
+    tail: int = 0
+    heads: int = 2
+    head_dim: int = 64
+    uniform: int | None = None
+    dtype: Any = jnp.float32
+
+
+SEGMENTS = {
+    "windows": Segments((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16) * 2),
+    "images_and_padding": Segments((300, 64, 5, 260), tail=139, head_dim=80),
+    "padding_blocks": Segments((3,), tail=509),
+    "one_long": Segments((390,), head_dim=72, heads=1),
+    "uniform": Segments((77,) * 3, uniform=77),
+    "uniform_wide": Segments((130,) * 2, uniform=130, head_dim=128),
+    "bfloat16": Segments((100, 28), dtype=jnp.bfloat16),
+}
+
+
+def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """q [N, H], k and v [J, N, H] -> [N, H], float64."""
+    scores = np.einsum("nh,jnh->nj", q, k) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("nj,jnh->nh", weights / weights.sum(-1, keepdims=True), v)
+
+
+def bound(dtype: Any) -> float:
+    """Absolute error allowed: outputs are means of values of order one, rounded a few times to `dtype`."""
+    return 8 * float(jnp.finfo(dtype).eps) if dtype != jnp.float32 else 2e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Pages in random order, keys [J, K, H] of every sequence beside them. What no sequence owns is NaN."""
+
+    k: Array
+    v: Array
+    pages: Array
+    keys: list[Array]
+    values: list[Array]
+
+
+def pool(case: Paged, rng: np.random.Generator) -> Pool:
+    width = 1 + max(-(-n // PAGE) for n in case.lengths)
+    count = 1 + len(case.lengths) * width
+    shape = (count, PAGE, case.kv_heads, case.head_dim)
+    arrays = [np.full(shape, np.nan, np.float32) for _ in range(2)]
+    ids = 1 + rng.permutation(count - 1).reshape(len(case.lengths), width)
+    pages = np.zeros((len(case.lengths), width), np.int32)
+    rows: list[list[Array]] = [[], []]
+    for s, n in enumerate(case.lengths):
+        used = -(-n // PAGE)
+        pages[s, :used] = ids[s, :used]
+        for array, kept in zip(arrays, rows, strict=True):
+            fresh = rounded(rng.standard_normal((n, *shape[2:])), case.dtype)
+            kept.append(fresh.astype(np.float64))
+            for at in range(n):
+                array[pages[s, at // PAGE], at % PAGE] = fresh[at]
+    return Pool(arrays[0], arrays[1], pages, rows[0], rows[1])
+
+
+def rounded(x: Array, dtype: Any) -> Array:
+    """Float32 values that `dtype` holds exactly."""
+    return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+
+
+IMPLEMENTATIONS = tuple(PLATFORM)
+
+
+def program(op: str, impl: str, **static: object) -> Callable[..., jax.Array]:
+    """The implementation, compiled; a kernel of another platform is interpreted."""
+    interpret = {} if impl == "reference" else {"interpret": True}
+    return jax.jit(functools.partial(implementation(op, impl), **static, **interpret))
+
+
+def pad_heads(x: Array, impl: str, dtype: object) -> jax.Array:
+    """To the pool's head dim, as the callers of the ops do."""
+    extra = kernels.pool_head_dim(x.shape[-1], PLATFORM[impl]) - x.shape[-1]
+    return jnp.asarray(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), dtype)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", DECODE.values(), ids=DECODE.keys())
+def test_decode(case: Paged, impl: str) -> None:
+    rng = np.random.default_rng(0)
+    data, scale = pool(case, rng), case.head_dim**-0.5
+    q = rounded(rng.standard_normal((len(case.lengths), case.kv_heads, case.group, case.head_dim)), case.dtype)
+    run = program("paged_decode", impl, scale=scale)
+    arrays = (pad_heads(x, impl, case.dtype) for x in (q, data.k, data.v))
+    out = run(*arrays, jnp.asarray(data.pages), jnp.asarray(case.lengths, jnp.int32))
+    assert out.dtype == case.dtype
+    got = np.asarray(out, np.float64)[..., : case.head_dim]
+    assert np.isfinite(got).all()
+    for s, n in enumerate(case.lengths):
+        for g in range(case.group if n else 0):
+            want = attend(q[s, :, g].astype(np.float64), data.keys[s], data.values[s], scale)
+            np.testing.assert_allclose(got[s, :, g], want, atol=bound(case.dtype), rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL.keys())
+def test_prefill(case: Paged, impl: str) -> None:
+    rng = np.random.default_rng(1)
+    data, scale = pool(case, rng), case.head_dim**-0.5
+    q = rounded(rng.standard_normal((len(case.queries), QUERIES, case.kv_heads, case.group, case.head_dim)), case.dtype)
+    owner, start = (jnp.asarray(x, jnp.int32) for x in zip(*case.queries, strict=True))
+    run = program("paged_prefill", impl, scale=scale, causal=case.causal)
+    arrays = (pad_heads(x, impl, case.dtype) for x in (q, data.k, data.v))
+    out = run(*arrays, jnp.asarray(data.pages), owner, start, jnp.asarray(case.lengths, jnp.int32))
+    assert out.dtype == case.dtype
+    got = np.asarray(out, np.float64)[..., : case.head_dim]
+    assert np.isfinite(got).all()
+    for b, (s, first) in enumerate(case.queries):
+        for j in range(QUERIES):
+            position, length = first + j, case.lengths[s]
+            seen = min(position + 1, length) if case.causal else length
+            if first < 0 or seen == 0 or (case.causal and position >= length):
+                continue
+            for g in range(case.group):
+                want = attend(q[b, j, :, g].astype(np.float64), data.keys[s][:seen], data.values[s][:seen], scale)
+                np.testing.assert_allclose(got[b, j, :, g], want, atol=bound(case.dtype), rtol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_segments(case: Segments, impl: str) -> None:
+    rng = np.random.default_rng(2)
+    units, scale = sum(case.lengths) + case.tail, case.head_dim**-0.5
+    q, k, v = (rounded(rng.standard_normal((units, case.heads, case.head_dim)), case.dtype) for _ in range(3))
+    ids = 3 + np.arange(len(case.lengths))  # any numbers do, as long as neighbours differ
+    segment = np.concatenate([np.repeat(ids, case.lengths), np.full(case.tail, -1)]).astype(np.int32)
+    run = program("segment_attention", impl, scale=scale, uniform=case.uniform)
+    out = run(*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment))
+    assert out.dtype == case.dtype
+    got = np.asarray(out, np.float64)
+    assert got.shape == q.shape
+    assert np.isfinite(got).all()
+    at = 0
+    for n in case.lengths:
+        here = slice(at, at + n)
+        scores = np.einsum("qnh,knh->nqk", q[here], k[here], dtype=np.float64) * scale
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        want = np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v[here], dtype=np.float64)
+        np.testing.assert_allclose(got[here], want, atol=bound(case.dtype), rtol=0)
+        at += n
