@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from tqdm import tqdm
 
 from mmjax import inputs
 from mmjax.build import Parts, build
 from mmjax.config import EngineArgs
-from mmjax.engine.answer import Answer
-from mmjax.engine.constraints import Constraints
-from mmjax.engine.engine import Engine
-from mmjax.engine.sequence import MediaSpan, Prompt
-from mmjax.engine.sequence import Sequence as EngineSequence
 from mmjax.render import Rendered
-from mmjax.types import RequestError, RequestMetrics, RequestOutput, SamplingParams
+from mmjax.run import Job, Progress, Run
+from mmjax.types import RequestError, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-Progress = bool | Callable[..., Any]
-
 
 class LLM:
     """A model ready to answer.
@@ -70,7 +59,7 @@ class LLM:
         requests = [self.parts.renderer.parse(prompt) for prompt in batch]
         order = sorted(range(len(batch)), key=lambda i: priority[i]) if priority is not None else range(len(batch))
         runs = {}
-        job = _Job(self, use_tqdm, len(batch))
+        job = Job(self.parts, self.start, self._workers, use_tqdm, len(batch))
         try:
             for i in order:
                 job.submit(i, requests[i], tokenization_kwargs, params[i])
@@ -102,7 +91,7 @@ class LLM:
     def start(self, rendered: Rendered, params: SamplingParams) -> Run:
         """Queue one rendered prompt on the least busy engine."""
         self._requests += 1
-        return Run(self, str(self._requests - 1), rendered, params)
+        return Run(self.parts, str(self._requests - 1), rendered, params)
 
     # -- what else users ask for -------------------------------------------------------------------------------------
 
@@ -144,150 +133,3 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False, and nothing done, while requests run."""
         return all([engine.pages.forget() for engine in self.parts.engines])
-
-
-class Run:
-    """One request in the engine: its answers and its times."""
-
-    def __init__(self, llm: LLM, request_id: str, rendered: Rendered, params: SamplingParams) -> None:
-        parts = llm.parts
-        self.request_id = request_id
-        self.rendered = rendered
-        self.engine: Engine = min(parts.engines, key=lambda e: e.load)
-        self.metrics = RequestMetrics(arrival_time=time.monotonic())
-        stops = () if params.ignore_eos else parts.eos
-        stops = tuple(dict.fromkeys([*stops, *(params.stop_token_ids or ())]))
-        if len(stops) > parts.sizes.stops:
-            raise RequestError(
-                f"stop_token_ids: {len(stops)} stop tokens (the model's own included) were asked for, "
-                f"at most {parts.sizes.stops} are supported.",
-                "too_many_stop_tokens",
-            )
-        prompt = _prompt(rendered, parts.shape.cross)
-        constraints = Constraints(params, parts.vocab_size, parts.tokenizer)
-        seed = params.seed if params.seed is not None else parts.next_seed()
-        eos = parts.eos[0] if parts.eos else None
-        self.answers = []
-        for index in range(params.n):
-            seq = EngineSequence(
-                request_id,
-                index,
-                prompt,
-                params,
-                seed=seed + index,
-                stops=stops,
-                max_len=parts.max_model_len,
-                constraints=constraints,
-            )
-            answer = Answer(seq, parts.tokenizer, eos)
-            self.answers.append(answer)
-            self.engine.add(answer)
-
-    def abort(self) -> None:
-        """End the request; its pages are free at once."""
-        self.engine.abort(self.answers)
-
-    @property
-    def finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
-
-    def output(self) -> RequestOutput:
-        """The request's answers so far."""
-        r, first = self.rendered, self.answers[0]
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=r.prompt,
-            prompt_token_ids=r.tokens.tolist(),
-            prompt_logprobs=first.prompt_logprobs,
-            outputs=[answer.output() for answer in self.answers],
-            finished=self.finished,
-            metrics=self.metrics,
-            encoder_prompt=r.encoder_prompt,
-            encoder_prompt_token_ids=None if r.encoder_tokens is None else r.encoder_tokens.tolist(),
-            num_cached_tokens=first.seq.cached,
-        )
-
-
-def _prompt(rendered: Rendered, cross: bool) -> Prompt:
-    """A rendered prompt in the engine's own words."""
-    items = rendered.items
-    spans = () if cross else tuple(
-        MediaSpan(span.start, span.length, entry.key, entry.item)
-        for span, entry in zip(rendered.spans, items, strict=True)
-    )
-    audio = tuple((entry.key, entry.item) for entry in items) if cross else ()
-    salt = (rendered.salt or "").encode() + b"".join(b"|" + entry.key.encode() for entry in items if cross)
-    return Prompt(rendered.tokens, rendered.positions, rendered.delta, spans, audio, salt)
-
-
-class _Job:
-    """One call of `generate`: prompts are rendered on threads, in order, while the engine already runs the first."""
-
-    def __init__(self, llm: LLM, use_tqdm: Progress, total: int) -> None:
-        self.llm = llm
-        self.waiting: deque[tuple[int, concurrent.futures.Future[Rendered], SamplingParams]] = deque()
-        self.open: dict[int, tuple[int, Run]] = {}
-        self.runs: dict[int, Run] = {}
-        self.bars = [_bar(use_tqdm, total, name) for name in ("Rendering prompts", "Processed prompts")]
-
-    def submit(self, i: int, request: Any, tokenization_kwargs: dict[str, Any] | None, params: SamplingParams) -> None:
-        future = self.llm._workers.submit(self.llm.parts.renderer.render, request, tokenization_kwargs)
-        self.waiting.append((i, future, params))
-
-    def run(self) -> dict[int, RequestOutput]:
-        """Run everything to its end: outputs by index."""
-        outputs = {}
-        engines = self.llm.parts.engines
-        while self.waiting or self.open:
-            self._admit(block=not self.open)
-            for engine in engines:
-                for answer in engine.step():
-                    i, run = self.open.get(answer.seq.number, (-1, None))
-                    if run is None:
-                        continue  # of an earlier call that was interrupted
-                    _note_times(run, answer)
-                    if run.finished and i not in outputs:
-                        outputs[i] = run.output()
-                        for each in run.answers:
-                            self.open.pop(each.seq.number)
-                        self.bars[1].update(1)
-        return outputs
-
-    def _admit(self, *, block: bool) -> None:
-        while self.waiting and (block or self.waiting[0][1].done()):
-            i, future, params = self.waiting.popleft()
-            run = self.llm.start(future.result(), params)
-            self.runs[i] = run
-            for answer in run.answers:
-                self.open[answer.seq.number] = (i, run)
-            self.bars[0].update(1)
-            block = False
-
-    def abort(self) -> None:
-        for _, future, _ in self.waiting:
-            future.cancel()
-        for run in self.runs.values():
-            run.abort()
-        for engine in self.llm.parts.engines:
-            while engine.busy:
-                engine.step()
-
-    def close(self) -> None:
-        for bar in self.bars:
-            bar.close()
-
-
-def _note_times(run: Run, answer: Answer) -> None:
-    now = time.monotonic()
-    metrics = run.metrics
-    if metrics.first_token_time is None and answer.seq.output_len:
-        metrics.first_token_time = now
-    metrics.first_scheduled_time = answer.seq.scheduled_time
-    metrics.last_token_time = now
-    if answer.finish_reason is not None:
-        metrics.finished_time = now
-
-
-def _bar(use_tqdm: Progress, total: int, name: str) -> Any:
-    make = use_tqdm if callable(use_tqdm) else tqdm
-    return make(total=total, desc=name, disable=not use_tqdm, dynamic_ncols=True)
