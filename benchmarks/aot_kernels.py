@@ -2,9 +2,9 @@
 
     python benchmarks/aot_kernels.py [cuda] [tpu] [-v]
 
-For cuda, jax[cuda13] must be installed: XLA:GPU, Triton and ptxas run for an H100. For tpu, jax[tpu]: the whole of libtpu, Mosaic
-included, for v5e and v6e. A target whose plugin is missing is skipped. Prints a table (compile seconds, temporary MiB beside
-the arguments, size of the pool) and exits 1 if anything failed.
+For cuda, jax[cuda13] must be installed: XLA:GPU, Triton and ptxas run for an H100. For tpu, jax[tpu]: the whole of
+libtpu, Mosaic included, for v5e and v6e. A target whose plugin is missing is skipped. Prints a table (compile seconds,
+temporary MiB beside the arguments, size of the pool) and exits 1 if anything failed.
 """
 
 import os
@@ -33,7 +33,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def kernels() -> Any:
-    """The package, installed or not: without an installation, the folder at the repository's root under its proper name."""
+    """The package, installed or not: without an installation, the folder at the repository's root under its proper
+    name."""
     root = Path(__file__).resolve().parent.parent
     spec = importlib.util.spec_from_file_location(
         "mmjax_kernels", root / "kernels" / "__init__.py", submodule_search_locations=[str(root / "kernels")]
@@ -46,10 +47,10 @@ def kernels() -> Any:
 
 
 H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
- shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
- block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
- device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
- registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
+ shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x:
+ 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+ clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability {
+ major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 runtime_version { major: 13 minor: 0 patch: 0 }"""
 
@@ -83,7 +84,11 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
         for causal in (True, False):
             prefill = functools.partial(ops.paged_prefill, causal=causal, scale=head_dim**-0.5, impl=impl)
             vectors = (((32,), i32), ((32,), i32), ((16,), i32))
-            yield f"paged_prefill causal={causal} {tag}", prefill, (((32, Q, K, G, H), dtype), pool, pool, table, *vectors)
+            yield (
+                f"paged_prefill causal={causal} {tag}",
+                prefill,
+                (((32, Q, K, G, H), dtype), pool, pool, table, *vectors),
+            )
         rows = ((64, K, H), dtype)
         yield f"write_pages {tag}", ops.write_pages, (pool, pool, rows, rows, ((64,), i32))
     for head_dim, N, U, uniform, dtype in (

@@ -5,19 +5,21 @@
     segment_attention   packed encoder units, attention inside each segment
     write_pages         new keys and values into the pool
 
-Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U encoder units, P pages per sequence, K kv heads,
-G query heads per kv head, N = K * G query heads, H head dim. Which implementation serves which platform: `choose.py`.
+Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U encoder units, P pages per sequence, K kv
+heads, G query heads per kv head, N = K * G query heads, H head dim. Which implementation serves which platform:
+`choose.py`.
 
-Another distribution is called `kernels`, and transformers probes it by importing that name, which finds this folder whenever the
-repository's root is on sys.path. Under that name nothing is imported and nothing is defined.
+Another distribution is called `kernels`, and transformers probes it by importing that name, which finds this folder
+whenever the repository's root is on sys.path. Under that name nothing is imported and nothing is defined.
 """
 
 if __name__ != "kernels":
-    # The ops share names with their folders: importing them here, first, makes the function win over the module for good.
+    # The ops share names with their folders: importing them here, first, makes the function win over the module for
+    # good.
     from .choose import IMPLEMENTATIONS, pool_dtype, pool_head_dim, pool_kv_heads, query_block, select
-    from .pages import write_pages
     from .paged_decode import paged_decode
     from .paged_prefill import paged_prefill
+    from .pages import write_pages
     from .segment_attention import segment_attention
 
     __all__ = [

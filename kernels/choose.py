@@ -1,4 +1,5 @@
-"""Which implementation serves an op on a platform, and the sizes that follow from the choice. Platforms are jax's names: cpu, gpu, tpu."""
+"""Which implementation serves an op on a platform, and the sizes that follow from the choice. Platforms are jax's
+names: cpu, gpu, tpu."""
 
 import functools
 import importlib
@@ -16,7 +17,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "paged_decode": ("reference", "triton", "mosaic_tpu"),
         "paged_prefill": ("reference", "triton", "mosaic_tpu"),
-        "segment_attention": ("reference", "triton", "mosaic_tpu"),
+        "segment_attention": ("reference", "triton", "mosaic_tpu", "cudnn"),
     }
 )
 """op -> the modules in its folder; each has `run` with the signature of the op (without `impl`)."""
@@ -34,7 +35,8 @@ def select(platform: str) -> Mapping[str, str]:
 
 @functools.cache
 def implementation(op: str, impl: str | None) -> Callable[..., jax.Array]:
-    """The `run` of an implementation; None means the default backend's. Pallas is imported only for those that need it."""
+    """The `run` of an implementation; None means the default backend's. Pallas is imported only for those that need
+    it."""
     name = impl or select(jax.default_backend())[op]
     if name not in IMPLEMENTATIONS[op]:
         raise ValueError(f"{op} has no implementation {name!r}, only {', '.join(IMPLEMENTATIONS[op])}")
@@ -50,8 +52,8 @@ def refuse(op: str, impl: str, why: str, **arrays: jax.Array) -> NoReturn:
 def pool_head_dim(head_dim: int, platform: str) -> int:
     """The head dim to allocate the pool with; q, k and v are zero-padded to it by the caller.
 
-    Zeros change no score and give zero outputs. The Triton blocks are powers of two and a masked tail would waste the same loads;
-    TPU pages are copied in tiles of 128 lanes. The CPU takes any size as it is.
+    Zeros change no score and give zero outputs. The Triton blocks are powers of two and a masked tail would waste the
+    same loads; TPU pages are copied in tiles of 128 lanes. The CPU takes any size as it is.
     """
     if platform == "cpu":
         return head_dim
@@ -63,8 +65,8 @@ def pool_head_dim(head_dim: int, platform: str) -> int:
 def pool_kv_heads(kv_heads: int, platform: str) -> int:
     """The number of kv heads to allocate the pool with; the caller adds heads of zeros to q, k and v.
 
-    A TPU keeps 2, 4 or a multiple of 8 heads without gaps; with any other number XLA copies the whole pool before a kernel and
-    after a write (seen in the temporary bytes of programs compiled for v5e).
+    A TPU keeps 2, 4 or a multiple of 8 heads without gaps; with any other number XLA copies the whole pool before a
+    kernel and after a write (seen in the temporary bytes of programs compiled for v5e).
     """
     if platform != "tpu":
         return kv_heads
@@ -74,8 +76,9 @@ def pool_kv_heads(kv_heads: int, platform: str) -> int:
 def pool_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     """The dtype to allocate the pool with, for a model computing in `dtype`.
 
-    XLA:CPU has neither gather nor scatter of bfloat16: it converts the whole pool to float32 and, to write, back. With pools of
-    131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens 317 ms instead of 0.01.
+    XLA:CPU has neither gather nor scatter of bfloat16: it converts the whole pool to float32 and, to write, back. With
+    pools of 131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens 317 ms
+    instead of 0.01.
     """
     return jnp.dtype(jnp.float32 if platform == "cpu" and dtype == jnp.bfloat16 else dtype)
 

@@ -5,8 +5,8 @@ import warnings
 
 import jax.numpy as jnp
 
-# Pallas' Triton backend is deprecated since jax 0.11, to be removed at some later time; jax 0.12 still has it. The warning is
-# raised when a program is lowered, far from our calls, hence the process-wide filter.
+# Pallas' Triton backend is deprecated since jax 0.11, to be removed at some later time; jax 0.12 still has it. The
+# warning is raised when a program is lowered, far from our calls, hence the process-wide filter.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 LOG2E = math.log2(math.e)
@@ -21,8 +21,8 @@ def power_of_2(n: int) -> bool:
 
 
 def query_rows(head_dim: int, dtype: jnp.dtype) -> int:
-    """Most rows of queries of a tile: what its accumulator and operands leave in registers and shared memory. Float32 products run
-    without tensor cores, unrolled: more than 32 rows cost ptxas 20 s and gain nothing."""
+    """Most rows of queries of a tile: what its accumulator and operands leave in registers and shared memory. Float32
+    products run without tensor cores, unrolled: more than 32 rows cost ptxas 20 s and gain nothing."""
     if dtype == jnp.float32:
         return 32
     return 64 if head_dim > 128 else 128

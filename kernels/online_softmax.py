@@ -1,4 +1,5 @@
-"""Softmax over keys that arrive in chunks: the running (maximum, sum, weighted values) of Milakov and Gimelshein, arXiv:1805.02867.
+"""Softmax over keys that arrive in chunks: the running (maximum, sum, weighted values) of Milakov and Gimelshein,
+arXiv:1805.02867.
 
 The functions are plain jnp, so that they serve inside Pallas kernels as well.
 """
@@ -29,8 +30,8 @@ def fold(
     weigh: Callable[[jax.Array], jax.Array],
     exp: Callable[[jax.Array], jax.Array] = jnp.exp,
 ) -> State:
-    """Add a chunk: scores [*rows, keys] float32; `weigh` maps weights [*rows, keys] to weighted values [*rows, head_dim].
-    `exp` is jnp.exp2 where the scores are in units of log 2."""
+    """Add a chunk: scores [*rows, keys] float32; `weigh` maps weights [*rows, keys] to weighted values [*rows,
+    head_dim]. `exp` is jnp.exp2 where the scores are in units of log 2."""
     top, total, values = state
     new_top = jnp.maximum(top, scores.max(-1))
     keep = exp(top - new_top)

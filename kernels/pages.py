@@ -9,8 +9,8 @@ def write_pages(
 ) -> tuple[jax.Array, jax.Array]:
     """Put k, v [T, K, H] at `slot` [T] int32 of pools [pages, page, K, H]: slot = page id * page + offset in the page.
 
-    A slot that is negative or past the end is dropped; the others must differ from each other. In place where the pools are donated:
-    a scatter on the token axis of token-major pages, which no platform answers with a copy of the pool.
+    A slot that is negative or past the end is dropped; the others must differ from each other. In place where the pools
+    are donated: a scatter on the token axis of token-major pages, which no platform answers with a copy of the pool.
     """
     end = k_pool.shape[0] * k_pool.shape[1]
     slot = jnp.where(slot < 0, end, slot)  # a negative index would count from the end

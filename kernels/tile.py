@@ -16,11 +16,12 @@ def weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    # Left to the default, float32 would be rounded to tf32 on GPU and to bfloat16 on TPU.
     exact = jnp.promote_types(a.dtype, b.dtype) == jnp.float32
     return lax.dot_general(
         a,
         b,
         (((1,), (axis,)), ((), ())),
-        precision=lax.Precision.HIGHEST if exact else None,  # the default rounds float32 to tf32 on GPU, bfloat16 on TPU
+        precision=lax.Precision.HIGHEST if exact else None,
         preferred_element_type=jnp.float32,
     )

@@ -1,4 +1,5 @@
-"""What the Pallas-Mosaic kernels share: the online softmax with its state in VMEM, carried from one grid step to the next."""
+"""What the Pallas-Mosaic kernels share: the online softmax with its state in VMEM, carried from one grid step to the
+next."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ LANES = 128
 
 
 def state(rows: tuple[int, ...], head_dim: int) -> list[pltpu.MemorySpace]:
-    """Scratch for (maximum, sum, weighted values) of `rows`; the first two are spread over a vector register's lanes."""
+    """Scratch for (maximum, sum, weighted values) of `rows`; the first two are spread over a vector register's
+    lanes."""
     return [
         pltpu.VMEM((*rows, LANES), jnp.float32),
         pltpu.VMEM((*rows, LANES), jnp.float32),
@@ -25,7 +27,9 @@ def start(top: jax.Ref, total: jax.Ref, values: jax.Ref) -> None:
     values[...] = jnp.zeros(values.shape, jnp.float32)
 
 
-def fold(at: tuple[int, ...], top: jax.Ref, total: jax.Ref, values: jax.Ref, scores: jax.Array, value: jax.Array) -> None:
+def fold(
+    at: tuple[int, ...], top: jax.Ref, total: jax.Ref, values: jax.Ref, scores: jax.Array, value: jax.Array
+) -> None:
     """Add scores [rows, keys] and value [keys, H] to the state at index `at`, as `online_softmax.fold` does."""
     before = top[(*at, slice(None), slice(0, 1))]
     new = jnp.maximum(before, scores.max(-1, keepdims=True))

@@ -1,7 +1,8 @@
-"""Decode on TPU, in Pallas-Mosaic: a grid step takes a few pages of one sequence, all kv heads at once, straight from the pool.
+"""Decode on TPU, in Pallas-Mosaic: a grid step takes a few pages of one sequence, all kv heads at once, straight from
+the pool.
 
-The number of steps is a value, not a shape: the longest sequence's pages. A shorter sequence's surplus steps name its last page
-again, which is not copied a second time.
+The number of steps is a value, not a shape: the longest sequence's pages. A shorter sequence's surplus steps name its
+last page again, which is not copied a second time.
 """
 
 import functools

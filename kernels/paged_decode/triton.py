@@ -1,7 +1,7 @@
 """Decode on GPU: split-KV (flash decoding) in Pallas-Triton.
 
-A program serves one kv head of one sequence, all its query heads at once, so that a key is read once, and one of `splits` equal
-shares of the keys the sequence really has. The shares are joined by XLA.
+A program serves one kv head of one sequence, all its query heads at once, so that a key is read once, and one of
+`splits` equal shares of the keys the sequence really has. The shares are joined by XLA.
 """
 
 import functools
@@ -82,4 +82,6 @@ def _kernel(q_ref, k_ref, v_ref, pages_ref, length_ref, top_ref, total_ref, valu
 
     state = online_softmax.start(q_ref.shape[:1], q_ref.shape[1])
     first = i * share
-    top_ref[...], total_ref[...], values_ref[...] = lax.fori_loop(first, jnp.minimum(first + share, blocks), chunk, state)
+    top_ref[...], total_ref[...], values_ref[...] = lax.fori_loop(
+        first, jnp.minimum(first + share, blocks), chunk, state
+    )

@@ -1,8 +1,8 @@
 """Prefill on GPU: flash attention over pages, in Pallas-Triton.
 
-The queries of a block and the query heads of a kv head make the rows of one matrix (row = query * G + head), cut into tiles; a
-program serves one tile, up to the last key that the tile sees. Tiles of a block and kv head are neighbours in the grid, so that all
-but the first find their keys in the L2 cache.
+The queries of a block and the query heads of a kv head make the rows of one matrix (row = query * G + head), cut into
+tiles; a program serves one tile, up to the last key that the tile sees. Tiles of a block and kv head are neighbours in
+the grid, so that all but the first find their keys in the L2 cache.
 """
 
 import functools
@@ -30,14 +30,19 @@ def run(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `paged_prefill`. The page and the pool's head dim must be powers of two from 16 up, and Q * G a multiple of 16."""
+    """See `paged_prefill`. The page and the pool's head dim must be powers of two from 16 up, and Q * G a multiple of
+    16."""
     B, Q, K, G, H = q.shape
     page = k.shape[1]
     rows = min(gpu.query_rows(H, q.dtype), Q * G & -(Q * G))  # the largest power of two that leaves no tile half empty
     if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H, rows) < gpu.TENSOR_CORE_ROWS:
-        refuse("paged_prefill", "triton", "page and head dim must be powers of two >= 16, Q * G a multiple of 16", q=q, k=k)
+        refuse(
+            "paged_prefill", "triton", "page and head dim must be powers of two >= 16, Q * G a multiple of 16", q=q, k=k
+        )
     return pl.pallas_call(
-        functools.partial(_kernel, rows=rows, block=gpu.key_block(page, k.dtype), causal=causal, scale=scale * gpu.LOG2E),
+        functools.partial(
+            _kernel, rows=rows, block=gpu.key_block(page, k.dtype), causal=causal, scale=scale * gpu.LOG2E
+        ),
         grid=(Q * G // rows, K, B),
         in_specs=[pl.no_block_spec] * 7,
         out_specs=pl.no_block_spec,
@@ -80,7 +85,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     whole = lax.div(seen_by_all, block)
     state = online_softmax.start((rows,), H)
     state = lax.fori_loop(0, whole, functools.partial(chunk, masked=False), state)
-    state = lax.fori_loop(whole, lax.div(seen_by_any + (block - 1), block), functools.partial(chunk, masked=True), state)
+    state = lax.fori_loop(
+        whole, lax.div(seen_by_any + (block - 1), block), functools.partial(chunk, masked=True), state
+    )
     # As an array, not as a slice: the interpreter stores through all slices or none.
     lane = jnp.arange(H, dtype=jnp.int32)[None]
     out_ref[b, j[:, None], h, g[:, None], lane] = online_softmax.finish(state).astype(out_ref.dtype)

@@ -17,9 +17,9 @@ def segment_attention(
 ) -> jax.Array:
     """Unit u attends every unit of its own segment.
 
-    q, k, v [U, N, H]; segment [U] int32: equal values are contiguous runs, -1 is padding at the tail (finite output) -> [U, N, H]
-    in q's dtype. `uniform=n` promises that every segment, padding included, is n long and n divides U; `segment` is then not read.
-    Raises NotImplementedError where `impl` does not serve the shape.
+    q, k, v [U, N, H]; segment [U] int32: equal values are contiguous runs, -1 is padding at the tail (finite output) ->
+    [U, N, H] in q's dtype. `uniform=n` promises that every segment, padding included, is n long and n divides U;
+    `segment` is then not read. Raises NotImplementedError where `impl` does not serve the shape.
     """
     if uniform is not None and q.shape[0] % uniform:
         raise ValueError(f"segment_attention: {q.shape[0]} units are not whole segments of {uniform}")

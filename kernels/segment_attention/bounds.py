@@ -8,8 +8,8 @@ from jax import lax
 def whole_blocks(
     arrays: tuple[jax.Array, ...], segment: jax.Array, block: int, uniform: int | None
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Pad arrays [U, N, H] and segment [U] to blocks of `block` units: at the tail, or, with `uniform=n`, at the end of every
-    segment, so that no block holds units of two. `unpad` is the way back."""
+    """Pad arrays [U, N, H] and segment [U] to blocks of `block` units: at the tail, or, with `uniform=n`, at the end of
+    every segment, so that no block holds units of two. `unpad` is the way back."""
     units = segment.shape[0]
     if uniform is None:
         pad = -units % block
@@ -34,8 +34,8 @@ def unpad(x: jax.Array, units: int, uniform: int | None) -> jax.Array:
 
 
 def bounds(segment: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The units [low, high) that the segments of each block of `block` units span, empty for a block of padding only; and whether
-    (1 or 0) they are one segment.
+    """The units [low, high) that the segments of each block of `block` units span, empty for a block of padding only;
+    and whether (1 or 0) they are one segment.
 
     segment [U] int32, U a multiple of `block` -> low, high, single [U // block] int32.
     """

@@ -1,6 +1,8 @@
-"""Segment attention on TPU, in Pallas-Mosaic: flash attention of a block of queries of one head over the keys of its segments.
+"""Segment attention on TPU, in Pallas-Mosaic: flash attention of a block of queries of one head over the keys of its
+segments.
 
-The number of key blocks of a step is a value: that of the block of queries that has most. The others' surplus steps copy nothing.
+The number of key blocks of a step is a value: that of the block of queries that has most. The others' surplus steps
+copy nothing.
 """
 
 import functools

@@ -1,4 +1,5 @@
-"""Segment attention on GPU: flash attention in Pallas-Triton, each block of queries over the keys of its own segments."""
+"""Segment attention on GPU: flash attention in Pallas-Triton, each block of queries over the keys of its own
+segments."""
 
 import functools
 
@@ -58,8 +59,9 @@ def _kernel(q_ref, k_ref, v_ref, segment_ref, low_ref, high_ref, single_ref, out
         value = v_ref[rows, n, :]
         return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
 
-    # Blocks [whole, rest) lie inside the only segment of these queries and need no mask; the others are its ragged ends, or, where
-    # the queries are of several segments, all blocks. One loop over the blocks before and after keeps the program small.
+    # Blocks [whole, rest) lie inside the only segment of these queries and need no mask; the others are its ragged
+    # ends, or, where the queries are of several segments, all blocks. One loop over the blocks before and after keeps
+    # the program small.
     first, last = lax.div(low, keys), lax.div(high + (keys - 1), keys)
     whole = jnp.where(single_ref[i] != 0, jnp.minimum(lax.div(low + (keys - 1), keys), last), last)
     rest = jnp.maximum(whole, jnp.where(single_ref[i] != 0, lax.div(high, keys), last))

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mmjax.kernels.choose import implementation
 
 from mmjax import kernels
-from mmjax.kernels.choose import implementation
 
 PLATFORM = {"reference": "cpu", "triton": "gpu", "mosaic_tpu": "tpu"}
 PAGE = 32

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from mmjax.kernels.choose import select
 
 from mmjax import kernels
-from mmjax.kernels.choose import select
 
 
 def test_every_platform_has_an_implementation_of_every_op(caplog: pytest.LogCaptureFixture) -> None:
@@ -35,6 +35,13 @@ def test_refusal_names_op_implementation_and_shape(impl: str) -> None:
     q, pool = jnp.zeros((1, 1, 1, 80)), jnp.zeros((2, 16, 1, 80))
     with pytest.raises(NotImplementedError, match=rf"paged_decode: {impl} .*80\]"):
         kernels.paged_decode(q, pool, pool, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), scale=1.0, impl=impl)
+
+
+@pytest.mark.parametrize(("dtype", "uniform"), [(jnp.float32, 4), (jnp.bfloat16, None)])
+def test_cudnn_takes_half_precision_in_equal_segments(dtype: jnp.dtype, uniform: int | None) -> None:
+    x, segment = jnp.zeros((8, 1, 64), dtype), jnp.zeros(8, jnp.int32)
+    with pytest.raises(NotImplementedError, match="segment_attention: cudnn"):
+        kernels.segment_attention(x, x, x, segment, scale=1.0, uniform=uniform, impl="cudnn")
 
 
 def test_uniform_must_divide() -> None:

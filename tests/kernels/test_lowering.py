@@ -1,4 +1,5 @@
-"""The kernels lower for devices that this machine lacks: shapes of blocks and unsupported operations show here already."""
+"""The kernels lower for devices that this machine lacks: shapes of blocks and unsupported operations show here
+already."""
 
 import functools
 from collections.abc import Callable

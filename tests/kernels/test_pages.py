@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from mmjax.kernels import write_pages
 
 
