@@ -1,6 +1,8 @@
 """What the Pallas-Mosaic kernels share: the online softmax with its state in VMEM, carried from one grid step to the
 next."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -11,7 +13,7 @@ from . import online_softmax, tile
 LANES = 128
 
 
-def state(rows: tuple[int, ...], head_dim: int) -> list[pltpu.MemorySpace]:
+def state(rows: tuple[int, ...], head_dim: int) -> list[Any]:
     """Scratch for (maximum, sum, weighted values) of `rows`; the first two are spread over a vector register's
     lanes."""
     return [

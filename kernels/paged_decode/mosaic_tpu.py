@@ -6,6 +6,7 @@ last page again, which is not copied a second time.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def run(
     steps = jnp.maximum(lax.div(jnp.max(length) + (count * page - 1), count * page), 1)
 
     def pool(j: int) -> pl.BlockSpec:
-        def index(s, p, pages, length):  # type: ignore[no-untyped-def]
+        def index(s: jax.Array, p: jax.Array, pages: Any, length: Any) -> tuple[Any, ...]:
             last = jnp.maximum(lax.div(length[s] + (page - 1), page) - 1, 0)
             return pages[s, jnp.minimum(p * count + j, last)], 0, 0, 0
 
@@ -67,25 +68,26 @@ def run(
     return out[:, :, :G]
 
 
-def _kernel(_, length_ref, q_ref, *refs, count, scale):  # type: ignore[no-untyped-def]
-    k_refs, v_refs, out_ref, state = refs[:count], refs[count : 2 * count], refs[2 * count], refs[2 * count + 1 :]
+def _kernel(pages_ref: Any, length_ref: Any, q_ref: Any, *refs: Any, count: int, scale: float) -> None:
+    k_refs, v_refs = refs[:count], refs[count : 2 * count]
+    out_ref, top, total, values = refs[2 * count :]
     s, p = pl.program_id(0), pl.program_id(1)
     page, K, _ = k_refs[0].shape
     length = length_ref[s]
-    pl.when(p == 0)(lambda: tpu.start(*state))
+    pl.when(p == 0)(lambda: tpu.start(top, total, values))
     for j in range(count):
         first = (p * count + j) * page
 
-        def fold(first=first, k_ref=k_refs[j], v_ref=v_refs[j]):  # type: ignore[no-untyped-def]
+        def fold(first: jax.Array = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
             live = first + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < length
             seen = first + lax.broadcasted_iota(jnp.int32, (1, page), 1) < length
             for h in range(K):
                 x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]
-                tpu.fold((h,), *state, x, jnp.where(live, value, jnp.zeros_like(value)))
+                tpu.fold((h,), top, total, values, x, jnp.where(live, value, jnp.zeros_like(value)))
 
         pl.when(first < length)(fold)
 
     @pl.when(p == pl.num_programs(1) - 1)
-    def _():  # type: ignore[no-untyped-def]
-        out_ref[...] = tpu.finish(*state[1:]).astype(out_ref.dtype)
+    def finish() -> None:
+        out_ref[...] = tpu.finish(total, values).astype(out_ref.dtype)

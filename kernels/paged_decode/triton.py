@@ -5,6 +5,7 @@ A program serves one kv head of one sequence, all its query heads at once, so th
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,20 @@ def run(
     return (values / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
 
 
-def _kernel(q_ref, k_ref, v_ref, pages_ref, length_ref, top_ref, total_ref, values_ref, *, block, splits, scale):  # type: ignore[no-untyped-def]
+def _kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    pages_ref: Any,
+    length_ref: Any,
+    top_ref: Any,
+    total_ref: Any,
+    values_ref: Any,
+    *,
+    block: int,
+    splits: int,
+    scale: float,
+) -> None:
     s, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     page = k_ref.shape[1]
     length = length_ref[s]
@@ -71,7 +85,7 @@ def _kernel(q_ref, k_ref, v_ref, pages_ref, length_ref, top_ref, total_ref, valu
     share = lax.div(blocks + (splits - 1), splits)
     query = q_ref[...]
 
-    def chunk(c, state):  # type: ignore[no-untyped-def]
+    def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
         at = c * block
         page_id, rows = pages_ref[s, lax.div(at, page)], pl.ds(lax.rem(at, page), block)
         live = at + jnp.arange(block, dtype=jnp.int32) < length

@@ -4,6 +4,7 @@ As in decode, the number of steps is a value (the most pages that any block sees
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def run(
     steps = jnp.maximum(lax.div(jnp.max(end) + (count * page - 1), count * page), 1)
 
     def pool(j: int) -> pl.BlockSpec:
-        def index(b, p, pages, owner, start, end):  # type: ignore[no-untyped-def]
+        def index(b: jax.Array, p: jax.Array, pages: Any, owner: Any, start: Any, end: Any) -> tuple[Any, ...]:
             last = jnp.maximum(lax.div(end[b] + (page - 1), page) - 1, 0)
             return pages[owner[b], jnp.minimum(p * count + j, last)], 0, 0, 0
 
@@ -71,17 +72,29 @@ def run(
     return out[:, :, : Q * G].reshape(B, K, Q, G, H).transpose(0, 2, 1, 3, 4)
 
 
-def _kernel(_, __, start_ref, end_ref, q_ref, *refs, count, group, causal, scale):  # type: ignore[no-untyped-def]
-    k_refs, v_refs, out_ref, state = refs[:count], refs[count : 2 * count], refs[2 * count], refs[2 * count + 1 :]
+def _kernel(
+    pages_ref: Any,
+    owner_ref: Any,
+    start_ref: Any,
+    end_ref: Any,
+    q_ref: Any,
+    *refs: Any,
+    count: int,
+    group: int,
+    causal: bool,
+    scale: float,
+) -> None:
+    k_refs, v_refs = refs[:count], refs[count : 2 * count]
+    out_ref, top, total, values = refs[2 * count :]
     b, p = pl.program_id(0), pl.program_id(1)
     page, K, _ = k_refs[0].shape
     rows = q_ref.shape[1]
     end = end_ref[b]
-    pl.when(p == 0)(lambda: tpu.start(*state))
+    pl.when(p == 0)(lambda: tpu.start(top, total, values))
     for j in range(count):
         first = (p * count + j) * page
 
-        def fold(first=first, k_ref=k_refs[j], v_ref=v_refs[j]):  # type: ignore[no-untyped-def]
+        def fold(first: jax.Array = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
             live = first + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < end
             at = first + lax.broadcasted_iota(jnp.int32, (rows, page), 1)
             seen = at < end
@@ -90,10 +103,10 @@ def _kernel(_, __, start_ref, end_ref, q_ref, *refs, count, group, causal, scale
             for h in range(K):
                 x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]
-                tpu.fold((h,), *state, x, jnp.where(live, value, jnp.zeros_like(value)))
+                tpu.fold((h,), top, total, values, x, jnp.where(live, value, jnp.zeros_like(value)))
 
         pl.when(first < end)(fold)
 
     @pl.when(p == pl.num_programs(1) - 1)
-    def _():  # type: ignore[no-untyped-def]
-        out_ref[...] = tpu.finish(*state[1:]).astype(out_ref.dtype)
+    def finish() -> None:
+        out_ref[...] = tpu.finish(total, values).astype(out_ref.dtype)

@@ -6,6 +6,7 @@ the grid, so that all but the first find their keys in the L2 cache.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,21 @@ def run(
     )(q, k, v, pages, owner, start, length)
 
 
-def _kernel(  # type: ignore[no-untyped-def]
-    q_ref, k_ref, v_ref, pages_ref, owner_ref, start_ref, length_ref, out_ref, *, rows, block, causal, scale
-):
+def _kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    pages_ref: Any,
+    owner_ref: Any,
+    start_ref: Any,
+    length_ref: Any,
+    out_ref: Any,
+    *,
+    rows: int,
+    block: int,
+    causal: bool,
+    scale: float,
+) -> None:
     i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     _, Q, _, G, H = q_ref.shape
     page = k_ref.shape[1]
@@ -68,7 +81,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     seen_by_all = jnp.maximum(jnp.minimum(length, first_query + 1), 0) if causal else length
     query = q_ref[b, j, h, g, :]
 
-    def chunk(c, state, masked):  # type: ignore[no-untyped-def]
+    def chunk(c: jax.Array, state: online_softmax.State, masked: bool) -> online_softmax.State:
         at = c * block
         page_id, keys = pages_ref[sequence, lax.div(at, page)], pl.ds(lax.rem(at, page), block)
         x = tile.scores(query, k_ref[page_id, keys, h, :]) * scale

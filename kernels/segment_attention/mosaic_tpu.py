@@ -6,6 +6,7 @@ copy nothing.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def run(
     first, last = lax.div(low, block), lax.div(high + (block - 1), block)
     steps = jnp.maximum(jnp.max(last - first), 1)
 
-    def keys(i, p, first, last):  # type: ignore[no-untyped-def]
+    def keys(i: jax.Array, p: jax.Array, first: Any, last: Any) -> jax.Array:
         return jnp.maximum(jnp.minimum(first[i] + p, last[i] - 1), 0)
 
     queries = pl.BlockSpec((None, block, H), lambda n, i, p, *_: (n, i, 0))
@@ -69,16 +70,30 @@ def run(
     return unpad(out.swapaxes(0, 1), U, uniform)
 
 
-def _kernel(first_ref, last_ref, q_ref, k_ref, v_ref, own_ref, other_ref, out_ref, *state, scale):  # type: ignore[no-untyped-def]
+def _kernel(
+    first_ref: Any,
+    last_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    own_ref: Any,
+    other_ref: Any,
+    out_ref: Any,
+    top: Any,
+    total: Any,
+    values: Any,
+    *,
+    scale: float,
+) -> None:
     i, p = pl.program_id(1), pl.program_id(2)
-    pl.when(p == 0)(lambda: tpu.start(*state))
+    pl.when(p == 0)(lambda: tpu.start(top, total, values))
 
     @pl.when(first_ref[i] + p < last_ref[i])
-    def _():  # type: ignore[no-untyped-def]
+    def fold() -> None:
         x = tile.scores(q_ref[...], k_ref[...]) * scale
         x = jnp.where(own_ref[...] == other_ref[...], x, online_softmax.MASKED)
-        tpu.fold((), *state, x, v_ref[...])
+        tpu.fold((), top, total, values, x, v_ref[...])
 
     @pl.when(p == pl.num_programs(2) - 1)
-    def _():  # type: ignore[no-untyped-def]
-        out_ref[...] = tpu.finish(*state[1:]).astype(out_ref.dtype)
+    def finish() -> None:
+        out_ref[...] = tpu.finish(total, values).astype(out_ref.dtype)

@@ -2,6 +2,7 @@
 segments."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +45,26 @@ def run(
     return unpad(out[:, :, :H], U, uniform)
 
 
-def _kernel(q_ref, k_ref, v_ref, segment_ref, low_ref, high_ref, single_ref, out_ref, *, keys, scale):  # type: ignore[no-untyped-def]
+def _kernel(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    segment_ref: Any,
+    low_ref: Any,
+    high_ref: Any,
+    single_ref: Any,
+    out_ref: Any,
+    *,
+    keys: int,
+    scale: float,
+) -> None:
     i, n = pl.program_id(0), pl.program_id(1)
     queries = q_ref.shape[0]
     query = q_ref[...]
     own = segment_ref[pl.ds(i * queries, queries)]
     low, high = low_ref[i], high_ref[i]
 
-    def chunk(c, state, masked):  # type: ignore[no-untyped-def]
+    def chunk(c: jax.Array, state: online_softmax.State, masked: bool) -> online_softmax.State:
         rows = pl.ds(c * keys, keys)
         x = tile.scores(query, k_ref[rows, n, :]) * scale
         if masked:
@@ -66,7 +79,7 @@ def _kernel(q_ref, k_ref, v_ref, segment_ref, low_ref, high_ref, single_ref, out
     whole = jnp.where(single_ref[i] != 0, jnp.minimum(lax.div(low + (keys - 1), keys), last), last)
     rest = jnp.maximum(whole, jnp.where(single_ref[i] != 0, lax.div(high, keys), last))
 
-    def end(e, state):  # type: ignore[no-untyped-def]
+    def end(e: jax.Array, state: online_softmax.State) -> online_softmax.State:
         before = first + e
         return chunk(jnp.where(before < whole, before, before + (rest - whole)), state, masked=True)
 
