@@ -1,0 +1,97 @@
+"""A family's module by itself: a checkpoint's weights, one padded batch, no engine, no scheduler, no sampler."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from mmjax import sharding
+from mmjax.batch import Batch, Pool, nest
+from mmjax.kernels import pool_head_dim
+from mmjax.load import Checkpoint, load_params
+from mmjax.processors.base import Item
+from mmjax.render import Rendered
+
+PAGE, BLOCK = 16, 32
+
+
+class Bare:
+    """Runs one prompt of up to `tokens` tokens with up to `units` units of media, in float32 on one device."""
+
+    def __init__(self, directory: Path, *, tokens: int, units: int) -> None:
+        checkpoint = Checkpoint.open(str(directory))
+        mesh = sharding.mesh(jax.local_devices()[:1])
+        self.graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, "float32")
+        self.params = nest(params)
+        self.shape = config.shape
+        self.tokens, self.units = tokens, units
+
+    def encode(self, items: Sequence[Item]) -> np.ndarray:
+        """Rows of all the items, one after the other: f32 [rows, W]; for cross attention [frames, D]."""
+        encoder, units = self.shape.encoder, sum(item.units for item in items)
+        assert encoder is not None and units <= self.units
+        features, segments = {}, 0
+        for name, (tail, dtype, fill) in encoder.features.items():
+            features[name] = np.full((self.units, *tail), fill, dtype)
+            at = 0
+            for item in items:
+                part = item.features[name]
+                if name in encoder.numbered:
+                    part, segments = part + segments, segments + int(part.max()) + 1
+                features[name][at : at + item.units] = part
+                at += item.units
+        rows = self._encode(self.params, features)
+        return np.asarray(rows)[: units * encoder.keys or encoder.rows_of(units)]
+
+    def logits(self, rendered: Rendered) -> np.ndarray:
+        """f32 [T, V] of a rendered prompt."""
+        count, size, items = len(rendered.tokens), self.tokens, [entry.item for entry in rendered.items]
+        rows = self.encode(items) if items else np.zeros((0, self.shape.slab_width), np.float32)
+        slab = np.zeros((size, max(self.shape.slab_width, 1)), np.float32)
+        media = np.full(size, -1, np.int32)
+        if not self.shape.cross and items:
+            slab[: len(rows)] = rows
+            filled = np.concatenate([np.arange(span.start, span.start + span.length) for span in rendered.spans])
+            media[filled] = np.arange(len(filled))
+        tokens, place = np.zeros(size, np.int32), np.arange(size, dtype=np.int32)
+        positions = np.zeros((len(rendered.positions), size), np.int32)
+        tokens[:count], positions[:, :count] = rendered.tokens, rendered.positions
+        start = place[::BLOCK].copy()
+        start[start >= count] = -BLOCK
+        pages, keys = size // PAGE, len(rows) if self.shape.cross else 0
+        batch = Batch(
+            tokens=jnp.asarray(tokens),
+            positions=jnp.asarray(positions),
+            media=jnp.asarray(media),
+            slot=jnp.asarray(np.where(place < count, place + PAGE, -1)),  # page 0 belongs to nobody
+            owner=jnp.zeros(size // BLOCK, jnp.int32),
+            start=jnp.asarray(start),
+            pages=jnp.arange(1, pages + 1, dtype=jnp.int32)[None],
+            length=jnp.asarray([count], jnp.int32),
+            cross_pages=jnp.arange(pages + 1, pages + 1 + -(-keys // PAGE), dtype=jnp.int32)[None],
+            cross_length=jnp.asarray([keys], jnp.int32),
+        )
+        return np.asarray(self._forward(self.params, batch, slab, rows if self.shape.cross else None))[:count]
+
+    @functools.cached_property
+    def _encode(self):  # type: ignore[no-untyped-def]
+        return jax.jit(lambda params, features: nnx.merge(self.graph, params).encode(features))
+
+    @functools.cached_property
+    def _forward(self):  # type: ignore[no-untyped-def]
+        shape = self.shape
+
+        def run(params: dict[str, jax.Array], batch: Batch, slab: jax.Array, rows: jax.Array | None) -> jax.Array:
+            model = nnx.merge(self.graph, params)
+            count = 1 + batch.pages.shape[1] + batch.cross_pages.shape[1]
+            empty = jnp.zeros((shape.layers * count, PAGE, shape.kv_heads, pool_head_dim(shape.head_dim, "cpu")))
+            pool = Pool(empty, empty)
+            if rows is not None:
+                first = (1 + batch.pages.shape[1]) * PAGE
+                pool = model.cross(rows, pool, jnp.arange(rows.shape[0], dtype=jnp.int32) + first)
+            return model.logits(model(batch, pool, slab)[0])
+
+        return jax.jit(run)

@@ -1,0 +1,38 @@
+"""Engines for the tests of this folder: as few as can be, each compiling its programs as they are needed."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmjax import LLM
+
+# Each has one bucket of prompt tokens, and cuts prompts where it is full, be it inside an image.
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4, "enforce_eager": True}
+SIZES: dict[str, dict[str, Any]] = {
+    "whisper": {"max_num_batched_tokens": 32},
+    "llava": {"max_model_len": 256, "max_num_batched_tokens": 32},
+    "qwen2_vl": {"max_model_len": 256},
+}
+
+
+@pytest.fixture(scope="session")
+def reference_llm(shared: Path) -> Callable[..., LLM]:
+    """`reference_llm(family, **kwargs)`: an engine for a reference checkpoint, made once per family and kwargs."""
+    made: dict[str, LLM] = {}
+
+    def get(family: str, **kwargs: Any) -> LLM:
+        key = repr((family, sorted(kwargs.items())))
+        if key not in made:
+            options = SMALL | {"max_logprobs": -1} | SIZES[family] | kwargs
+            made[key] = LLM(str(shared / "reference" / family), **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(autouse=True)
+def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Loading bars stay out of the test log."""
+    monkeypatch.setenv("MMJAX_PROGRESS", "0")
+    yield

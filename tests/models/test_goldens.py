@@ -1,0 +1,138 @@
+"""The reference checkpoints against what PyTorch computed with them: encoders, logits, greedy answers.
+
+The answers are asked for in one batch, one by one, and in chunks that cut images, videos and text wherever they fall.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mmjax import LLM
+from mmjax.types import RequestOutput
+from models.bare import Bare
+from models.tables import answer_table, close, log_softmax, prompt_table
+from rendering import load_processor, make_renderer
+from small import greedy, ids
+
+FAMILIES = ("whisper", "llava", "qwen2_vl")
+FEATURES, LOGITS = 1e-4, 2e-4
+NEW = 16  # tokens of each golden answer
+
+
+class Golden:
+    """The stored cases of one family: prompts as a caller writes them, and what must come of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.family = directory, directory.name
+        self.arrays = dict(np.load(directory / "golden.npz"))
+        self.texts = {
+            name: case["prompt"] for name, case in json.loads((directory / "golden.json").read_text())["cases"].items()
+        }
+
+    def prompt(self, case: str) -> dict[str, Any]:
+        """Text and raw media."""
+        media: dict[str, list[np.ndarray]] = {}
+        for name, value in self.arrays.items():
+            if name.startswith(f"{case}/raw_"):
+                media.setdefault(name.split("_")[-2], []).append(value)
+        return {"prompt": self.texts[case], "multi_modal_data": media}
+
+    @property
+    def prompts(self) -> list[dict[str, Any]]:
+        return [self.prompt(case) for case in self.texts]
+
+    def ids(self, case: str) -> list[int]:
+        """The expanded prompt."""
+        found: list[int] = self.arrays[f"{case}/{'decoder_' * (self.family == 'whisper')}input_ids"].tolist()
+        return found
+
+    def check_prompt(self, case: str, output: RequestOutput) -> None:
+        """The prompt's ids and, at each but the first, the whole distribution."""
+        assert output.prompt_token_ids == self.ids(case)
+        if len(self.ids(case)) > 1:
+            close(prompt_table(output), log_softmax(self.arrays[f"{case}/logits"])[:-1], LOGITS, case)
+
+    def check_answer(self, case: str, output: RequestOutput) -> None:
+        """The greedy ids and the whole distribution at each."""
+        assert ids([output]) == [self.arrays[f"{case}/gen_ids"].tolist()], case
+        close(answer_table(output), log_softmax(self.arrays[f"{case}/gen_logits"]), LOGITS, case)
+
+
+@functools.cache
+def load(directory: Path) -> Golden:
+    return Golden(directory)
+
+
+@pytest.fixture(params=FAMILIES)
+def golden(request: pytest.FixtureRequest, shared: Path) -> Golden:
+    return load(shared / "reference" / request.param)
+
+
+def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> None:
+    renderer = make_renderer(golden.family, golden.directory)
+    model = Bare(golden.directory, tokens=128, units={"whisper": 1, "llava": 2, "qwen2_vl": 168}[golden.family])
+    for case in golden.texts:
+        rendered = renderer.render(renderer.parse(golden.prompt(case)))
+        assert rendered.tokens.tolist() == golden.ids(case)
+        if f"{case}/position_ids" in golden.arrays:
+            np.testing.assert_array_equal(rendered.positions, golden.arrays[f"{case}/position_ids"], case)
+            assert rendered.delta == golden.arrays[f"{case}/rope_delta"]
+        for name, kind in (("encoder_hidden", "audio"), ("image_features", "image"), ("video_features", "video")):
+            if f"{case}/{name}" in golden.arrays:
+                rows = model.encode([entry.item for entry in rendered.items if entry.kind == kind])
+                wanted = golden.arrays[f"{case}/{name}"]
+                close(rows, wanted.reshape(-1, wanted.shape[-1]), FEATURES, f"{case}/{name}")
+        close(model.logits(rendered), golden.arrays[f"{case}/logits"], LOGITS, case)
+
+
+def test_all_cases_in_one_batch(golden: Golden, reference_llm: Callable[..., LLM]) -> None:
+    params = greedy(NEW, logprobs=-1, prompt_logprobs=-1)
+    outputs = reference_llm(golden.family).generate(golden.prompts, params, use_tqdm=False)
+    for case, output in zip(golden.texts, outputs, strict=True):
+        golden.check_prompt(case, output)
+        golden.check_answer(case, output)
+
+
+def test_each_case_alone(golden: Golden, reference_llm: Callable[..., LLM]) -> None:
+    llm = reference_llm(golden.family)
+    for case in golden.texts:
+        llm.reset_mm_cache()
+        output = llm.generate(golden.prompt(case), greedy(1, prompt_logprobs=-1), use_tqdm=False)[0]
+        golden.check_prompt(case, output)
+        assert ids([output])[0][0] == golden.arrays[f"{case}/gen_ids"][0]
+
+
+def test_chunks_of_32_tokens_end_inside_images(shared: Path, reference_llm: Callable[..., LLM]) -> None:
+    golden = load(shared / "reference/qwen2_vl")
+    llm = reference_llm("qwen2_vl", max_num_batched_tokens=32)
+    outputs = llm.generate(golden.prompts, greedy(NEW, logprobs=-1, prompt_logprobs=-1), use_tqdm=False)
+    for case, output in zip(golden.texts, outputs, strict=True):
+        golden.check_prompt(case, output)
+        golden.check_answer(case, output)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_goldens_have_an_image_across_token_32(family: str, shared: Path) -> None:
+    """Else the tests with chunks of 32 tokens would cut none."""
+    golden = load(shared / "reference" / family)
+    processor, _ = load_processor(family, golden.directory)
+    marker = processor.markers["image"]
+    assert any(golden.ids(case)[31:33] == [marker, marker] for case in golden.texts)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_expanded_token_ids_are_the_same_prompt(
+    family: str, shared: Path, reference_llm: Callable[..., LLM]
+) -> None:
+    golden, llm = load(shared / "reference" / family), reference_llm(family)
+    prompts = [
+        {"prompt_token_ids": golden.ids(case), "multi_modal_data": golden.prompt(case)["multi_modal_data"]}
+        for case in golden.texts
+    ]
+    outputs = llm.generate(prompts, greedy(NEW), use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == [golden.ids(case) for case in golden.texts]
+    assert ids(outputs) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
