@@ -1,0 +1,178 @@
+"""The same questions put to transformers: its models load the same directory, its processors prepare what they can.
+
+    python tests/models/published.py > tests/models/recorded.json
+
+writes down what transformers answers about the tiny checkpoints, for tests that run without torch.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+
+from mmjax.processors.base import Item
+from mmjax.render import Rendered
+from rendering import make_renderer, read_files
+
+MODELS = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "llava": "LlavaForConditionalGeneration",
+    "whisper": "WhisperForConditionalGeneration",
+}
+RATE = 16000
+
+
+@dataclasses.dataclass
+class Reply:
+    """A greedy answer. prompt_ids: expanded. logits: f32[T + n - 1, V], of the prompt and every token but the last."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    logits: np.ndarray
+
+    @property
+    def answer_logits(self) -> np.ndarray:
+        """f32[n, V], from which each token of the answer was chosen."""
+        return self.logits[-len(self.ids) :]
+
+    @property
+    def gap(self) -> float:
+        """The narrowest lead of a chosen token over its best rival: below the tolerance ids prove nothing."""
+        best = np.sort(self.answer_logits, axis=-1)
+        return float((best[:, -1] - best[:, -2]).min())
+
+
+class Published:
+    """The model of a directory as transformers runs it: eager attention, no cache, positions by the published rule."""
+
+    def __init__(self, family: str, directory: Path, dtype: str = "float32", **options: Any) -> None:
+        torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.family = family
+        self.files = read_files(directory)
+        self.renderer = make_renderer(family, directory, **options)
+        load = getattr(transformers, MODELS[family]).from_pretrained
+        self.model = load(directory, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+        if family == "whisper":
+            self.prepare = transformers.WhisperFeatureExtractor.from_pretrained(directory)
+        else:
+            self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+    @torch.no_grad()
+    def ask(self, question: Mapping[str, Any], steps: int) -> Reply:
+        """Greedy for `steps` tokens, the whole sequence computed anew for each."""
+        rendered = self.renderer.render(self.renderer.parse(question))
+        media = {
+            name: torch.from_numpy(np.asarray(value)).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
+            for name, value in self._media(question, rendered).items()
+        }
+        tokens = rendered.tokens.tolist()
+        found: list[int] = []
+        for _ in range(steps):
+            ids = torch.tensor([tokens + found])
+            extra = {"position_ids": torch.from_numpy(self._positions(ids[0].tolist(), media))} if media else {}
+            if self.family == "whisper":
+                out = self.model(decoder_input_ids=ids, use_cache=False, **media)
+            else:
+                extra = extra if self.family == "qwen2_vl" else {}
+                out = self.model(input_ids=ids, use_cache=False, **media, **extra)
+            logits = out.logits[0].float()
+            found.append(int(logits[-1].argmax()))
+        return Reply(tokens, found, logits.numpy())
+
+    def _media(self, question: Mapping[str, Any], rendered: Rendered) -> dict[str, np.ndarray]:
+        """What transformers calls the media's arrays. Clips are prepared by us: its own processor needs torchvision."""
+        given = question.get("multi_modal_data") or {}
+        if self.family == "whisper":
+            return dict(self.prepare(given["audio"], sampling_rate=RATE, return_tensors="np"))
+        out: dict[str, np.ndarray] = {}
+        if given.get("image"):
+            out |= self.prepare(images=given["image"], return_tensors="np")
+        if given.get("video"):
+            items = [entry.item for entry in rendered.items if entry.kind == "video"]
+            out["pixel_values_videos"] = np.concatenate([normalise(item, self.files) for item in items])
+            out["video_grid_thw"] = np.asarray([(t, 2 * h, 2 * w) for t, h, w in (item.grid for item in items)])
+        return out
+
+    def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
+        """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""
+        config = self.files["config.json"]
+        grids = {
+            config.get(f"{kind}_token_id"): iter(media[f"{kind}_grid_thw"].tolist())
+            for kind in ("image", "video")
+            if f"{kind}_grid_thw" in media
+        }
+        columns: list[np.ndarray] = []
+        free = done = 0
+        while done < len(ids):
+            if ids[done] in grids:
+                t, h, w = next(grids[ids[done]])
+                block = np.stack(np.meshgrid(range(t), range(h // 2), range(w // 2), indexing="ij")).reshape(3, -1)
+            else:
+                block = np.zeros((3, 1), np.int64)
+            columns.append(block + free)
+            free, done = int(columns[-1].max()) + 1, done + block.shape[1]
+        return np.concatenate(columns, axis=1)[:, None].astype(np.int64)
+
+
+def normalise(item: Item, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
+    """f32 pixels of an item: scaled to 0..1, less the mean, over the deviation, channel by channel."""
+    prepare = files["preprocessor_config.json"]
+    mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
+    pixels = item.features["pixels"]
+    flat = pixels.reshape(len(pixels), 3, -1).astype(np.float32)
+    return ((flat / 255 - mean) / std).reshape(pixels.shape).astype(np.float32)
+
+
+def record(family: str, directory: Path, steps: int = 12) -> dict[str, Any]:
+    """What `recorded.json` holds of a family: expanded prompt, greedy ids, and the log-probability of each."""
+    from models.questions import QUESTIONS
+    from models.tables import log_softmax
+
+    model, out = Published(family, directory), {}
+    for case, make in QUESTIONS[family].items():
+        reply = model.ask(make(), steps)
+        chosen = log_softmax(reply.answer_logits)[np.arange(steps), reply.ids]
+        out[case] = {
+            "prompt_ids": reply.prompt_ids,
+            "ids": reply.ids,
+            "logprobs": [round(float(value), 5) for value in chosen],
+            "gap": round(reply.gap, 3),
+        }
+    return out
+
+
+def main() -> None:
+    import tiny
+
+    found = {}
+    for family in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            found[family] = record(family, tiny.make(family, Path(folder)))
+    lines = json.dumps(found, indent=1)
+    print(re_flow(lines), end="")
+
+
+def re_flow(lines: str) -> str:
+    """One line per list: lists of numbers are read as rows, not as columns."""
+    import re
+
+    return re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", lines) + "\n"
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    sys.path[:0] = [str(here.parent), str(here.parent.parent)]
+    main()

@@ -1,0 +1,62 @@
+"""Tiny checkpoints of every family against answers that transformers gave about them, written down beforehand.
+
+`test_parity.py` asks transformers again and compares; `published.py` writes the file anew.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mmjax import LLM
+from mmjax.types import RequestOutput
+from models.questions import QUESTIONS
+from models.tables import close
+from small import greedy, ids
+
+FILE = Path(__file__).with_name("recorded.json")
+RECORDED: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text())
+CASES = [(family, case) for family, cases in QUESTIONS.items() for case in cases]
+LOGPROBS = 2e-4
+
+# Those of tests/engine, whose programs the compile cache then has.
+SMALL = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny_dir: Callable[[str], Path]) -> Callable[[str, str], RequestOutput]:
+    """`outputs(family, case)`: our answer; all cases of a family are asked for at once."""
+    made: dict[str, dict[str, RequestOutput]] = {}
+
+    def get(family: str, case: str) -> RequestOutput:
+        if family not in made:
+            llm = LLM(str(tiny_dir(family)), **SMALL, enforce_eager=True)
+            asked = [question() for question in QUESTIONS[family].values()]
+            answers = llm.generate(asked, greedy(12, logprobs=0), use_tqdm=False)
+            made[family] = dict(zip(QUESTIONS[family], answers, strict=True))
+        return made[family][case]
+
+    return get
+
+
+@pytest.mark.parametrize(("family", "case"), CASES)
+def test_answer_is_the_recorded_one(outputs: Callable[[str, str], RequestOutput], family: str, case: str) -> None:
+    output, wanted = outputs(family, case), RECORDED[family][case]
+    assert output.prompt_token_ids == wanted["prompt_ids"]
+    assert ids([output]) == [wanted["ids"]]
+    entries = output.outputs[0].logprobs
+    assert entries is not None
+    found = np.array([entry[token].logprob for entry, token in zip(entries, wanted["ids"], strict=True)])
+    close(found, np.array(wanted["logprobs"]), LOGPROBS, (family, case))
+    assert output.outputs[0].cumulative_logprob == pytest.approx(found.sum(), abs=1e-5)
+
+
+def test_recorded_answers_can_tell_right_from_wrong() -> None:
+    """No answer hangs on less than the tolerance, and none is one token over and over."""
+    for family, case in CASES:
+        wanted = RECORDED[family][case]
+        assert wanted["gap"] > 50 * LOGPROBS
+        assert len(set(wanted["ids"])) >= 5
+    assert sorted(RECORDED) == sorted(QUESTIONS)
