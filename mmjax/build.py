@@ -153,7 +153,9 @@ def _engine(
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
     slab_rows = _slab_rows(args, shape, platform, max_len)
     sizes = _sizes(args, shape, platform, max_len, slab_rows)
-    runner = Runner(graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=dtype)
+    runner = Runner(
+        graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=dtype, platform=platform
+    )
     seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling", args))
     caching = not shape.cross if args.enable_prefix_caching is None else args.enable_prefix_caching
     engine = Engine(runner, sizes, shape, pages=pages, slab_rows=slab_rows, prefix_caching=caching)
@@ -166,13 +168,10 @@ def _page(args: EngineArgs, platform: str) -> int:
 
 def _page_bytes(args: EngineArgs, shape: Shape, platform: str, dtype: str, ways: int) -> int:
     """Bytes of one page over all layers, on one device."""
-    import jax.numpy as jnp
+    from mmjax.engine.runner import page_shape
 
-    from mmjax.kernels import pool_head_dim
-
-    head = pool_head_dim(shape.head_dim, platform)
-    values = 2 * shape.layers * _page(args, platform) * (shape.kv_heads // ways) * head
-    return values * jnp.dtype(dtype).itemsize
+    (page, heads, size), kept = page_shape(shape, _page(args, platform), dtype, platform, ways)
+    return 2 * shape.layers * page * (heads // ways) * size * int(kept.itemsize)
 
 
 def _cache_bytes(args: EngineArgs, device: Any, platform: str) -> int:

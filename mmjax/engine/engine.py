@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -24,9 +25,8 @@ DEPTH = 2  # dispatches in flight: one running, one queued behind it
 
 @dataclasses.dataclass
 class Stats:
-    """What the engine did. Seconds: `wait_s` the host waited for the device, `host_s` it planned, packed and committed.
-
-    idle_s: the part of host_s during which nothing was in flight, so that the device had nothing to do.
+    """What the engine did. Seconds: `wait_s` in calls to the device or waiting for it, `host_s` planning, packing and
+    committing in Python. idle_s: the part of host_s during which nothing was in flight.
     """
 
     dispatches: int = 0
@@ -108,7 +108,7 @@ class Engine:
         if plan:
             self._dispatch(plan)
             if unfed:
-                self.stats.idle_s += time.perf_counter() - begin
+                self.stats.idle_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
         changed = []
         if self._flying and (plan is None or len(self._flying) >= DEPTH):
             changed = self._collect(self._flying.popleft())
@@ -121,7 +121,7 @@ class Engine:
             self._set_tables(seq)
         if plan.encode:
             assert self.shape.encoder is not None
-            self.runner.encode(*pack_encode(self.sizes, self.shape.encoder, plan.encode))
+            self._run(self.runner.encode, *pack_encode(self.sizes, self.shape.encoder, plan.encode))
             self.stats.encoded_items += len(plan.encode)
         if plan.prefill:
             self._flying.append(self._prefill(plan.prefill))
@@ -131,7 +131,7 @@ class Engine:
 
     def _prefill(self, slices: tuple[Slice, ...]) -> Ticket:
         total, vector = pack_prefill(self.sizes, slices, self.scheduler.tables, self.slab, self.cross_keys)
-        sampled, hidden = self.runner.prefill(total, vector)
+        sampled, hidden = self._run(self.runner.prefill, total, vector)
         members = [(piece.seq, s, 1) for s, piece in enumerate(slices) if piece.last]
         ticket = Ticket(sampled, members)
         targets, at = np.zeros(total, np.int32), 0
@@ -143,7 +143,7 @@ class Engine:
                 ticket.scored.append((seq, at, piece.start + 1, count))
             at += -(-piece.count // self.sizes.block) * self.sizes.block
         if ticket.scored:
-            ticket.scores = self.runner.score(hidden, targets)
+            ticket.scores = self._run(self.runner.score, hidden, targets)
         self.stats.prefill_tokens += sum(piece.count for piece in slices)
         return ticket
 
@@ -152,9 +152,17 @@ class Engine:
             if seq.constraints.dynamic:
                 self._set_tables(seq)
         total, vector = pack_decode(self.sizes, chosen, self.scheduler.tables, self.cross_keys)
-        sampled = self.runner.decode(total, vector)
-        self.stats.decode_steps += max(steps for _, steps in chosen)
+        most = max(steps for _, steps in chosen)
+        sampled = self._run(self.runner.decode, total, vector, most)
+        self.stats.decode_steps += most
         return Ticket(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)])
+
+    def _run(self, program: Callable[..., Any], *args: Any) -> Any:
+        """Call the runner; the time it takes is the device's, whether it returns at once or not."""
+        begin = time.perf_counter()
+        result = program(*args)
+        self.stats.wait_s += time.perf_counter() - begin
+        return result
 
     def _set_tables(self, seq: Sequence) -> None:
         """Bring a row's sampling tables up to what its sequence needs."""
@@ -164,7 +172,7 @@ class Engine:
             seen = history_row(seq.prompt.tokens.tolist(), seq.outputs.tolist(), self.shape.vocab)
         bias = seq.constraints.row(seq.outputs.tolist())
         if seq.penalised or bias is not None:
-            self.runner.set_row(seq.row, seen, bias)
+            self._run(self.runner.set_row, seq.row, seen, bias)
 
     def _collect(self, ticket: Ticket) -> list[Answer]:
         """Read one dispatch's results and let the answers take them."""

@@ -20,7 +20,7 @@ from mmjax import sharding
 from mmjax.batch import Batch, Pool, nest
 from mmjax.engine import sample as sampler
 from mmjax.engine.pack import SAMPLING, Sizes
-from mmjax.kernels import pool_head_dim
+from mmjax.kernels import pool_dtype, pool_head_dim, pool_kv_heads
 from mmjax.models.family import Shape
 from mmjax.nn.attention import POOL
 
@@ -48,6 +48,12 @@ class State:
     bias: Array
 
 
+def page_shape(shape: Shape, page: int, dtype: Any, platform: str, ways: int) -> tuple[tuple[int, int, int], Any]:
+    """((page, kv heads, head size), dtype) of the pool's pages, with the padding that the platform's kernels want."""
+    heads = pool_kv_heads(shape.kv_heads // ways, platform) * ways
+    return (page, heads, pool_head_dim(shape.head_dim, platform)), pool_dtype(dtype, platform)
+
+
 class Runner:
     """Compiles the programs of every bucket and runs them. One dispatch is one call; results are device arrays."""
 
@@ -62,6 +68,7 @@ class Runner:
         pages: int,
         slab_rows: int,
         dtype: Any,
+        platform: str,
     ) -> None:
         self.graph = graph
         self.paths = tuple(params)
@@ -73,15 +80,17 @@ class Runner:
         self.compiles = 0
         self.compiles_after_warmup = 0
         self.warm = False
-        self._programs: dict[tuple[str, int], Program] = {}
+        self._programs: dict[tuple[str, int, int], Program] = {}
         self._everywhere = NamedSharding(mesh, P())
-        platform = mesh.devices.flat[0].platform
-        head = pool_head_dim(shape.head_dim, "gpu" if platform in ("cuda", "rocm", "gpu") else platform)
-        pool = (shape.layers * pages, sizes.page, shape.kv_heads, head)
+        page, kept = page_shape(shape, sizes.page, dtype, platform, sharding.ways(mesh))
+        pool = (shape.layers * pages, *page)
         held = sharding.place(mesh, POOL)
         rows, vocab = sizes.rows, shape.vocab
+        # A loop whose length the host knows runs without asking the device after each step, which on a GPU is worth
+        # more than ending early; on the CPU asking costs nothing.
+        self.ends_early = platform == "cpu"
         self.state = State(
-            pool=Pool(self._zeros(pool, self.dtype, held), self._zeros(pool, self.dtype, held)),
+            pool=Pool(self._zeros(pool, kept, held), self._zeros(pool, kept, held)),
             slab=self._zeros((max(slab_rows, 1), max(shape.slab_width, 1)), self.dtype),
             last=self._zeros((rows,), jnp.int32),
             done=self._zeros((rows,), jnp.bool_),
@@ -142,13 +151,13 @@ class Runner:
         state, sampled = self._sample(model, ends, f, state, f["final"] >= 0)
         return state, sampled, hidden
 
-    def _decode(self, leaves: list[Array], state: State, vector: Array, *, seqs: int) -> Any:
+    def _decode(self, leaves: list[Array], state: State, vector: Array, *, seqs: int, steps: int) -> Any:
         """Up to `steps` tokens for each of S sequences, fed back on the device; -1 where a row had stopped."""
         sizes = self.sizes
         f = sizes.decode(seqs).unpack(vector)
         model = self._model(leaves)
         own = jnp.arange(seqs, dtype=jnp.int32)
-        blank = self._blank(seqs)
+        blank = self._blank(seqs, steps)
 
         def alive(step: Array, state: State) -> Array:
             return (step < f["steps"]) & ~state.done[f["row"]]
@@ -180,11 +189,15 @@ class Runner:
             out = jax.tree.map(lambda all, new: all.at[step].set(new), out, sampled)
             return step + 1, state, out
 
-        _, state, out = jax.lax.while_loop(more, one, (jnp.int32(0), state, blank))
+        start = (jnp.int32(0), state, blank)
+        if self.ends_early:
+            _, state, out = jax.lax.while_loop(more, one, start)
+        else:
+            _, state, out = jax.lax.fori_loop(0, steps, lambda _, carry: one(carry), start)
         return state, out
 
-    def _blank(self, seqs: int) -> sampler.Sampled:
-        k, top = self.sizes.steps, self.sizes.top
+    def _blank(self, seqs: int, k: int) -> sampler.Sampled:
+        top = self.sizes.top
         return sampler.Sampled(
             token=jnp.full((k, seqs), -1, jnp.int32),
             logprob=jnp.zeros((k, seqs), jnp.float32),
@@ -219,7 +232,7 @@ class Runner:
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
-    def _compile(self, kind: str, size: int) -> Program:
+    def _compile(self, kind: str, size: int, steps: int) -> Program:
         """Lower and compile one program for one bucket."""
         keep = jax.tree.map(lambda x: x.sharding, self.state)
         free = self._everywhere
@@ -236,7 +249,7 @@ class Runner:
             args = (self.leaves, self.state, i32(self.sizes.prefill(size).size))
             out = (keep, free, free)
         elif kind == "decode":
-            function = lambda *a: self._decode(*a, seqs=size)  # noqa: E731
+            function = lambda *a: self._decode(*a, seqs=size, steps=steps)  # noqa: E731
             args = (self.leaves, self.state, i32(self.sizes.decode(size).size))
             out = (keep, free)
         elif kind == "encode":
@@ -257,7 +270,9 @@ class Runner:
             row = jax.ShapeDtypeStruct((vocab,), jnp.float32, sharding=free)
             args = (self.state, i32(), i32(vocab), row)
         donated = {"score": (), "row": (0,)}.get(kind, (1,))
-        with jax.set_mesh(self.mesh):
+        # float32 is asked for by those who compare: no TF32 for them.
+        precision = "highest" if self.dtype == jnp.float32 else "default"
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             lowered = jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*args)
         self.compiles += 1
         if self.warm:
@@ -265,18 +280,25 @@ class Runner:
             logger.warning("compiling %s of size %d after warm-up", kind, size)
         return lowered.compile()
 
-    def program(self, kind: str, size: int) -> Program:
-        """The compiled program of a bucket, compiled now if it is not yet."""
-        if (kind, size) not in self._programs:
-            self._programs[kind, size] = self._compile(kind, size)
-        return self._programs[kind, size]
+    def program(self, kind: str, size: int, steps: int = 0) -> Program:
+        """The compiled program of a bucket, compiled now if it is not yet. steps: of a decode's loop."""
+        key = (kind, size, steps)
+        if key not in self._programs:
+            self._programs[key] = self._compile(*key)
+        return self._programs[key]
 
-    def kinds(self) -> list[tuple[str, int]]:
+    def kinds(self) -> list[tuple[str, int, int]]:
         """Every program there is, the slowest to compile first."""
         sizes = self.sizes
-        kinds = [("prefill", t) for t in reversed(sizes.tokens)] + [("decode", s) for s in reversed(sizes.seqs)]
-        kinds += [("encode", u) for u in reversed(sizes.units)] if self.shape.encoder else []
-        return [*kinds, *(("score", t) for t in sizes.tokens), ("row", 0)]
+        loops = {self._steps(1), self._steps(sizes.steps)}
+        kinds = [("prefill", t, 0) for t in reversed(sizes.tokens)]
+        kinds += [("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)]
+        kinds += [("encode", u, 0) for u in reversed(sizes.units)] if self.shape.encoder else []
+        return [*kinds, *(("score", t, 0) for t in sizes.tokens), ("row", 0, 0)]
+
+    def _steps(self, most: int) -> int:
+        """The length of the decode loop that takes at most so many steps."""
+        return 1 if most == 1 and not self.ends_early else self.sizes.steps
 
     def warm_up(self, progress: Callable[[Iterator[Any], int], Iterator[Any]]) -> float:
         """Compile everything. Returns seconds."""
@@ -295,9 +317,9 @@ class Runner:
         self.state, sampled, hidden = self.program("prefill", tokens)(self.leaves, self.state, vector)
         return sampled, hidden
 
-    def decode(self, seqs: int, vector: np.ndarray) -> sampler.Sampled:
-        """Dispatch decode steps: sampled [steps, S], -1 where a row had stopped."""
-        self.state, sampled = self.program("decode", seqs)(self.leaves, self.state, vector)
+    def decode(self, seqs: int, vector: np.ndarray, most: int) -> sampler.Sampled:
+        """Dispatch decode steps, `most` for the row that takes most: sampled [>= most, S], -1 where a row had stopped."""
+        self.state, sampled = self.program("decode", seqs, self._steps(most))(self.leaves, self.state, vector)
         return sampled
 
     def encode(self, units: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:

@@ -25,40 +25,38 @@ def attend(
     `first` is the layer's first page id. Returns [T, K, G, H] and the pool.
     """
     size = pool.k.shape[1]
-    width = q.shape[-1]
-    q, k, v = (_widen(x, pool.k.shape[-1]) for x in (q, k, v))
 
     def run(
         q: jax.Array, k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         slot = jnp.where(batch.slot >= 0, batch.slot + first * size, -1)
-        k_pool, v_pool = write_pages(k_pool, v_pool, k, v, slot)
+        k_pool, v_pool = write_pages(k_pool, v_pool, _widen(k, k_pool), _widen(v, v_pool), slot)
         out = _look(q, k_pool, v_pool, batch.pages + first, batch.length, batch, causal=True, scale=scale)
         return out, k_pool, v_pool
 
     out, k_pool, v_pool = per_head(run, (QUERY, KEY, KEY, POOL, POOL), (QUERY, POOL, POOL))(q, k, v, pool.k, pool.v)
-    return out[..., :width], Pool(k_pool, v_pool)
+    return out, Pool(k_pool, v_pool)
 
 
 def cross_attend(q: jax.Array, pool: Pool, batch: Batch, first: int, *, scale: float) -> jax.Array:
     """Attention of q [T, K, G, H] over all the encoder's keys of its sequence. Returns [T, K, G, H]."""
-    width = q.shape[-1]
 
     def run(q: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> jax.Array:
         pages = batch.cross_pages + first
         return _look(q, k_pool, v_pool, pages, batch.cross_length, batch, causal=False, scale=scale)
 
-    return per_head(run, (QUERY, POOL, POOL), QUERY)(_widen(q, pool.k.shape[-1]), pool.k, pool.v)[..., :width]
+    return per_head(run, (QUERY, POOL, POOL), QUERY)(q, pool.k, pool.v)
 
 
 def store(k: jax.Array, v: jax.Array, pool: Pool, slot: jax.Array, first: int) -> Pool:
     """Write k, v [T, K, H] at the layer's slots i32[T] (negative: dropped), without attending."""
     size = pool.k.shape[1]
     slot = jnp.where(slot >= 0, slot + first * size, -1)
-    run = per_head(
-        lambda k, v, k_pool, v_pool: write_pages(k_pool, v_pool, k, v, slot), (KEY, KEY, POOL, POOL), (POOL, POOL)
-    )
-    return Pool(*run(_widen(k, pool.k.shape[-1]), _widen(v, pool.k.shape[-1]), pool.k, pool.v))
+
+    def run(k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return write_pages(k_pool, v_pool, _widen(k, k_pool), _widen(v, v_pool), slot)
+
+    return Pool(*per_head(run, (KEY, KEY, POOL, POOL), (POOL, POOL))(k, v, pool.k, pool.v))
 
 
 def within(
@@ -81,18 +79,22 @@ def _look(
     scale: float,
 ) -> jax.Array:
     """Blocks of one query are a decode step (sequence s is row s); longer blocks are chunks of a prompt."""
+    tokens, heads, _, width = q.shape
+    q = _widen(q, k_pool)
     blocks = batch.owner.shape[0]
-    if blocks == q.shape[0]:
-        return paged_decode(q, k_pool, v_pool, pages, length, scale=scale)
-    chunks = q.reshape(blocks, q.shape[0] // blocks, *q.shape[1:])
-    out = paged_prefill(
-        chunks, k_pool, v_pool, pages, batch.owner, batch.start, length, causal=causal, scale=scale
-    )
-    return out.reshape(q.shape)
+    if blocks == tokens:
+        out = paged_decode(q, k_pool, v_pool, pages, length, scale=scale)
+    else:
+        chunks = q.reshape(blocks, tokens // blocks, *q.shape[1:])
+        owner, start = batch.owner, batch.start
+        out = paged_prefill(chunks, k_pool, v_pool, pages, owner, start, length, causal=causal, scale=scale)
+        out = out.reshape(q.shape)
+    return out[:, :heads, :, :width]
 
 
-def _widen(x: jax.Array, size: int) -> jax.Array:
-    """Zero-pad the head axis to the pool's: zeros change no score and the extra outputs are cut off."""
-    if x.shape[-1] == size:
+def _widen(x: jax.Array, pool: jax.Array) -> jax.Array:
+    """Zero-pad x [T, K, .., H] to the pool's heads and head size: zeros change no score, and what they yield is cut."""
+    heads, width = pool.shape[2] - x.shape[1], pool.shape[3] - x.shape[-1]
+    if heads == width == 0:
         return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])
+    return jnp.pad(x, [(0, 0), (0, heads), *[(0, 0)] * (x.ndim - 3), (0, width)])

@@ -294,8 +294,9 @@ def test_the_step_writes_the_pool_in_place(make_llm) -> None:
     runner = make_llm("qwen2_vl", max_model_len=8192).parts.engines[0].runner
     pool = runner.state.pool
     shape = ",".join(map(str, pool.k.shape))
-    for kind, size in (("prefill", runner.sizes.tokens[-1]), ("decode", runner.sizes.seqs[-1])):
-        program = runner.program(kind, size)
+    largest = (("prefill", runner.sizes.tokens[-1], 0), ("decode", runner.sizes.seqs[-1], runner.sizes.steps))
+    for kind, size, steps in largest:
+        program = runner.program(kind, size, steps)
         memory = program.memory_analysis()
         state = sum(x.nbytes for x in (pool.k, pool.v, runner.state.slab, runner.state.seen, runner.state.bias))
         assert memory.alias_size_in_bytes >= state
