@@ -31,8 +31,9 @@ def reference_llm(shared: Path) -> Callable[..., LLM]:
     return get
 
 
-@pytest.fixture(autouse=True)
-def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="session", autouse=True)
+def no_progress_bars() -> Iterator[None]:
     """Loading bars stay out of the test log."""
-    monkeypatch.setenv("MMJAX_PROGRESS", "0")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMJAX_PROGRESS", "0")
+        yield

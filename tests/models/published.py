@@ -71,26 +71,29 @@ class Published:
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
 
     @torch.no_grad()
-    def ask(self, question: Mapping[str, Any], steps: int) -> Reply:
-        """Greedy for `steps` tokens, the whole sequence computed anew for each."""
+    def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
+        """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
         rendered = self.renderer.render(self.renderer.parse(question))
         media = {
             name: torch.from_numpy(np.asarray(value)).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
             for name, value in self._media(question, rendered).items()
         }
+        if self.family == "whisper":
+            media = {"encoder_outputs": self.model.get_encoder()(**media)}
         tokens = rendered.tokens.tolist()
         found: list[int] = []
-        for _ in range(steps):
-            ids = torch.tensor([tokens + found])
-            extra = {"position_ids": torch.from_numpy(self._positions(ids[0].tolist(), media))} if media else {}
-            if self.family == "whisper":
-                out = self.model(decoder_input_ids=ids, use_cache=False, **media)
-            else:
-                extra = extra if self.family == "qwen2_vl" else {}
-                out = self.model(input_ids=ids, use_cache=False, **media, **extra)
-            logits = out.logits[0].float()
+        while len(found) < steps and (not found or found[-1] != stop):
+            logits = self._logits(tokens + found, media)
             found.append(int(logits[-1].argmax()))
         return Reply(tokens, found, logits.numpy())
+
+    def _logits(self, tokens: list[int], media: Mapping[str, Any]) -> Any:
+        """f32[T, V] of a prompt and what has been answered so far."""
+        ids, extra = torch.tensor([tokens]), dict(media)
+        if self.family == "qwen2_vl" and media:
+            extra["position_ids"] = torch.from_numpy(self._positions(tokens, media))
+        extra["decoder_input_ids" if self.family == "whisper" else "input_ids"] = ids
+        return self.model(use_cache=False, **extra).logits[0].float()
 
     def _media(self, question: Mapping[str, Any], rendered: Rendered) -> dict[str, np.ndarray]:
         """What transformers calls the media's arrays. Clips are prepared by us: its own processor needs torchvision."""

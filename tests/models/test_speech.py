@@ -1,0 +1,129 @@
+"""Whisper tiny.en with its real weights on real recordings."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from mmjax import LLM, SamplingParams
+from mmjax.multimodal.audio import load, resample, split_audio
+from mmjax.types import RequestOutput
+from models.tables import close, log_softmax
+
+TASK = "<|startoftranscript|><|notimestamps|>"  # an English-only model is told neither language nor task
+LONGEST = 100  # tokens of an answer
+LOGPROBS = 2e-3
+
+Recordings = dict[str, tuple[np.ndarray, int]]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+|\d+", text.lower())
+
+
+@pytest.fixture(scope="module")
+def weights(shared: Path) -> Path:
+    return shared / "models/whisper-tiny.en"
+
+
+@pytest.fixture(scope="module")
+def spoken(shared: Path) -> list[str]:
+    """The words of jfk.flac."""
+    lines = (shared / "media/speech/transcripts_expected.txt").read_text().splitlines()
+    return words(dict(line.split("\t") for line in lines)["jfk.flac"])
+
+
+@pytest.fixture(scope="module")
+def recordings(shared: Path) -> Recordings:
+    """Samples and rate by name; `stereo` is [n, 2], and the long recording comes in clips."""
+    media = shared / "media"
+    found: Recordings = {name: load(media / f"speech/{name}") for name in ("jfk.flac", "espeak_fox.wav")}
+    found["espeak_numbers.wav"] = load(media / "speech/espeak_numbers.wav")
+    found["stereo"] = soundfile.read(media / "audio/stereo_44k1.wav", dtype="float32")
+    long, rate = load(media / "audio/long_75s.flac")
+    clips = split_audio(long, rate, max_clip_duration_s=30, overlap_duration_s=1, min_energy_window_size=1600)
+    return found | {f"long {i}": (clip, rate) for i, clip in enumerate(clips)}
+
+
+@pytest.fixture(scope="module")
+def answers(weights: Path, recordings: Recordings) -> Callable[[str, str], RequestOutput]:
+    """`answers(name, prompt)`: the transcription of a recording. All are asked for at once."""
+    llm = LLM(
+        str(weights),
+        dtype="float32",
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        enforce_eager=True,
+    )
+    asked = [(name, TASK) for name in recordings] + [("jfk.flac", ""), ("jfk.flac", "<|startoftranscript|>")]
+    prompts = [{"prompt": prompt, "multi_modal_data": {"audio": recordings[name]}} for name, prompt in asked]
+    params = SamplingParams(temperature=0, max_tokens=LONGEST, logprobs=0)
+    found = dict(zip(asked, llm.generate(prompts, params, use_tqdm=False), strict=True))
+    return lambda name, prompt=TASK: found[name, prompt]
+
+
+@pytest.fixture
+def text(answers: Callable[..., RequestOutput]) -> Callable[..., str]:
+    def get(*which: str) -> str:
+        answer = answers(*which).outputs[0]
+        assert answer.finish_reason == "stop"
+        return answer.text
+
+    return get
+
+
+@pytest.mark.parametrize("prompt", [TASK, "", "<|startoftranscript|>"])
+def test_a_speech_word_for_word(text: Callable[..., str], spoken: list[str], prompt: str) -> None:
+    assert words(text("jfk.flac", prompt)) == spoken
+
+
+def test_no_prompt_is_the_start_token(answers: Callable[..., RequestOutput]) -> None:
+    silent, explicit = answers("jfk.flac", ""), answers("jfk.flac", "<|startoftranscript|>")
+    assert silent.prompt_token_ids == explicit.prompt_token_ids
+    assert silent.outputs[0].token_ids == explicit.outputs[0].token_ids
+
+
+def test_stereo_at_44_khz(recordings: Recordings, text: Callable[..., str], spoken: list[str]) -> None:
+    samples, rate = recordings["stereo"]
+    assert samples.shape[1] == 2 and rate == 44100
+    assert words(text("stereo")) == spoken
+
+
+def test_synthetic_voices(text: Callable[..., str]) -> None:
+    assert words(text("espeak_numbers.wav")) == [str(number) for number in range(1, 11)]
+    assert words(text("espeak_fox.wav"))[-4:] == ["over", "the", "lazy", "dog"]
+
+
+def test_75_seconds_in_clips(recordings: Recordings, text: Callable[..., str], spoken: list[str]) -> None:
+    """The speech over and over: all its words in order, but for the ones around a cut."""
+    clips = [name for name in recordings if name.startswith("long")]
+    assert len(clips) == 3 and sum(len(recordings[name][0]) for name in clips) == 75 * 16000
+    heard = words("".join(text(name) for name in clips))
+    assert set(heard) <= set(spoken)
+    whole = " ".join(spoken[1:])  # the cuts fall on its first word
+    assert " ".join(heard).count(whole) >= 4
+
+
+@pytest.mark.parity
+def test_every_recording_as_transformers_hears_it(
+    weights: Path, recordings: Recordings, answers: Callable[..., RequestOutput]
+) -> None:
+    from models.published import RATE, Published
+
+    model = Published("whisper", weights)
+    stop = model.files["generation_config.json"]["eos_token_id"]
+    asked = [(name, TASK) for name in recordings if name != "stereo"] + [("jfk.flac", "")]
+    for name, prompt in asked:
+        audio = resample(*recordings[name], RATE)
+        question: Mapping[str, Any] = {"prompt": prompt, "multi_modal_data": {"audio": audio}}
+        theirs, ours = model.ask(question, LONGEST, stop), answers(name, prompt)
+        assert ours.prompt_token_ids == theirs.prompt_ids
+        assert list(ours.outputs[0].token_ids) == theirs.ids, f"{name}: narrowest choice {theirs.gap:.1e}"
+        chosen = log_softmax(theirs.answer_logits)[np.arange(len(theirs.ids)), theirs.ids]
+        pairs = zip(ours.outputs[0].logprobs or (), theirs.ids, strict=True)
+        found = np.array([entry[token].logprob for entry, token in pairs])
+        print(f"{name}: {len(found)} tokens, off by {np.abs(found - chosen).max():.1e}, gap {theirs.gap:.2f}")
+        close(found, chosen, LOGPROBS, name)
