@@ -102,7 +102,7 @@ class Published:
             return dict(self.prepare(given["audio"], sampling_rate=RATE, return_tensors="np"))
         out: dict[str, np.ndarray] = {}
         if given.get("image"):
-            out |= self.prepare(images=given["image"], return_tensors="np")
+            out |= self.prepare(images=given["image"], return_tensors="np", **question.get("mm_processor_kwargs", {}))
         if given.get("video"):
             items = [entry.item for entry in rendered.items if entry.kind == "video"]
             out["pixel_values_videos"] = np.concatenate([normalise(item, self.files) for item in items])
