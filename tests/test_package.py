@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_house import ROOMS, ROOT, dotted, imports, sources
 
 import mmjax
+from test_house import ROOMS, ROOT, dotted, imports, sources
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOP_LEVEL = {"mmjax", "converters", "kernels", "serve", "tests", "benchmarks", "examples"}
@@ -110,7 +110,7 @@ def test_public_name(name: str) -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Lllm'"):
-        mmjax.Lllm  # type: ignore[attr-defined]  # noqa: B018
+        mmjax.Lllm  # noqa: B018
 
 
 def test_import_is_light() -> None:
