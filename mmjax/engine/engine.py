@@ -13,7 +13,7 @@ import numpy as np
 
 from mmjax.engine.answer import Answer, Report
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.pack import Sizes, pack_decode, pack_encode, pack_prefill
+from mmjax.engine.pack import RowTable, Sizes, pack_decode, pack_encode, pack_prefill
 from mmjax.engine.pages import Pages
 from mmjax.engine.sample import history_row
 from mmjax.engine.scheduler import Limits, NeedsResults, Plan, Scheduler, Slice
@@ -71,6 +71,7 @@ class Engine:
         self.pages = Pages(pages, sizes.page)
         self.slab = EncoderCache(slab_rows)
         self.scheduler = Scheduler(limits, self.pages, self.slab, prefix_caching=prefix_caching)
+        self.rows = RowTable(sizes)
         self.stats = Stats()
         self._answers: dict[int, Answer] = {}
         self._flying: deque[Ticket] = deque()
@@ -118,6 +119,7 @@ class Engine:
     def _dispatch(self, plan: Plan) -> None:
         for seq in plan.started:
             seq.scheduled_time = seq.scheduled_time or time.monotonic()
+            self.rows.set(seq, self.cross_keys)
             self._set_tables(seq)
         if plan.encode:
             assert self.shape.encoder is not None
@@ -130,7 +132,7 @@ class Engine:
         self.stats.dispatches += 1
 
     def _prefill(self, slices: tuple[Slice, ...]) -> Ticket:
-        total, vector = pack_prefill(self.sizes, slices, self.scheduler.tables, self.slab, self.cross_keys)
+        total, vector = pack_prefill(self.sizes, slices, self.rows, self.scheduler.tables, self.slab)
         sampled, hidden = self._run(self.runner.prefill, total, vector)
         members = [(piece.seq, s, 1) for s, piece in enumerate(slices) if piece.last]
         ticket = Ticket(sampled, members)
@@ -151,7 +153,7 @@ class Engine:
         for seq, _ in chosen:
             if seq.constraints.dynamic:
                 self._set_tables(seq)
-        total, vector = pack_decode(self.sizes, chosen, self.scheduler.tables, self.cross_keys)
+        total, vector = pack_decode(self.sizes, chosen, self.rows, self.scheduler.tables)
         most = max(steps for _, steps in chosen)
         sampled = self._run(self.runner.decode, total, vector, most)
         self.stats.decode_steps += most

@@ -89,8 +89,53 @@ class Sizes:
         return (*pages, *((name, (seqs,), dtype) for name, dtype in SAMPLING))
 
 
+class RowTable:
+    """What the sampler must know of each running sequence, by table row, so that packing a step is a few gathers."""
+
+    FIELDS = (*((name, dtype) for name, dtype in SAMPLING if name not in ("index", "row", "min_left")),)
+
+    def __init__(self, sizes: Sizes) -> None:
+        n = sizes.rows
+        self.fields = {name: np.zeros(n, np.float32 if dtype == "f32" else np.int32) for name, dtype in self.FIELDS}
+        self.fields["seed"] = np.zeros((n, 2), np.int32)
+        self.fields["stop"] = np.full((n, sizes.stops), -1, np.int32)
+        self.fields["cross_pages"] = np.zeros((n, sizes.cross), np.int32)
+        self.fields["cross_length"] = np.zeros(n, np.int32)
+        self.min_tokens = np.zeros(n, np.int32)
+
+    def set(self, seq: Seq, cross_keys: int) -> None:
+        """Note a sequence that has just got its row."""
+        p, f, row = seq.params, self.fields, seq.row
+        f["temperature"][row] = p.temperature
+        f["top_k"][row] = max(p.top_k, 0)
+        f["top_p"][row] = p.top_p
+        f["min_p"][row] = p.min_p
+        f["presence"][row] = p.presence_penalty
+        f["frequency"][row] = p.frequency_penalty
+        f["repetition"][row] = p.repetition_penalty
+        f["penalised"][row] = seq.penalised
+        f["biased"][row] = seq.biased
+        f["want_logprobs"][row] = p.logprobs is not None
+        f["seed"][row] = seq.seed_words
+        f["stop"][row] = -1
+        f["stop"][row, : len(seq.stops)] = seq.stops
+        f["cross_pages"][row, : len(seq.cross_pages)] = seq.cross_pages
+        f["cross_length"][row] = cross_keys if seq.cross_pages else 0
+        self.min_tokens[row] = p.min_tokens
+
+    def fill(self, f: Mapping[str, np.ndarray], rows: np.ndarray, index: np.ndarray, tables: np.ndarray) -> None:
+        """Write the first len(rows) rows of a batch; index: how many output tokens each already has."""
+        n = len(rows)
+        for name, values in self.fields.items():
+            f[name][:n] = values[rows]
+        f["pages"][:n] = tables[rows]
+        f["row"][:n] = rows
+        f["index"][:n] = index
+        f["min_left"][:n] = np.maximum(self.min_tokens[rows] - index, 0)
+
+
 def pack_prefill(
-    sizes: Sizes, slices: Sequence[Slice], tables: np.ndarray, slab: EncoderCache, cross_keys: int
+    sizes: Sizes, slices: Sequence[Slice], rows: RowTable, tables: np.ndarray, slab: EncoderCache
 ) -> tuple[int, np.ndarray]:
     """(token bucket T, vector) of chunks of prompts; each chunk starts on a block boundary."""
     block = sizes.block
@@ -118,13 +163,14 @@ def pack_prefill(
         f["length"][s] = end
         if piece.last:
             f["final"][s] = at + piece.count - 1
-        _row(f, s, seq, tables, sizes, seq.output_len, cross_keys)
         at += -(-piece.count // block) * block
+    own = np.array([piece.seq.row for piece in slices], np.int32)
+    rows.fill(f, own, np.array([piece.seq.output_len for piece in slices], np.int32), tables)
     return total, vector
 
 
 def pack_decode(
-    sizes: Sizes, chosen: Sequence[tuple[Seq, int]], tables: np.ndarray, cross_keys: int
+    sizes: Sizes, chosen: Sequence[tuple[Seq, int]], rows: RowTable, tables: np.ndarray
 ) -> tuple[int, np.ndarray]:
     """(sequence bucket S, vector) of decode steps. Called after planning: `planned` already counts these steps."""
     total = bucket(len(chosen), sizes.seqs)
@@ -132,12 +178,10 @@ def pack_decode(
     vector = np.zeros(layout.size, np.int32)
     f = layout.views(vector)
     _pad_rows(f, sizes)
-    for s, (seq, steps) in enumerate(chosen):
-        place = seq.planned - steps
-        f["place"][s] = place
-        f["delta"][s] = seq.prompt.delta
-        f["steps"][s] = steps
-        _row(f, s, seq, tables, sizes, place + 1 - seq.prompt_len, cross_keys)
+    n = len(chosen)
+    of = np.array([(q.row, q.planned - steps, q.prompt.delta, steps, q.prompt_len) for q, steps in chosen], np.int32).T
+    f["place"][:n], f["delta"][:n], f["steps"][:n] = of[1:4]
+    rows.fill(f, of[0], of[1] + 1 - of[4], tables)
     return total, vector
 
 
@@ -183,31 +227,6 @@ def _pad_rows(f: Mapping[str, np.ndarray], sizes: Sizes) -> None:
     f["stop"].fill(-1)
     f["top_p"].fill(1)
     f["repetition"].fill(1)
-
-
-def _row(
-    f: Mapping[str, np.ndarray], s: int, seq: Seq, tables: np.ndarray, sizes: Sizes, index: int, cross_keys: int
-) -> None:
-    p = seq.params
-    f["pages"][s] = tables[seq.row]
-    if seq.cross_pages:
-        f["cross_pages"][s, : len(seq.cross_pages)] = seq.cross_pages
-        f["cross_length"][s] = cross_keys
-    f["temperature"][s] = p.temperature
-    f["top_k"][s] = max(p.top_k, 0)
-    f["top_p"][s] = p.top_p
-    f["min_p"][s] = p.min_p
-    f["presence"][s] = p.presence_penalty
-    f["frequency"][s] = p.frequency_penalty
-    f["repetition"][s] = p.repetition_penalty
-    f["seed"][s] = seq.seed_words
-    f["index"][s] = index
-    f["row"][s] = seq.row
-    f["penalised"][s] = seq.penalised
-    f["biased"][s] = seq.biased
-    f["min_left"][s] = max(0, p.min_tokens - index)
-    f["stop"][s, : len(seq.stops)] = seq.stops[: sizes.stops]
-    f["want_logprobs"][s] = p.logprobs is not None
 
 
 def _positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:

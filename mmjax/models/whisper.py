@@ -13,6 +13,7 @@ from flax import nnx
 from mmjax.batch import Batch, Pool
 from mmjax.models.family import Encoder, Shape
 from mmjax.nn.attention import attend, cross_attend, store
+from mmjax.nn.layers import shared
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.tower import ACTIVATIONS, Tower, TowerConfig, gelu
 from mmjax.nn.weight import weight
@@ -147,7 +148,7 @@ class Block(nnx.Module):
         self.fc2_bias = weight(d, axes=back)
         self.c = c
 
-    def __call__(self, x: jax.Array, pool: Pool, batch: Batch, first: int) -> tuple[jax.Array, Pool]:
+    def __call__(self, x: jax.Array, pool: Pool, batch: Batch, first: jax.Array) -> tuple[jax.Array, Pool]:
         """x [T, D] to [T, D] and the pool with this layer's keys written."""
         scale = self.c.head_dim**-0.5
         y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
@@ -162,7 +163,7 @@ class Block(nnx.Module):
         y = ACTIVATIONS[self.c.act](y @ self.fc1[...] + self.fc1_bias[...])
         return x + y @ self.fc2[...] + self.fc2_bias[...], pool
 
-    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array, first: int) -> Pool:
+    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array, first: jax.Array) -> Pool:
         """Write the keys and values of encoded [U * frames, D] at this layer's slots."""
         kv = jnp.einsum("td,dkph->tkph", encoded, self.cross_kv[...]) + self.cross_kv_bias[...]
         return store(kv[:, :, 0], kv[:, :, 1], pool, slot, first)
@@ -192,8 +193,8 @@ class Model(nnx.Module):
         x = jnp.take(text.embed[...], batch.tokens, axis=0, mode="clip")
         x = x + jnp.take(text.positions[...], batch.positions[0], axis=0, mode="clip")
         stride = pool.k.shape[0] // self.c.depth
-        for i, block in enumerate(text.layers):
-            x, pool = block(x, pool, batch, i * stride)
+        for i, block in enumerate(shared(text.layers, Block.__call__)):
+            x, pool = block(x, pool, batch, jnp.int32(i * stride))
         return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), pool
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -205,6 +206,6 @@ class Model(nnx.Module):
 
     def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
         stride = pool.k.shape[0] // self.c.depth
-        for i, block in enumerate(self.text.layers):
-            pool = block.cross(encoded, pool, slot, i * stride)
+        for i, cross in enumerate(shared(self.text.layers, Block.cross)):
+            pool = cross(encoded, pool, slot, jnp.int32(i * stride))
         return pool

@@ -18,11 +18,11 @@ UNIT = ("place", "heads", "head_dim")
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, pool: Pool, batch: Batch, first: int, *, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, pool: Pool, batch: Batch, first: jax.Array, *, scale: float
 ) -> tuple[jax.Array, Pool]:
     """Causal attention of q [T, K, G, H] over its sequence's pages, after writing k, v [T, K, H] into them.
 
-    `first` is the layer's first page id. Returns [T, K, G, H] and the pool.
+    `first`: i32[], the layer's first page id. Returns [T, K, G, H] and the pool.
     """
     size = pool.k.shape[1]
 
@@ -38,7 +38,7 @@ def attend(
     return out, Pool(k_pool, v_pool)
 
 
-def cross_attend(q: jax.Array, pool: Pool, batch: Batch, first: int, *, scale: float) -> jax.Array:
+def cross_attend(q: jax.Array, pool: Pool, batch: Batch, first: jax.Array, *, scale: float) -> jax.Array:
     """Attention of q [T, K, G, H] over all the encoder's keys of its sequence. Returns [T, K, G, H]."""
 
     def run(q: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ def cross_attend(q: jax.Array, pool: Pool, batch: Batch, first: int, *, scale: f
     return per_head(run, (QUERY, POOL, POOL), QUERY)(q, pool.k, pool.v)
 
 
-def store(k: jax.Array, v: jax.Array, pool: Pool, slot: jax.Array, first: int) -> Pool:
+def store(k: jax.Array, v: jax.Array, pool: Pool, slot: jax.Array, first: jax.Array) -> Pool:
     """Write k, v [T, K, H] at the layer's slots i32[T] (negative: dropped), without attending."""
     size = pool.k.shape[1]
     slot = jnp.where(slot >= 0, slot + first * size, -1)

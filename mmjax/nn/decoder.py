@@ -11,6 +11,7 @@ from flax import nnx
 
 from mmjax.batch import Batch, Pool
 from mmjax.nn.attention import attend
+from mmjax.nn.layers import shared
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.rope import Rope, rotate
 from mmjax.nn.weight import weight
@@ -98,7 +99,7 @@ class Block(nnx.Module):
         self.c = c
 
     def __call__(
-        self, x: jax.Array, angles: jax.Array, pool: Pool, batch: Batch, first: int
+        self, x: jax.Array, angles: jax.Array, pool: Pool, batch: Batch, first: jax.Array
     ) -> tuple[jax.Array, Pool]:
         """x [T, D] and f32[T, H/2] angles to [T, D] and the pool with this layer's keys written."""
         y = rms_norm(x, self.attn_norm[...], self.c.eps)
@@ -134,8 +135,8 @@ class Decoder(nnx.Module):
         x = jnp.where(batch.media[:, None] >= 0, media.astype(x.dtype), x)
         angles = self.c.rope.angles(batch.positions)
         stride = pool.k.shape[0] // self.c.depth
-        for i, block in enumerate(self.layers):
-            x, pool = block(x, angles, pool, batch, i * stride)
+        for i, block in enumerate(shared(self.layers, Block.__call__)):
+            x, pool = block(x, angles, pool, batch, jnp.int32(i * stride))
         return rms_norm(x, self.norm[...], self.c.eps), pool
 
     def logits(self, hidden: jax.Array) -> jax.Array:
