@@ -1,4 +1,4 @@
-"""A first run without any download: tiny models with random weights, a text prompt, an image prompt and a sound.
+"""A first run without any download: tiny models with random weights, asked about text, an image and a sound.
 
     python examples/quickstart.py
 
@@ -17,7 +17,7 @@ from PIL import Image
 from mmjax import LLM, SamplingParams
 
 TINY = Path(__file__).resolve().parent.parent / "tests" / "tiny.py"
-FAMILIES = ("qwen2_vl", "llava", "whisper")
+FAMILIES = ("qwen2_vl", "whisper")
 
 
 def make_checkpoint(family: str, folder: Path) -> Path:
