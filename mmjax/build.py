@@ -136,11 +136,13 @@ def _engine(
     from mmjax.engine.runner import Runner
 
     mesh = sharding.mesh(devices)
+    held = "float32" if platform == "cpu" else dtype  # XLA:CPU emulates half precision: a decode step took 10 times as long
     graph, split, params = load_params(
         checkpoint,
         config,
         mesh,
         dtype,
+        held,
         dummy=args.load_format == "dummy",
         seed=args.seed,
         progress=_bar("Loading weights", args),
@@ -148,13 +150,13 @@ def _engine(
     shape: Shape = split.shape
     if not any(limits.values()):
         shape = dataclasses.replace(shape, encoder=None, slab_width=0)
-    page_bytes = _page_bytes(args, shape, platform, dtype, sharding.ways(mesh))
+    page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
     slab_rows = _slab_rows(args, shape, platform, max_len)
     sizes = _sizes(args, shape, platform, max_len, slab_rows)
     runner = Runner(
-        graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=dtype, platform=platform
+        graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, platform=platform
     )
     seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling", args))
     caching = not shape.cross if args.enable_prefix_caching is None else args.enable_prefix_caching

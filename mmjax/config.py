@@ -34,8 +34,8 @@ class EngineArgs:
     """Arguments of `mmjax.LLM`, with vLLM's names and meanings.
 
     model: a local directory (Hugging Face layout, or what `mmjax convert` wrote) or a hub id.
-    dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU and that float16 becomes
-    float32 on the CPU, which has no float16 arithmetic. enforce_eager: compile each shape on first use instead of all
+    dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU, which has no
+    fast half precision, it says what the weights are rounded to; they are held and computed with in float32. enforce_eager: compile each shape on first use instead of all
     at start. max_model_len: most tokens of a prompt and its answer ("4k" = 4000, "4K" = 4096, "auto" or -1 = what the
     model and the memory allow). max_num_seqs: sequences decoded together. max_num_batched_tokens: prompt tokens per
     step, and the largest media item. gpu_memory_utilization: share of the accelerator's memory to use; on the CPU
@@ -149,7 +149,7 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> str:
         return DTYPES[asked]
     stored = DTYPES.get(stored.removeprefix("torch."), "float32")
     if platform == "cpu":
-        return "float32" if stored == "float16" else stored
+        return stored
     return "bfloat16" if stored == "float32" else stored
 
 

@@ -140,23 +140,27 @@ def load_params(
     config: Any,
     mesh: Mesh,
     dtype: Any,
+    held: Any,
     *,
     dummy: bool = False,
     seed: int = 0,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
 ) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array]]:
-    """(graph, configuration as split over the mesh, parameters by path, placed on the mesh in `dtype`)."""
+    """(graph, configuration as split over the mesh, parameters by path on the mesh).
+
+    dtype: what the values are rounded to. held: the dtype they are then kept and computed in.
+    """
     ways = sharding.ways(mesh)
     split = config.split(ways)
     graph, leaves = declare(checkpoint.family, split)
     if dummy:
         make = progress(iter(leaves.items()), len(leaves))
-        return graph, split, {path: random_leaf(path, leaf, mesh, dtype, seed) for path, leaf in make}
+        return graph, split, {path: random_leaf(path, leaf, mesh, held, seed) for path, leaf in make}
     _, stored = declare(checkpoint.family, config)
     params = {}
     for path, value in progress(checkpoint.values(stored), len(stored)):
         leaf = leaves[path]
-        array = np.asarray(fit(value, stored[path], leaf)).astype(dtype, copy=False)
+        array = fit(value, stored[path], leaf).astype(jnp.dtype(dtype), copy=False).astype(jnp.dtype(held), copy=False)
         params[path] = jax.device_put(array, sharding.place(mesh, leaf.axes))
     return graph, split, params
 
