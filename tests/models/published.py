@@ -22,7 +22,6 @@ with warnings.catch_warnings():
     import transformers
 
 from mmjax.processors.base import Item
-from mmjax.render import Rendered
 from rendering import make_renderer, read_files
 
 MODELS = {
@@ -75,8 +74,8 @@ class Published:
         """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
         rendered = self.renderer.render(self.renderer.parse(question))
         media = {
-            name: torch.from_numpy(np.asarray(value)).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
-            for name, value in self._media(question, rendered).items()
+            name: torch.from_numpy(value).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
+            for name, value in self.media(question).items()
         }
         if self.family == "whisper":
             media = {"encoder_outputs": self.model.get_encoder()(**media)}
@@ -95,8 +94,11 @@ class Published:
         extra["decoder_input_ids" if self.family == "whisper" else "input_ids"] = ids
         return self.model(use_cache=False, **extra).logits[0].float()
 
-    def _media(self, question: Mapping[str, Any], rendered: Rendered) -> dict[str, np.ndarray]:
-        """What transformers calls the media's arrays. Clips are prepared by us: its own processor needs torchvision."""
+    def media(self, question: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The arrays of a question's media by transformers' names, prepared by its processors.
+
+        Clips are prepared by ours: the published processor of videos needs torchvision.
+        """
         given = question.get("multi_modal_data") or {}
         if self.family == "whisper":
             return dict(self.prepare(given["audio"], sampling_rate=RATE, return_tensors="np"))
@@ -104,10 +106,11 @@ class Published:
         if given.get("image"):
             out |= self.prepare(images=given["image"], return_tensors="np", **question.get("mm_processor_kwargs", {}))
         if given.get("video"):
+            rendered = self.renderer.render(self.renderer.parse(question))
             items = [entry.item for entry in rendered.items if entry.kind == "video"]
             out["pixel_values_videos"] = np.concatenate([normalise(item, self.files) for item in items])
             out["video_grid_thw"] = np.asarray([(t, 2 * h, 2 * w) for t, h, w in (item.grid for item in items)])
-        return out
+        return {name: np.asarray(value) for name, value in out.items()}
 
     def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
         """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""

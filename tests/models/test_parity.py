@@ -1,0 +1,181 @@
+"""Against transformers, live: variants in size and kind, key layouts, shards, bfloat16, converted directories."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import tiny
+from mmjax import LLM
+from mmjax.__main__ import main
+from models import variants
+from models.questions import IMAGE, QUESTIONS, Question, llava, qwen2_vl, sound, whisper
+from models.tables import answer_table, close, log_softmax, prompt_table
+from models.test_recorded import RECORDED
+from small import greedy, ids, picture
+
+if TYPE_CHECKING:
+    from models.published import Published
+
+pytestmark = pytest.mark.parity
+
+FAMILIES = tuple(QUESTIONS)
+LOGITS = 2e-4
+NEW = 10
+CLEAR = 0.3  # bfloat16 must agree on the best token where it leads by so much
+
+# One program of each kind.
+ONE = {"max_num_seqs": 1, "max_num_batched_tokens": 128, "num_decode_steps": 4, "max_logprobs": -1}
+
+SHAPES = [(28, 28), (29, 200), (57, 83), (112, 112)]  # smallest, thin, odd, exact
+EXTRA: Mapping[str, list[Question]] = {
+    "qwen2_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "llava": [llava(f"{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
+    "whisper": [whisper("<|startoftranscript|><|fr|>", seed, seconds) for seed, seconds in ((6, 0.05), (7, 3.99))],
+}
+
+
+def questions(family: str) -> list[Question]:
+    return [make() for make in QUESTIONS[family].values()]
+
+
+def engine(directory: Path, **options: Any) -> LLM:
+    whole = {} if "WhisperFor" in (directory / "config.json").read_text() else {"max_model_len": 128}
+    return LLM(str(directory), **(ONE | whole | options), enforce_eager=True)
+
+
+def published(family: str, directory: Path, **options: Any) -> "Published":
+    from models.published import Published
+
+    return Published(family, directory, **options)
+
+
+def compare(llm: LLM, model: "Published", asked: list[Question], name: str) -> None:
+    """Expanded prompts and greedy ids are equal, the whole distribution at every token is close."""
+    outputs = llm.generate(asked, greedy(NEW, logprobs=-1, prompt_logprobs=-1), use_tqdm=False)
+    worst, narrowest = 0.0, np.inf
+    for index, (question, output) in enumerate(zip(asked, outputs, strict=True)):
+        reply = model.ask(question, NEW)
+        assert output.prompt_token_ids == reply.prompt_ids
+        assert ids([output]) == [reply.ids], f"{name}, question {index}: narrowest choice {reply.gap:.1e}"
+        expected = log_softmax(reply.logits)[: len(reply.prompt_ids) - 1]
+        found = [(answer_table(output), log_softmax(reply.answer_logits))]
+        found += [(prompt_table(output), expected)] if len(expected) else []
+        for ours, theirs in found:
+            close(ours, theirs, LOGITS, f"{name}, question {index}")
+            worst = max(worst, float(np.abs(ours - theirs).max()))
+        narrowest = min(narrowest, reply.gap)
+    print(f"{name}: {len(asked)} questions, off by {worst:.1e} at most, narrowest choice {narrowest:.1e}")
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_variant(name: str, tmp_path: Path) -> None:
+    family = name.partition(":")[0]
+    directory = variants.build(name, tmp_path / "model", seed=3)
+    compare(engine(directory), published(family, directory), questions(family) + EXTRA[family], name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_those_of_transformers_but_for_long_clips(
+    family: str, tiny_dir: Callable[[str], Path]
+) -> None:
+    if family != "qwen2_vl":
+        pytest.skip("plain positions")
+    import torch
+
+    model = published(family, tiny_dir(family))
+    config = model.files["config.json"]
+    for case, make in QUESTIONS[family].items():
+        if case == "long_video":
+            continue
+        question = make()
+        rendered = model.renderer.render(model.renderer.parse(question))
+        tokens = torch.from_numpy(rendered.tokens.astype(np.int64))[None]
+        kinds = (tokens == config["image_token_id"]) + 2 * (tokens == config["video_token_id"])
+        grids = {name: torch.from_numpy(value) for name, value in model.media(question).items() if "grid" in name}
+        positions, delta = model.model.model.get_rope_index(tokens, mm_token_type_ids=kinds, **grids)
+        np.testing.assert_array_equal(rendered.positions, positions[:, 0].numpy(), case)
+        assert rendered.delta == int(delta[0, 0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_answers_are_still_what_transformers_says(family: str, tiny_dir: Callable[[str], Path]) -> None:
+    """If this fails, `python tests/models/published.py > tests/models/recorded.json` writes them anew."""
+    from models.published import record
+
+    now = record(family, tiny_dir(family))
+    assert sorted(now) == sorted(RECORDED[family])
+    for case, wanted in RECORDED[family].items():
+        for key in ("prompt_ids", "ids"):
+            assert now[case][key] == wanted[key], (family, case)
+        close(np.array(now[case]["logprobs"]), np.array(wanted["logprobs"]), 1e-4, (family, case))
+
+
+@pytest.fixture(params=FAMILIES)
+def usual(request: pytest.FixtureRequest, tiny_dir: Callable[[str], Path]) -> tuple[str, Path]:
+    """(family, its usual tiny checkpoint)."""
+    return request.param, tiny_dir(request.param)
+
+
+def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], tmp_path: Path) -> None:
+    """What the published names give, every other form of the same checkpoint gives to the last bit."""
+    family, directory = usual
+    asked, params = questions(family)[:2], greedy(NEW, logprobs=2)
+    model = published(family, directory)
+    first = engine(directory)
+    compare(first, model, asked, f"{family}: published names")
+    wanted = [output.outputs[0] for output in first.generate(asked, params, use_tqdm=False)]
+
+    assert main(["convert", str(directory), str(tmp_path / "converted")]) == 0
+    forms = {
+        "names since 4.52": variants.rename(family, directory, tmp_path / "renamed"),
+        "saved by transformers": variants.save(model.model, directory, tmp_path / "saved"),
+        "shards": tiny.make(family, tmp_path / "shards", shards=3),
+        "converted": tmp_path / "converted",
+    }
+    assert main(["convert", str(forms["shards"]), str(tmp_path / "converted shards")]) == 0
+    for name, form in (forms | {"converted shards": tmp_path / "converted shards"}).items():
+        outputs = [output.outputs[0] for output in engine(form).generate(asked, params, use_tqdm=False)]
+        for output, expected in zip(outputs, wanted, strict=True):
+            assert output.token_ids == expected.token_ids, (family, name)
+            assert output.logprobs == expected.logprobs, (family, name)
+    for name in ("names since 4.52", "saved by transformers"):
+        reply = published(family, forms[name]).ask(asked[1], NEW)
+        assert reply.ids == wanted[1].token_ids, f"{family}, {name}: transformers itself reads it otherwise"
+
+
+def test_bfloat16(usual: tuple[str, Path], tmp_path: Path) -> None:
+    """Stored in bfloat16: in float32 as exact as ever, in bfloat16 of one mind wherever the choice is clear."""
+    family, source = usual
+    directory = variants.save(published(family, source, dtype="bfloat16").model, source, tmp_path / "half")
+    assert "bfloat16" in json.loads((directory / "config.json").read_text())["dtype"]
+    model, asked = published(family, directory), questions(family)
+    compare(engine(directory, dtype="float32"), model, asked[:2], f"{family}: bfloat16 stored")
+    half = engine(directory)
+    assert half.parts.engines[0].runner.dtype == "bfloat16"
+    outputs = half.generate(asked, greedy(1, logprobs=1, prompt_logprobs=1), use_tqdm=False)
+    clear = agreed = 0
+    for question, output in zip(asked, outputs, strict=True):
+        reply = model.ask(question, 1)
+        best = np.sort(reply.logits, axis=-1)
+        assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None
+        entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        for entry, logits, lead in zip(entries, reply.logits, best[:, -1] - best[:, -2], strict=True):
+            assert entry is not None
+            found = next(token for token, logprob in entry.items() if logprob.rank == 1)
+            clear += int(lead > CLEAR)
+            agreed += int(lead > CLEAR and found == logits.argmax())
+    print(f"{family}: {agreed} of {clear} clear choices")
+    assert agreed == clear > 5
+
+
+def test_stereo_and_other_rates_reach_whisper_as_mono(tiny_dir: Callable[[str], Path]) -> None:
+    """transformers is given the mean of the channels; ours gets both."""
+    directory = tiny_dir("whisper")
+    left, right = sound(11, 2.0), sound(12, 2.0)
+    stereo = {"prompt": "", "multi_modal_data": {"audio": (np.stack([left, right]), 16000)}}
+    mono = {"prompt": "", "multi_modal_data": {"audio": np.mean([left, right], axis=0)}}
+    output = engine(directory).generate(stereo, greedy(NEW), use_tqdm=False)
+    assert ids(output) == [published("whisper", directory).ask(mono, NEW).ids]

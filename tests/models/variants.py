@@ -1,0 +1,131 @@
+"""Tiny checkpoints that differ from the usual ones in what published models differ in, and in other key layouts."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+from safetensors.numpy import load_file, save_file
+
+Weights = dict[str, np.ndarray]
+Files = dict[str, dict[str, Any]]
+WEIGHTS = "model.safetensors"
+HOST_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+
+
+def edit(directory: Path, change: Callable[[Files, Weights], None]) -> Path:
+    """Let `change` alter the JSON files and the tensors of a checkpoint."""
+    files: Files = {path.name: json.loads(path.read_text()) for path in directory.glob("*config.json")}
+    weights = load_file(directory / WEIGHTS)
+    change(files, weights)
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content))
+    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+    return directory
+
+
+def redraw(weights: Weights, name: str, *shape: int, seed: int = 0) -> None:
+    """Give a tensor another shape, with values to match."""
+    weights[name] = tiny.draw(name, shape, seed)
+
+
+def qwen_untied(files: Files, weights: Weights) -> None:
+    """A head of its own, as the 7B has."""
+    files["config.json"] |= {"tie_word_embeddings": False, "rope_theta": 5000.0}
+    redraw(weights, "lm_head.weight", *weights["model.embed_tokens.weight"].shape)
+    weights["lm_head.weight"][264:] *= tiny.MUTED  # special tokens and padding
+
+
+def llava_long_rope(files: Files, weights: Weights) -> None:
+    """Heads whose size does not follow from the width, Llama 3.1's rope, and a feature layer counted from below."""
+    head, text = 20, files["config.json"]["text_config"]
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    text |= {"head_dim": head, "rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
+    files["config.json"]["vision_feature_layer"] = 1
+    for name in [name for name in weights if "language_model" in name and "self_attn" in name]:
+        heads = text["num_attention_heads" if re.search("[qo]_proj", name) else "num_key_value_heads"]
+        shape = (text["hidden_size"], heads * head)
+        redraw(weights, name, *(shape if "o_proj" in name else shape[::-1]))
+
+
+def llava_full(files: Files, weights: Weights) -> None:
+    """The class token's row is kept, from the last layer; larger images; linear rope; the embedding is the head."""
+    config, side = files["config.json"], 70
+    config |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "tie_word_embeddings": True}
+    config["text_config"] |= {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    config["vision_config"] |= {"image_size": side}
+    config["image_seq_length"] = 26
+    files["processor_config.json"] |= {"vision_feature_select_strategy": "full"}
+    files["preprocessor_config.json"] |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    redraw(weights, "vision_tower.vision_model.embeddings.position_embedding.weight", 26, 32)
+    del weights["language_model.lm_head.weight"]
+    special = [*range(3), *range(354, len(weights["language_model.model.embed_tokens.weight"]))]
+    weights["language_model.model.embed_tokens.weight"][special] *= tiny.MUTED
+
+
+def whisper_128_bins(files: Files, weights: Weights) -> None:
+    """As many mel bins as large-v3 has, and other heads in the decoder than in the encoder."""
+    files["config.json"] |= {"num_mel_bins": 128, "decoder_attention_heads": 6}
+    files["preprocessor_config.json"] |= {"feature_size": 128}
+    redraw(weights, "model.encoder.conv1.weight", len(weights["model.encoder.conv1.weight"]), 128, 3)
+
+
+ODD = {"layers": 3, "width": 48, "heads": 3, "mlp": 80, "tower_layers": 2, "tower_width": 24, "tower_mlp": 48}
+VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], None] | None]] = {
+    "qwen2_vl: one kv head, untied": ("qwen2_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen_untied),
+    "qwen2_vl: five heads": (
+        "qwen2_vl",
+        {"layers": 1, "width": 60, "heads": 5, "kv_heads": 5, "tower_layers": 4, "tower_heads": 1},
+        None,
+    ),
+    "llava: odd heads, llama3 rope": ("llava", ODD | {"kv_heads": 1, "tower_heads": 3}, llava_long_rope),
+    "llava: class token, tied": ("llava", {"kv_heads": 4, "tower_heads": 2}, llava_full),
+    "whisper: 128 bins": ("whisper", ODD | {"tower_layers": 1}, whisper_128_bins),
+    "whisper: deep encoder": ("whisper", {"layers": 1, "tower_layers": 4, "heads": 1, "mlp": 96}, None),
+}
+
+
+def build(name: str, directory: Path, seed: int) -> Path:
+    """Make one of VARIANTS."""
+    family, sizes, change = VARIANTS[name]
+    tiny.make(family, directory, seed=seed, **sizes)
+    return edit(directory, change) if change else directory
+
+
+# -- key layouts -------------------------------------------------------------------------------------------------------
+
+RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {  # published names -> those of transformers since 4.52
+    "qwen2_vl": (("model.", "model.language_model."), ("visual.", "model.visual.")),
+    "llava": (
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    "whisper": (("model.", ""),),
+}
+
+
+def rename(family: str, source: Path, directory: Path) -> Path:
+    """The same checkpoint under the names of transformers since 4.52 (Whisper: of a bare WhisperModel)."""
+    shutil.copytree(source, directory)
+
+    def change(files: Files, weights: Weights) -> None:
+        for name in list(weights):
+            old, new = next(((old, new) for old, new in RENAMED[family] if name.startswith(old)), ("", ""))
+            weights[new + name.removeprefix(old)] = weights.pop(name)
+
+    return edit(directory, change)
+
+
+def save(model: Any, source: Path, directory: Path) -> Path:
+    """The same checkpoint as transformers itself saves it, tensors and config.json both."""
+    model.save_pretrained(directory)
+    for name in HOST_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    return directory
