@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from mmjax.kernels import pool_head_dim
+
 from mmjax import sharding
 from mmjax.batch import Batch, Pool, nest
-from mmjax.kernels import pool_head_dim
 from mmjax.load import Checkpoint, load_params
 from mmjax.processors.base import Item
 from mmjax.render import Rendered
@@ -19,18 +20,18 @@ PAGE, BLOCK = 16, 32
 
 
 class Bare:
-    """Runs one prompt of up to `tokens` tokens with up to `units` units of media, in float32 on one device."""
+    """Runs one prompt of up to `tokens` tokens with up to `units` units of media, in `dtype` on one device."""
 
-    def __init__(self, directory: Path, *, tokens: int, units: int) -> None:
+    def __init__(self, directory: Path, *, tokens: int, units: int, dtype: str = "float32") -> None:
         checkpoint = Checkpoint.open(str(directory))
         mesh = sharding.mesh(jax.local_devices()[:1])
-        self.graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, "float32")
+        self.graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, dtype, dtype)
         self.params = nest(params)
         self.shape = config.shape
-        self.tokens, self.units = tokens, units
+        self.tokens, self.units, self.dtype = tokens, units, jnp.dtype(dtype)
 
     def encode(self, items: Sequence[Item]) -> np.ndarray:
-        """Rows of all the items, one after the other: f32 [rows, W]; for cross attention [frames, D]."""
+        """Rows of all the items, one after the other: [rows, W]; for cross attention [frames, D]."""
         encoder, units = self.shape.encoder, sum(item.units for item in items)
         assert encoder is not None and units <= self.units
         features, segments = {}, 0
@@ -49,8 +50,8 @@ class Bare:
     def logits(self, rendered: Rendered) -> np.ndarray:
         """f32 [T, V] of a rendered prompt."""
         count, size, items = len(rendered.tokens), self.tokens, [entry.item for entry in rendered.items]
-        rows = self.encode(items) if items else np.zeros((0, self.shape.slab_width), np.float32)
-        slab = np.zeros((size, max(self.shape.slab_width, 1)), np.float32)
+        rows = self.encode(items) if items else np.zeros((0, self.shape.slab_width), self.dtype)
+        slab = np.zeros((size, max(self.shape.slab_width, 1)), self.dtype)
         media = np.full(size, -1, np.int32)
         if not self.shape.cross and items:
             slab[: len(rows)] = rows
@@ -87,8 +88,8 @@ class Bare:
         def run(params: dict[str, jax.Array], batch: Batch, slab: jax.Array, rows: jax.Array | None) -> jax.Array:
             model = nnx.merge(self.graph, params)
             count = 1 + batch.pages.shape[1] + batch.cross_pages.shape[1]
-            empty = jnp.zeros((shape.layers * count, PAGE, shape.kv_heads, pool_head_dim(shape.head_dim, "cpu")))
-            pool = Pool(empty, empty)
+            size = (shape.layers * count, PAGE, shape.kv_heads, pool_head_dim(shape.head_dim, "cpu"))
+            pool = Pool(jnp.zeros(size, self.dtype), jnp.zeros(size, self.dtype))
             if rows is not None:
                 first = (1 + batch.pages.shape[1]) * PAGE
                 pool = model.cross(rows, pool, jnp.arange(rows.shape[0], dtype=jnp.int32) + first)

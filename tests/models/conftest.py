@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mmjax import LLM
 
 # Each has one bucket of prompt tokens, and cuts prompts where it is full, be it inside an image.

@@ -69,7 +69,6 @@ class Published:
         else:
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
 
-    @torch.no_grad()
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
         """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
         rendered = self.renderer.render(self.renderer.parse(question))
@@ -77,13 +76,14 @@ class Published:
             name: torch.from_numpy(value).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
             for name, value in self.media(question).items()
         }
-        if self.family == "whisper":
-            media = {"encoder_outputs": self.model.get_encoder()(**media)}
         tokens = rendered.tokens.tolist()
         found: list[int] = []
-        while len(found) < steps and (not found or found[-1] != stop):
-            logits = self._logits(tokens + found, media)
-            found.append(int(logits[-1].argmax()))
+        with torch.no_grad():
+            if self.family == "whisper":
+                media = {"encoder_outputs": self.model.get_encoder()(**media)}
+            while len(found) < steps and (not found or found[-1] != stop):
+                logits = self._logits(tokens + found, media)
+                found.append(int(logits[-1].argmax()))
         return Reply(tokens, found, logits.numpy())
 
     def _logits(self, tokens: list[int], media: Mapping[str, Any]) -> Any:

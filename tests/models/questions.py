@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
 from small import picture, text
 
 IMAGE, VIDEO = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
@@ -45,9 +46,7 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     "qwen2_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
         "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1)]),
-        "two_images": lambda: qwen2_vl(
-            f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]
-        ),
+        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[clip(4, 5, 56, 84)]),
         "long_video": lambda: qwen2_vl(VIDEO + "Who is it?", video=[clip(8, 16, 56, 84)]),
         "image_and_video": lambda: qwen2_vl(

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
 import tiny
 from mmjax import LLM
 from mmjax.__main__ import main
 from models import variants
+from models.bare import Bare
 from models.questions import IMAGE, QUESTIONS, Question, llava, qwen2_vl, sound, whisper
 from models.tables import answer_table, close, log_softmax, prompt_table
 from models.test_recorded import RECORDED
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.parity
 FAMILIES = tuple(QUESTIONS)
 LOGITS = 2e-4
 NEW = 10
-CLEAR = 0.3  # bfloat16 must agree on the best token where it leads by so much
+CLEAR = 1.0  # bfloat16 must agree on the best token where it leads by so much
 
 # One program of each kind.
 ONE = {"max_num_seqs": 1, "max_num_batched_tokens": 128, "num_decode_steps": 4, "max_logprobs": -1}
@@ -77,19 +79,14 @@ def test_variant(name: str, tmp_path: Path) -> None:
     compare(engine(directory), published(family, directory), questions(family) + EXTRA[family], name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_positions_are_those_of_transformers_but_for_long_clips(
-    family: str, tiny_dir: Callable[[str], Path]
-) -> None:
-    if family != "qwen2_vl":
-        pytest.skip("plain positions")
+def test_positions_are_those_of_transformers_but_for_long_clips(tiny_dir: Callable[[str], Path]) -> None:
+    """transformers 5.23 lets text go on too early after a clip with more pairs of frames than rows or columns."""
     import torch
 
-    model = published(family, tiny_dir(family))
+    model = published("qwen2_vl", tiny_dir("qwen2_vl"))
     config = model.files["config.json"]
-    for case, make in QUESTIONS[family].items():
-        if case == "long_video":
-            continue
+    for case in ("text", "image", "two_images", "video", "image_and_video"):
+        make = QUESTIONS["qwen2_vl"][case]
         question = make()
         rendered = model.renderer.render(model.renderer.parse(question))
         tokens = torch.from_numpy(rendered.tokens.astype(np.int64))[None]
@@ -146,29 +143,33 @@ def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], t
         assert reply.ids == wanted[1].token_ids, f"{family}, {name}: transformers itself reads it otherwise"
 
 
-def test_bfloat16(usual: tuple[str, Path], tmp_path: Path) -> None:
-    """Stored in bfloat16: in float32 as exact as ever, in bfloat16 of one mind wherever the choice is clear."""
+def test_bfloat16_weights(usual: tuple[str, Path], tmp_path: Path) -> None:
+    """On the CPU half precision is a matter of the weights: rounded before they are stored, or when they are read."""
     family, source = usual
     directory = variants.save(published(family, source, dtype="bfloat16").model, source, tmp_path / "half")
-    assert "bfloat16" in json.loads((directory / "config.json").read_text())["dtype"]
-    model, asked = published(family, directory), questions(family)
-    compare(engine(directory, dtype="float32"), model, asked[:2], f"{family}: bfloat16 stored")
-    half = engine(directory)
-    assert half.parts.engines[0].runner.dtype == "bfloat16"
-    outputs = half.generate(asked, greedy(1, logprobs=1, prompt_logprobs=1), use_tqdm=False)
-    clear = agreed = 0
-    for question, output in zip(asked, outputs, strict=True):
-        reply = model.ask(question, 1)
-        best = np.sort(reply.logits, axis=-1)
-        assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None
-        entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-        for entry, logits, lead in zip(entries, reply.logits, best[:, -1] - best[:, -2], strict=True):
-            assert entry is not None
-            found = next(token for token, logprob in entry.items() if logprob.rank == 1)
-            clear += int(lead > CLEAR)
-            agreed += int(lead > CLEAR and found == logits.argmax())
-    print(f"{family}: {agreed} of {clear} clear choices")
-    assert agreed == clear > 5
+    assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
+    model, asked = published(family, directory), questions(family)[:2]
+    compare(engine(directory), model, asked, f"{family}: stored in bfloat16")
+    compare(engine(source, dtype="bfloat16"), model, asked, f"{family}: read as bfloat16")
+
+
+def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path) -> None:
+    """As on accelerators: no further from float32 than transformers' bfloat16, and of one mind on what is clear."""
+    family, source = usual
+    half = published(family, source, dtype="bfloat16")
+    directory = variants.save(half.model, source, tmp_path / "half")
+    model = published(family, directory)
+    units = {"whisper": 1, "llava": 2, "qwen2_vl": 256}[family]
+    bare = Bare(directory, tokens=128, units=units, dtype="bfloat16")
+    for question in questions(family):
+        exact, theirs = model.ask(question, 1).logits, half.ask(question, 1).logits
+        ours = bare.logits(model.renderer.render(model.renderer.parse(question)))
+        error, allowed = (np.sqrt(np.square(x - exact).mean()) for x in (ours, theirs))
+        print(f"{family}: off by {error:.3f}, transformers by {allowed:.3f}")
+        assert error < 2 * allowed
+        best = np.sort(exact, axis=-1)
+        clear = best[:, -1] - best[:, -2] > CLEAR
+        np.testing.assert_array_equal(ours.argmax(axis=-1)[clear], exact.argmax(axis=-1)[clear])
 
 
 def test_stereo_and_other_rates_reach_whisper_as_mono(tiny_dir: Callable[[str], Path]) -> None:

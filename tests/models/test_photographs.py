@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from mmjax import LLM
 from models.questions import IMAGE
 from models.tables import close, log_softmax
-from PIL import Image
 from small import greedy, ids, text
 
 NEW = 8  # tokens per answer

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mmjax import LLM
 from mmjax.types import RequestOutput
 from models.questions import QUESTIONS

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+
 from mmjax import LLM, SamplingParams
 from mmjax.multimodal.audio import load, resample, split_audio
 from mmjax.types import RequestOutput
@@ -49,7 +50,7 @@ def recordings(shared: Path) -> Recordings:
 
 
 @pytest.fixture(scope="module")
-def answers(weights: Path, recordings: Recordings) -> Callable[[str, str], RequestOutput]:
+def answers(weights: Path, recordings: Recordings) -> Callable[..., RequestOutput]:
     """`answers(name, prompt)`: the transcription of a recording. All are asked for at once."""
     llm = LLM(
         str(weights),
@@ -62,7 +63,11 @@ def answers(weights: Path, recordings: Recordings) -> Callable[[str, str], Reque
     prompts = [{"prompt": prompt, "multi_modal_data": {"audio": recordings[name]}} for name, prompt in asked]
     params = SamplingParams(temperature=0, max_tokens=LONGEST, logprobs=0)
     found = dict(zip(asked, llm.generate(prompts, params, use_tqdm=False), strict=True))
-    return lambda name, prompt=TASK: found[name, prompt]
+
+    def get(name: str, prompt: str = TASK) -> RequestOutput:
+        return found[name, prompt]
+
+    return get
 
 
 @pytest.fixture

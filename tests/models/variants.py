@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny
 from safetensors.numpy import load_file, save_file
+
+import tiny
 
 Weights = dict[str, np.ndarray]
 Files = dict[str, dict[str, Any]]
