@@ -19,8 +19,11 @@ def one_device(shared_llm) -> dict[str, list[list[int]]]:
     return {family: ids(shared_llm(family).generate(p, greedy(), use_tqdm=False)) for family, p in prompts.items()}
 
 
-@pytest.mark.parametrize("ways", [2, 4])
-@pytest.mark.parametrize(("family", "prompts"), [("qwen2_vl", QWEN), ("whisper", WHISPER), ("llava", LLAVA)])
+# Two ways split the heads, four also repeat (Qwen2-VL) or pad them.
+@pytest.mark.parametrize(
+    ("family", "prompts", "ways"),
+    [("qwen2_vl", QWEN, 2), ("qwen2_vl", QWEN, 4), ("whisper", WHISPER, 4), ("llava", LLAVA, 2)],
+)
 def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, prompts: list, ways: int) -> None:
     llm: LLM = make_llm(family, tensor_parallel_size=ways)
     assert ids(llm.generate(prompts, greedy(), use_tqdm=False)) == one_device[family]
