@@ -11,7 +11,7 @@ from mmjax import LLM
 # Each has one bucket of prompt tokens, and cuts prompts where it is full, be it inside an image.
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4, "enforce_eager": True}
 SIZES: dict[str, dict[str, Any]] = {
-    "whisper": {"max_num_batched_tokens": 32},
+    "whisper": {"max_num_seqs": 2, "max_num_batched_tokens": 32},
     "llava": {"max_model_len": 256, "max_num_batched_tokens": 32},
     "qwen2_vl": {"max_model_len": 256},
 }

@@ -55,7 +55,7 @@ def answers(weights: Path, recordings: Recordings) -> Callable[..., RequestOutpu
     llm = LLM(
         str(weights),
         dtype="float32",
-        max_num_seqs=2,
+        max_num_seqs=1,
         max_num_batched_tokens=32,
         enforce_eager=True,
     )
