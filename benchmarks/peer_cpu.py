@@ -29,9 +29,9 @@ SPEECH_TOKENS = 128
 IMAGE_REQUESTS = 16
 IMAGE_SIDE = 224
 IMAGE_TOKENS = 32
-VOCABULARY = 32_000
+VOCABULARY = 151_936  # the published one: with it a model of 100M parameters is mostly embedding, as small models are
 SIZES = {
-    "layers": 12, "width": 640, "mlp": 2240, "heads": 10, "kv_heads": 2,
+    "layers": 10, "width": 384, "mlp": 1536, "heads": 6, "kv_heads": 2,
     "tower_layers": 8, "tower_width": 384, "tower_mlp": 1536, "tower_heads": 6,
 }  # fmt: skip
 TARGETS = {"speech float32": 0.4, "speech bfloat16": 0.4, "images float32": 0.5}

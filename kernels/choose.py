@@ -84,5 +84,9 @@ def pool_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
 
 
 def query_block(platform: str) -> int:
-    """Queries per block of `paged_prefill` that suits the platform."""
-    return {"cpu": 32, "gpu": 64, "tpu": 64}[platform]
+    """Queries per block of `paged_prefill` that suits the platform.
+
+    On the CPU 32 would make attention over 1024 keys a quarter faster, but each prompt is padded to whole blocks: a
+    prompt about one small image has 76 tokens, which 16 makes 80 and 32 makes 96.
+    """
+    return {"cpu": 16, "gpu": 64, "tpu": 64}[platform]

@@ -24,6 +24,10 @@ from mmjax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Between one size of program and the next lies padding that is computed for nothing, which a CPU cannot afford; more
+# sizes take longer to compile, which a GPU's compiler does slowly.
+LEAST_TOKENS = {"cpu": 128, "gpu": 256, "tpu": 256}
+TOKENS_STEP = {"cpu": 2, "gpu": 4, "tpu": 4}
 STOPS = 16  # stop tokens per sequence that the device watches for
 CPU_CACHE_BYTES = 1 << 30
 WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for what the programs hold while they run
@@ -233,9 +237,9 @@ def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_row
     if encoder is not None:
         most = slab_rows // encoder.rows * encoder.grain if encoder.rows else min(seqs, 8)
         least = max(encoder.grain, min(256, most)) if encoder.grain > 1 else 1
-        units = ladder(least, most, 4 if encoder.grain > 1 else 2)
+        units = ladder(least, most, 2)
     return Sizes(
-        tokens=ladder(min(4 * block, tokens), tokens, 4),
+        tokens=ladder(min(LEAST_TOKENS[platform], tokens), tokens, TOKENS_STEP[platform]),
         seqs=ladder(1, seqs, 4),
         units=units,
         block=block,
