@@ -17,8 +17,8 @@ for flag in ("--xla_force_host_platform_device_count=4", "--xla_llvm_disable_exp
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
-import jax
-import pytest
+import jax  # noqa: E402 - reads the environment when it is imported
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
