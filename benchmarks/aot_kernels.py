@@ -129,7 +129,9 @@ def compile_all(ops: Any, target: str, impl: str, platform: str, verbose: bool) 
             if verbose:
                 traceback.print_exc()
             continue
-        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        temporary = memory.temp_size_in_bytes / 2**20
         pool = 2 * arguments[1].size * arguments[1].dtype.itemsize / 2**20
         seconds = time.perf_counter() - begun
         print(f"{target:8} {name:75} {seconds:5.1f} s  temp {temporary:7.1f} MiB  k+v {pool:6.0f} MiB", flush=True)

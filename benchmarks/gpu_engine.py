@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny
-from mmjax.bench import Bench, Workload
+import tiny  # noqa: E402
+from mmjax.bench import Bench, Workload  # noqa: E402
 
 SIZES = {
     "hidden_size": 1536,

@@ -78,7 +78,7 @@ def report(
         want = np.asarray(jax.jit(rows["reference"])(*exact), np.float32)
     del exact
     dtype = arguments[0].dtype
-    bound = 2e-4 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)
+    bound = 2e-4 if dtype == jnp.float32 else 4 * float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
     print(name, flush=True)
     for label, function in rows.items():
         try:

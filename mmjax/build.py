@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
 from mmjax.engine.engine import Engine
 from mmjax.engine.pack import Sizes
-from mmjax.load import Checkpoint, load_params
+from mmjax.load import Checkpoint, find, load_params
 from mmjax.models.family import Shape
 from mmjax.render import Renderer
 from mmjax.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def build(args: EngineArgs) -> Parts:
     dummy = args.load_format == "dummy"
     config = checkpoint.model_config(dummy=dummy)
     dtype = resolve_dtype(args.dtype, _stored_dtype(checkpoint.config), platform)
-    tokenizer = None if args.skip_tokenizer_init else Tokenizer(args.tokenizer or checkpoint.directory)
+    tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation, eos = _generation(args, checkpoint, tokenizer)
     processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
     limits = args.limits(processor.kinds)
@@ -101,12 +101,18 @@ def build(args: EngineArgs) -> Parts:
     return Parts(engines, renderer, tokenizer, shape, sizes, generation, eos, max_len, startup, compile_s, seeds)
 
 
+def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
+    if args.tokenizer is None:
+        return checkpoint.directory
+    return find(args.tokenizer, revision=args.tokenizer_revision, token=args.hf_token)
+
+
 def _start_jax(args: EngineArgs) -> Any:
     """Import jax with the memory share and the compilation cache it must know of before it starts."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         where = env("COMPILATION_CACHE", str(Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser() / "xla"))
         if where != "0":
             jax.config.update("jax_compilation_cache_dir", where)
@@ -140,7 +146,9 @@ def _engine(
     from mmjax.engine.runner import Runner
 
     mesh = sharding.mesh(devices)
-    held = "float32" if platform == "cpu" else dtype  # XLA:CPU emulates half precision: a decode step took 10 times as long
+    held = (
+        "float32" if platform == "cpu" else dtype
+    )  # XLA:CPU emulates half precision: a decode step took 10 times as long
     graph, split, params = load_params(
         checkpoint,
         config,
@@ -159,9 +167,7 @@ def _engine(
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
     slab_rows = _slab_rows(args, shape, platform, max_len)
     sizes = _sizes(args, shape, platform, max_len, slab_rows)
-    runner = Runner(
-        graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, platform=platform
-    )
+    runner = Runner(graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, platform=platform)
     seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling", args))
     caching = not shape.cross if args.enable_prefix_caching is None else args.enable_prefix_caching
     engine = Engine(runner, sizes, shape, pages=pages, slab_rows=slab_rows, prefix_caching=caching)
@@ -209,9 +215,9 @@ def _cache_size(args: EngineArgs, shape: Shape, platform: str, budget: int, page
             longest = fits
         else:
             raise ValueError(
-                f"one sequence of max_model_len {longest} tokens needs {longest * page_bytes / page / 2**30:.2f} GiB of "
-                f"cache, but only {budget / 2**30:.2f} GiB are there, enough for {max(fits, 0)} tokens. Lower max_model_len "
-                f"(or set it to 'auto'), or raise "
+                f"one sequence of max_model_len {longest} tokens needs {longest * page_bytes / page / 2**30:.2f} GiB "
+                f"of cache, but only {budget / 2**30:.2f} GiB are there, enough for {max(fits, 0)} tokens. "
+                f"Lower max_model_len (or set it to 'auto'), or raise "
                 f"{'kv_cache_memory_bytes' if platform == 'cpu' else 'gpu_memory_utilization'}."
             )
     useful = seqs * (-(-longest // page) + cross)

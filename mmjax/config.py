@@ -35,14 +35,15 @@ class EngineArgs:
 
     model: a local directory (Hugging Face layout, or what `mmjax convert` wrote) or a hub id.
     dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU, which has no
-    fast half precision, it says what the weights are rounded to; they are held and computed with in float32. enforce_eager: compile each shape on first use instead of all
-    at start. max_model_len: most tokens of a prompt and its answer ("4k" = 4000, "4K" = 4096, "auto" or -1 = what the
-    model and the memory allow). max_num_seqs: sequences decoded together. max_num_batched_tokens: prompt tokens per
-    step, and the largest media item. gpu_memory_utilization: share of the accelerator's memory to use; on the CPU
-    `kv_cache_memory_bytes` (default 1 GiB, at most what max_num_seqs sequences can fill) bounds the cache.
-    num_decode_steps: decode steps per dispatch where no row needs the host. enable_prefix_caching: None = on for
-    decoder-only models. limit_mm_per_prompt: {"image": 2} or {"image": {"count": 2}}. generation_config: "auto" takes
-    sampling defaults from the model's generation_config.json, "vllm" takes neutral ones.
+    fast half precision, it says what the weights are rounded to; they are held and computed with in float32.
+    enforce_eager: compile each shape on first use instead of all at start. max_model_len: most tokens of a prompt and
+    its answer ("4k" = 4000, "4K" = 4096, "auto" or -1 = what the model and the memory allow). max_num_seqs: sequences
+    decoded together. max_num_batched_tokens: prompt tokens per step, and the largest media item.
+    gpu_memory_utilization: share of the accelerator's memory to use; on the CPU `kv_cache_memory_bytes` (default
+    1 GiB, at most what max_num_seqs sequences can fill) bounds the cache. num_decode_steps: decode steps per dispatch
+    where no row needs the host. enable_prefix_caching: None = on for decoder-only models. limit_mm_per_prompt:
+    {"image": 2} or {"image": {"count": 2}}. generation_config: "auto" takes sampling defaults from the model's
+    generation_config.json, "vllm" takes neutral ones.
     """
 
     model: str
@@ -117,7 +118,9 @@ class EngineArgs:
         _require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "'auto' or 'dummy'")
         _require(self.quantization is None, "quantization", self.quantization, "None: no method is available yet")
         _require(self.runner in ("auto", "generate"), "runner", self.runner, "'auto' or 'generate'")
-        _require(self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'")
+        _require(
+            self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'"
+        )
 
     def limits(self, kinds: Mapping[str, int | None]) -> dict[str, int]:
         """Most items per prompt of each modality a model has, its own hard maximum included."""
@@ -136,7 +139,9 @@ def human_int(name: str, value: int | str) -> int:
         return -1
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)
     if match is None:
-        raise ValidationError(f"{name} must be a number such as 4096, 4k or 4K, got {value!r}.", parameter=name, value=value)
+        raise ValidationError(
+            f"{name} must be a number such as 4096, 4k or 4K, got {value!r}.", parameter=name, value=value
+        )
     scale = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}[match[2]]
     number = int(float(match[1]) * scale)
     _require(number >= 1, name, value, "at least 1")
@@ -162,7 +167,9 @@ def _check_limit(kind: str, limit: Any) -> None:
     name = f"limit_mm_per_prompt[{kind!r}]"
     _require(kind in LIMIT_OPTIONS, "limit_mm_per_prompt", kind, f"keyed by one of {', '.join(LIMIT_OPTIONS)}")
     if not isinstance(limit, Mapping):
-        _require(isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0, name, limit, "an int of at least 0")
+        _require(
+            isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0, name, limit, "an int of at least 0"
+        )
         return
     for option, value in limit.items():
         _require(option in LIMIT_OPTIONS[kind], name, option, f"made of {', '.join(LIMIT_OPTIONS[kind])}")

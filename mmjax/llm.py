@@ -16,6 +16,7 @@ from mmjax.types import RequestError, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+
 class LLM:
     """A model ready to answer.
 
@@ -69,6 +70,8 @@ class LLM:
             raise
         finally:
             job.close()
+        if not self.args.disable_log_stats:
+            logger.info("after %d prompts: %s", len(batch), self.get_metrics())
         return [runs[i] for i in range(len(batch))]
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

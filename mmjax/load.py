@@ -96,7 +96,9 @@ class Checkpoint:
         for path, shape in shapes.items():
             if path not in self.tensors or tuple(self.tensors[path].shape) != shape:
                 found = tuple(self.tensors[path].shape) if path in self.tensors else "nothing"
-                raise ValueError(f"{self.directory}: parameter {path!r} needs shape {shape}, found {found}; convert it again")
+                raise ValueError(
+                    f"{self.directory}: parameter {path!r} needs shape {shape}, found {found}; convert it again"
+                )
             yield path, self.tensors[path].read()
 
 

@@ -88,9 +88,13 @@ class Run:
 def _prompt(rendered: Rendered, cross: bool) -> Prompt:
     """A rendered prompt in the engine's own words."""
     items = rendered.items
-    spans = () if cross else tuple(
-        MediaSpan(span.start, span.length, entry.key, entry.item)
-        for span, entry in zip(rendered.spans, items, strict=True)
+    spans = (
+        ()
+        if cross
+        else tuple(
+            MediaSpan(span.start, span.length, entry.key, entry.item)
+            for span, entry in zip(rendered.spans, items, strict=True)
+        )
     )
     audio = tuple((entry.key, entry.item) for entry in items) if cross else ()
     salt = (rendered.salt or "").encode() + b"".join(b"|" + entry.key.encode() for entry in items if cross)

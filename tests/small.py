@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+
 from mmjax import SamplingParams
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -58,7 +58,7 @@ def test_continuous_integration_runs_what_the_readme_says() -> None:
     for command in (
         "ruff format --check .",
         "ruff check .",
-        "mypy tests benchmarks examples",
+        "mypy benchmarks examples",
         "examples/quickstart.py",
     ):
         assert command in README and command in script

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rendering import load_processor, make_renderer
 
 from mmjax.processors.base import Item
 from mmjax.render import ItemCache, Rendered, Renderer
 from mmjax.types import RequestError, ValidationError
+from rendering import load_processor, make_renderer
 
 Make = Callable[[str], Path]
 RED, BLUE = Image.new("RGB", (60, 60), "red"), Image.new("RGB", (60, 60), "blue")

@@ -43,14 +43,9 @@ class Answer:
     def take(self, tokens: np.ndarray, report: Report | None) -> None:
         """Take the device's newest tokens i32[n], up to where the answer ends."""
         seq, before = self.seq, self.seq.known
-        end: tuple[str, int | str | None] | None = None
-        for token in tokens.tolist():
-            seq.append(token)
-            end = self._end_at(token)
-            if end is not None:
-                break
+        new, end = self._until_end(tokens.tolist())
+        seq.extend(new)
         if self._text is not None:
-            new = seq.tokens[before : seq.known].tolist()
             unseen = end is not None and end[0] == "stop" and not seq.params.include_stop_str_in_output
             self._text.push(new[:-1] if unseen else new)
             if self._text.stopped is not None:
@@ -93,15 +88,16 @@ class Answer:
             stop_reason=self.stop_reason,
         )
 
-    def _end_at(self, token: int) -> tuple[str, int | str | None] | None:
-        """(finish reason, stop reason) if the newest token ends the answer."""
+    def _until_end(self, tokens: list[int]) -> tuple[list[int], tuple[str, int | str | None] | None]:
+        """The tokens up to the one that ends the answer, and (finish reason, stop reason) if one does."""
         seq, p = self.seq, self.seq.params
-        if seq.output_len > p.min_tokens or not p.min_tokens:
-            if token == self.eos and not p.ignore_eos:
-                return "stop", None
+        done = seq.output_len
+        tokens = tokens[: seq.max_tokens - done]
+        for i in range(max(0, p.min_tokens - done), len(tokens)):
+            token = tokens[i]
             if token in seq.stops:
-                return "stop", token
-        return ("length", None) if seq.output_len >= seq.max_tokens else None
+                return tokens[: i + 1], ("stop", None if token == self.eos and not p.ignore_eos else token)
+        return tokens, ("length", None) if done + len(tokens) == seq.max_tokens else None
 
     def _entry(self, report: Report, i: int, count: int) -> dict[int, Logprob]:
         """The sampled token and its `count` best rivals (all when -1), by id."""

@@ -44,7 +44,9 @@ class EncoderCache:
 
     def put(self, key: str, rows: int, user: int) -> np.ndarray:
         """Rows for a new item, used by `user`. The caller has checked `fits`."""
-        idle = iter([k for k, entry in self._entries.items() if not entry.users]) if rows > len(self._free) else iter(())
+        idle = (
+            iter([k for k, entry in self._entries.items() if not entry.users]) if rows > len(self._free) else iter(())
+        )
         while rows > len(self._free):
             gone = self._entries.pop(next(idle))
             self._free.extend(gone.rows.tolist())

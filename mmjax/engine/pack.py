@@ -1,4 +1,4 @@
-"""Plans into padded arrays. The only place where anything is padded; what each padding means is said where it is put."""
+"""Plans into padded arrays. Nothing is padded anywhere else, and what each padding means is said where it is put."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ class Runner:
         return sampled, hidden
 
     def decode(self, seqs: int, vector: np.ndarray, most: int) -> sampler.Sampled:
-        """Dispatch decode steps, `most` for the row that takes most: sampled [>= most, S], -1 where a row had stopped."""
+        """Dispatch decode steps, `most` for the longest row: sampled [>= most, S], -1 where a row had stopped."""
         self.state, sampled = self.program("decode", seqs, self._steps(most))(self.leaves, self.state, vector)
         return sampled
 

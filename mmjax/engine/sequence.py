@@ -112,10 +112,10 @@ class Sequence:
         p = self.params
         return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
 
-    def append(self, token: int) -> None:
-        """One more token from the device."""
-        self.tokens[self.known] = token
-        self.known += 1
+    def extend(self, tokens: list[int]) -> None:
+        """More tokens from the device."""
+        self.tokens[self.known : self.known + len(tokens)] = tokens
+        self.known += len(tokens)
 
     def page_keys(self, size: int, tokens: int) -> list[bytes]:
         """Content keys of the full pages within the first `tokens` known tokens."""

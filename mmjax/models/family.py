@@ -85,5 +85,3 @@ class CrossModel(Model, Protocol):
     def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
         """Write every layer's cross-attention keys and values at slot i32[units * keys]."""
         ...
-
-

@@ -47,7 +47,9 @@ class Config:
         width, heads = config["d_model"], config["encoder_attention_heads"]
         act = config["activation_function"]
         return cls(
-            audio=TowerConfig(width, config["encoder_layers"], heads, width // heads, config["encoder_ffn_dim"], EPS, act),
+            audio=TowerConfig(
+                width, config["encoder_layers"], heads, width // heads, config["encoder_ffn_dim"], EPS, act
+            ),
             mels=config["num_mel_bins"],
             frames=config["max_source_positions"],
             width=width,
@@ -129,9 +131,12 @@ class Block(nnx.Module):
     def __init__(self, c: Config) -> None:
         d, n, h, f = c.width, c.heads, c.head_dim, c.mlp
         out, back = ("kv_heads", "group", "head_dim", "embed"), ("embed",)
-        for name in ("attn_norm", "cross_norm", "mlp_norm"):
-            setattr(self, name, weight(d, axes=back))
-            setattr(self, f"{name}_bias", weight(d, axes=back))
+        self.attn_norm = weight(d, axes=back)
+        self.attn_norm_bias = weight(d, axes=back)
+        self.cross_norm = weight(d, axes=back)
+        self.cross_norm_bias = weight(d, axes=back)
+        self.mlp_norm = weight(d, axes=back)
+        self.mlp_norm_bias = weight(d, axes=back)
         self.qkv = weight(d, n, 3, h, axes=("embed", "kv_heads", "group_kv", "head_dim"))
         self.qkv_bias = weight(n, 3, h, axes=("kv_heads", "group_kv", "head_dim"))
         self.o = weight(n, 1, h, d, axes=out)

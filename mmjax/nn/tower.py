@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +78,7 @@ class Blocks(nnx.Module):
         self.fc2_bias = weight(n, d, axes=("depth", "embed"))
         self.c = c
 
-    def __call__(
-        self, x: jax.Array, segment: jax.Array, angles: jax.Array | None, uniform: int | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, segment: jax.Array, angles: jax.Array | None, uniform: int | None) -> jax.Array:
         """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
         c = self.c
         y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
@@ -111,7 +110,7 @@ class Tower(nnx.Module):
         """x [U, C] to [U, C]; units attend within equal `segment` i32[U]; `angles` f32[U, H/2] turn q and k."""
         graph, weights = nnx.split(self.blocks)
 
-        def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             return nnx.merge(graph, layer)(x, segment, angles, uniform), None
 
         return jax.lax.scan(body, x, weights)[0]

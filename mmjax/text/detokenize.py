@@ -21,6 +21,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Decoder(Protocol):
     """The half of a tokenizer that is needed here."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def special_ids(self) -> Set[int]: ...
 

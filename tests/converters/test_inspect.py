@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 from mmjax.converters import llava
 from mmjax.converters.inspect import describe, render, size
 from mmjax.converters.orbax import convert_checkpoint
 from mmjax.converters.safetensors import CheckpointError, open_checkpoint
+
+import tiny
 
 Expected = Callable[[str, Path], dict[str, tuple[int, ...]]]
 

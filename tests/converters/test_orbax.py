@@ -16,13 +16,14 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny
 from mmjax.converters import llava, qwen2_vl, whisper
 from mmjax.converters.manifest import MANIFEST, is_orbax, read_manifest
 from mmjax.converters.orbax import convert_checkpoint, open_converted
 from mmjax.converters.safetensors import CheckpointError, open_checkpoint
 from mmjax.converters.table import ConversionError, Table, convert
 from safetensors.numpy import load_file, save_file
+
+import tiny
 
 TABLES: dict[str, Table] = {"llava": llava.TABLE, "qwen2_vl": qwen2_vl.TABLE, "whisper": whisper.TABLE}
 Shapes = dict[str, tuple[int, ...]]

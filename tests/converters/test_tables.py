@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Table, convert, plan
 
+import tiny
 from mmjax.models import Family
 
 FAMILIES = ("llava", "qwen2_vl", "whisper")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mmjax import LLM
 
 SMALL = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4}

@@ -1,10 +1,11 @@
-"""What an engine owes its users whatever it is given: the same answer alone, in company, cut up, preempted or cached."""
+"""What an engine owes its users: the same answer alone, in company, cut up, preempted or cached."""
 
 import dataclasses
 import re
 
 import numpy as np
 import pytest
+
 from mmjax import LLM, SamplingParams
 from mmjax.types import RequestError
 from small import asking, greedy, ids, picture, text
@@ -142,7 +143,9 @@ def test_logprobs_and_prompt_logprobs(qwen: LLM) -> None:
         assert entry[token].rank == 1, "greedy takes the likeliest"
         assert len(entry) == 3
         assert sum(np.exp(e.logprob) for e in entry.values()) < 1.0001
-    assert answer.cumulative_logprob == pytest.approx(sum(e[t].logprob for t, e in zip(answer.token_ids, answer.logprobs)))
+    assert answer.cumulative_logprob == pytest.approx(
+        sum(e[t].logprob for t, e in zip(answer.token_ids, answer.logprobs, strict=True))
+    )
     assert out.prompt_logprobs[0] is None
     assert len(out.prompt_logprobs) == len(out.prompt_token_ids)
     for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True):
@@ -178,7 +181,9 @@ def test_penalties_change_only_their_own_row(qwen: LLM) -> None:
     prompt = text("Hello")
     free = ids(qwen.generate(prompt, greedy(32), use_tqdm=False))[0]
     assert len(set(free)) < len(free), "something repeats, or there is nothing to penalise"
-    both = qwen.generate([prompt] * 2, [greedy(32), greedy(32, presence_penalty=2.0, frequency_penalty=2.0)], use_tqdm=False)
+    both = qwen.generate(
+        [prompt] * 2, [greedy(32), greedy(32, presence_penalty=2.0, frequency_penalty=2.0)], use_tqdm=False
+    )
     assert ids(both)[0] == free
     assert len(set(ids(both)[1])) > len(set(free))
 

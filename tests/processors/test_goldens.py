@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rendering import load_processor, read_files
 
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import Item, Processor
+from rendering import load_processor, read_files
 
 CASES = {
     "llava": ("text", "image", "two_images", "vllm_prompt"),
