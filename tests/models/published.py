@@ -1,13 +1,13 @@
 """The same questions put to transformers: its models load the same directory, its processors prepare what they can.
 
-    python tests/models/published.py > tests/models/recorded.json
+    PYTHONPATH=tests python -m models.published > tests/models/recorded.json
 
 writes down what transformers answers about the tiny checkpoints, for tests that run without torch.
 """
 
 import dataclasses
 import json
-import sys
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -168,17 +168,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[family] = record(family, tiny.make(family, Path(folder)))
     lines = json.dumps(found, indent=1)
-    print(re_flow(lines), end="")
-
-
-def re_flow(lines: str) -> str:
-    """One line per list: lists of numbers are read as rows, not as columns."""
-    import re
-
-    return re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", lines) + "\n"
+    print(re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", lines))  # a list is one line
 
 
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path[:0] = [str(here.parent), str(here.parent.parent)]
     main()

@@ -99,7 +99,7 @@ def test_positions_are_those_of_transformers_but_for_long_clips(tiny_dir: Callab
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_answers_are_still_what_transformers_says(family: str, tiny_dir: Callable[[str], Path]) -> None:
-    """If this fails, `python tests/models/published.py > tests/models/recorded.json` writes them anew."""
+    """If this fails, `PYTHONPATH=tests python -m models.published > tests/models/recorded.json` writes them anew."""
     from models.published import record
 
     now = record(family, tiny_dir(family))
