@@ -128,7 +128,7 @@ def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], t
     assert main(["convert", str(directory), str(tmp_path / "converted")]) == 0
     forms = {
         "names since 4.52": variants.rename(family, directory, tmp_path / "renamed"),
-        "saved by transformers": variants.save(model.model, directory, tmp_path / "saved"),
+        "saved by transformers": variants.save(model, directory, tmp_path / "saved"),
         "shards": tiny.make(family, tmp_path / "shards", shards=3),
         "converted": tmp_path / "converted",
     }
@@ -146,7 +146,7 @@ def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], t
 def test_bfloat16_weights(usual: tuple[str, Path], tmp_path: Path) -> None:
     """On the CPU half precision is a matter of the weights: rounded before they are stored, or when they are read."""
     family, source = usual
-    directory = variants.save(published(family, source, dtype="bfloat16").model, source, tmp_path / "half")
+    directory = variants.save(published(family, source, dtype="bfloat16"), source, tmp_path / "half")
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
     model, asked = published(family, directory), questions(family)[:2]
     compare(engine(directory), model, asked, f"{family}: stored in bfloat16")
@@ -157,7 +157,7 @@ def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path) -> None:
     """As on accelerators: no further from float32 than transformers' bfloat16, and of one mind on what is clear."""
     family, source = usual
     half = published(family, source, dtype="bfloat16")
-    directory = variants.save(half.model, source, tmp_path / "half")
+    directory = variants.save(half, source, tmp_path / "half")
     model = published(family, directory)
     units = {"whisper": 1, "llava": 2, "qwen2_vl": 256}[family]
     bare = Bare(directory, tokens=128, units=units, dtype="bfloat16")

@@ -5,17 +5,20 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 import tiny
 
+if TYPE_CHECKING:
+    from models.published import Published
+
 Weights = dict[str, np.ndarray]
 Files = dict[str, dict[str, Any]]
 WEIGHTS = "model.safetensors"
-HOST_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+HOST_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
 
 def edit(directory: Path, change: Callable[[Files, Weights], None]) -> Path:
@@ -123,9 +126,10 @@ def rename(family: str, source: Path, directory: Path) -> Path:
     return edit(directory, change)
 
 
-def save(model: Any, source: Path, directory: Path) -> Path:
-    """The same checkpoint as transformers itself saves it, tensors and config.json both."""
-    model.save_pretrained(directory)
+def save(model: "Published", source: Path, directory: Path) -> Path:
+    """The same checkpoint as transformers itself saves it: tensors, config.json, preprocessor_config.json."""
+    model.model.save_pretrained(directory)
+    model.prepare.save_pretrained(directory)
     for name in HOST_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
