@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tiny models spend their time in the compiler: without LLVM's costly passes a program compiles in about half the time.
-for flag in ("--xla_force_host_platform_device_count=4", "--xla_llvm_disable_expensive_passes=true"):
+# Tiny models spend their time in the compiler: without LLVM optimising, a program compiles in about two thirds of it.
+for flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
