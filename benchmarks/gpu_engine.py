@@ -57,8 +57,14 @@ def main() -> None:
         print("parts", json.dumps({k: round(v, 2) for k, v in bench.llm.get_metrics().items()}), flush=True)
         for name, work in list(WORK.items())[: 2 if args.quick else None]:
             bench.warm_up(work)
+            before = bench.llm.get_metrics()
             report = bench.run(work, seed=1)
+            now = bench.llm.get_metrics()
+            shares = {
+                part: (now[part] - before[part]) / report.wall_s for part in ("call_s", "wait_s", "host_s", "idle_s")
+            }
             print(f"== {name}\n{report.as_table()}", flush=True)
+            print("of wall time", {part: f"{share:.1%}" for part, share in shares.items()}, flush=True)
             print(json.dumps({"case": name, **dataclasses.asdict(report)}), flush=True)
 
 
