@@ -207,7 +207,7 @@ class Engine:
         tokens = np.asarray(sampled.token)
         self.stats.wait_s += time.perf_counter() - begin
         tokens = tokens.reshape(-1, tokens.shape[-1])
-        scores = ticket.scores.result() if ticket.scores else None
+        scores: Any = ticket.scores.result() if ticket.scores else None
         for seq, at, first, count in ticket.scored:
             if not seq.finished:
                 logprob, rank, ids, top = (np.asarray(x)[at : at + count] for x in scores)
