@@ -146,9 +146,8 @@ def _engine(
     from mmjax.engine.runner import Runner
 
     mesh = sharding.mesh(devices)
-    held = (
-        "float32" if platform == "cpu" else dtype
-    )  # XLA:CPU emulates half precision: a decode step took 10 times as long
+    # XLA:CPU emulates half precision: a decode step took 10 times as long.
+    held = "float32" if platform == "cpu" else dtype
     graph, split, params = load_params(
         checkpoint,
         config,
@@ -157,7 +156,7 @@ def _engine(
         held,
         dummy=args.load_format == "dummy",
         seed=args.seed,
-        progress=_bar("Loading weights", args),
+        progress=_bar("Loading weights"),
     )
     shape: Shape = split.shape
     if not any(limits.values()):
@@ -168,7 +167,7 @@ def _engine(
     slab_rows = _slab_rows(args, shape, platform, max_len)
     sizes = _sizes(args, shape, platform, max_len, slab_rows)
     runner = Runner(graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, platform=platform)
-    seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling", args))
+    seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling"))
     caching = not shape.cross if args.enable_prefix_caching is None else args.enable_prefix_caching
     engine = Engine(runner, sizes, shape, pages=pages, slab_rows=slab_rows, prefix_caching=caching)
     return engine, sizes, shape, max_len, seconds
@@ -292,7 +291,7 @@ def _generation(
     return defaults | dict(args.override_generation_config), tuple(dict.fromkeys(eos))
 
 
-def _bar(name: str, args: EngineArgs) -> Callable[[Iterator[Any], int], Iterator[Any]]:
+def _bar(name: str) -> Callable[[Iterator[Any], int], Iterator[Any]]:
     quiet = env("PROGRESS", "1") == "0"
 
     def wrap(items: Iterator[Any], total: int) -> Iterator[Any]:

@@ -35,7 +35,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A directory that holds a model: config.json, the other JSON files by name, and weights in either form."""
+    """A directory that holds a model: config.json, the other *config.json by name, and weights in either form."""
 
     directory: Path
     family: Family
@@ -46,7 +46,7 @@ class Checkpoint:
     def open(cls, model: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
         """From a local directory or a hub id. Raises ValueError saying what is missing."""
         directory = find(model, revision=revision, token=token)
-        files = {path.name: read_json(path) for path in sorted(directory.glob("*.json"))}
+        files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}  # not the vocabulary
         nested = files.get("processor_config.json", {})
         for part, name in (
             ("image_processor", "preprocessor_config.json"),

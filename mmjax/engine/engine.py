@@ -51,7 +51,7 @@ class Ticket:
 
     sampled: Future[Any]
     members: list[tuple[Sequence, int, int]]
-    calls: list[Future[Any]]
+    calls: list[Future[Any]] = dataclasses.field(default_factory=list)
     scores: Future[Any] | None = None
     scored: list[tuple[Sequence, int, int, int]] = dataclasses.field(default_factory=list)
 
@@ -123,7 +123,7 @@ class Engine:
         if plan:
             self._dispatch(plan)
             if unfed:
-                self.stats.idle_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
+                self.stats.idle_s += time.perf_counter() - begin
         changed = []
         if self._flying and (plan is None or len(self._flying) >= DEPTH):
             changed = self._collect(self._flying.popleft())
@@ -139,17 +139,17 @@ class Engine:
             assert self.shape.encoder is not None
             self._run(self.runner.encode, *pack_encode(self.sizes, self.shape.encoder, plan.encode))
             self.stats.encoded_items += len(plan.encode)
-        if plan.prefill:
-            self._flying.append(self._prefill(plan.prefill))
-        elif plan.decode:
-            self._flying.append(self._decode(plan.decode))
+        if plan.prefill or plan.decode:
+            ticket = self._prefill(plan.prefill) if plan.prefill else self._decode(plan.decode)
+            ticket.calls, self._calls = self._calls, []
+            self._flying.append(ticket)
         self.stats.dispatches += 1
 
     def _prefill(self, slices: tuple[Slice, ...]) -> Ticket:
         total, vector = pack_prefill(self.sizes, slices, self.rows, self.scheduler.tables, self.slab)
         done = self._run(self.runner.prefill, total, vector)
         members = [(piece.seq, s, 1) for s, piece in enumerate(slices) if piece.last]
-        ticket = Ticket(self._run(lambda: done.result()[0]), members, [])
+        ticket = Ticket(self._run(lambda: done.result()[0]), members)
         targets, at = np.zeros(total, np.int32), 0
         for piece in slices:
             seq = piece.seq
@@ -161,7 +161,6 @@ class Engine:
         if ticket.scored:
             ticket.scores = self._run(lambda: self.runner.score(done.result()[1], targets))
         self.stats.prefill_tokens += sum(piece.count for piece in slices)
-        ticket.calls, self._calls = self._calls, []
         return ticket
 
     def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> Ticket:
@@ -172,8 +171,7 @@ class Engine:
         most = max(steps for _, steps in chosen)
         sampled = self._run(self.runner.decode, total, vector, most)
         self.stats.decode_steps += most
-        calls, self._calls = self._calls, []
-        return Ticket(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)], calls)
+        return Ticket(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)])
 
     def _run(self, program: Callable[..., Any], *args: Any) -> Future[Any]:
         """Have the device thread call a program, after all it was asked before."""
