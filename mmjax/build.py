@@ -94,6 +94,9 @@ def build(args: EngineArgs) -> Parts:
         prefix_caching=prefix_caching,
         encoder_decoder=shape.cross,
         max_item_rows=engines[0].slab.capacity or None,
+        max_item_units={
+            kind: sizes.units[name][-1] for name, encoder in shape.encoders.items() for kind in encoder.kinds
+        },
     )
     startup = time.perf_counter() - begin
     logger.info("ready in %.1f s, of which %.1f s compiling", startup, compile_s)
@@ -159,8 +162,10 @@ def _engine(
         progress=_bar("Loading weights"),
     )
     shape: Shape = split.shape
-    if not any(limits.values()):
-        shape = dataclasses.replace(shape, encoder=None, slab_width=0)
+    encoders = {
+        name: encoder for name, encoder in shape.encoders.items() if any(limits.get(kind, 0) for kind in encoder.kinds)
+    }
+    shape = dataclasses.replace(shape, encoders=encoders, slab_width=shape.slab_width if encoders else 0)
     page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
@@ -200,7 +205,7 @@ def _cache_size(args: EngineArgs, shape: Shape, platform: str, budget: int, page
     """(longest sequence in tokens, pages). Raises ValueError when one such sequence does not fit the budget."""
     page = _page(args, platform)
     seqs = args.max_num_seqs or MAX_SEQS[platform]
-    cross = -(-shape.encoder.keys // page) if shape.encoder and shape.cross else 0
+    cross = -(-shape.cross_keys // page)
     affordable = budget // page_bytes - 1
     asked = args.max_model_len
     if isinstance(asked, int) and asked > shape.max_len:
@@ -225,10 +230,11 @@ def _cache_size(args: EngineArgs, shape: Shape, platform: str, budget: int, page
 
 def _slab_rows(args: EngineArgs, shape: Shape, platform: str, max_len: int) -> int:
     """Media rows to keep on the device: at least the largest item that a prompt can hold."""
-    if shape.encoder is None or not shape.encoder.rows:
+    least = max((encoder.rows for encoder in shape.encoders.values()), default=0)
+    if not least:
         return 0
     tokens = args.max_num_batched_tokens or MAX_BATCHED_TOKENS[platform]
-    return max(tokens, shape.encoder.rows, min(max_len, shape.largest_item))
+    return max(tokens, least, min(max_len, shape.largest_item))
 
 
 def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_rows: int) -> Sizes:
@@ -237,20 +243,20 @@ def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_row
     block, page = query_block(platform), _page(args, platform)
     seqs = args.max_num_seqs or MAX_SEQS[platform]
     tokens = -(-(args.max_num_batched_tokens or MAX_BATCHED_TOKENS[platform]) // block) * block
-    encoder = shape.encoder
-    units: tuple[int, ...] = ()
-    if encoder is not None:
+    units = {}
+    for name, encoder in shape.encoders.items():
         most = slab_rows // encoder.rows * encoder.grain if encoder.rows else min(seqs, 8)
-        least = max(encoder.grain, min(256, most)) if encoder.grain > 1 else 1
-        units = ladder(least, most, 2)
+        most = max(most, encoder.largest)
+        units[name] = ladder(max(encoder.grain, min(256, most)) if encoder.grain > 1 else 1, most, 2)
     return Sizes(
         tokens=ladder(min(LEAST_TOKENS[platform], tokens), tokens, TOKENS_STEP[platform]),
         seqs=ladder(1, seqs, 4),
         units=units,
+        slab=slab_rows,
         block=block,
         page=page,
         table=-(-max_len // page),
-        cross=-(-encoder.keys // page) if encoder and shape.cross else 0,
+        cross=-(-shape.cross_keys // page),
         rope_rows=shape.rope_rows,
         rows=seqs + 1,
         stops=STOPS,

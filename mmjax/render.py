@@ -91,8 +91,9 @@ class Renderer:
     """Turns requests into prompts for one model.
 
     `processor` None: a plain language model, which takes no media. `tokenizer` None: prompts must be token ids.
-    `max_item_rows`: rows the encoder cache can hold of one item. `cache_gb` is in GiB; 0 keeps no items. Without both
-    item cache and prefix cache the caller's names for media are ignored.
+    `max_item_rows`: rows the encoder cache can hold of one item; `max_item_units`: by modality, encoder units of one
+    item. `cache_gb` is in GiB; 0 keeps no items. Without both item cache and prefix cache the caller's names for media
+    are ignored.
     """
 
     def __init__(
@@ -110,10 +111,12 @@ class Renderer:
         prefix_caching: bool = True,
         encoder_decoder: bool = False,
         max_item_rows: int | None = None,
+        max_item_units: Mapping[str, int] | None = None,
         limits: Limits = DEFAULT,
     ):
         self.processor, self.tokenizer, self.model_id = processor, tokenizer, model_id
         self.vocab_size, self.max_model_len, self.max_item_rows = vocab_size, max_model_len, max_item_rows
+        self.max_item_units = max_item_units or {}
         self.counts = inputs.read_limits(limit_mm_per_prompt)
         self.processor_kwargs = dict(mm_processor_kwargs or {})
         self.io_kwargs = {kind: dict(kwargs) for kind, kwargs in (media_io_kwargs or {}).items()}
@@ -278,6 +281,13 @@ class Renderer:
                 f"The {kind} item at index {index} with length {item.rows} exceeds the pre-allocated encoder cache "
                 f"size {self.max_item_rows}. Reduce the input resolution, or raise `max_num_batched_tokens` to "
                 f"at least {item.rows}.",
+                "item_too_large",
+            )
+        most = self.max_item_units.get(kind, item.units)
+        if item.units > most:
+            raise RequestError(
+                f"The {kind} item at index {index} has {item.units} parts to encode, but at most {most} are encoded at "
+                "once. Reduce its resolution, length or number of frames.",
                 "item_too_large",
             )
         return MediaItem(kind, key, item)

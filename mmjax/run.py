@@ -92,7 +92,7 @@ def _prompt(rendered: Rendered, cross: bool) -> Prompt:
         ()
         if cross
         else tuple(
-            MediaSpan(span.start, span.length, entry.key, entry.item)
+            MediaSpan(span.start, span.length, entry.key, entry.item, span.first)
             for span, entry in zip(rendered.spans, items, strict=True)
         )
     )

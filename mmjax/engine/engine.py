@@ -70,14 +70,14 @@ class Engine:
         self.runner = runner
         self.sizes = sizes
         self.shape = shape
-        self.cross_keys = shape.encoder.keys if shape.encoder and shape.cross else 0
         limits = Limits(
             seqs=sizes.seqs[-1],
             tokens=sizes.tokens[-1],
             block=sizes.block,
             steps=sizes.steps,
-            units=sizes.units[-1] if sizes.units else 0,
-            cross_keys=self.cross_keys,
+            units={name: ladder[-1] for name, ladder in sizes.units.items()},
+            encoders={kind: name for name, encoder in shape.encoders.items() for kind in encoder.kinds},
+            cross_keys=shape.cross_keys,
             table=sizes.table,
         )
         self.pages = Pages(pages, sizes.page)
@@ -133,12 +133,13 @@ class Engine:
     def _dispatch(self, plan: Plan) -> None:
         for seq in plan.started:
             seq.scheduled_time = seq.scheduled_time or time.monotonic()
-            self.rows.set(seq, self.cross_keys)
+            self.rows.set(seq, self.shape.cross_keys)
             self._set_tables(seq)
-        if plan.encode:
-            assert self.shape.encoder is not None
-            self._run(self.runner.encode, *pack_encode(self.sizes, self.shape.encoder, plan.encode))
-            self.stats.encoded_items += len(plan.encode)
+        for name, encoder in self.shape.encoders.items():
+            work = [e for e in plan.encode if e.name == name]
+            if work:
+                self._run(self.runner.encode, name, *pack_encode(self.sizes, name, encoder, work))
+                self.stats.encoded_items += len(work)
         if plan.prefill or plan.decode:
             ticket = self._prefill(plan.prefill) if plan.prefill else self._decode(plan.decode)
             ticket.calls, self._calls = self._calls, []

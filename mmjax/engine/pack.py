@@ -36,13 +36,15 @@ SAMPLING: tuple[tuple[str, str], ...] = (
 class Sizes:
     """Every static size of the step's programs.
 
-    tokens, seqs, units: ascending buckets. block: queries per prefill block. table: pages per sequence. cross: pages
-    of the encoder's keys per sequence, 0 without. rows: rows of the sampling tables; the last belongs to nobody.
+    tokens, seqs: ascending buckets; units: of each encoder, by its name. slab: rows that media may take. block:
+    queries per prefill block. table: pages per sequence. cross: pages of the encoder's keys per sequence, 0 without.
+    rows: rows of the sampling tables; the last belongs to nobody.
     """
 
     tokens: tuple[int, ...]
     seqs: tuple[int, ...]
-    units: tuple[int, ...]
+    units: Mapping[str, tuple[int, ...]]
+    slab: int
     block: int
     page: int
     table: int
@@ -52,6 +54,11 @@ class Sizes:
     stops: int
     steps: int
     top: int
+
+    def rows_of(self, encoder: Encoder, units: int) -> int:
+        """Length of the row axis of an encoder's program: what is picked must find its place in the slab."""
+        rows = encoder.rows_of(units)
+        return min(rows, self.slab) if encoder.picks else rows
 
     def seqs_of(self, tokens: int) -> int:
         """Sequences in a prefill of so many tokens: each has at least one block."""
@@ -186,35 +193,45 @@ def pack_decode(
 
 
 def pack_encode(
-    sizes: Sizes, encoder: Encoder, work: Sequence[Encode]
+    sizes: Sizes, name: str, encoder: Encoder, work: Sequence[Encode]
 ) -> tuple[int, dict[str, np.ndarray], np.ndarray]:
-    """(unit bucket U, features by name, destination) of media items, end to end in one row of units.
+    """(unit bucket U, features and picks by name, destination) of media items, end to end in one row of units.
 
     Destination: slab row of each encoded row, or place in the pages of each key for cross attention.
     """
-    units = sum(e.item.units for e in work)
-    total = bucket(units, sizes.units)
+    total = bucket(sum(e.item.units for e in work), sizes.units[name])
+    count = sizes.rows_of(encoder, total)
     features = {}
-    for name, (tail, dtype, fill) in encoder.features.items():
-        parts, base = [], 0
-        for e in work:
-            part = e.item.features[name]
-            if name in encoder.numbered:
-                part = part + base
-                base = int(part.max()) + 1
-            parts.append(part)
-        out = np.full((total, *tail), fill, dtype)
-        np.concatenate(parts, out=out[:units])
-        features[name] = out
+    for axis, fields in ((total, encoder.features), (count, encoder.picks)):
+        for field, (tail, dtype, fill) in fields.items():
+            parts = _parts(encoder, field, work)
+            out = np.full((axis, *tail), fill, dtype)
+            np.concatenate(parts, out=out[: sum(map(len, parts))])
+            features[field] = out
     if encoder.keys:
         places = np.concatenate([_places(e.pages, sizes.page)[: e.item.units * encoder.keys] for e in work])
         dest = np.full(total * encoder.keys, -1, np.int32)  # negative slots are dropped
         dest[: len(places)] = places
     else:
-        dest = np.full(encoder.rows_of(total), FAR, np.int32)
+        dest = np.full(count, FAR, np.int32)
         rows = np.concatenate([e.rows for e in work])
         dest[: len(rows)] = rows
     return total, features, dest
+
+
+def _parts(encoder: Encoder, field: str, work: Sequence[Encode]) -> list[np.ndarray]:
+    """One array of every item, with the numbers in it made the batch's."""
+    parts, segments, units = [], 0, 0
+    for e in work:
+        part = e.item.features[field]
+        if field in encoder.numbered:
+            part = part + segments
+            segments = int(part.max()) + 1
+        elif field in encoder.based:
+            part = np.where(part >= 0, part + units * encoder.based[field], part)
+        units += e.item.units
+        parts.append(part)
+    return parts
 
 
 def _places(pages: Sequence[int], size: int) -> np.ndarray:
@@ -241,4 +258,5 @@ def _media(seq: Seq, start: int, end: int, out: np.ndarray, slab: EncoderCache) 
         if first < last:
             rows = slab.get(span.key)
             assert rows is not None, "the scheduler encodes before it plans"
-            out[first - start : last - start] = rows[first - span.start : last - span.start]
+            shift = span.first - span.start
+            out[first - start : last - start] = rows[first + shift : last + shift]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,17 @@ logger = logging.getLogger(__name__)
 
 Array = jax.Array
 Program = Callable[..., Any]
+
+
+class Key(NamedTuple):
+    """Which program: what it does, its bucket, the steps of a decode's loop, the name of an encoder."""
+
+    kind: str
+    size: int
+    steps: int = 0
+    name: str = ""
+
+
 SCORED = 128  # hidden states per block of prompt scoring: bounds the logits that exist at once
 
 
@@ -80,7 +92,7 @@ class Runner:
         self.compiles = 0
         self.compiles_after_warmup = 0
         self.warm = False
-        self._programs: dict[tuple[str, int, int], Program] = {}
+        self._programs: dict[Key, Program] = {}
         self._everywhere = NamedSharding(mesh, P())
         page, kept = page_shape(shape, sizes.page, dtype, platform, sharding.ways(mesh))
         pool = (shape.layers * pages, *page)
@@ -206,10 +218,12 @@ class Runner:
             top_logprobs=jnp.zeros((k, seqs, top), jnp.float32),
         )
 
-    def _encode(self, leaves: list[Array], state: State, features: Mapping[str, Array], dest: Array) -> State:
+    def _encode(
+        self, leaves: list[Array], state: State, features: Mapping[str, Array], dest: Array, *, name: str
+    ) -> State:
         """Encode media and put the rows where the batch will look for them."""
         model = self._model(leaves)
-        encoded = model.encode(features)
+        encoded = model.encode(name, features)
         if self.shape.cross:
             return dataclasses.replace(state, pool=model.cross(encoded, state.pool, dest))
         slab = state.slab.at[dest].set(encoded.astype(state.slab.dtype), mode="drop")
@@ -232,7 +246,7 @@ class Runner:
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
-    def _compile(self, kind: str, size: int, steps: int) -> Program:
+    def _compile(self, kind: str, size: int, steps: int, name: str) -> Program:
         """Lower and compile one program for one bucket."""
         keep = jax.tree.map(lambda x: x.sharding, self.state)
         free = self._everywhere
@@ -253,14 +267,15 @@ class Runner:
             args = (self.leaves, self.state, i32(self.sizes.decode(size).size))
             out = (keep, free)
         elif kind == "encode":
-            encoder = self.shape.encoder
-            assert encoder is not None
+            encoder = self.shape.encoders[name]
+            rows = self.sizes.rows_of(encoder, size)
             features = {
-                name: jax.ShapeDtypeStruct((size, *tail), jnp.dtype(dtype), sharding=free)
-                for name, (tail, dtype, _) in encoder.features.items()
+                field: jax.ShapeDtypeStruct((axis, *tail), jnp.dtype(dtype), sharding=free)
+                for axis, fields in ((size, encoder.features), (rows, encoder.picks))
+                for field, (tail, dtype, _) in fields.items()
             }
-            function, out = self._encode, keep
-            args = (self.leaves, self.state, features, i32(size * encoder.keys or encoder.rows_of(size)))
+            function, out = functools.partial(self._encode, name=name), keep
+            args = (self.leaves, self.state, features, i32(size * encoder.keys or rows))
         elif kind == "score":
             function, out = self._score, free
             hidden = jax.ShapeDtypeStruct((size, self.shape.width), self.dtype, sharding=free)
@@ -280,21 +295,21 @@ class Runner:
             logger.warning("compiling %s of size %d after warm-up", kind, size)
         return lowered.compile()
 
-    def program(self, kind: str, size: int, steps: int = 0) -> Program:
+    def program(self, kind: str, size: int, steps: int = 0, name: str = "") -> Program:
         """The compiled program of a bucket, compiled now if it is not yet. steps: of a decode's loop."""
-        key = (kind, size, steps)
+        key = Key(kind, size, steps, name)
         if key not in self._programs:
             self._programs[key] = self._compile(*key)
         return self._programs[key]
 
-    def kinds(self) -> list[tuple[str, int, int]]:
+    def kinds(self) -> list[Key]:
         """Every program there is, the slowest to compile first."""
         sizes = self.sizes
         loops = {self._steps(1), self._steps(sizes.steps)}
-        kinds = [("prefill", t, 0) for t in reversed(sizes.tokens)]
-        kinds += [("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)]
-        kinds += [("encode", u, 0) for u in reversed(sizes.units)] if self.shape.encoder else []
-        return [*kinds, *(("score", t, 0) for t in sizes.tokens), ("row", 0, 0)]
+        kinds = [Key("prefill", t) for t in reversed(sizes.tokens)]
+        kinds += [Key("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)]
+        kinds += [Key("encode", u, 0, name) for name in self.shape.encoders for u in reversed(sizes.units[name])]
+        return [*kinds, *(Key("score", t) for t in sizes.tokens), Key("row", 0)]
 
     def _steps(self, most: int) -> int:
         """The length of the decode loop that takes at most so many steps."""
@@ -322,9 +337,9 @@ class Runner:
         self.state, sampled = self.program("decode", seqs, self._steps(most))(self.leaves, self.state, vector)
         return sampled
 
-    def encode(self, units: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:
-        """Dispatch an encoding of media."""
-        self.state = self.program("encode", units)(self.leaves, self.state, dict(features), dest)
+    def encode(self, name: str, units: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:
+        """Dispatch an encoding of media by the named encoder."""
+        self.state = self.program("encode", units, name=name)(self.leaves, self.state, dict(features), dest)
 
     def score(self, hidden: Array, targets: np.ndarray) -> Any:
         """Dispatch a report on prompt tokens: logprob [T], rank [T], top ids [T, top], top logprobs [T, top]."""

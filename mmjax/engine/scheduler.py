@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import deque
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -16,13 +17,15 @@ from mmjax.processors.base import Item
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one step can hold. block: query tokens per block of a prefill; units: encoder units per dispatch."""
+    """What one step can hold. block: query tokens per block of a prefill; units: of each encoder per dispatch;
+    encoders: the name of each modality's encoder."""
 
     seqs: int
     tokens: int
     block: int
     steps: int
-    units: int
+    units: Mapping[str, int]
+    encoders: Mapping[str, str]
     cross_keys: int
     table: int
 
@@ -39,8 +42,9 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """One item to encode, into slab rows i32[n] or into pages for cross attention."""
+    """One item for the named encoder, into slab rows i32[n] or into pages for cross attention."""
 
+    name: str
     item: Item
     rows: np.ndarray
     pages: tuple[int, ...] = ()
@@ -223,7 +227,7 @@ class Scheduler:
         missing = self.pages.need(seq.known) - len(found) + (len(cross_keys) - len(cross))
         if missing > self.pages.free - self.pages.unreferenced(found) - self.pages.unreferenced(cross):
             return False
-        if cross_keys and not cross and sum(e.item.units for e in encode) + len(seq.prompt.audio) > self.limits.units:
+        if cross_keys and not cross and not self._encodable([item for _, item in seq.prompt.audio], encode):
             return False
         self.waiting.remove(seq)
         self.running.append(seq)
@@ -253,14 +257,21 @@ class Scheduler:
             self.pages.register(page, key)
         for i, (_, item) in enumerate(seq.prompt.audio):
             mine = tuple(pages[i * self._cross_need : (i + 1) * self._cross_need])
-            encode.append(Encode(item, np.empty(0, np.int32), mine))
+            encode.append(Encode(self.limits.encoders[item.kind], item, np.empty(0, np.int32), mine))
         return pages
 
     def _let_go(self, seq: Sequence) -> None:
         """Release the media whose spans are behind the sequence."""
-        for span in seq.prompt.spans:
-            if span.start + span.length <= seq.planned:
-                self.slab.release(span.key, seq.number)
+        behind = {span.key for span in seq.prompt.spans if span.start + span.length <= seq.planned}
+        ahead = {span.key for span in seq.prompt.spans if span.start + span.length > seq.planned}
+        for key in behind - ahead:
+            self.slab.release(key, seq.number)
+
+    def _encodable(self, items: list[Item], encode: list[Encode]) -> bool:
+        """Whether items of one encoder still fit the dispatch; an encoder's first item always does."""
+        name = self.limits.encoders[items[0].kind]
+        taken = sum(e.item.units for e in encode if e.name == name)
+        return not taken or taken + sum(item.units for item in items) <= self.limits.units[name]
 
     def _with_media(self, seq: Sequence, count: int, encode: list[Encode]) -> int:
         """How many of the next `count` tokens can run: up to the first medium that cannot be encoded now."""
@@ -268,10 +279,10 @@ class Scheduler:
         for span in seq.prompt.spans:
             if span.start < end and span.start + span.length > start:
                 if self.slab.get(span.key) is None:
-                    units = sum(e.item.units for e in encode) + span.item.units
-                    if (encode and units > self.limits.units) or not self.slab.fits(span.length):
+                    if not self._encodable([span.item], encode) or not self.slab.fits(span.item.rows):
                         return max(0, span.start - start)
-                    encode.append(Encode(span.item, self.slab.put(span.key, span.length, seq.number)))
+                    rows = self.slab.put(span.key, span.item.rows, seq.number)
+                    encode.append(Encode(self.limits.encoders[span.item.kind], span.item, rows))
                 else:
                     self.slab.use(span.key, seq.number)
         return count

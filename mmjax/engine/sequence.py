@@ -18,12 +18,13 @@ _numbers = itertools.count()
 
 
 class MediaSpan(NamedTuple):
-    """Tokens [start, start + length) take rows 0..length-1 of the item with this content key."""
+    """Tokens [start, start + length) take rows first..first+length-1 of the item with this content key."""
 
     start: int
     length: int
     key: str
     item: Item
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,7 +125,7 @@ class Sequence:
             first = len(self.keys) * size
             parent = self.keys[-1] if self.keys else self.prompt.salt
             overlapping = [s for s in self.prompt.spans if s.start < first + size and s.start + s.length > first]
-            extra = b"".join(f"{len(s.key)}:{s.key}@{first - s.start};".encode() for s in overlapping)
+            extra = b"".join(f"{len(s.key)}:{s.key}@{first - s.start + s.first};".encode() for s in overlapping)
             self.keys.append(page_key(parent, self.tokens[first : first + size], extra))
         return self.keys[:full]
 

@@ -16,19 +16,28 @@ class Encoder:
     """The sizes of a media encoder's input and output.
 
     features: name -> (trailing shape, dtype name, padding value) of each input array; the leading axis is units.
-    grain: units come in multiples of this (four patches make one row). rows: media rows per `grain` units; 0 for an
-    encoder whose output is read through cross attention. keys: keys per unit that cross attention reads, else 0.
-    numbered: the features that hold segment numbers, which must differ from item to item.
+    kinds: the modalities it encodes. grain: units come in multiples of this (four patches make one row). rows: media
+    rows per `grain` units, with picks at most so many; 0 for an encoder whose output is read through cross attention.
+    keys: keys per unit that cross attention reads, else 0. numbered: the features that hold segment numbers, which
+    must differ from item to item. picks: like features, for an encoder whose rows do not follow from its units (crops
+    with margins, clips of any length): the leading axis is the item's rows, and says of each what it is made from.
+    based: features and picks that count from the item's first unit, n to a unit: where items are packed end to end,
+    values >= 0 grow by n for every unit before. largest: units of the largest item that the default preprocessing
+    yields, where `rows` does not tell.
     """
 
     features: Mapping[str, tuple[tuple[int, ...], str, int]]
+    kinds: tuple[str, ...]
     grain: int = 1
     rows: int = 0
     keys: int = 0
     numbered: tuple[str, ...] = ()
+    picks: Mapping[str, tuple[tuple[int, ...], str, int]] = dataclasses.field(default_factory=dict)
+    based: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    largest: int = 0
 
     def rows_of(self, units: int) -> int:
-        """Media rows that `units` units yield."""
+        """Media rows that `units` units yield, with picks at most."""
         return units // self.grain * self.rows
 
 
@@ -36,7 +45,8 @@ class Encoder:
 class Shape:
     """Sizes from which the engine makes the pool, the slab and the step's programs.
 
-    largest_item: media rows of the largest item that the default preprocessing yields.
+    encoders: by a name of the family's choice. cross: whether the decoder reads the (one) encoder through cross
+    attention. largest_item: media rows of the largest item that the default preprocessing yields.
     """
 
     layers: int
@@ -47,9 +57,18 @@ class Shape:
     max_len: int
     rope_rows: int = 1
     slab_width: int = 0
-    encoder: Encoder | None = None
+    encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
     cross: bool = False
     largest_item: int = 0
+
+    @property
+    def cross_keys(self) -> int:
+        """Keys that cross attention reads per sequence; 0 for a decoder-only model."""
+        return sum(encoder.keys for encoder in self.encoders.values()) if self.cross else 0
+
+    def encoder_of(self, kind: str) -> str:
+        """The name of the encoder that takes this modality."""
+        return next(name for name, encoder in self.encoders.items() if kind in encoder.kinds)
 
 
 class Config(Protocol):
@@ -74,8 +93,9 @@ class Model(Protocol):
         """[S, D] to f32[S, V]."""
         ...
 
-    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
-        """Media rows [units / grain * rows, W]; for cross attention hidden states [units * keys, D]."""
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+        """Media rows [R, W] of the named encoder's features [U, ...] and picks [R, ...]; without picks
+        R = U / grain * rows; for cross attention hidden states [U * keys, D]."""
         ...
 
 

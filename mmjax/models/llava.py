@@ -88,7 +88,7 @@ class Config:
         """Sizes for the engine."""
         t = self.text
         rows = self.patches + (not self.drop_class)
-        encoder = Encoder(features={"pixels": ((3, self.image, self.image), "uint8", 0)}, rows=rows)
+        encoder = Encoder(features={"pixels": ((3, self.image, self.image), "uint8", 0)}, kinds=("image",), rows=rows)
         return Shape(
             layers=t.depth,
             kv_heads=t.kv_heads,
@@ -97,7 +97,7 @@ class Config:
             width=t.width,
             max_len=t.max_len,
             slab_width=t.width,
-            encoder=encoder,
+            encoders={"vision": encoder},
             largest_item=rows,
         )
 
@@ -163,7 +163,7 @@ class Model(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.text.logits(hidden)
 
-    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         x = self.vision.rows(features["pixels"])
         x = self.projector(x[:, 1:] if self.c.drop_class else x)
         return x.reshape(-1, x.shape[-1])

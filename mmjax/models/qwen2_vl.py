@@ -77,6 +77,7 @@ class Config:
                 "place": ((2,), "int32", 0),
                 "segment": ((), "int32", -1),
             },
+            kinds=("image", "video"),
             grain=self.merge**2,
             rows=1,
             numbered=("segment",),
@@ -90,7 +91,7 @@ class Config:
             max_len=t.max_len,
             rope_rows=t.rope.rows,
             slab_width=t.width,
-            encoder=encoder,
+            encoders={"vision": encoder},
             largest_item=self.largest,
         )
 
@@ -144,5 +145,5 @@ class Model(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.text.logits(hidden)
 
-    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         return self.vision.rows(features["pixels"], features["place"], features["segment"])

@@ -66,7 +66,9 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        encoder = Encoder(features={"mel": ((self.mels, 2 * self.frames), "float32", 0)}, keys=self.frames)
+        encoder = Encoder(
+            features={"mel": ((self.mels, 2 * self.frames), "float32", 0)}, kinds=("audio",), keys=self.frames
+        )
         return Shape(
             layers=self.depth,
             kv_heads=self.heads,
@@ -74,7 +76,7 @@ class Config:
             vocab=self.vocab,
             width=self.width,
             max_len=self.max_len,
-            encoder=encoder,
+            encoders={"audio": encoder},
             cross=True,
         )
 
@@ -206,7 +208,7 @@ class Model(nnx.Module):
         out = jnp.einsum("sd,vd->sv", hidden, self.text.embed[...], preferred_element_type=jnp.float32)
         return out[:, : self.c.vocab]
 
-    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         return self.audio.hidden(features["mel"])
 
     def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:

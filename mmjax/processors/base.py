@@ -17,7 +17,8 @@ Kwargs = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
-    """One processed media item. `features` all lead with the `units` axis (patches, crops, clips), read-only."""
+    """One processed media item. `features` lead with the `units` axis (patches, crops, clips), or with the rows where
+    the encoder's `picks` say so; read-only."""
 
     kind: str
     features: dict[str, np.ndarray]
@@ -36,12 +37,16 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Span:
-    """Prompt tokens [start, start + length) take rows 0..length-1 of item `index` of `kind`."""
+    """Prompt tokens [start, start + length) take rows first..first+length-1 of item `index` of `kind`.
+
+    An item may have several spans: the frames and the sound of a video take turns.
+    """
 
     start: int
     length: int
     kind: str
     index: int
+    first: int = 0
 
 
 class Expanded(NamedTuple):

@@ -13,6 +13,7 @@ from mmjax.kernels import pool_head_dim
 from mmjax import sharding
 from mmjax.batch import Batch, Pool, nest
 from mmjax.load import Checkpoint, load_params
+from mmjax.models.family import Encoder
 from mmjax.processors.base import Item
 from mmjax.render import Rendered
 
@@ -32,31 +33,46 @@ class Bare:
 
     def encode(self, items: Sequence[Item]) -> np.ndarray:
         """Rows of all the items, one after the other: [rows, W]; for cross attention [frames, D]."""
-        encoder, units = self.shape.encoder, sum(item.units for item in items)
-        assert encoder is not None and units <= self.units
-        features, segments = {}, 0
-        for name, (tail, dtype, fill) in encoder.features.items():
-            features[name] = np.full((self.units, *tail), fill, dtype)
-            at = 0
-            for item in items:
-                part = item.features[name]
-                if name in encoder.numbered:
-                    part, segments = part + segments, segments + int(part.max()) + 1
-                features[name][at : at + item.units] = part
-                at += item.units
-        rows = self._encode(self.params, features)
-        return np.asarray(rows)[: units * encoder.keys or encoder.rows_of(units)]
+        found: dict[int, np.ndarray] = {}
+        for name, encoder in self.shape.encoders.items():
+            mine = [item for item in items if item.kind in encoder.kinds]
+            if mine:
+                rows = np.asarray(self._encode[name](self.params, self._pack(encoder, mine)))
+                ends = np.cumsum([item.units * encoder.keys or item.rows for item in mine])
+                found |= {id(item): part for item, part in zip(mine, np.split(rows, ends)[:-1], strict=True)}
+        return np.concatenate([found[id(item)] for item in items])
+
+    def _pack(self, encoder: Encoder, items: Sequence[Item]) -> dict[str, np.ndarray]:
+        """Features and picks of items that one encoder takes together."""
+        assert sum(item.units for item in items) <= self.units
+        out = {}
+        for count, fields in ((self.units, encoder.features), (encoder.rows_of(self.units), encoder.picks)):
+            for field, (tail, dtype, fill) in fields.items():
+                out[field] = np.full((count, *tail), fill, dtype)
+                at = segments = units = 0
+                for item in items:
+                    part = item.features[field]
+                    if field in encoder.numbered:
+                        part, segments = part + segments, segments + int(part.max()) + 1
+                    if field in encoder.based:
+                        part = np.where(part < 0, part, part + units * encoder.based[field])
+                    out[field][at : at + len(part)] = part
+                    at, units = at + len(part), units + item.units
+        return out
 
     def logits(self, rendered: Rendered) -> np.ndarray:
         """f32 [T, V] of a rendered prompt."""
-        count, size, items = len(rendered.tokens), self.tokens, [entry.item for entry in rendered.items]
+        count, size = len(rendered.tokens), self.tokens
+        items = list({id(entry.item): entry.item for entry in rendered.items}.values())
         rows = self.encode(items) if items else np.zeros((0, self.shape.slab_width), self.dtype)
-        slab = np.zeros((size, max(self.shape.slab_width, 1)), self.dtype)
+        slab = np.zeros((max(size, len(rows)), max(self.shape.slab_width, 1)), self.dtype)
         media = np.full(size, -1, np.int32)
         if not self.shape.cross and items:
             slab[: len(rows)] = rows
-            filled = np.concatenate([np.arange(span.start, span.start + span.length) for span in rendered.spans])
-            media[filled] = np.arange(len(filled))
+            first = {id(item): at for item, at in zip(items, np.cumsum([0, *(i.rows for i in items)]), strict=False)}
+            for span, entry in zip(rendered.spans, rendered.items, strict=True):
+                at = first[id(entry.item)] + span.first
+                media[span.start : span.start + span.length] = np.arange(at, at + span.length)
         tokens, place = np.zeros(size, np.int32), np.arange(size, dtype=np.int32)
         positions = np.zeros((len(rendered.positions), size), np.int32)
         tokens[:count], positions[:, :count] = rendered.tokens, rendered.positions
@@ -79,7 +95,10 @@ class Bare:
 
     @functools.cached_property
     def _encode(self):  # type: ignore[no-untyped-def]
-        return jax.jit(lambda params, features: nnx.merge(self.graph, params).encode(features))
+        def run(name: str):  # type: ignore[no-untyped-def]
+            return jax.jit(lambda params, features: nnx.merge(self.graph, params).encode(name, features))
+
+        return {name: run(name) for name in self.shape.encoders}
 
     @functools.cached_property
     def _forward(self):  # type: ignore[no-untyped-def]
