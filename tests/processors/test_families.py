@@ -12,6 +12,7 @@ from PIL import Image
 from mmjax.multimodal.video import Video
 from mmjax.processors import llava, qwen2_vl, whisper
 from mmjax.processors.base import Processor
+from mmjax.processors.mel import LogMel
 from mmjax.types import RequestError
 from rendering import load_processor, read_files
 
@@ -133,7 +134,7 @@ def test_whisper_of_silence_noise_and_long_audio(tiny_dir: Make, caplog: pytest.
 @pytest.mark.parametrize("samples", [1, 159, 160, 201, 4000, 16000, 63_900, 64_000])
 def test_mel_equals_a_plain_transform(samples: int) -> None:
     """Short cuts (only frames with sound, float32) against the definition: pad, window, transform all, in float64."""
-    mel = whisper.LogMel(rate=16000, window=400, hop=160, bins=80, samples=64_000)
+    mel = LogMel(rate=16000, window=400, hop=160, bins=80, samples=64_000)
     audio = (np.random.default_rng(samples).standard_normal(samples) * 0.1).astype(np.float32)
     padded = np.pad(np.pad(audio.astype(np.float64), (0, 64_000 - samples)), 200, mode="reflect")
     frames = np.stack([padded[160 * i : 160 * i + 400] for i in range(400)])
@@ -142,6 +143,18 @@ def test_mel_equals_a_plain_transform(samples: int) -> None:
     log = np.log10(np.maximum(power @ mel.filters.T.astype(np.float64), 1e-10)).T
     expected = (np.maximum(log, log.max() - 8) + 4) / 4
     np.testing.assert_allclose(mel(audio), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(mel.before_silence(audio), expected[:, : -(-samples // 160)], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("samples", [201, 4000, 16000, 63_900])
+def test_mel_of_a_clip_alone_is_mirrored_at_its_end(samples: int) -> None:
+    mel = LogMel(rate=16000, window=400, hop=160, bins=80, samples=64_000)
+    audio = (np.random.default_rng(samples).standard_normal(samples) * 0.1).astype(np.float32)
+    padded = np.concatenate([audio[200:0:-1], audio, audio[-2:-202:-1]]).astype(np.float64)
+    frames = np.stack([padded[160 * i : 160 * i + 400] for i in range(samples // 160)])
+    taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    log = np.log10(np.maximum(np.abs(np.fft.rfft(frames * taper)) ** 2 @ mel.filters.T.astype(np.float64), 1e-10)).T
+    np.testing.assert_allclose(mel.alone(audio), (np.maximum(log, log.max() - 8) + 4) / 4, rtol=0, atol=1e-4)
 
 
 def test_whisper_prompts(tiny_dir: Make) -> None:
