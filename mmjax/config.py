@@ -9,15 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.types import ValidationError
+from mmjax.types import UNLIMITED, ValidationError, read_limit
 
 DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
-LIMIT_OPTIONS = {
-    "image": ("count", "width", "height"),
-    "video": ("count", "num_frames", "width", "height"),
-    "audio": ("count", "length"),
-}
-UNLIMITED = 999  # items of one modality in one prompt, unless limited
 
 MAX_BATCHED_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 4096}
 MAX_SEQS = {"cpu": 32, "gpu": 256, "tpu": 128}
@@ -91,7 +85,7 @@ class EngineArgs:
         if self.max_model_len is not None:
             self.max_model_len = human_int("max_model_len", self.max_model_len)
         for kind, limit in self.limit_mm_per_prompt.items():
-            _check_limit(kind, limit)
+            read_limit(kind, limit)
         path = self.allowed_local_media_path
         if path and not Path(path).is_dir():
             reason = "must be a directory" if Path(path).exists() else "does not exist"
@@ -126,8 +120,7 @@ class EngineArgs:
         """Most items per prompt of each modality a model has, its own hard maximum included."""
         out = {}
         for kind, most in kinds.items():
-            asked = self.limit_mm_per_prompt.get(kind, UNLIMITED)
-            count = asked.get("count", UNLIMITED) if isinstance(asked, Mapping) else asked
+            count = read_limit(kind, self.limit_mm_per_prompt.get(kind, UNLIMITED))
             out[kind] = 0 if self.language_model_only else min(count, UNLIMITED if most is None else most)
         return out
 
@@ -161,17 +154,3 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> str:
 def _require(ok: bool, name: str, value: Any, rule: str) -> None:
     if not ok:
         raise ValidationError(f"{name} must be {rule}, got {value!r}.", parameter=name, value=value)
-
-
-def _check_limit(kind: str, limit: Any) -> None:
-    name = f"limit_mm_per_prompt[{kind!r}]"
-    _require(kind in LIMIT_OPTIONS, "limit_mm_per_prompt", kind, f"keyed by one of {', '.join(LIMIT_OPTIONS)}")
-    if not isinstance(limit, Mapping):
-        _require(
-            isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0, name, limit, "an int of at least 0"
-        )
-        return
-    for option, value in limit.items():
-        _require(option in LIMIT_OPTIONS[kind], name, option, f"made of {', '.join(LIMIT_OPTIONS[kind])}")
-        least = 0 if option == "count" else 1
-        _require(isinstance(value, int) and value >= least, f"{name}[{option!r}]", value, f"an int of at least {least}")

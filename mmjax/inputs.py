@@ -12,15 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mmjax.multimodal.arrays import is_array, is_tensor
-from mmjax.types import RequestError
-
-MODALITIES = ("image", "video", "audio")
-DEFAULT_LIMIT = 999  # items of one modality per prompt
-LIMIT_OPTIONS = {  # keys of the dictionary form of a limit; all but `count` only size the profiling run
-    "image": ("count", "width", "height"),
-    "video": ("count", "num_frames", "width", "height"),
-    "audio": ("count", "length"),
-}
+from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,28 +231,9 @@ def _embeddings(kind: str) -> RequestError:
 
 
 def read_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
-    """`limit_mm_per_prompt` -> most items per modality. Values are counts, or dictionaries with a `count`.
-
-    RequestError: unknown modality or option, negative count.
-    """
-    counts = dict.fromkeys(MODALITIES, DEFAULT_LIMIT)
-    for kind, value in (limits or {}).items():
-        if kind not in MODALITIES:
-            raise RequestError(f"limit_mm_per_prompt: Unsupported modality: {kind}.", "bad_limit")
-        options = value if isinstance(value, Mapping) else {"count": value}
-        for name, number in options.items():
-            if name not in LIMIT_OPTIONS[kind]:
-                raise RequestError(
-                    f"limit_mm_per_prompt[{kind!r}]: unknown option {name!r}; known are {LIMIT_OPTIONS[kind]}.",
-                    "bad_limit",
-                )
-            least = 0 if name == "count" else 1
-            if not _is_int(number) or number < least:
-                raise RequestError(
-                    f"limit_mm_per_prompt[{kind!r}]: {name} must be an integer >= {least}, got {number!r}.", "bad_limit"
-                )
-        counts[kind] = int(options.get("count", DEFAULT_LIMIT))
-    return counts
+    """`limit_mm_per_prompt` -> most items per modality; see `mmjax.types.read_limit`."""
+    counts = dict.fromkeys(MODALITIES, UNLIMITED)
+    return counts | {kind: read_limit(kind, limit) for kind, limit in (limits or {}).items()}
 
 
 def check_count(kind: str, count: int, limit: int, hard: int | None) -> None:

@@ -1,6 +1,7 @@
 """The public vocabulary of mmjax: prompts, parameters, outputs, errors. Imports neither jax nor transformers."""
 
 from mmjax.types.errors import RequestError, ValidationError, VLLMValidationError
+from mmjax.types.limits import LIMIT_OPTIONS, MODALITIES, UNLIMITED, read_limit
 from mmjax.types.outputs import (
     FINISH_REASONS,
     CompletionOutput,
@@ -28,6 +29,9 @@ from mmjax.types.sampling import PoolingParams, RequestOutputKind, SamplingParam
 
 __all__ = [
     "FINISH_REASONS",
+    "LIMIT_OPTIONS",
+    "MODALITIES",
+    "UNLIMITED",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
@@ -52,4 +56,5 @@ __all__ = [
     "TokensPrompt",
     "VLLMValidationError",
     "ValidationError",
+    "read_limit",
 ]
