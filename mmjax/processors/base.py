@@ -18,13 +18,19 @@ Kwargs = Mapping[str, Any]
 @dataclasses.dataclass(frozen=True, eq=False)
 class Item:
     """One processed media item. `features` lead with the `units` axis (patches, crops, clips), or with the rows where
-    the encoder's `picks` say so; read-only."""
+    the encoder's `picks` say so; read-only.
+
+    times: where the layers of a grid lie in time, in positions from the first; empty where they are 0, 1, 2...
+    sound: a video that comes with its sound track, which is an audio item of the same prompt.
+    """
 
     kind: str
     features: dict[str, np.ndarray]
     units: int
     rows: int  # embedding rows it yields = placeholder tokens it fills
     grid: tuple[int, ...] = ()
+    times: tuple[float, ...] = ()
+    sound: bool = False
 
     def __post_init__(self) -> None:
         for array in self.features.values():  # cached and shared between requests: nobody may write
