@@ -60,6 +60,9 @@ class DecoderConfig:
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
         scaling = text.get("rope_parameters") or text.get("rope_scaling")
         theta = text.get("rope_theta") or (scaling or {}).get("rope_theta", 10000.0)
+        if scaling:
+            limits = ("max_position_embeddings", "original_max_position_embeddings")
+            scaling = {name: text[name] for name in limits if name in text} | scaling
         return cls(
             width=text["hidden_size"],
             depth=text["num_hidden_layers"],
@@ -82,6 +85,15 @@ class DecoderConfig:
         return dataclasses.replace(
             self, kv_heads=kv_heads, group=group, mlp=up(self.mlp, ways), rows=up(self.rows, ways)
         )
+
+    def within(self, longest: int) -> DecoderConfig:
+        """The same decoder for sequences of at most `longest` tokens."""
+        return dataclasses.replace(self, rope=self.rope.within(longest))
+
+    @property
+    def scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 * self.rope.factor**2
 
 
 class Block(nnx.Module):
@@ -107,9 +119,7 @@ class Block(nnx.Module):
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         turned = rotate(qkv[:, :, :-1], angles)
-        y, pool = attend(
-            turned[:, :, :-1], turned[:, :, -1], qkv[:, :, -1], pool, batch, first, scale=self.c.head_dim**-0.5
-        )
+        y, pool = attend(turned[:, :, :-1], turned[:, :, -1], qkv[:, :, -1], pool, batch, first, scale=self.c.scale)
         x = x + jnp.einsum("tkgh,kghd->td", y, self.o[...])
         y = rms_norm(x, self.mlp_norm[...], self.c.eps)
         y = jnp.einsum("td,dpf->tpf", y, self.gate_up[...])

@@ -15,11 +15,16 @@ class Rope:
     """Which angle each of the H/2 frequency slots turns by.
 
     `inverse` holds the H/2 inverse frequencies; `axis` says which row of the positions (0 for one-dimensional
-    rope; time, height or width otherwise) drives each slot.
+    rope; time, height or width otherwise) drives each slot. `factor`: what turned queries and keys are each multiplied
+    by (whoever attends puts its square into the scale). `short`: the inverse frequencies instead where no sequence is
+    longer than `original` tokens.
     """
 
     inverse: tuple[float, ...]
     axis: tuple[int, ...]
+    factor: float = 1.0
+    short: tuple[float, ...] = ()
+    original: int = 0
 
     @property
     def rows(self) -> int:
@@ -30,7 +35,8 @@ class Rope:
     def from_hf(cls, head_dim: int, theta: float, scaling: dict[str, object] | None) -> Rope:
         """Build from `rope_theta` and `rope_scaling`/`rope_parameters`.
 
-        Known kinds: default, mrope (contiguous sections), linear, llama3. Raises ValueError for any other.
+        Known kinds: default, mrope (contiguous sections), linear, llama3, longrope (also called su; `scaling` then
+        holds max_position_embeddings and original_max_position_embeddings too). Raises ValueError for any other.
         """
         inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         axis = [0] * (head_dim // 2)
@@ -45,9 +51,15 @@ class Rope:
             inverse = inverse / float(str(scaling["factor"]))
         elif kind == "llama3":
             inverse = _llama3(inverse, scaling)
+        elif kind in ("longrope", "su"):
+            return _longrope(inverse, scaling)
         elif kind not in ("default", "mrope"):
-            raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope, linear, llama3")
+            raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope, linear, llama3, longrope")
         return cls(tuple(inverse.tolist()), tuple(axis))
+
+    def within(self, longest: int) -> Rope:
+        """For sequences of at most `longest` tokens: one set of frequencies for all, so that cached keys stay valid."""
+        return dataclasses.replace(self, inverse=self.short) if self.short and longest <= self.original else self
 
     def angles(self, positions: jax.Array) -> jax.Array:
         """f32[T, H/2] angles of i32[R, T] positions."""
@@ -64,6 +76,17 @@ def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
     wave = 2 * math.pi / inverse
     smooth = np.clip((original / wave - low) / (high - low), 0.0, 1.0)
     return (1 - smooth) * inverse / factor + smooth * inverse
+
+
+def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
+    """Phi-3's stretch: a divisor per frequency, in a set for long contexts and one for short ones."""
+    sets = [inverse / np.asarray(scaling[name], np.float64) for name in ("long_factor", "short_factor")]
+    longest, original = (
+        int(str(scaling[name])) for name in ("max_position_embeddings", "original_max_position_embeddings")
+    )
+    factor = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
+    long, short = (tuple(each.tolist()) for each in sets)
+    return Rope(long, (0,) * len(long), factor=factor, short=short, original=original)
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
