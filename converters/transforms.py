@@ -151,6 +151,39 @@ def _gate_up(gate: np.ndarray, up: np.ndarray, *, shape: Shape) -> np.ndarray:
     return out
 
 
+def _regroup_qkv_sources(shape: Shape) -> tuple[Shape, ...]:
+    parts = _qkv_sources(shape)
+    return ((sum(rows for rows, _ in parts), parts[0][1]),)
+
+
+def _regroup_qkv(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+    q, k, _ = (rows for rows, _ in _qkv_sources(shape))
+    return _heads(*np.split(fused, (q, q + k)), shape=shape)
+
+
+def _split_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+    (mlp, width), _ = _gate_up_sources(shape)
+    return ((2 * mlp, width),)
+
+
+def _split_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return _gate_up(*np.split(fused, 2), shape=shape)
+
+
+def flatten(lead: int) -> Transform:
+    """`[1, .., 1, *shape]` with `lead` ones -> shape."""
+    return Transform(lambda shape: ((1,) * lead + tuple(shape),), _fold)
+
+
+def _stack_sources(shape: Shape) -> tuple[Shape, ...]:
+    count, *rest = shape
+    return (tuple(rest),) * count
+
+
+def _stack(*arrays: np.ndarray, shape: Shape) -> np.ndarray:
+    return np.stack(arrays)
+
+
 def patches(*lead: int) -> Transform:
     """A patch embedding `[C, *lead, p, p]` as a matrix `[prod(lead) * p * p, C]`; p follows from the target."""
 
@@ -190,3 +223,9 @@ split_qkv_bias = Transform(_split_qkv_bias_sources, _split_qkv_bias)
 merge_heads = Transform(_merge_heads_sources, _merge_heads)
 # gate [F, D], up [F, D] -> [D, 2, F]
 fuse_gate_up = Transform(_gate_up_sources, _gate_up)
+# [(N + 2K) * H, D] (all q, all k, all v) -> [D, K, G+2, H]
+regroup_qkv = Transform(_regroup_qkv_sources, _regroup_qkv)
+# [2F, D] (gate first) -> [D, 2, F]
+split_gate_up = Transform(_split_gate_up_sources, _split_gate_up)
+# n equal tensors -> [n, ...]
+stack = Transform(_stack_sources, _stack)

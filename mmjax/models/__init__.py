@@ -10,6 +10,8 @@ FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here
     "WhisperForConditionalGeneration": "whisper",
     "LlavaForConditionalGeneration": "llava",
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Phi3VForCausalLM": "phi3_v",
 }
 
 

@@ -39,6 +39,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 
 

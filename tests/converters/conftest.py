@@ -55,12 +55,12 @@ def qwen2_vl(config: Mapping[str, Any]) -> Shapes:
         **decoder(config, config["num_key_value_heads"], bias=True, tied=config["tie_word_embeddings"]),
         **tower("vision", vision["depth"], width, vision["num_heads"], int(width * vision["mlp_ratio"])),
         "vision.patch": (1176, width),
-        "vision.merge_norm": (width,),
-        "vision.merge_norm_bias": (width,),
-        "vision.merge1": (merged, merged),
-        "vision.merge1_bias": (merged,),
-        "vision.merge2": (merged, config["hidden_size"]),
-        "vision.merge2_bias": (config["hidden_size"],),
+        "vision.merge.norm": (width,),
+        "vision.merge.norm_bias": (width,),
+        "vision.merge.fc1": (merged, merged),
+        "vision.merge.fc1_bias": (merged,),
+        "vision.merge.fc2": (merged, config["hidden_size"]),
+        "vision.merge.fc2_bias": (config["hidden_size"],),
     }
 
 

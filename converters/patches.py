@@ -1,0 +1,45 @@
+"""Rules of the Qwen vision towers, by generation, and the names under which Qwen checkpoints keep their parts."""
+
+from __future__ import annotations
+
+from mmjax.converters import transforms as to
+from mmjax.converters.table import Rule, linear, norm
+
+_S, _T = "vision.blocks.{i}", "vision.blocks"
+
+_ALL = (
+    Rule("vision.patch_embed.proj.weight", "vision.patch", to.patches(3, 2)),  # (channel, frame, y, x)
+    *linear(f"{_S}.attn.qkv", f"{_T}.qkv", to.split_qkv, to.split_qkv_bias),
+    *linear(f"{_S}.attn.proj", f"{_T}.o", to.merge_heads),
+)
+_MERGE = (*linear("vision.merger.mlp.0", "vision.merge.fc1"), *linear("vision.merger.mlp.2", "vision.merge.fc2"))
+
+FIRST = (
+    *_ALL,
+    *norm(f"{_S}.norm1", f"{_T}.norm1"),
+    *norm(f"{_S}.norm2", f"{_T}.norm2"),
+    *linear(f"{_S}.mlp.fc1", f"{_T}.fc1"),
+    *linear(f"{_S}.mlp.fc2", f"{_T}.fc2"),
+    *norm("vision.merger.ln_q", "vision.merge.norm"),
+    *_MERGE,
+)
+WINDOWED = (
+    *_ALL,
+    Rule(f"{_S}.norm1.weight", f"{_T}.norm1"),
+    Rule(f"{_S}.norm2.weight", f"{_T}.norm2"),
+    Rule((f"{_S}.mlp.gate_proj.weight", f"{_S}.mlp.up_proj.weight"), f"{_T}.gate_up", to.fuse_gate_up),
+    Rule((f"{_S}.mlp.gate_proj.bias", f"{_S}.mlp.up_proj.bias"), f"{_T}.gate_up_bias", to.stack),
+    *linear(f"{_S}.mlp.down_proj", f"{_T}.down"),
+    Rule("vision.merger.ln_q.weight", "vision.merge.norm"),
+    *_MERGE,
+)
+
+IGNORE = (r"vision\.rotary_pos_emb\.inv_freq",)
+PREFIXES = (
+    ("model.language_model.", "text."),
+    ("language_model.model.", "text."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.visual.", "vision."),
+    ("visual.", "vision."),
+    ("model.", "text."),
+)

@@ -1,0 +1,29 @@
+"""Qwen2.5-VL: Qwen2-VL with a tower that mostly looks through windows, and clips that are placed in time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.models import vision_language
+from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.patches import PatchConfig
+
+
+class Config(vision_language.Config):
+    """See `vision_language.Config`."""
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json (flat as published, or with a text_config) and preprocessor_config.json."""
+        prepare = files["preprocessor_config.json"]
+        vision = PatchConfig.windowed(config["vision_config"], prepare)
+        return cls(
+            text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tied=tied),
+            vision=vision,
+            largest=vision_language.most_pixels(prepare) // (vision.patch * vision.merge) ** 2,
+        )
+
+
+class Model(vision_language.Model):
+    """See `mmjax.models.family.Model`."""

@@ -1,0 +1,281 @@
+"""The vision tower of the Qwen families: patches of any number of pictures in one packed row, merged in squares.
+
+Three generations share it. The first has layer norms and a plain feed-forward; the second RMS norms, a gated
+feed-forward, and blocks that attend within windows; the third a table of learned positions that is stretched over the
+picture, and taps: rows taken after inner blocks beside the final ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.nn.attention import within
+from mmjax.nn.norm import layer_norm, rms_norm
+from mmjax.nn.pixels import Pixels
+from mmjax.nn.rope import Rope, rotate
+from mmjax.nn.tower import ACTIVATIONS, Blocks, TowerConfig, gelu
+from mmjax.nn.weight import weight
+
+EPS = 1e-6  # of all norms; no config names it
+THETA = 10000.0
+
+Fields = dict[str, tuple[tuple[int, ...], str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchConfig:
+    """Sizes. A patch is `frames` x `patch` x `patch` pixels; `merge` x `merge` patches become one row of `out` numbers.
+
+    gated: RMS norms and a gated feed-forward. full: the blocks that attend to a whole frame while all others attend
+    within windows; None when every block sees its frame. side: of the square table of learned positions, 0 without.
+    taps: blocks after which a row is taken too. bias: whether the patch embedding has one.
+    """
+
+    tower: TowerConfig
+    patch: int
+    frames: int
+    merge: int
+    out: int
+    pixels: Pixels
+    gated: bool = False
+    full: tuple[int, ...] | None = None
+    side: int = 0
+    taps: tuple[int, ...] = ()
+    bias: bool = False
+
+    @classmethod
+    def first(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> PatchConfig:
+        """Qwen2-VL's, from vision_config and preprocessor_config.json."""
+        mlp = int(vision["embed_dim"] * vision["mlp_ratio"])
+        tower = _tower(vision, vision["embed_dim"], mlp, vision.get("hidden_act", "quick_gelu"))
+        return cls(tower, *_sizes(vision), vision["hidden_size"], Pixels.from_hf(dict(prepare)))
+
+    @classmethod
+    def windowed(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> PatchConfig:
+        """Qwen2.5-VL's and Qwen2.5-Omni's."""
+        tower = _tower(vision, vision["hidden_size"], vision["intermediate_size"], vision.get("hidden_act", "silu"))
+        full = tuple(vision["fullatt_block_indexes"])
+        sizes = _sizes(vision)
+        return cls(tower, *sizes, vision["out_hidden_size"], Pixels.from_hf(dict(prepare)), gated=True, full=full)
+
+    @classmethod
+    def tapped(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> PatchConfig:
+        """Qwen3-VL's and Qwen3-Omni's. Raises ValueError when the table of positions is not square."""
+        act = vision.get("hidden_act", "gelu_pytorch_tanh")
+        side = round(vision["num_position_embeddings"] ** 0.5)
+        if side**2 != vision["num_position_embeddings"]:
+            raise ValueError(f"num_position_embeddings {vision['num_position_embeddings']} is no square")
+        return cls(
+            _tower(vision, vision["hidden_size"], vision["intermediate_size"], act),
+            *_sizes(vision),
+            vision["out_hidden_size"],
+            Pixels.from_hf(dict(prepare)),
+            side=side,
+            taps=tuple(vision["deepstack_visual_indexes"]),
+            bias=True,
+        )
+
+    @property
+    def values(self) -> int:
+        """Numbers in one patch."""
+        return 3 * self.frames * self.patch**2
+
+    @property
+    def row_width(self) -> int:
+        """Numbers in a row: the final one's and one set per tap, side by side."""
+        return self.out * (1 + len(self.taps))
+
+    @property
+    def grain(self) -> int:
+        """Patches per row."""
+        return self.merge**2
+
+    @property
+    def features(self) -> Fields:
+        """What each patch comes with, as `models.family.Encoder` wants it.
+
+        place: its row and column. segment: its frame. window: its window; patches come window by window. table: where
+        in the table of positions it lies.
+        """
+        out: Fields = {
+            "pixels": ((self.values,), "uint8", 0),
+            "place": ((2,), "int32", 0),
+            "segment": ((), "int32", -1),
+        }
+        if self.full is not None:
+            out["window"] = ((), "int32", -1)
+        if self.side:
+            out["table"] = ((2,), "float32", 0)
+        return out
+
+    @property
+    def numbered(self) -> tuple[str, ...]:
+        """The features that hold segment numbers."""
+        return ("segment",) if self.full is None else ("segment", "window")
+
+    @property
+    def picks(self) -> Fields:
+        """What each row comes with. order: the first of the row's patches, which windows have moved."""
+        return {} if self.full is None else {"order": ((), "int32", 0)}
+
+    @property
+    def based(self) -> dict[str, int]:
+        """Which of them count units."""
+        return {} if self.full is None else {"order": 1}
+
+    def split(self, ways: int) -> PatchConfig:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, tower=self.tower.split(ways))
+
+
+def _tower(vision: Mapping[str, Any], width: int, mlp: int, act: str) -> TowerConfig:
+    heads = vision["num_heads"]
+    return TowerConfig(width, vision["depth"], heads, width // heads, mlp, EPS, act)
+
+
+def _sizes(vision: Mapping[str, Any]) -> tuple[int, int, int]:
+    return vision["patch_size"], vision["temporal_patch_size"], vision["spatial_merge_size"]
+
+
+class GatedBlocks(nnx.Module):
+    """`depth` equal blocks of RMS norms and gated feed-forwards, their weights stacked on a leading axis."""
+
+    def __init__(self, c: TowerConfig) -> None:
+        n, d, k, h, f = c.depth, c.width, c.heads, c.head_dim, c.mlp
+        self.norm1 = weight(n, d, axes=("depth", "embed"))
+        self.qkv = weight(n, d, k, 3, h, axes=("depth", "embed", "heads", "pair", "head_dim"))
+        self.qkv_bias = weight(n, k, 3, h, axes=("depth", "heads", "pair", "head_dim"))
+        self.o = weight(n, k, h, d, axes=("depth", "heads", "head_dim", "embed"))
+        self.o_bias = weight(n, d, axes=("depth", "embed"))
+        self.norm2 = weight(n, d, axes=("depth", "embed"))
+        self.gate_up = weight(n, d, 2, f, axes=("depth", "embed", "pair", "mlp"))
+        self.gate_up_bias = weight(n, 2, f, axes=("depth", "pair", "mlp"))
+        self.down = weight(n, f, d, axes=("depth", "mlp", "embed"))
+        self.down_bias = weight(n, d, axes=("depth", "embed"))
+        self.c = c
+
+    def __call__(self, x: jax.Array, segment: jax.Array, angles: jax.Array | None, uniform: int | None) -> jax.Array:
+        """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
+        c = self.c
+        y = rms_norm(x, self.norm1[...], c.eps)
+        qkv = jnp.einsum("ud,dnph->upnh", y, self.qkv[...]) + self.qkv_bias[...].swapaxes(0, 1)
+        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform)
+        x = x + jnp.einsum("unh,nhd->ud", y, self.o[...]) + self.o_bias[...]
+        y = rms_norm(x, self.norm2[...], c.eps)
+        y = jnp.einsum("ud,dpf->upf", y, self.gate_up[...]) + self.gate_up_bias[...]
+        return x + (ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) @ self.down[...] + self.down_bias[...]
+
+
+class Merge(nnx.Module):
+    """A norm and two dense layers over the `merge` x `merge` patches of a row; `levels` of them side by side.
+
+    With `levels` 0 there is one, whose norm sees single patches; else each norm sees the whole square.
+    """
+
+    def __init__(self, c: PatchConfig, levels: int = 0) -> None:
+        width = c.tower.width
+        square = c.grain * width
+        stack, axis = ((levels,), ("depth",)) if levels else ((), ())
+        seen = square if levels else width
+        self.norm = weight(*stack, seen, axes=(*axis, "embed"))
+        self.norm_bias = None if c.gated else weight(*stack, seen, axes=(*axis, "embed"))
+        self.fc1 = weight(*stack, square, square, axes=(*axis, "embed", "mlp"))
+        self.fc1_bias = weight(*stack, square, axes=(*axis, "mlp"))
+        self.fc2 = weight(*stack, square, c.out, axes=(*axis, "mlp", "embed"))
+        self.fc2_bias = weight(*stack, c.out, axes=(*axis, "embed"))
+        self.square = square
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[U, C] to [U / merge**2, out]."""
+        x = x.reshape(-1, self.norm.shape[-1])
+        if self.norm_bias is None:
+            x = rms_norm(x, self.norm[...], EPS)
+        else:
+            x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+        x = gelu(x.reshape(-1, self.square) @ self.fc1[...] + self.fc1_bias[...])
+        return x @ self.fc2[...] + self.fc2_bias[...]
+
+
+class PatchTower(nnx.Module):
+    """Patches to rows."""
+
+    def __init__(self, c: PatchConfig) -> None:
+        width = c.tower.width
+        self.patch = weight(c.values, width, axes=("patch", "embed"))
+        self.patch_bias = weight(width, axes=("embed",)) if c.bias else None
+        self.positions = weight(c.side**2, width, axes=("place", "embed")) if c.side else None
+        self.blocks = GatedBlocks(c.tower) if c.gated else Blocks(c.tower)
+        self.merge = Merge(c)
+        self.taps = Merge(c, len(c.taps)) if c.taps else None
+        self.c = c
+
+    def __call__(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        """Rows [R, row_width] of `PatchConfig.features` [U, ...] and `PatchConfig.picks` [R, ...]."""
+        x, levels = self._run(self._embed(features), features)
+        rows = self.merge(x)
+        if self.taps is not None:
+            graph, weights = nnx.split(self.taps)
+            tapped = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, levels)
+            rows = jnp.concatenate([rows, tapped.reshape(rows.shape[0], -1)], axis=1)
+        if self.c.full is not None:
+            rows = jnp.take(rows, features["order"] // self.c.grain, axis=0, mode="clip")
+        return rows
+
+    def _embed(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        """[U, C] of u8[U, values] patches and their places in the table."""
+        c, pixels = self.c, features["pixels"]
+        x = c.pixels.normalise(pixels.reshape(-1, 3, c.frames * c.patch**2), axis=1)
+        x = x.reshape(pixels.shape).astype(self.patch.dtype) @ self.patch[...]
+        if self.patch_bias is not None:
+            x = x + self.patch_bias[...]
+        return x if self.positions is None else x + self._learned(features["table"]).astype(x.dtype)
+
+    def _learned(self, at: jax.Array) -> jax.Array:
+        """f32[U, C] between the four entries of the table around f32[U, 2]."""
+        assert self.positions is not None
+        low = jnp.floor(at)
+        share, corner = at - low, low.astype(jnp.int32)
+        total = jnp.zeros((), jnp.float32)
+        for down in (0, 1):
+            for right in (0, 1):
+                row, column = ((corner + jnp.array([down, right], jnp.int32)).clip(0, self.c.side - 1)).T
+                part = jnp.abs(share - jnp.array([1 - down, 1 - right], jnp.float32)).prod(axis=1)
+                entry = jnp.take(self.positions[...], row * self.c.side + column, axis=0)
+                total = total + part[:, None] * entry.astype(jnp.float32)
+        return total
+
+    def _angles(self, place: jax.Array) -> jax.Array:
+        """f32[U, H/2]: the first half of the slots turns by the patch's row, the second by its column, i32[U, 2]."""
+        half = self.c.tower.head_dim // 2
+        inverse = jnp.asarray(Rope.from_hf(half, THETA, None).inverse, jnp.float32)
+        return (place.astype(jnp.float32)[:, :, None] * inverse).reshape(-1, half)
+
+    def _run(self, x: jax.Array, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """All blocks: the last one's [U, C] and the taps' [taps, U, C].
+
+        Scanned: an encoder is bound by arithmetic, so what a scan saves is compile time. Tap j's place is written by
+        every block that no earlier tap has kept, hence last by its own.
+        """
+        c, depth, segment = self.c, self.c.tower.depth, features["segment"]
+        graph, weights = nnx.split(self.blocks)
+        angles = self._angles(features["place"])
+        whole = jnp.array([c.full is None or i in c.full for i in range(depth)])
+        slot = jnp.array([sum(tap < i for tap in c.taps) for i in range(depth)], jnp.int32)
+
+        def body(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
+            (x, kept), (weights, whole, slot) = carry, layer
+            seen = segment if c.full is None else jnp.where(whole, segment, features["window"])
+            x = nnx.merge(graph, weights)(x, seen, angles, None)
+            return (x, kept.at[slot].set(x, mode="drop") if c.taps else kept), None
+
+        kept = jnp.zeros((len(c.taps), *x.shape), x.dtype)
+        return jax.lax.scan(body, (x, kept), (weights, whole, slot))[0]

@@ -1,0 +1,181 @@
+"""How the Qwen families see: pictures and clips of native size as patches, and positions on three axes.
+
+Sizes: both edges are rounded to multiples of patch * merge and the area is kept within min_pixels..max_pixels.
+Row layout of `pixels`: patches run over (t, h/2, w/2, 2, 2), so that four consecutive rows form one token; a row holds
+(channel, frame of the pair, patch, patch) values.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.multimodal.video import Video
+from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders
+from mmjax.processors.vision import image_size, pixel_count, resize
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError
+
+MAX_ASPECT = 200
+Bounds = tuple[int, int]
+
+
+def smart_resize(height: int, width: int, factor: int, low: int, high: int, frames: int = 1) -> tuple[int, int]:
+    """Nearest multiples of `factor` with an area within low..high and about the same aspect (published rule).
+
+    frames: what the area is multiplied by, for families that bound a whole clip.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise RequestError(
+            f"absolute aspect ratio must be smaller than {MAX_ASPECT}, got {max(height, width) / min(height, width):g} "
+            f"({width}x{height}). Crop or pad the image.",
+            "aspect_ratio",
+        )
+    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor  # banker's rounding, as published
+    shown = frames if frames == 1 else round(frames / 2) * 2
+    if shown * new_h * new_w > high:
+        beta = math.sqrt(frames * height * width / high)
+        new_h = max(factor, math.floor(height / beta / factor) * factor)
+        new_w = max(factor, math.floor(width / beta / factor) * factor)
+    elif shown * new_h * new_w < low:
+        beta = math.sqrt(low / (frames * height * width))
+        new_h, new_w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+    return new_h, new_w
+
+
+class PatchProcessor:
+    """What the families have in common. A family says its default areas, and may add features or change the order."""
+
+    kinds: Mapping[str, int | None] = {"image": None, "video": None}
+    marker: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    placeholder: Mapping[str, str] = {kind: f"<|vision_start|>{token}<|vision_end|>" for kind, token in marker.items()}
+    accepts = frozenset({"min_pixels", "max_pixels", "size", "do_resize"})
+    sampling_rate: int | None = None
+    areas: Mapping[str, Bounds]  # what the published processors use where the files name no sizes
+
+    def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        vision = config["vision_config"]
+        self.patch, self.merge = vision["patch_size"], vision["spatial_merge_size"]
+        self.frames = vision["temporal_patch_size"]
+        self.markers: dict[str, int] = {
+            kind: config[f"{kind}_token_id"] if f"{kind}_token_id" in config else config[f"{kind}_token_index"]
+            for kind in ("image", "video")
+        }
+        image = files.get("preprocessor_config.json")
+        video = files.get("video_preprocessor_config.json", image)  # older repositories keep one file for both
+        self.bounds = {
+            kind: area_bounds(file or {}, self.areas[kind]) for kind, file in (("image", image), ("video", video))
+        }
+
+    def fit(self, kind: str, frames: int, height: int, width: int, bounds: Bounds) -> tuple[int, int]:
+        """(height, width) to which every frame is resized; `bounds` are in pixels."""
+        return smart_resize(height, width, self.patch * self.merge, *bounds)
+
+    def _target(self, kind: str, frames: int, height: int, width: int, kwargs: Kwargs) -> tuple[int, int]:
+        factor = self.patch * self.merge
+        if kwargs.get("do_resize", True):
+            return self.fit(kind, frames, height, width, area_bounds(kwargs, self.bounds[kind]))
+        if height % factor or width % factor:
+            raise RequestError(
+                f"do_resize=False needs a height and width divisible by {factor}, got {width}x{height}.", "bad_kwargs"
+            )
+        return height, width
+
+    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+        """Tokens of an image (height, width) or a video (frames, height, width)."""
+        frames = size[0] if kind == "video" else 1
+        height, width = self._target(kind, frames, size[-2], size[-1], kwargs)
+        return math.ceil(frames / self.frames) * (height // self.patch) * (width // self.patch) // self.merge**2
+
+    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, values], place i32[U, 2], segment i32[U] and what
+        `more` says."""
+        frames = list(media.frames) if isinstance(media, Video) else [media]
+        height, width = self._target(kind, len(frames), *image_size(frames[0]), kwargs)
+        resized = [resize(frame, height, width) for frame in frames]
+        resized += resized[-1:] * (-len(resized) % self.frames)  # an image is shown twice; odd clips repeat the last
+        t, h, w = len(resized) // self.frames, height // self.patch, width // self.patch
+        pixels = np.empty((t, h * w, 3, self.frames, self.patch, self.patch), np.uint8)
+        for index, frame in enumerate(resized):
+            pixels[index // self.frames, :, :, index % self.frames] = self._patches(frame)
+        place = np.broadcast_to(places(h, w, self.merge), (t, h * w, 2)).reshape(-1, 2)
+        features = {
+            "pixels": pixels.reshape(t * h * w, -1),
+            "place": np.ascontiguousarray(place),
+            "segment": np.repeat(np.arange(t, dtype=np.int32), h * w),
+        }
+        grid = (t, h // self.merge, w // self.merge)
+        times = self.times(media, t, kwargs) if isinstance(media, Video) else ()
+        return Item(kind, self.more(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
+
+    def more(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        """The features of `grid` = (t, h, w) patches, completed by what the family's tower wants beside."""
+        return features
+
+    def times(self, video: Video, steps: int, kwargs: Kwargs) -> tuple[float, ...]:
+        """When each of the clip's steps is, in seconds, where the family cares."""
+        return ()
+
+    def _patches(self, frame: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] -> [patches in merge-block order, 3, patch, patch]."""
+        m, p = self.merge, self.patch
+        h, w = frame.shape[0] // p, frame.shape[1] // p
+        blocks = frame.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+        return blocks.reshape(h * w, 3, p, p)
+
+    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+        """One pad token per row of each item; RequestError when placeholders and items do not match."""
+        return expand_placeholders(tokens, items, self.markers, self.placeholder)
+
+    def positions(
+        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    ) -> tuple[np.ndarray, int]:
+        """int32[3, T] (time, row, column) and the delta of later tokens; see `mrope`."""
+        blocks = [(span.start, self.block(items[span.kind][span.index], span)) for span in spans]
+        return mrope(len(tokens), blocks)
+
+    def block(self, item: Item, span: Span) -> np.ndarray:
+        """int32[3, n]: where the span's rows are, counted from the item's first."""
+        return np.indices(item.grid, dtype=np.int32).reshape(3, -1)
+
+
+def mrope(length: int, blocks: Sequence[tuple[int, np.ndarray]]) -> tuple[np.ndarray, int]:
+    """Positions of a prompt with blocks (first token, int32[3, n]) in it: int32[3, length] and the delta of later ones.
+
+    Text advances all three together; a block counts from the next free position, and text goes on after the largest
+    position used (also after long clips, where transformers 5 restarts too early).
+    """
+    out = np.empty((3, length), np.int32)
+    done = free = 0
+    for start, block in blocks:
+        out[:, done:start] = np.arange(free, free + start - done)
+        free += start - done
+        done = start + block.shape[1]
+        out[:, start:done] = block + free
+        free += int(block.max()) + 1
+    out[:, done:] = np.arange(free, free + length - done)
+    return out, free - done  # position of token i = i + (free - done) from `done` on
+
+
+def area_bounds(source: Mapping[str, Any], default: Bounds) -> Bounds:
+    """(fewest, most) pixels: min_pixels/max_pixels win over size.shortest_edge/longest_edge win over the default."""
+    size = source.get("size") or {}
+    if not isinstance(size, Mapping):
+        raise RequestError(f"mm_processor_kwargs: size must be a dictionary, got {size!r}.", "bad_kwargs")
+    found = []
+    for value, names in zip(default, (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")), strict=True):
+        for where, name in ((size, names[1]), (size, names[0]), (source, names[0])):
+            if where.get(name) is not None:
+                value = pixel_count(where, name)
+        found.append(value)
+    low, high = found
+    if low > high:
+        raise RequestError(f"mm_processor_kwargs: min_pixels ({low}) is above max_pixels ({high}).", "bad_kwargs")
+    return low, high
+
+
+def places(h: int, w: int, merge: int) -> np.ndarray:
+    """(row, column) of each patch in merge-block order: int32[h * w, 2]."""
+    grid = np.indices((h, w), dtype=np.int32).reshape(2, h // merge, merge, w // merge, merge)
+    return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
