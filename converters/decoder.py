@@ -23,5 +23,11 @@ RULES = (
     Rule("lm_head.weight", "text.head", optional=True),  # tied heads have no place of their own
 )
 
+# Phi-3 stores q, k, v in one tensor, and gate and up in another.
+FUSED = (
+    Rule(f"{_S}.self_attn.qkv_proj.weight", f"{_T}.qkv", to.regroup_qkv),
+    Rule(f"{_S}.mlp.gate_up_proj.weight", f"{_T}.gate_up", to.split_gate_up),
+)
+
 # Old checkpoints carry the rotary tables, which follow from the config.
 IGNORE = (r"text\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"text\.rotary_emb\.inv_freq")

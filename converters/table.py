@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -84,12 +84,14 @@ class Rule:
 class Table:
     """Rules over canonical names. `prefixes` (old, new) make a name canonical: the first that matches is applied, once.
 
-    `ignore`: patterns that cover the whole canonical name of a tensor that nobody needs.
+    `ignore`: patterns that cover the whole canonical name of a tensor that nobody needs. `copies`: a second canonical
+    name -> the first, of one and the same tensor: read where the first is missing, ignored where it is not.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def canonical(self, name: str) -> str:
         for old, new in self.prefixes:
@@ -136,9 +138,10 @@ def optional(*rules: Rule) -> tuple[Rule, ...]:
 class _Survey:
     """Collects who claims what; `plan` turns it into pieces."""
 
-    def __init__(self, table: Table, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, table: Table, shapes: Mapping[str, Shape], names: Iterable[str]) -> None:
         self.table = table
         self.shapes = shapes
+        self.names = {table.canonical(name) for name in names} if table.copies else set()
         self.patterns = [
             (re.compile(re.escape(source).replace(re.escape(INDEX), r"(0|[1-9]\d{0,5})")), row, part)
             for row, rule in enumerate(table.rules)
@@ -157,6 +160,11 @@ class _Survey:
     def take(self, name: str, shape: Shape) -> None:
         """Give one tensor to the rule that claims it."""
         canonical = self.table.canonical(name)
+        first = self.table.copies.get(canonical)
+        if first is not None and first in self.names:
+            self.ignored.append(name)
+            return
+        canonical = first or canonical
         claims = [
             ("".join(match.groups()), row, part)
             for pattern, row, part in self.patterns
@@ -198,7 +206,7 @@ class _Survey:
 
 def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Plan:
     """Match names and shapes, and collect every problem instead of raising. Reads no weights."""
-    survey = _Survey(table, shapes)
+    survey = _Survey(table, shapes, tensors)
     for name, tensor in tensors.items():
         survey.take(name, tuple(tensor.shape))
     pieces: dict[str, list[Piece]] = {path: [] for path in shapes}

@@ -6,6 +6,7 @@ touches a device, and a `Renderer` may be used from several threads.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
@@ -186,7 +187,9 @@ class Renderer:
         special, keep = self._tokenization(options)
         text = self._with_placeholders(request)
         bound = None if keep is not None else self.max_model_len
-        tokens = self.tokenizer.encode(text, special, max_tokens=bound)
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=special, max_tokens=bound)
+        in_parts = getattr(self.processor, "tokenize", None)  # of the families whose text is not tokenised as a whole
+        tokens: list[int] = in_parts(text, encode) if in_parts else encode(text)
         if keep is not None:
             return tokens[max(0, len(tokens) - keep) :]
         if len(tokens) > self.max_model_len:  # before any medium is decoded
@@ -219,7 +222,9 @@ class Renderer:
         for kind, media in request.media.items():
             generic, marker = f"<{kind}>", self.processor.marker.get(kind) if self.processor else None
             if self.processor and marker and marker not in text and text.count(generic) == len(media):
-                text = text.replace(generic, self.processor.placeholder[kind])
+                first, *rest = text.split(generic)
+                placeholder = self.processor.placeholder[kind]
+                text = first + "".join(placeholder.replace("{i}", str(i)) + part for i, part in enumerate(rest, 1))
         return text
 
     def _check_length(self, length: int) -> None:

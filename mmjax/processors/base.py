@@ -68,7 +68,7 @@ class Processor(Protocol):
     by file name, and the tokenizer or None."""
 
     kinds: Mapping[str, int | None]  # modality -> most items one prompt may hold (None: no bound)
-    placeholder: Mapping[str, str]  # modality -> text that stands for one item in a prompt
+    placeholder: Mapping[str, str]  # modality -> text that stands for one item in a prompt, {i} for its number from 1
     marker: Mapping[str, str]  # modality -> the part of `placeholder` that expands
     accepts: frozenset[str]  # processor kwargs that `item` understands
     sampling_rate: int | None  # of the audio that `item` takes
@@ -114,12 +114,12 @@ def expand_placeholders(
         elif len(found) == sum(rows):
             lengths = rows
         else:
-            raise _mismatch(kind, len(rows), len(found), placeholder[kind])
+            raise mismatch(kind, len(rows), len(found), placeholder[kind])
         first = np.cumsum([0, *lengths])
         for index, length in enumerate(lengths):
             run = found[first[index] : first[index] + length]
             if run[-1] - run[0] != length - 1:
-                raise _mismatch(kind, len(rows), len(found), placeholder[kind])
+                raise mismatch(kind, len(rows), len(found), placeholder[kind])
             taken.append((int(run[0]), length, kind, index))
     out: list[int] = []
     spans: list[Span] = []
@@ -134,7 +134,9 @@ def expand_placeholders(
     return Expanded(out, spans)
 
 
-def _mismatch(kind: str, expected: int, found: int, placeholder: str) -> RequestError:
+def mismatch(kind: str, expected: int, found: int, placeholder: str) -> RequestError:
+    """A prompt with `found` placeholders for `expected` items."""
+    placeholder = placeholder.replace("{i}", "1")
     if not expected:
         fix = f"remove {placeholder!r} from the prompt, or pass the {kind} data it stands for"
     else:

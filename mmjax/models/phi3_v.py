@@ -1,0 +1,181 @@
+"""Phi-3.5-vision and VLM2Vec: CLIP over square crops and over the whole picture, separators, Phi-3."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax.batch import Batch, Pool
+from mmjax.models.family import Encoder, Shape
+from mmjax.nn.clip import Clip, ClipConfig
+from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.pixels import Pixels
+from mmjax.nn.tower import gelu
+from mmjax.nn.weight import weight
+
+CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the published config only names
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+LAYER = -2  # the hidden state of the tower that is used, where the config does not say
+MOST_CROPS = 16  # recommended for single images: that many always fit, whatever the files say
+FAR = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes; `crops`: the most that the largest picture is cut into."""
+
+    text: DecoderConfig
+    vision: ClipConfig
+    pixels: Pixels
+    crops: int
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json and preprocessor_config.json. Raises ValueError for a layout of images that is not known."""
+        layout, tower = config["embd_layer"], config["img_processor"]
+        order = layout.get("hd_transform_order")
+        kept = tower.get("type_feature", "patch")
+        if not layout.get("use_hd_transform") or not layout.get("with_learnable_separator") or kept != "patch":
+            raise ValueError(f"images are laid out in a way that is not supported: {layout}, {kept} features")
+        if order not in ("sub_glb", "glb_sub"):
+            raise ValueError(f"hd_transform_order {order!r} is not supported; known: sub_glb, glb_sub")
+        prepare = files["preprocessor_config.json"]
+        vision = {**CLIP_L, **tower.get("vision_config", {})}
+        return cls(
+            text=DecoderConfig.from_hf(config, bias=False, tied=tied),
+            vision=ClipConfig.from_hf(vision, tower.get("layer_idx", LAYER)),
+            pixels=Pixels.from_hf(prepare),
+            crops=max(MOST_CROPS, prepare.get("num_crops", 0)),
+        )
+
+    @property
+    def edge(self) -> int:
+        """Rows along one edge of a crop: each takes a square of four patches."""
+        return self.vision.side // 2
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes for the engine."""
+        t, side, edge = self.text, self.vision.image, self.edge
+        # n units (crops and the whole) in one column are n * edge lines of edge + 1 rows, and one row between the two
+        most = edge * (edge + 1) + 1
+        encoder = Encoder(
+            features={
+                "pixels": ((3, side, side), "uint8", 0),
+                "place": ((4,), "int32", 1),
+                "whole": ((), "int32", -1),
+            },
+            kinds=("image",),
+            rows=most,
+            picks={"index": ((), "int32", -1)},
+            based={"whole": 1, "index": edge**2},
+            largest=self.crops + 1,
+        )
+        return Shape(
+            layers=t.depth,
+            kv_heads=t.kv_heads,
+            head_dim=t.head_dim,
+            vocab=t.vocab,
+            width=t.width,
+            max_len=t.max_len,
+            slab_width=t.width,
+            encoders={"vision": encoder},
+            largest_item=(self.crops + 1) * (most - 1) + 1,
+        )
+
+    def split(self, ways: int) -> Config:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
+
+    def within(self, longest: int) -> Config:
+        """The same for sequences of at most `longest` tokens."""
+        return dataclasses.replace(self, text=self.text.within(longest))
+
+
+class Projector(nnx.Module):
+    """Two dense layers from a square of four patches to the language model's width."""
+
+    def __init__(self, c: Config) -> None:
+        square, width = 4 * c.vision.tower.width, c.text.width
+        self.fc1 = weight(square, width, axes=("embed", "embed_out"))
+        self.fc1_bias = weight(width, axes=("embed_out",))
+        self.fc2 = weight(width, width, axes=("embed", "embed_out"))
+        self.fc2_bias = weight(width, axes=("embed_out",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[R, 4C] to [R, D]."""
+        return gelu(x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]
+
+
+class Model(nnx.Module):
+    """See `mmjax.models.family.Model`. newline, divider: [4C], what ends a line of squares and stands between parts."""
+
+    def __init__(self, c: Config) -> None:
+        square = 4 * c.vision.tower.width
+        self.text = Decoder(c.text)
+        self.vision = Clip(c.vision)
+        self.projector = Projector(c)
+        self.newline = weight(square, axes=("embed",))
+        self.divider = weight(square, axes=("embed",))
+        self.c = c
+
+    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+        return self.text(batch, pool, slab)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return self.text.logits(hidden)
+
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+        """index i32[R]: a square of patches among those of all units, -1 for the newline, -2 for the divider."""
+        c = self.c
+        pixels = whole_views(features["pixels"].astype(jnp.float32), features["place"], features["whole"])
+        x = self.vision.rows(c.pixels.normalise(pixels, axis=1))[:, 1:]
+        x = x.reshape(-1, c.edge, 2, c.edge, 2, x.shape[-1]).swapaxes(2, 3).reshape(-1, 4 * x.shape[-1])
+        x = self.projector(jnp.concatenate([x, self.newline[...][None], self.divider[...][None]]))
+        index = features["index"]
+        return jnp.take(x, jnp.where(index < 0, x.shape[0] - 3 - index, index), axis=0, mode="clip")
+
+
+def whole_views(pixels: jax.Array, place: jax.Array, whole: jax.Array) -> jax.Array:
+    """Fill in the units that show a whole picture: f32[U, 3, S, S] pixels, theirs zero, to the same with all of them.
+
+    Such a view is its picture's canvas brought to S x S by bicubic interpolation (a = -0.75, edges repeated, nothing
+    smoothed), which is linear: every crop, at place i32[U, 4] = (row, rows, column, columns), adds its share to the
+    unit whole i32[U] (-1: to none).
+    """
+    size = pixels.shape[-1]
+    down, across = (_shares(place[:, 2 * axis], place[:, 2 * axis + 1], size) for axis in (0, 1))
+    exact = jax.lax.Precision.HIGHEST  # bytes do not fit the rounded inputs of a fast product
+    parts = jnp.einsum("uyp,ucpq,uxq->ucyx", down, pixels, across, precision=exact)
+    return pixels.at[jnp.where(whole >= 0, whole, FAR)].add(parts, mode="drop")
+
+
+def _shares(at: jax.Array, count: jax.Array, size: int) -> jax.Array:
+    """f32[U, size, size]: how much of each pixel of crop `at` of `count` in a line goes into each pixel of the view."""
+    source = (jnp.arange(size, dtype=jnp.float32) + 0.5) * count.astype(jnp.float32)[:, None] - 0.5
+    first = jnp.floor(source)
+    total = jnp.zeros((), jnp.float32)
+    for tap in (-1, 0, 1, 2):
+        pixel = (first.astype(jnp.int32) + tap).clip(0, count[:, None] * size - 1) - at[:, None] * size
+        share = _cubic(jnp.abs(source - first - tap))
+        total = total + jnp.where(pixel[:, :, None] == jnp.arange(size, dtype=jnp.int32), share[:, :, None], 0.0)
+    return total
+
+
+def _cubic(x: jax.Array, a: float = -0.75) -> jax.Array:
+    """Keys' interpolation kernel at distances x >= 0."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))

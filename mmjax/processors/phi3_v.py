@@ -1,0 +1,145 @@
+"""Phi-3.5-vision: an image as a grid of square crops after a view of the whole, its rows set apart by separators.
+
+The canvas that is cut into crops is as large as `num_crops` squares allow at the image's aspect, filled up with white.
+The view of the whole is that canvas made smaller in exact arithmetic, so the device makes it from the crops.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions, mismatch
+from mmjax.processors.vision import image_size, pixel_count
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError
+
+CROPS = 4  # where no file says how many
+MAX_CROPS = 128  # bounds what one request can allocate
+SIDE, PATCH = 336, 14  # of CLIP's tower, where config.json does not bring one
+IMAGE_ID = 32044  # of <|image|> as published, for those who bring no tokenizer
+NEWLINE, DIVIDER = -1, -2  # picks that stand for the model's two learned separators
+TAG = re.compile(r"<\|image_(\d+)\|>")
+
+
+class Processor:
+    """See `mmjax.processors.base.Processor`. `tokenize` writes tag k of the text as the token -1 - k."""
+
+    kinds: Mapping[str, int | None] = {"image": None}
+    marker: Mapping[str, str] = {"image": "<|image_"}
+    placeholder: Mapping[str, str] = {"image": "<|image_{i}|>"}
+    accepts = frozenset({"num_crops"})
+    sampling_rate: int | None = None
+
+    def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        vision = config["img_processor"].get("vision_config", {})
+        self.side: int = vision.get("image_size", SIDE)
+        self.rows = self.side // vision.get("patch_size", PATCH) // 2  # along one edge of a crop
+        self.crops: int = files.get("preprocessor_config.json", {}).get("num_crops", CROPS)
+        self.global_first = config["embd_layer"]["hd_transform_order"] == "glb_sub"
+        found = tokenizer.id_of("<|image|>") if tokenizer else IMAGE_ID
+        self.image_id = IMAGE_ID if found is None else found
+
+    def _fit(self, height: int, width: int, kwargs: Kwargs) -> tuple[int, int]:
+        """(height, width) of the resized image; its longer edge is a multiple of the crop's."""
+        crops = pixel_count(kwargs, "num_crops") if "num_crops" in kwargs else self.crops
+        if crops > MAX_CROPS:
+            raise RequestError(f"mm_processor_kwargs: num_crops must be at most {MAX_CROPS}, got {crops}.", "bad_kwargs")
+        short, long = sorted((height, width))
+        ratio = long / short
+        scale = max(s for s in range(1, crops + 1) if s == 1 or s * math.ceil(s / ratio) <= crops)
+        edges = max(1, int(scale * self.side / ratio)), scale * self.side
+        return edges if width >= height else edges[::-1]
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        return -(-height // self.side), -(-width // self.side)
+
+    def _rows(self, rows: int, columns: int) -> int:
+        """Tokens of a grid of crops: its own lines and those of the whole with a separator each, one between the two."""
+        return (rows * columns + 1) * self.rows**2 + 1 + (rows + 1) * self.rows
+
+    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+        """Tokens of an image (height, width)."""
+        return self._rows(*self._grid(*self._fit(size[0], size[1], kwargs)))
+
+    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+        """An RGB image or uint8 [H, W, 3] -> units: the whole (left blank for the device), then crops row by row.
+
+        pixels u8[U, 3, S, S]; place i32[U, 4], a crop's (row, rows, column, columns); whole i32[U], the unit that a
+        crop is a part of, -1 for the whole itself; index i32[rows], which of all the units' patch squares each row is.
+        """
+        canvas = self._canvas(media, *self._fit(*image_size(media), kwargs))
+        side = self.side
+        rows, columns = canvas.shape[0] // side, canvas.shape[1] // side
+        count = rows * columns + 1
+        pixels = np.zeros((count, 3, side, side), np.uint8)
+        pixels[1:].reshape(rows, columns, 3, side, side)[:] = canvas.reshape(rows, side, columns, side, 3).transpose(
+            0, 2, 4, 1, 3
+        )
+        place = np.ones((count, 4), np.int32)
+        row, column = np.indices((rows, columns)).reshape(2, -1)
+        place[1:] = np.stack([row, np.full_like(row, rows), column, np.full_like(row, columns)], axis=1)
+        whole = np.zeros(count, np.int32)
+        whole[0] = -1
+        features = {"pixels": pixels, "place": place, "whole": whole, "index": self._index(rows, columns)}
+        return Item(kind, features, units=count, rows=self._rows(rows, columns), grid=(rows, columns))
+
+    def _canvas(self, media: Any, height: int, width: int) -> np.ndarray:
+        """u8[H, W, 3]: the image made `height` x `width`, white above and below (beside, if it is upright) it."""
+        image = Image.fromarray(media) if isinstance(media, np.ndarray) else media
+        upright = image.height > image.width
+        if upright:  # the published order of steps: where to round depends on it
+            image = image.transpose(Image.Transpose.TRANSPOSE)
+            height, width = width, height
+        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        gap = -height % self.side
+        canvas = np.pad(resized, [(gap // 2, gap - gap // 2), (0, 0), (0, 0)], constant_values=255)
+        return canvas.transpose(1, 0, 2) if upright else canvas
+
+    def _index(self, rows: int, columns: int) -> np.ndarray:
+        """i32[rows of the item]: places among the units' squares of patches, or NEWLINE or DIVIDER."""
+        edge = self.rows
+        squares = np.arange((rows * columns + 1) * edge**2, dtype=np.int32).reshape(-1, edge, edge)
+        crops = squares[1:].reshape(rows, columns, edge, edge).transpose(0, 2, 1, 3).reshape(rows * edge, -1)
+        parts = [np.pad(lines, [(0, 0), (0, 1)], constant_values=NEWLINE).ravel() for lines in (crops, squares[0])]
+        first, second = parts[::-1] if self.global_first else parts
+        return np.concatenate([first, np.array([DIVIDER], np.int32), second])
+
+    def tokenize(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """The text between two image tags is a text of its own, start token included (as published)."""
+        tokens: list[int] = []
+        for n, part in enumerate(TAG.split(text)):
+            tokens.extend([-1 - int(part)] if n % 2 else encode(part))
+        return tokens
+
+    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+        """Tag k becomes as many image tokens as image k has rows; without tags image tokens stand for images in turn.
+
+        RequestError unless every image has one tag.
+        """
+        images = items.get("image", ())
+        tags = [-1 - token for token in tokens if token < 0]
+        markers = {"image": self.image_id}
+        if not tags:
+            return expand_placeholders(tokens, items, markers, self.placeholder)
+        loose = sum(token == self.image_id for token in tokens)
+        if loose or sorted(tags) != list(range(1, len(images) + 1)):
+            raise mismatch("image", len(images), len(tags) + loose, self.placeholder["image"])
+        out: list[int] = []
+        spans: list[Span] = []
+        for token in tokens:
+            if token < 0:
+                spans.append(Span(len(out), images[-token - 2].rows, "image", -token - 2))
+                out.extend([self.image_id] * spans[-1].length)
+            else:
+                out.append(token)
+        return Expanded(out, spans)
+
+    def positions(
+        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    ) -> tuple[np.ndarray, int]:
+        """Ordinary positions."""
+        return linear_positions(len(tokens))
