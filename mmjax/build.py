@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
 from mmjax.engine.engine import Engine
 from mmjax.engine.pack import Sizes
-from mmjax.load import Checkpoint, find, load_params
+from mmjax.load import Checkpoint, declare, find, load_params
 from mmjax.models.family import Shape
 from mmjax.render import Renderer
 from mmjax.text.tokenizer import Tokenizer
@@ -169,6 +169,8 @@ def _engine(
     page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
+    if hasattr(split, "within"):  # some models turn with the longest sequence that there can be
+        graph, _ = declare(checkpoint.family, split.within(max_len))
     slab_rows = _slab_rows(args, shape, platform, max_len)
     sizes = _sizes(args, shape, platform, max_len, slab_rows)
     runner = Runner(graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, platform=platform)
