@@ -80,7 +80,9 @@ def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
 
 def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
     """Phi-3's stretch: a divisor per frequency, in a set for long contexts and one for short ones."""
-    sets = [inverse / np.asarray(scaling[name], np.float64) for name in ("long_factor", "short_factor")]
+    # in float32 as published: a thousand tokens on, a last bit here is an angle of 1e-4
+    wave = (1 / inverse).astype(np.float32)
+    sets = [1 / (np.asarray(scaling[name], np.float32) * wave) for name in ("long_factor", "short_factor")]
     longest, original = (
         int(str(scaling[name])) for name in ("max_position_embeddings", "original_max_position_embeddings")
     )
