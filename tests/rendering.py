@@ -26,7 +26,7 @@ def make_renderer(family: str, directory: Path, **options: Any) -> Renderer:
     config = read_files(directory)["config.json"]
     defaults: dict[str, Any] = {
         "model_id": family,
-        "vocab_size": config.get("vocab_size") or config["text_config"]["vocab_size"],
+        "vocab_size": config.get("vocab_size") or config.get("thinker_config", config)["text_config"]["vocab_size"],
         "max_model_len": 448 if family == "whisper" else 4096,
         "encoder_decoder": family == "whisper",
     }

@@ -1,7 +1,7 @@
 """A family's module by itself: a checkpoint's weights, one padded batch, no engine, no scheduler, no sampler."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -21,15 +21,19 @@ PAGE, BLOCK = 16, 32
 
 
 class Bare:
-    """Runs one prompt of up to `tokens` tokens with up to `units` units of media, in `dtype` on one device."""
+    """Runs one prompt of up to `tokens` tokens with up to `units` units of media (of each encoder, where it is a
+    mapping), in `dtype` on one device."""
 
-    def __init__(self, directory: Path, *, tokens: int, units: int, dtype: str = "float32") -> None:
+    def __init__(
+        self, directory: Path, *, tokens: int, units: int | Mapping[str, int], dtype: str = "float32"
+    ) -> None:
         checkpoint = Checkpoint.open(str(directory))
         mesh = sharding.mesh(jax.local_devices()[:1])
         self.graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, dtype, dtype)
         self.params = nest(params)
         self.shape = config.shape
-        self.tokens, self.units, self.dtype = tokens, units, jnp.dtype(dtype)
+        self.tokens, self.dtype = tokens, jnp.dtype(dtype)
+        self.units = dict.fromkeys(self.shape.encoders, units) if isinstance(units, int) else units
 
     def encode(self, items: Sequence[Item]) -> np.ndarray:
         """Rows of all the items, one after the other: [rows, W]; for cross attention [frames, D]."""
@@ -37,16 +41,16 @@ class Bare:
         for name, encoder in self.shape.encoders.items():
             mine = [item for item in items if item.kind in encoder.kinds]
             if mine:
-                rows = np.asarray(self._encode[name](self.params, self._pack(encoder, mine)))
+                rows = np.asarray(self._encode[name](self.params, self._pack(encoder, self.units[name], mine)))
                 ends = np.cumsum([item.units * encoder.keys or item.rows for item in mine])
                 found |= {id(item): part for item, part in zip(mine, np.split(rows, ends)[:-1], strict=True)}
         return np.concatenate([found[id(item)] for item in items])
 
-    def _pack(self, encoder: Encoder, items: Sequence[Item]) -> dict[str, np.ndarray]:
+    def _pack(self, encoder: Encoder, most: int, items: Sequence[Item]) -> dict[str, np.ndarray]:
         """Features and picks of items that one encoder takes together."""
-        assert sum(item.units for item in items) <= self.units
+        assert sum(item.units for item in items) <= most
         out = {}
-        for count, fields in ((self.units, encoder.features), (encoder.rows_of(self.units), encoder.picks)):
+        for count, fields in ((most, encoder.features), (encoder.rows_of(most), encoder.picks)):
             for field, (tail, dtype, fill) in fields.items():
                 out[field] = np.full((count, *tail), fill, dtype)
                 at = segments = units = 0
@@ -107,7 +111,7 @@ class Bare:
         def run(params: dict[str, jax.Array], batch: Batch, slab: jax.Array, rows: jax.Array | None) -> jax.Array:
             model = nnx.merge(self.graph, params)
             count = 1 + batch.pages.shape[1] + batch.cross_pages.shape[1]
-            size = (shape.layers * count, PAGE, shape.kv_heads, pool_head_dim(shape.head_dim, "cpu"))
+            size = (shape.layers * count, shape.kv_heads, PAGE, pool_head_dim(shape.head_dim, "cpu"))
             pool = Pool(jnp.zeros(size, self.dtype), jnp.zeros(size, self.dtype))
             if rows is not None:
                 first = (1 + batch.pages.shape[1]) * PAGE
