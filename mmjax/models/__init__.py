@@ -9,9 +9,14 @@ from typing import Any
 FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here, in processors/ and in converters/
     "WhisperForConditionalGeneration": "whisper",
     "LlavaForConditionalGeneration": "llava",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
+    "MiniCPMV": "minicpmv",
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
     "Phi3VForCausalLM": "phi3_v",
+    "Qwen2_5OmniModel": "qwen2_5_omni",
+    "Qwen2_5OmniForConditionalGeneration": "qwen2_5_omni",
+    "Qwen2_5OmniThinkerForConditionalGeneration": "qwen2_5_omni",
 }
 
 

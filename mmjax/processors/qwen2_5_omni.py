@@ -1,0 +1,83 @@
+"""Qwen2.5-Omni: sound in chunks of two seconds, 25 rows a second; a video and its sound take turns every two seconds."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.processors.base import Item
+from mmjax.processors.omni import OmniProcessor
+from mmjax.processors.patches import Bounds
+from mmjax.processors.soundtrack import Turn
+from mmjax.processors.windows import WindowProcessor
+from mmjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Processor(OmniProcessor, WindowProcessor):
+    """See `mmjax.processors.base.Processor`. The area of videos is that of the published processor's own defaults."""
+
+    marker: Mapping[str, str] = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
+    placeholder: Mapping[str, str] = {
+        "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
+        "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    }
+    areas: Mapping[str, Bounds] = {"image": (56 * 56, 28 * 28 * 1280), "video": (128 * 28 * 28, 768 * 28 * 28)}
+    fps = 2.0
+    one_bos = True
+
+    def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        super().__init__(config, files, tokenizer)
+        thinker = config.get("thinker_config", config)
+        self.chunk: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
+        self.share = int(self.ticks * thinker["seconds_per_chunk"])  # positions that one turn covers
+
+    def heard(self, samples: int) -> int:
+        """Two convolution steps per row, two frames per step."""
+        frames = -(-min(samples, self.mel.samples) // self.mel.hop)
+        return (frames + 1) // 2 // 2
+
+    def hear(self, audio: np.ndarray) -> Item:
+        """Mono float32 [n] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, first i32[rows]: the first of
+        the two steps that make a row. The last chunk may be short; longer audio than the window is cut."""
+        if len(audio) > self.mel.samples:
+            log.warning(
+                "audio of %.1f s is cut to the model's window of %.1f s",
+                len(audio) / self.mel.rate,
+                self.mel.samples / self.mel.rate,
+            )
+        mel = self.mel.before_silence(audio[: self.mel.samples])
+        frames, rows = mel.shape[1], self.heard(len(audio))
+        units = -(-frames // self.chunk)
+        padded = np.zeros((units * self.chunk, len(mel)), np.float32)
+        padded[:frames] = mel.T
+        features = {
+            "mel": padded.reshape(units, self.chunk, -1),
+            "length": np.minimum(self.chunk, frames - self.chunk * np.arange(units, dtype=np.int32)),
+            "first": 2 * np.arange(rows, dtype=np.int32),
+        }
+        return Item("audio", features, units, rows)
+
+    def turns(self, clip: Item, sound: Item) -> list[Turn]:
+        """A share of the video, the same share of its sound, and so on."""
+        layer = clip.rows // clip.grid[0]
+        times = np.repeat([seconds * self.ticks for seconds in clip.times], layer)
+        shares = {"video": self._shares(times), "audio": self._shares(np.arange(sound.rows))}
+        turns: list[Turn] = []
+        for number in range(max(map(len, shares.values()))):
+            for kind, cuts in shares.items():
+                turns += [(kind, first, end - first) for first, end in cuts[number : number + 1]]
+        return turns
+
+    def _shares(self, times: np.ndarray) -> list[tuple[int, int]]:
+        """(first row, row after the last) of each share: a row whose time reaches the end of the current share opens the
+        next one, whose end is one share later (as published, also where times leap over a whole share)."""
+        cuts, end = [0], self.share
+        for row, time in enumerate(times.tolist()):
+            if time >= end:
+                cuts.append(row)
+                end += self.share
+        return list(zip(cuts, [*cuts[1:], len(times)], strict=True))
