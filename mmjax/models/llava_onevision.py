@@ -1,0 +1,126 @@
+"""LLaVA-OneVision: SigLIP over a picture and over the crops of it at its own resolution, Qwen2.
+
+Rows do not follow from crops: margins are cut off, large pictures and the frames of videos are scaled down after the
+tower, lines end with a newline. So each row says which patches it is made from, and how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.batch import Batch, Pool
+from mmjax.models.family import Encoder, Shape
+from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.pixels import Pixels
+from mmjax.nn.projector import Projector
+from mmjax.nn.siglip import Siglip, SiglipConfig
+from mmjax.nn.weight import weight
+
+QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+}
+SLACK = 1.1  # above so many times the edge that is wanted, a picture is scaled down
+FRAMES = 64  # of a video that always fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes. crops: of the largest picture, without the view of the whole; most: crops that it is scaled down to."""
+
+    text: DecoderConfig
+    vision: SiglipConfig
+    act: str
+    pixels: Pixels
+    crops: int
+    most: int
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json and preprocessor_config.json. Raises ValueError for a layout that is not supported."""
+        layer, strategy = config.get("vision_feature_layer", -1), config.get("vision_feature_select_strategy", "full")
+        if not isinstance(layer, int) or strategy != "full":
+            raise ValueError(
+                f"vision_feature_layer {layer} with vision_feature_select_strategy {strategy!r} is not supported: "
+                "one layer with 'full' is"
+            )
+        vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=False)
+        cells = [(height // vision.image) * (width // vision.image) for height, width in config["image_grid_pinpoints"]]
+        return cls(
+            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tied=tied),
+            vision=vision,
+            act=config.get("projector_hidden_act", "gelu"),
+            pixels=Pixels.from_hf(files["preprocessor_config.json"]),
+            crops=max(cells),
+            most=int(config.get("vision_aspect_ratio", "anyres_max_9").removeprefix("anyres_max_")),
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes for the engine."""
+        t, side, image = self.text, self.vision.side, self.vision.image
+        patches = side**2
+        encoder = Encoder(
+            features={"pixels": ((3, image, image), "uint8", 0)},
+            kinds=("image", "video"),
+            rows=patches + side,  # a crop above all others still adds one newline per line
+            picks={"index": ((4,), "int32", -1), "share": ((4,), "float32", 0)},
+            based={"index": patches},
+            largest=max(self.crops + 1, FRAMES),
+        )
+        lines = self.crops * side  # all crops below each other
+        kept = min(self.crops * patches, int(SLACK**2 * self.most * patches))
+        return Shape(
+            layers=t.depth,
+            kv_heads=t.kv_heads,
+            head_dim=t.head_dim,
+            vocab=t.vocab,
+            width=t.width,
+            max_len=t.max_len,
+            slab_width=t.width,
+            encoders={"vision": encoder},
+            largest_item=patches + kept + min(lines, kept),
+        )
+
+    def split(self, ways: int) -> Config:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
+
+
+class Model(nnx.Module):
+    """See `mmjax.models.family.Model`. newline: [D], the row at the end of a line."""
+
+    def __init__(self, c: Config) -> None:
+        self.text = Decoder(c.text)
+        self.vision = Siglip(c.vision)
+        self.projector = Projector(c.vision.tower.width, c.text.width, c.act)
+        self.newline = weight(c.text.width, axes=("embed",))
+        self.c = c
+
+    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+        return self.text(batch, pool, slab)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return self.text.logits(hidden)
+
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+        """index i32[R, 4] and share f32[R, 4]: a row is the weighted sum of four patches; of -1 it is the newline."""
+        index, share = features["index"], features["share"]
+        x = self.projector(self.vision.squares(self.c.pixels.normalise(features["pixels"], axis=1)))
+        total = jnp.zeros((), jnp.float32)
+        for corner in range(4):  # one after the other: four times the rows at once would be the largest array by far
+            part = jnp.take(x, index[:, corner], axis=0, mode="clip").astype(jnp.float32)
+            total = total + part * share[:, corner, None]
+        return jnp.where(index[:, :1] < 0, self.newline[...], total.astype(x.dtype))

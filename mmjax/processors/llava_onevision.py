@@ -1,0 +1,178 @@
+"""LLaVA-OneVision: a picture as a whole and in crops at about its own resolution; videos frame by frame.
+
+The crops' patches are put together again to the picture, less the margins that made it fit; above nine crops' worth it
+is scaled down bilinearly. Every line ends with a newline, and the whole comes first. A frame is scaled to half, and a
+newline ends the video.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.multimodal.video import Video
+from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions
+from mmjax.processors.picks import Picks, joined, newlines, resampled, whole
+from mmjax.processors.vision import image_size, resize
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError
+
+SLACK = 1.1  # only above so many times the edge that is wanted, a picture is scaled down
+Grid = tuple[int, int]
+
+
+class Processor:
+    """See `mmjax.processors.base.Processor`.
+
+    `vision_aspect_ratio` may be "anyres_max_N" (scaled down above N crops' worth of rows) or "pad": one crop only, the
+    picture padded to a square, as transformers prepares several images of one prompt.
+    """
+
+    kinds: Mapping[str, int | None] = {"image": None, "video": None}
+    marker: Mapping[str, str] = {"image": "<image>", "video": "<video>"}
+    placeholder: Mapping[str, str] = marker
+    accepts = frozenset({"vision_aspect_ratio"})
+    sampling_rate: int | None = None
+
+    def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        vision = config["vision_config"]
+        self.markers = {"image": config["image_token_index"], "video": config["video_token_index"]}
+        self.size: int = vision["image_size"]
+        self.side = self.size // vision["patch_size"]
+        self.aspect: str = config.get("vision_aspect_ratio", "anyres_max_9")
+        self.sizes = [(height, width) for height, width in config["image_grid_pinpoints"]]
+        prepare = files["preprocessor_config.json"]
+        self.margin = tuple(int(255 * mean) for mean in prepare["image_mean"])
+        size = prepare.get("size", {"height": self.size, "width": self.size})
+        if (size["height"], size["width"]) != (self.size, self.size):
+            raise ValueError(
+                f"preprocessor_config.json makes crops of {size['width']}x{size['height']}, but the vision tower of "
+                f"config.json takes {self.size}x{self.size}: the two files belong to different checkpoints"
+            )
+
+    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+        """Tokens of an image (height, width) or a video (frames, height, width)."""
+        if kind == "video":
+            return size[0] * math.ceil(self.side / 2) ** 2 + 1
+        most = self._most(kwargs)
+        if most is None:
+            return self.side**2 + 1
+        height, width = self._scaled(self._kept(*size[-2:], self._canvas(*size[-2:])), most)
+        return self.side**2 + height * (width + 1)
+
+    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, 3, S, S], index i32[rows, 4], share f32[rows, 4].
+
+        Row r is the sum over j of share[r, j] times patch index[r, j] of the item; where that is -1, the newline.
+        """
+        if isinstance(media, Video):
+            crops = [resize(frame, self.size, self.size) for frame in media.frames]
+            picks = self._frames(len(crops))
+        elif (most := self._most(kwargs)) is None:
+            crops, picks = [self._padded(media)], joined([self._first, newlines(1)])
+        else:
+            crops, picks = self._crops(media), self._lines(image_size(media), most)
+        pixels = np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
+        return Item(kind, {"pixels": pixels, **picks._asdict()}, units=len(crops), rows=len(picks.index))
+
+    # --- pixels
+
+    def _canvas(self, height: int, width: int) -> Grid:
+        """(height, width): of the allowed sizes that on which most of the picture shows, then the smallest."""
+
+        def rank(allowed: Grid) -> Grid:
+            scale = min(allowed[1] / width, allowed[0] / height)
+            shown = min(int(width * scale) * int(height * scale), width * height)
+            return shown, -allowed[0] * allowed[1]
+
+        return max(self.sizes, key=rank)
+
+    def _crops(self, image: Any) -> list[np.ndarray]:
+        """The whole, out of proportion, and the crops row by row of the picture centred on its canvas."""
+        (height, width), size = image_size(image), self.size
+        canvas = self._canvas(height, width)
+        scale = min(canvas[1] / width, canvas[0] / height)
+        if canvas[1] / width < canvas[0] / height:
+            fitted = min(math.ceil(height * scale), canvas[0]), canvas[1]
+        else:
+            fitted = canvas[0], min(math.ceil(width * scale), canvas[1])
+        board = np.zeros((*canvas, 3), np.uint8)
+        top, left = ((edge - inner) // 2 for edge, inner in zip(canvas, fitted, strict=True))
+        board[top : top + fitted[0], left : left + fitted[1]] = resize(image, *fitted)
+        cells = board.reshape(canvas[0] // size, size, canvas[1] // size, size, 3).swapaxes(1, 2)
+        return [resize(image, size, size), *cells.reshape(-1, size, size, 3)]
+
+    def _padded(self, image: Any) -> np.ndarray:
+        """The picture on a square of the mean colour."""
+        height, width = image_size(image)
+        edge = max(height, width)
+        board = np.empty((edge, edge, 3), np.uint8)
+        board[:] = self.margin
+        top, left = (edge - height) // 2, (edge - width) // 2
+        board[top : top + height, left : left + width] = np.asarray(image)
+        return resize(board, self.size, self.size)
+
+    # --- rows
+
+    def _most(self, kwargs: Kwargs) -> int | None:
+        """Crops' worth of rows above which a picture is scaled down; None: one padded crop only."""
+        aspect = kwargs.get("vision_aspect_ratio", self.aspect)
+        if aspect == "pad":
+            return None
+        match = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(aspect))
+        if match is None:
+            raise RequestError(
+                f"mm_processor_kwargs: vision_aspect_ratio must be 'pad' or 'anyres_max_N', got {aspect!r}.",
+                "bad_kwargs",
+            )
+        return int(match[1])
+
+    def _kept(self, height: int, width: int, canvas: Grid) -> Grid:
+        """Lines and columns of patches on the canvas less the margins (rounded to patches as published)."""
+        lines, columns = (edge // self.size * self.side for edge in canvas)
+        if width / height > columns / lines:
+            lines -= (lines - int(round(height * (columns / width), 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * (lines / height), 7))) // 2 * 2
+        return lines, columns
+
+    def _scaled(self, grid: Grid, most: int) -> Grid:
+        """Lines and columns after scaling down to `most` crops' worth."""
+        ratio = math.sqrt(grid[0] * grid[1] / (most * self.side**2))
+        return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > SLACK else grid
+
+    @property
+    def _first(self) -> Picks:
+        """The patches of the first crop."""
+        return whole(np.arange(self.side**2))
+
+    def _lines(self, size: Grid, most: int) -> Picks:
+        """The rows of a picture of this size: of the whole, then line by line, each with its newline."""
+        side, canvas = self.side, self._canvas(*size)
+        down, across = (edge // self.size for edge in canvas)
+        patches = np.arange(side**2, (1 + down * across) * side**2)
+        patches = patches.reshape(down, across, side, side).swapaxes(1, 2).reshape(down * side, across * side)
+        lines, columns = self._kept(*size, canvas)
+        top, left = (len(patches) - lines) // 2, (len(patches[0]) - columns) // 2
+        kept = patches[top : top + lines, left : left + columns]
+        scaled = resampled(kept, *self._scaled((lines, columns), most))
+        return joined([self._first, joined([scaled, newlines(len(scaled.index), 1)], axis=1).flat()])
+
+    def _frames(self, count: int) -> Picks:
+        """The rows of a video: every frame at half its lines and columns, and a newline."""
+        half, patches = math.ceil(self.side / 2), self.side**2
+        frame = resampled(np.arange(patches).reshape(self.side, self.side), half, half).flat()
+        frames = [Picks(frame.index + first, frame.share) for first in range(0, count * patches, patches)]
+        return joined([*frames, newlines(1)])
+
+    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+        """One image or video token per row of each item; RequestError when placeholders and items do not match."""
+        return expand_placeholders(tokens, items, self.markers, self.placeholder)
+
+    def positions(
+        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    ) -> tuple[np.ndarray, int]:
+        """Ordinary positions."""
+        return linear_positions(len(tokens))
