@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: the whole model as published, and its thinker as transformers saves it. Talker and vocoder are dropped."""
+"""Qwen2.5-Omni: the whole model as published, or its thinker as transformers saves it. What speaks is dropped."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class OmniProcessor(PatchProcessor):
         raise NotImplementedError
 
     def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
-        """Tokens of an image (height, width), a video (frames, height, width) without its sound, or audio (samples,)."""
+        """Tokens of an image (height, width), a silent video (frames, height, width), or audio (samples,)."""
         return self.heard(size[0]) if kind == "audio" else super().item_rows(kind, size, _of_kind(kind, kwargs))
 
     def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:

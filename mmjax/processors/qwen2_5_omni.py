@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: sound in chunks of two seconds, 25 rows a second; a video and its sound take turns every two seconds."""
+"""Qwen2.5-Omni: sound in chunks of two seconds, 25 rows a second; videos and their sound take turns as often."""
 
 import logging
 from collections.abc import Mapping
@@ -41,8 +41,8 @@ class Processor(OmniProcessor, WindowProcessor):
         return (frames + 1) // 2 // 2
 
     def hear(self, audio: np.ndarray) -> Item:
-        """Mono float32 [n] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, first i32[rows]: the first of
-        the two steps that make a row. The last chunk may be short; longer audio than the window is cut."""
+        """Mono float32 [n] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, first i32[rows]: the first
+        of the two steps that make a row. The last chunk may be short; longer audio than the window is cut."""
         if len(audio) > self.mel.samples:
             log.warning(
                 "audio of %.1f s is cut to the model's window of %.1f s",
@@ -73,8 +73,8 @@ class Processor(OmniProcessor, WindowProcessor):
         return turns
 
     def _shares(self, times: np.ndarray) -> list[tuple[int, int]]:
-        """(first row, row after the last) of each share: a row whose time reaches the end of the current share opens the
-        next one, whose end is one share later (as published, also where times leap over a whole share)."""
+        """(first row, row after the last) of each share: a row whose time reaches the end of the current share opens
+        the next one, whose end is one share later (as published, also where times leap over a whole share)."""
         cuts, end = [0], self.share
         for row, time in enumerate(times.tolist()):
             if time >= end:

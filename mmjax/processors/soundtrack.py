@@ -20,8 +20,8 @@ Turn = tuple[str, int, int]  # kind, first row, rows
 class Soundtracks:
     """Expands prompts in which every video comes with its sound.
 
-    markers, placeholder: as for `expand_placeholders`. bos, eos: the tokens around the rows. turns: the order of the rows
-    of a video and its sound.
+    markers, placeholder: as for `expand_placeholders`. bos, eos: the tokens around the rows. turns: the order of the
+    rows of a video and its sound.
     """
 
     markers: Mapping[str, int]
@@ -48,7 +48,7 @@ class Soundtracks:
         return self._unfold(expanded, turns, pairs, alone)
 
     def _fold(self, tokens: list[int], clips: Sequence[Item], sounds: Sequence[Item]) -> tuple[list[int], list[int]]:
-        """The prompt with one CLIP for every video with its sound, expanded or not, and the index of each one's sound."""
+        """The prompt with one CLIP for each video with its sound, expanded or not, and the index of each one's sound."""
         video, audio = self.markers["video"], self.markers["audio"]
         found, heard_alone = tokens.count(video), tokens.count(audio)
         wrong = mismatch("video", len(clips), found, self.placeholder["video"])
