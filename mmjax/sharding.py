@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ RULES: dict[str, str | None] = {
     "kv_heads": MODEL,
     "heads": MODEL,
     "mlp": MODEL,
+    "experts": MODEL,
+    "expert_mlp": None,
+    "route": None,
     "embed": None,
     "embed_out": None,
     "group": None,
@@ -28,6 +32,7 @@ RULES: dict[str, str | None] = {
     "patch": None,
     "place": None,
     "kernel": None,
+    "one": None,
 }
 
 
@@ -74,3 +79,18 @@ def per_head(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> 
         out_specs=jax.tree.map(spec, out_axes, is_leaf=is_axes),
         check_vma=False,
     )
+
+
+def summed(function: Any, in_axes: Sequence[Sequence[str]]) -> Any:
+    """Run `function(shard, *args)` on each device's own part of the arguments and add up what comes out.
+
+    shard: i32[], which part it is. On one device it is 0 and there is nothing to add.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if current.empty or current.shape[MODEL] == 1:
+        return functools.partial(function, np.int32(0))
+
+    def run(*args: Any) -> Any:
+        return jax.lax.psum(function(jax.lax.axis_index(MODEL), *args), MODEL)
+
+    return jax.shard_map(run, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=P(), check_vma=False)

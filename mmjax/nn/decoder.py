@@ -1,4 +1,4 @@
-"""The language model that most families share: Llama's and Qwen2's decoder over a paged pool."""
+"""The language model that most families share: Llama's, Qwen2's and Qwen3's decoder over a paged pool."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flax import nnx
 from mmjax.batch import Batch, Pool
 from mmjax.nn.attention import attend
 from mmjax.nn.layers import shared
+from mmjax.nn.moe import Experts, MoeConfig
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.rope import Rope, rotate
 from mmjax.nn.weight import weight
@@ -34,7 +35,11 @@ def split_heads(kv_heads: int, group: int, ways: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder. `vocab` counts real tokens; `rows` counts rows of the (padded) embedding."""
+    """Sizes of a decoder. `vocab` counts real tokens; `rows` counts rows of the (padded) embedding.
+
+    qk_norm: whether each head's queries and keys are normed before they turn. moe: the experts, of the layers that
+    have some in place of a feed-forward.
+    """
 
     width: int
     depth: int
@@ -49,10 +54,15 @@ class DecoderConfig:
     bias: bool
     tied: bool
     max_len: int
+    qk_norm: bool = False
+    moe: MoeConfig | None = None
 
     @classmethod
-    def from_hf(cls, text: dict[str, Any], *, bias: bool, tied: bool) -> DecoderConfig:
-        """From the text part of config.json; `bias` for q, k, v; `tied` when the head is the embedding."""
+    def from_hf(
+        cls, text: dict[str, Any], *, bias: bool, tied: bool, qk_norm: bool = False, renormalise: bool | None = None
+    ) -> DecoderConfig:
+        """From the text part of config.json; `bias` for q, k, v; `tied` when the head is the embedding; `renormalise`
+        see `MoeConfig.from_hf`."""
         heads = text["num_attention_heads"]
         kv_heads = text.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -77,13 +87,16 @@ class DecoderConfig:
             bias=bias,
             tied=tied,
             max_len=text["max_position_embeddings"],
+            qk_norm=qk_norm,
+            moe=MoeConfig.from_hf(text, renormalise=renormalise),
         )
 
     def split(self, ways: int) -> DecoderConfig:
         """The same decoder with every sharded size a multiple of `ways`."""
         kv_heads, group = split_heads(self.kv_heads, self.group, ways)
+        moe = self.moe and self.moe.split(ways)
         return dataclasses.replace(
-            self, kv_heads=kv_heads, group=group, mlp=up(self.mlp, ways), rows=up(self.rows, ways)
+            self, kv_heads=kv_heads, group=group, mlp=up(self.mlp, ways), rows=up(self.rows, ways), moe=moe
         )
 
     def within(self, longest: int) -> DecoderConfig:
@@ -97,17 +110,21 @@ class DecoderConfig:
 
 
 class Block(nnx.Module):
-    """Attention and gated feed-forward, each behind an RMS norm."""
+    """Attention and gated feed-forward or experts, each behind an RMS norm."""
 
-    def __init__(self, c: DecoderConfig) -> None:
+    def __init__(self, c: DecoderConfig, *, sparse: bool = False) -> None:
         d, k, g, h, f = c.width, c.kv_heads, c.group, c.head_dim, c.mlp
         self.attn_norm = weight(d, axes=("embed",))
         self.qkv = weight(d, k, g + 2, h, axes=("embed", "kv_heads", "group_kv", "head_dim"))
         self.qkv_bias = weight(k, g + 2, h, axes=("kv_heads", "group_kv", "head_dim")) if c.bias else None
         self.o = weight(k, g, h, d, axes=("kv_heads", "group", "head_dim", "embed"))
+        self.q_norm = weight(h, axes=("head_dim",)) if c.qk_norm else None
+        self.k_norm = weight(h, axes=("head_dim",)) if c.qk_norm else None
         self.mlp_norm = weight(d, axes=("embed",))
-        self.gate_up = weight(d, 2, f, axes=("embed", "pair", "mlp"))
-        self.down = weight(f, d, axes=("mlp", "embed"))
+        self.experts = Experts(d, c.moe) if sparse and c.moe else None
+        if self.experts is None:
+            self.gate_up = weight(d, 2, f, axes=("embed", "pair", "mlp"))
+            self.down = weight(f, d, axes=("mlp", "embed"))
         self.c = c
 
     def __call__(
@@ -118,12 +135,21 @@ class Block(nnx.Module):
         qkv = jnp.einsum("td,dkgh->tkgh", y, self.qkv[...])
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
-        turned = rotate(qkv[:, :, :-1], angles)
+        turned = rotate(self._normed(qkv[:, :, :-1]), angles)
         y, pool = attend(turned[:, :, :-1], turned[:, :, -1], qkv[:, :, -1], pool, batch, first, scale=self.c.scale)
         x = x + jnp.einsum("tkgh,kghd->td", y, self.o[...])
         y = rms_norm(x, self.mlp_norm[...], self.c.eps)
+        if self.experts is not None:
+            return x + self.experts(y), pool
         y = jnp.einsum("td,dpf->tpf", y, self.gate_up[...])
         return x + (jax.nn.silu(y[:, 0]) * y[:, 1]) @ self.down[...], pool
+
+    def _normed(self, qk: jax.Array) -> jax.Array:
+        """[T, K, G + 1, H] queries and key of each key head, normed over H if this model does so."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        q = jnp.broadcast_to(self.q_norm[...], (self.c.group, self.c.head_dim))
+        return rms_norm(qk, jnp.concatenate([q, self.k_norm[...][None]]), self.c.eps)
 
 
 class Decoder(nnx.Module):
@@ -133,20 +159,28 @@ class Decoder(nnx.Module):
         self.embed = weight(c.rows, c.width, axes=("vocab", "embed"))
         # Listed, not stacked: a scan over stacked weights copies each layer's weights out before use, which made a
         # decode step 1.9 to 2.8 times slower on an H100.
-        self.layers = nnx.List([Block(c) for _ in range(c.depth)])
+        dense = range(c.depth) if c.moe is None else c.moe.dense
+        self.layers = nnx.List([Block(c, sparse=i not in dense) for i in range(c.depth)])
         self.norm = weight(c.width, axes=("embed",))
         self.head = None if c.tied else weight(c.rows, c.width, axes=("vocab", "embed"))
         self.c = c
 
     def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        """Final hidden states [T, D] of a batch; `slab` [M, >= D] holds the media rows its tokens may name."""
+        """Final hidden states [T, D] of a batch; `slab` [M, D * (1 + n)] holds the media rows its tokens may name.
+
+        The first D numbers of a row stand in for the token's embedding; the n sets beside are added after the first n
+        blocks.
+        """
         x = jnp.take(self.embed[...], batch.tokens, axis=0, mode="clip")
-        media = jnp.take(slab, batch.media, axis=0, mode="clip")[:, : x.shape[-1]]
-        x = jnp.where(batch.media[:, None] >= 0, media.astype(x.dtype), x)
+        media, here = jnp.take(slab, batch.media, axis=0, mode="clip").astype(x.dtype), batch.media[:, None] >= 0
+        width = x.shape[-1]
+        x = jnp.where(here, media[:, :width], x)
         angles = self.c.rope.angles(batch.positions)
         stride = pool.k.shape[0] // self.c.depth
         for i, block in enumerate(shared(self.layers, Block.__call__)):
             x, pool = block(x, angles, pool, batch, jnp.int32(i * stride))
+            if media.shape[1] >= (i + 2) * width:
+                x = x + jnp.where(here, media[:, (i + 1) * width : (i + 2) * width], jnp.zeros_like(x))
         return rms_norm(x, self.norm[...], self.c.eps), pool
 
     def logits(self, hidden: jax.Array) -> jax.Array:

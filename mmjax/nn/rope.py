@@ -35,8 +35,9 @@ class Rope:
     def from_hf(cls, head_dim: int, theta: float, scaling: dict[str, object] | None) -> Rope:
         """Build from `rope_theta` and `rope_scaling`/`rope_parameters`.
 
-        Known kinds: default, mrope (contiguous sections), linear, llama3, longrope (also called su; `scaling` then
-        holds max_position_embeddings and original_max_position_embeddings too). Raises ValueError for any other.
+        Known kinds: default, mrope (sections contiguous, or interleaved where `mrope_interleaved` says so), linear,
+        llama3, longrope (also called su; `scaling` then holds max_position_embeddings and
+        original_max_position_embeddings too). Raises ValueError for any other.
         """
         inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         axis = [0] * (head_dim // 2)
@@ -44,9 +45,11 @@ class Rope:
         kind = str(scaling.get("rope_type", scaling.get("type", "default")))
         sections = scaling.get("mrope_section")
         if isinstance(sections, list):
-            axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
-            if len(axis) != head_dim // 2:
+            if sum(sections) != head_dim // 2:
                 raise ValueError(f"mrope_section {sections} must sum to half the head size, {head_dim // 2}")
+            axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
+            if scaling.get("mrope_interleaved"):  # height and width take every third slot while they have some left
+                axis = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(head_dim // 2)]
         if kind == "linear":
             inverse = inverse / float(str(scaling["factor"]))
         elif kind == "llama3":
