@@ -48,7 +48,7 @@ class Soundtracks:
         return self._unfold(expanded, turns, pairs, alone)
 
     def _fold(self, tokens: list[int], clips: Sequence[Item], sounds: Sequence[Item]) -> tuple[list[int], list[int]]:
-        """The prompt with one CLIP for each video with its sound, expanded or not, and the index of each one's sound."""
+        """The prompt with one CLIP per video with its sound, expanded or not, and the index of each one's sound."""
         video, audio = self.markers["video"], self.markers["audio"]
         found, heard_alone = tokens.count(video), tokens.count(audio)
         wrong = mismatch("video", len(clips), found, self.placeholder["video"])
