@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mmjax.models import vision_language
 from mmjax.models.family import Encoder, Shape
-from mmjax.nn.audio_chunks import ChunkConfig
+from mmjax.nn.audio_chunks import ChunkConfig, ChunkTower, SpectrumTower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,15 @@ def longest(files: Mapping[str, dict[str, Any]]) -> int:
 
 
 class Model(vision_language.Model):
-    """See `mmjax.models.family.Model`. A family adds `audio`, a tower with `rows`."""
+    """See `mmjax.models.family.Model`."""
 
-    audio: Any
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.audio = SpectrumTower(c.audio) if c.audio.channels else ChunkTower(c.audio)
+        self.row_width = c.vision.row_width
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        rows: jax.Array = self.audio.rows(features) if name == "audio" else super().encode(name, features)
-        return rows
+        if name != "audio":
+            return super().encode(name, features)
+        rows = self.audio.rows(features)
+        return jnp.pad(rows, ((0, 0), (0, self.row_width - rows.shape[1])))  # sound has nothing to add to inner blocks

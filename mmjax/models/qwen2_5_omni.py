@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.models import omni, vision_language
-from mmjax.nn.audio_chunks import ChunkConfig, ChunkTower
+from mmjax.nn.audio_chunks import ChunkConfig
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.patches import PatchConfig
 
@@ -30,7 +30,3 @@ class Config(omni.Config):
 
 class Model(omni.Model):
     """See `mmjax.models.family.Model`."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__(c)
-        self.audio = ChunkTower(c.audio)

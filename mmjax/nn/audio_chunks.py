@@ -15,26 +15,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.tower import Tower, TowerConfig, gelu
+from mmjax.nn.tower import ACTIVATIONS, Tower, TowerConfig, gelu
 from mmjax.nn.weight import weight
 
 EPS = 1e-5  # of every norm; the config does not name it
+CONVOLVED = 32  # chunks convolved at a time: of a published model each takes 6 MiB then
 
 Fields = dict[str, tuple[tuple[int, ...], str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkConfig:
-    """Sizes. chunk: mel frames of `bins` numbers per unit; out: width of a row."""
+    """Sizes. chunk: mel frames of `bins` numbers per unit; out: width of a row.
+
+    channels: of the convolutions over frequency and time of the second generation, 0 for the first. window: chunks that
+    attend to each other.
+    """
 
     tower: TowerConfig
     bins: int
     chunk: int
     out: int
+    channels: int = 0
+    window: int = 1
 
     @classmethod
     def from_hf(cls, audio: Mapping[str, Any]) -> ChunkConfig:
-        """From audio_config."""
+        """From audio_config of either generation."""
         width, heads = audio["d_model"], audio["encoder_attention_heads"]
         tower = TowerConfig(
             width=width,
@@ -45,37 +52,52 @@ class ChunkConfig:
             eps=EPS,
             act=audio["activation_function"],
         )
-        return cls(tower, audio["num_mel_bins"], 2 * audio["n_window"], audio["output_dim"])
+        chunk = 2 * audio["n_window"]
+        sizes = cls(tower, audio["num_mel_bins"], chunk, audio["output_dim"])
+        if "downsample_hidden_size" not in audio:
+            return sizes
+        return dataclasses.replace(
+            sizes, channels=audio["downsample_hidden_size"], window=audio["n_window_infer"] // chunk
+        )
+
+    @property
+    def halvings(self) -> int:
+        """Convolutions of stride 2."""
+        return 3 if self.channels else 1
 
     @property
     def steps(self) -> int:
         """Steps of a full chunk after the convolutions."""
-        return halved(self.chunk)
+        return halved(self.chunk, self.halvings)
 
     @property
     def rows(self) -> int:
-        """Rows of a chunk, at most."""
-        return -(-self.steps // 2)
+        """Rows of a chunk, at most: a step each, or two steps of the first generation."""
+        return self.steps if self.channels else -(-self.steps // 2)
 
     @property
     def features(self) -> Fields:
-        """What each chunk comes with: its frames, and how many of them are sound."""
-        return {"mel": ((self.chunk, self.bins), "float32", 0), "length": ((), "int32", 0)}
+        """What each chunk comes with: its frames, and how many of them are sound. The second generation also wants the
+        frames that its convolutions see (silence follows the sound) and the window, numbered."""
+        out: Fields = {"mel": ((self.chunk, self.bins), "float32", 0), "length": ((), "int32", 0)}
+        if self.channels:
+            out |= {"extent": ((), "int32", 0), "window": ((), "int32", -1)}
+        return out
 
     @property
     def numbered(self) -> tuple[str, ...]:
         """The features that hold segment numbers."""
-        return ()
+        return ("window",) if self.channels else ()
 
     @property
     def picks(self) -> Fields:
-        """What each row comes with: the first of its two steps."""
-        return {"first": ((), "int32", 0)}
+        """What each row comes with: its step, or the first of its two."""
+        return {"step": ((), "int32", 0)}
 
     @property
     def based(self) -> dict[str, int]:
         """Which of them count steps."""
-        return {"first": self.steps}
+        return {"step": self.steps}
 
     def split(self, ways: int) -> ChunkConfig:
         """The same sizes, padded to divide over `ways` devices."""
@@ -83,7 +105,7 @@ class ChunkConfig:
 
 
 class ChunkTower(Tower):
-    """Two convolutions over time, blocks that attend within a chunk, and the mean of every two steps."""
+    """The first generation: two convolutions over time, and the mean of every two steps."""
 
     def __init__(self, c: ChunkConfig) -> None:
         super().__init__(c.tower)
@@ -96,28 +118,82 @@ class ChunkTower(Tower):
         self.norm_bias = weight(d, axes=("embed",))
         self.project = weight(d, c.out, axes=("embed", "embed_out"))
         self.project_bias = weight(c.out, axes=("embed_out",))
+
+    def rows(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        """[R, out] of `ChunkConfig.features` [U, ...] and `ChunkConfig.picks` [R, ...]."""
+        length, step = features["length"], features["step"]
+        x = features["mel"].astype(self.conv1.dtype)
+        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
+        x = cut(x, length)  # what comes after the sound is nothing, not the echo of silence
+        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...])
+        x = _blocks(self, x, jnp.arange(len(x), dtype=jnp.int32), halved(length, 1))
+        x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
+        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS) @ self.project[...] + self.project_bias[...]
+
+
+class SpectrumTower(Tower):
+    """The second generation: three convolutions over frequency and time, and windows of several chunks."""
+
+    def __init__(self, c: ChunkConfig) -> None:
+        super().__init__(c.tower)
+        d, n, bins = c.tower.width, c.channels, halved(c.bins, 3)
+        kernel = ("kernel", "kernel", "patch", "embed")
+        self.conv1 = weight(3, 3, 1, n, axes=kernel)
+        self.conv1_bias = weight(n, axes=("embed",))
+        self.conv2 = weight(3, 3, n, n, axes=kernel)
+        self.conv2_bias = weight(n, axes=("embed",))
+        self.conv3 = weight(3, 3, n, n, axes=kernel)
+        self.conv3_bias = weight(n, axes=("embed",))
+        self.gather = weight(n * bins, d, axes=("patch", "embed"))
+        self.norm = weight(d, axes=("embed",))
+        self.norm_bias = weight(d, axes=("embed",))
+        self.project1 = weight(d, d, axes=("embed", "mlp"))
+        self.project1_bias = weight(d, axes=("mlp",))
+        self.project2 = weight(d, c.out, axes=("mlp", "embed"))
+        self.project2_bias = weight(c.out, axes=("embed",))
         self.c = c
 
     def rows(self, features: Mapping[str, jax.Array]) -> jax.Array:
         """[R, out] of `ChunkConfig.features` [U, ...] and `ChunkConfig.picks` [R, ...]."""
-        length, first = features["length"], features["first"]
-        x = features["mel"].astype(self.conv1.dtype)
-        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
-        x = jnp.where(inside(length, x.shape[1])[:, :, None], x, jnp.zeros((), x.dtype))  # the next step sees no echo
-        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...])
-        units, steps, width = x.shape
-        x = x + jnp.asarray(sinusoids(steps, width), x.dtype)
-        unit = jnp.arange(units, dtype=jnp.int32)[:, None]
-        segment = 2 * unit + jnp.where(inside(halved(length), steps), 0, 1)  # a chunk's padding keeps to itself
-        x = self(x.reshape(-1, width), segment.reshape(-1))
-        pairs = jnp.take(x, first, axis=0, mode="clip") + jnp.take(x, first + 1, axis=0, mode="clip")
-        x = layer_norm(pairs / 2, self.norm[...], self.norm_bias[...], EPS)
-        return x @ self.project[...] + self.project_bias[...]
+        mel = features["mel"].astype(self.conv1.dtype)
+        x = jax.lax.map(lambda of: self._convolved(*of), (mel, features["extent"]), batch_size=CONVOLVED)
+        x = _blocks(self, x @ self.gather[...], features["window"], halved(features["length"], 3))
+        x = jnp.take(x, features["step"], axis=0, mode="clip")
+        x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+        x = ACTIVATIONS[self.c.tower.act](x @ self.project1[...] + self.project1_bias[...])
+        return x @ self.project2[...] + self.project2_bias[...]
+
+    def _convolved(self, mel: jax.Array, extent: jax.Array) -> jax.Array:
+        """One chunk [t, bins], of which the first `extent` frames exist: [t / 8, channels * bins / 8]."""
+        x = cut(mel[None, :, :, None], extent[None])
+        kernels = ((self.conv1, self.conv1_bias), (self.conv2, self.conv2_bias), (self.conv3, self.conv3_bias))
+        for times, (kernel, bias) in enumerate(kernels, 1):
+            axes = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(x, kernel[...], (2, 2), ((1, 1), (1, 1)), dimension_numbers=axes)
+            x = cut(gelu(x + bias[...]), halved(extent[None], times))
+        return x[0].swapaxes(1, 2).reshape(x.shape[1], -1)  # channel by channel, as the weights after it are stored
 
 
-def halved(length: Any) -> Any:
-    """Steps of a convolution of stride 2, kernel 3, padding 1 over so many."""
-    return (length + 1) // 2
+def _blocks(tower: Tower, x: jax.Array, window: jax.Array, length: jax.Array) -> jax.Array:
+    """[U * t, C]: positions added to x [U, t, C], and all blocks. Chunks of equal `window` i32[U], negative for none,
+    attend to each other's first `length` i32[U] steps."""
+    units, steps, width = x.shape
+    x = x + jnp.asarray(sinusoids(steps, width), x.dtype)
+    own = jnp.where(inside(length, steps), 0, 1)  # padding keeps to itself
+    return tower(x.reshape(-1, width), (2 * window[:, None] + own).reshape(units * steps))
+
+
+def cut(x: jax.Array, length: jax.Array) -> jax.Array:
+    """x [U, t, ...] with zeros after the first `length` i32[U] of t."""
+    kept = inside(length, x.shape[1])
+    return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+def halved(length: Any, times: int) -> Any:
+    """Steps that convolutions of stride 2, kernel 3 and padding 1 leave of so many."""
+    for _ in range(times):
+        length = (length + 1) // 2
+    return length
 
 
 def inside(length: jax.Array, steps: int) -> jax.Array:

@@ -41,7 +41,7 @@ class Processor(OmniProcessor, WindowProcessor):
         return (frames + 1) // 2 // 2
 
     def hear(self, audio: np.ndarray) -> Item:
-        """Mono float32 [n] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, first i32[rows]: the first
+        """Mono float32 [n] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, step i32[rows]: the first
         of the two steps that make a row. The last chunk may be short; longer audio than the window is cut."""
         if len(audio) > self.mel.samples:
             log.warning(
@@ -57,7 +57,7 @@ class Processor(OmniProcessor, WindowProcessor):
         features = {
             "mel": padded.reshape(units, self.chunk, -1),
             "length": np.minimum(self.chunk, frames - self.chunk * np.arange(units, dtype=np.int32)),
-            "first": 2 * np.arange(rows, dtype=np.int32),
+            "step": 2 * np.arange(rows, dtype=np.int32),
         }
         return Item("audio", features, units, rows)
 
