@@ -4,10 +4,12 @@
 
 Every value depends on the seed and its own name only, so the same call gives the same bytes. Scales are chosen so that
 greedy continuations wander; special and padding tokens are muted in the head, so none is ever the answer.
+A family that is not in FAMILIES below has a file of its own in tiny_families/, with a `build` and a `SEED`.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
@@ -19,6 +21,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 Shapes = dict[str, tuple[int, ...]]
+Builder = Callable[[Mapping[str, int]], tuple[Tokenizer, dict[str, Any], Shapes]]  # sizes -> tokenizer, files, tensors
 
 SIZES: Mapping[str, int] = {
     "layers": 2,
@@ -39,6 +42,7 @@ EMBED_STD = 0.5
 HEAD_STD = 0.45
 POSITION_STD = 3.0  # Whisper's decoder: its head is its embedding, and small positions would let it repeat itself
 MUTED = 0.05
+HEADS = ("lm_head.weight", "model.decoder.embed_tokens.weight", "model.embed_tokens.weight")  # the first found
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -97,20 +101,23 @@ def make(family: str, directory: Path, seed: int = 0, shards: int = 1, **sizes: 
         raise TypeError(f"unknown sizes {sorted(unknown)}; known are {sorted(SIZES)}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer, files, shapes = FAMILIES[family]({**SIZES, **sizes})
+    build, offset = (FAMILIES[family], SEEDS[family]) if family in FAMILIES else _elsewhere(family)
+    tokenizer, files, shapes = build({**SIZES, **sizes})
     tokenizer.save(str(directory / "tokenizer.json"))
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    weights = {name: draw(name, shape, seed + SEEDS[family]) for name, shape in shapes.items()}
-    head = next(
-        name
-        for name in ("language_model.lm_head.weight", "model.decoder.embed_tokens.weight", "model.embed_tokens.weight")
-        if name in weights
-    )
+    weights = {name: draw(name, shape, seed + offset) for name, shape in shapes.items()}
+    head = next(name for end in HEADS for name in weights if name.endswith(end))
     weights[head][sorted(tokenizer.get_added_tokens_decoder())] *= MUTED
     weights[head][tokenizer.get_vocab_size() :] *= MUTED
     _save(directory, weights, shards)
     return directory
+
+
+def _elsewhere(family: str) -> tuple[Builder, int]:
+    """The builder and the seed of a family that has a file of its own in tiny_families/."""
+    module = importlib.import_module(f"tiny_families.{family}")
+    return module.build, module.SEED
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -151,7 +158,7 @@ def _save(directory: Path, weights: dict[str, np.ndarray], shards: int) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _byte_level(special: list[str], words: str | None) -> Tokenizer:
+def byte_level(special: list[str], words: str | None) -> Tokenizer:
     """Byte-level BPE with a handful of merges; the special tokens follow the ordinary ones."""
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
@@ -165,7 +172,7 @@ def _byte_level(special: list[str], words: str | None) -> Tokenizer:
     return tokenizer
 
 
-def _characters(special: list[str]) -> Tokenizer:
+def characters(special: list[str]) -> Tokenizer:
     """The shape of Llama-2's tokenizer: a visible space in front, bytes for what is unknown, BOS before the text."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
     tokenizer = Tokenizer(
@@ -186,44 +193,44 @@ def _characters(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _vocabulary(tokenizer: Tokenizer) -> int:
+def table_rows(tokenizer: Tokenizer) -> int:
     """Published tables are padded past the tokenizer; so is this one, to the next multiple of 64."""
     return (tokenizer.get_vocab_size() // 64 + 1) * 64
 
 
-def _layer(shapes: Shapes, name: str, outputs: int, inputs: int, bias: bool = True) -> None:
+def put_layer(shapes: Shapes, name: str, outputs: int, inputs: int, bias: bool = True) -> None:
     shapes[f"{name}.weight"] = (outputs, inputs)
     if bias:
         shapes[f"{name}.bias"] = (outputs,)
 
 
-def _norm(shapes: Shapes, name: str, width: int, bias: bool = True) -> None:
+def put_norm(shapes: Shapes, name: str, width: int, bias: bool = True) -> None:
     shapes[f"{name}.weight"] = (width,)
     if bias:
         shapes[f"{name}.bias"] = (width,)
 
 
-def _decoder(shapes: Shapes, prefix: str, size: Mapping[str, int], vocabulary: int, bias: bool) -> None:
+def put_decoder(shapes: Shapes, prefix: str, size: Mapping[str, int], vocabulary: int, bias: bool) -> None:
     width, head = size["width"], size["width"] // size["heads"]
     shapes[f"{prefix}embed_tokens.weight"] = (vocabulary, width)
     for i in range(size["layers"]):
         layer = f"{prefix}layers.{i}."
-        _norm(shapes, layer + "input_layernorm", width, bias=False)
-        _layer(shapes, layer + "self_attn.q_proj", size["heads"] * head, width, bias)
-        _layer(shapes, layer + "self_attn.k_proj", size["kv_heads"] * head, width, bias)
-        _layer(shapes, layer + "self_attn.v_proj", size["kv_heads"] * head, width, bias)
-        _layer(shapes, layer + "self_attn.o_proj", width, size["heads"] * head, bias=False)
-        _norm(shapes, layer + "post_attention_layernorm", width, bias=False)
-        _layer(shapes, layer + "mlp.gate_proj", size["mlp"], width, bias=False)
-        _layer(shapes, layer + "mlp.up_proj", size["mlp"], width, bias=False)
-        _layer(shapes, layer + "mlp.down_proj", width, size["mlp"], bias=False)
-    _norm(shapes, prefix + "norm", width, bias=False)
+        put_norm(shapes, layer + "input_layernorm", width, bias=False)
+        put_layer(shapes, layer + "self_attn.q_proj", size["heads"] * head, width, bias)
+        put_layer(shapes, layer + "self_attn.k_proj", size["kv_heads"] * head, width, bias)
+        put_layer(shapes, layer + "self_attn.v_proj", size["kv_heads"] * head, width, bias)
+        put_layer(shapes, layer + "self_attn.o_proj", width, size["heads"] * head, bias=False)
+        put_norm(shapes, layer + "post_attention_layernorm", width, bias=False)
+        put_layer(shapes, layer + "mlp.gate_proj", size["mlp"], width, bias=False)
+        put_layer(shapes, layer + "mlp.up_proj", size["mlp"], width, bias=False)
+        put_layer(shapes, layer + "mlp.down_proj", width, size["mlp"], bias=False)
+    put_norm(shapes, prefix + "norm", width, bias=False)
 
 
 def _qwen2_vl(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
-    tokenizer = _byte_level(QWEN_SPECIAL, QWEN_WORDS)
+    tokenizer = byte_level(QWEN_SPECIAL, QWEN_WORDS)
     ids = {token: tokenizer.token_to_id(token) for token in QWEN_SPECIAL}
-    vocabulary, slots = _vocabulary(tokenizer), size["width"] // size["heads"] // 2
+    vocabulary, slots = table_rows(tokenizer), size["width"] // size["heads"] // 2
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "torch_dtype": "float32",
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
@@ -257,31 +264,31 @@ def _qwen2_vl(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shape
         "pad_token": "<|endoftext|>", "unk_token": None, "additional_special_tokens": QWEN_SPECIAL[1:],
         "model_max_length": 32768, "chat_template": QWEN_TEMPLATE,
     }  # fmt: skip
-    return tokenizer, _files(config, generation, preprocessor, text), _qwen2_vl_shapes(size, vocabulary)
+    return tokenizer, host_files(config, generation, preprocessor, text), _qwen2_vl_shapes(size, vocabulary)
 
 
 def _qwen2_vl_shapes(size: Mapping[str, int], vocabulary: int) -> Shapes:
     shapes: Shapes = {}
-    _decoder(shapes, "model.", size, vocabulary, bias=True)
+    put_decoder(shapes, "model.", size, vocabulary, bias=True)
     width, mlp = size["tower_width"], size["tower_mlp"]
     shapes["visual.patch_embed.proj.weight"] = (width, 3, 2, 14, 14)
     for i in range(size["tower_layers"]):
         block = f"visual.blocks.{i}."
-        _norm(shapes, block + "norm1", width)
-        _layer(shapes, block + "attn.qkv", 3 * width, width)
-        _layer(shapes, block + "attn.proj", width, width)
-        _norm(shapes, block + "norm2", width)
-        _layer(shapes, block + "mlp.fc1", mlp, width)
-        _layer(shapes, block + "mlp.fc2", width, mlp)
-    _norm(shapes, "visual.merger.ln_q", width)
-    _layer(shapes, "visual.merger.mlp.0", 4 * width, 4 * width)
-    _layer(shapes, "visual.merger.mlp.2", size["width"], 4 * width)
+        put_norm(shapes, block + "norm1", width)
+        put_layer(shapes, block + "attn.qkv", 3 * width, width)
+        put_layer(shapes, block + "attn.proj", width, width)
+        put_norm(shapes, block + "norm2", width)
+        put_layer(shapes, block + "mlp.fc1", mlp, width)
+        put_layer(shapes, block + "mlp.fc2", width, mlp)
+    put_norm(shapes, "visual.merger.ln_q", width)
+    put_layer(shapes, "visual.merger.mlp.0", 4 * width, 4 * width)
+    put_layer(shapes, "visual.merger.mlp.2", size["width"], 4 * width)
     return shapes
 
 
 def _llava(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
-    tokenizer = _characters(["<image>", "<pad>"])
-    vocabulary, image, pad = _vocabulary(tokenizer), tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<pad>")
+    tokenizer = characters(["<image>", "<pad>"])
+    vocabulary, image, pad = table_rows(tokenizer), tokenizer.token_to_id("<image>"), tokenizer.token_to_id("<pad>")
     side, patch = 56, 14
     config = {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "torch_dtype": "float32",
@@ -312,7 +319,7 @@ def _llava(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
         "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "legacy": False, "model_max_length": 4096,
         "padding_side": "left", "chat_template": LLAVA_TEMPLATE,
     }  # fmt: skip
-    files = _files(config, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad}, preprocessor, text)
+    files = host_files(config, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": pad}, preprocessor, text)
     files["processor_config.json"] = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
@@ -325,32 +332,32 @@ def _llava(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
 
 def _llava_shapes(size: Mapping[str, int], vocabulary: int, side: int, patch: int) -> Shapes:
     shapes: Shapes = {}
-    _decoder(shapes, "language_model.model.", size, vocabulary, bias=False)
+    put_decoder(shapes, "language_model.model.", size, vocabulary, bias=False)
     shapes["language_model.lm_head.weight"] = (vocabulary, size["width"])
-    _layer(shapes, "multi_modal_projector.linear_1", size["width"], size["tower_width"])
-    _layer(shapes, "multi_modal_projector.linear_2", size["width"], size["width"])
+    put_layer(shapes, "multi_modal_projector.linear_1", size["width"], size["tower_width"])
+    put_layer(shapes, "multi_modal_projector.linear_2", size["width"], size["width"])
     tower, width = "vision_tower.vision_model.", size["tower_width"]
     shapes[tower + "embeddings.class_embedding"] = (width,)
     shapes[tower + "embeddings.patch_embedding.weight"] = (width, 3, patch, patch)
     shapes[tower + "embeddings.position_embedding.weight"] = ((side // patch) ** 2 + 1, width)
-    _norm(shapes, tower + "pre_layrnorm", width)
-    _norm(shapes, tower + "post_layernorm", width)
+    put_norm(shapes, tower + "pre_layrnorm", width)
+    put_norm(shapes, tower + "post_layernorm", width)
     for i in range(size["tower_layers"]):
         block = f"{tower}encoder.layers.{i}."
-        _norm(shapes, block + "layer_norm1", width)
-        _norm(shapes, block + "layer_norm2", width)
+        put_norm(shapes, block + "layer_norm1", width)
+        put_norm(shapes, block + "layer_norm2", width)
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            _layer(shapes, f"{block}self_attn.{projection}", width, width)
-        _layer(shapes, block + "mlp.fc1", size["tower_mlp"], width)
-        _layer(shapes, block + "mlp.fc2", width, size["tower_mlp"])
+            put_layer(shapes, f"{block}self_attn.{projection}", width, width)
+        put_layer(shapes, block + "mlp.fc1", size["tower_mlp"], width)
+        put_layer(shapes, block + "mlp.fc2", width, size["tower_mlp"])
     return shapes
 
 
 def _whisper(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
     tags = [f"<|{tag}|>" for tag in ("endoftext", "startoftranscript", *LANGUAGES, *WHISPER_TASKS)]
-    tokenizer = _byte_level(tags + [f"<|{step * 0.02:.2f}|>" for step in range(50 * WHISPER_SECONDS + 1)], None)
+    tokenizer = byte_level(tags + [f"<|{step * 0.02:.2f}|>" for step in range(50 * WHISPER_SECONDS + 1)], None)
     ids = {tag: tokenizer.token_to_id(tag) for tag in tags}
-    end, vocabulary, width, mels = ids["<|endoftext|>"], _vocabulary(tokenizer), size["width"], 80
+    end, vocabulary, width, mels = ids["<|endoftext|>"], table_rows(tokenizer), size["width"], 80
     common = {
         "bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "max_length": 448,
         "decoder_start_token_id": ids["<|startoftranscript|>"],
@@ -383,7 +390,7 @@ def _whisper(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes
         "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "additional_special_tokens": tags,
         "model_max_length": 448,
     }  # fmt: skip
-    return tokenizer, _files(config, generation, preprocessor, text), _whisper_shapes(size, vocabulary, mels)
+    return tokenizer, host_files(config, generation, preprocessor, text), _whisper_shapes(size, vocabulary, mels)
 
 
 def _whisper_shapes(size: Mapping[str, int], vocabulary: int, mels: int) -> Shapes:
@@ -402,16 +409,16 @@ def _whisper_shapes(size: Mapping[str, int], vocabulary: int, mels: int) -> Shap
             layer = f"{stack}.layers.{i}."
             for attention in ("self_attn", "encoder_attn")[: 1 + stack.endswith("decoder")]:
                 for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                    _layer(shapes, f"{layer}{attention}.{projection}", width, width, bias=projection != "k_proj")
-                _norm(shapes, f"{layer}{attention}_layer_norm", width)
-            _layer(shapes, layer + "fc1", size["mlp"], width)
-            _layer(shapes, layer + "fc2", width, size["mlp"])
-            _norm(shapes, layer + "final_layer_norm", width)
-        _norm(shapes, f"{stack}.layer_norm", width)
+                    put_layer(shapes, f"{layer}{attention}.{projection}", width, width, bias=projection != "k_proj")
+                put_norm(shapes, f"{layer}{attention}_layer_norm", width)
+            put_layer(shapes, layer + "fc1", size["mlp"], width)
+            put_layer(shapes, layer + "fc2", width, size["mlp"])
+            put_norm(shapes, layer + "final_layer_norm", width)
+        put_norm(shapes, f"{stack}.layer_norm", width)
     return shapes
 
 
-def _files(config: Any, generation: Any, preprocessor: Any, text: Any) -> dict[str, Any]:
+def host_files(config: Any, generation: Any, preprocessor: Any, text: Any) -> dict[str, Any]:
     return {
         "config.json": config,
         "generation_config.json": generation,
@@ -420,7 +427,7 @@ def _files(config: Any, generation: Any, preprocessor: Any, text: Any) -> dict[s
     }
 
 
-FAMILIES: Mapping[str, Callable[[Mapping[str, int]], tuple[Tokenizer, dict[str, Any], Shapes]]] = {
+FAMILIES: Mapping[str, Builder] = {
     "llava": _llava,
     "qwen2_vl": _qwen2_vl,
     "whisper": _whisper,
