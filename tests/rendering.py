@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mmjax.models import FAMILIES
 from mmjax.processors.base import Processor
 from mmjax.render import Renderer
 from mmjax.text.tokenizer import Tokenizer
@@ -17,7 +18,8 @@ def read_files(directory: Path) -> dict[str, dict[str, Any]]:
 def load_processor(family: str, directory: Path) -> tuple[Processor, Tokenizer]:
     files = read_files(directory)
     tokenizer = Tokenizer(directory)
-    module = import_module(f"mmjax.processors.{family}")
+    name = family if family in FAMILIES.values() else FAMILIES[files["config.json"]["architectures"][0]]
+    module = import_module(f"mmjax.processors.{name}")
     return module.Processor(files["config.json"], files, tokenizer), tokenizer
 
 

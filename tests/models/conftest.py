@@ -14,6 +14,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "whisper": {"max_num_seqs": 2, "max_num_batched_tokens": 32},
     "llava": {"max_model_len": 256, "max_num_batched_tokens": 32},
     "qwen2_vl": {"max_model_len": 256},
+    "llava_onevision": {"max_model_len": 320, "max_num_seqs": 2},
+    "minicpmv26": {"max_model_len": 320, "max_num_seqs": 2},
 }
 
 
