@@ -15,12 +15,30 @@ DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16
 
 MAX_BATCHED_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 4096}
 MAX_SEQS = {"cpu": 32, "gpu": 256, "tpu": 128}
-PAGE = {"cpu": 16, "gpu": 64, "tpu": 64}
+PAGE = {"cpu": 64, "gpu": 64, "tpu": 64}
 
 
 def env(name: str, default: str) -> str:
     """MMJAX_<name>, else VLLM_<name>, else the default."""
     return os.environ.get(f"MMJAX_{name}", os.environ.get(f"VLLM_{name}", default))
+
+
+def env_number(name: str, default: float) -> float:
+    """`env`, as a finite number of at least 0. Raises ValidationError naming the variable."""
+    text = env(name, str(default)).strip()
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    _require(0 <= number < float("inf"), f"MMJAX_{name}", text, "a number of at least 0")
+    return number
+
+
+def env_flag(name: str, default: bool) -> bool:
+    """`env`, as yes or no. Raises ValidationError naming the variable."""
+    text = env(name, str(int(default))).strip().lower()
+    _require(text in ("0", "1", "false", "true"), f"MMJAX_{name}", text, "0 or 1")
+    return text in ("1", "true")
 
 
 @dataclasses.dataclass

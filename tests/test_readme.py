@@ -10,6 +10,7 @@ from mmjax.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+READERS = ("env", "env_number", "env_flag")  # of mmjax/config.py
 
 
 def between(name: str) -> list[str]:
@@ -34,11 +35,13 @@ def test_flags() -> None:
 
 
 def test_environment() -> None:
-    """Every `env("NAME", ...)` of the product, and nothing else."""
+    """Every `env("NAME", ...)`, `env_number` and `env_flag` of the product, and nothing else."""
     read = set()
     for path in (ROOT / "mmjax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "env":
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in READERS:
+                if path.name == "config.py" and isinstance(node.args[0], ast.Name):
+                    continue  # one reader calling another
                 read.add(f"MMJAX_{ast.literal_eval(node.args[0])}")
     assert {row.split("`")[1] for row in between("environment")} == read
 

@@ -23,7 +23,7 @@ def is_tensor(value: Any) -> bool:
 def to_numpy(value: Any) -> np.ndarray:
     """The array's values as NumPy, without a copy where possible: callers must not write. bfloat16 becomes float32."""
     if isinstance(value, np.ndarray):
-        return value
+        return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
     if hasattr(value, "detach"):  # torch: gradients and accelerator memory stand in the way of __array__
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # unknown to NumPy

@@ -1,5 +1,6 @@
 """Images of any kind to RGB: PIL images, encoded files and arrays of every common layout and depth."""
 
+import dataclasses
 import functools
 import io
 import logging
@@ -9,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -21,14 +22,37 @@ from mmjax.types import RequestError
 log = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
+T = TypeVar("T")
 WHITE: Color = (255, 255, 255)
 # formats with external handlers (EPS, WMF) or without use in a prompt are not opened
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")  # MPO files open as JPEG
+MODES = ("RGB", "RGBA", "L", "LA")  # that images can be asked for in
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
 BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, MemoryError, Image.DecompressionBombError)
 
 _loading = threading.Lock()  # the same lazily opened image may sit in several prompts of a batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MediaWithBytes(Generic[T]):
+    """A decoded item beside the bytes it came from. It has the attributes of the item."""
+
+    media: T
+    original_bytes: bytes = dataclasses.field(repr=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "media":  # while a copy is being made there is nothing to ask
+            raise AttributeError(name)
+        return getattr(self.media, name)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.media, dtype) if copy else np.asarray(self.media, dtype)
+
+
+def unwrap(media: Any) -> Any:
+    """The item itself."""
+    return media.media if isinstance(media, MediaWithBytes) else media
 
 
 def background_color(value: Any) -> Color:
@@ -48,22 +72,31 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def load(source: bytes | Path, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image:
-    """Decode an encoded image completely, to RGB; the first frame of an animation. RequestError if that fails."""
+def checked_mode(mode: Any) -> str:
+    """A mode that images can be asked for in."""
+    if mode not in MODES:
+        raise RequestError(f"image_mode must be one of {', '.join(MODES)}, got {mode!r}.", "bad_media_kwargs")
+    return str(mode)
+
+
+def load(
+    source: bytes | Path, *, mode: str = "RGB", background: Color = WHITE, limits: Limits = DEFAULT
+) -> Image.Image:
+    """Decode an encoded image completely; the first frame of an animation. RequestError if that fails."""
     if not isinstance(source, bytes):
         try:
             source = source.read_bytes()
         except OSError as error:
             raise _failed(error.strerror or type(error).__name__) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # size warnings: the check in to_rgb decides
+        warnings.simplefilter("ignore")  # size warnings: the check in upright decides
         try:
             image = Image.open(io.BytesIO(source), formats=_formats())
         except UnidentifiedImageError as error:
             raise _failed(f"not an image in a supported format ({', '.join(FORMATS)})") from error
         except BROKEN as error:
             raise _failed(error) from error
-        return to_rgb(image, background=background, limits=limits)
+        return convert_image_mode(upright(image, limits), mode, background=background)
 
 
 def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image | np.ndarray:
@@ -86,15 +119,34 @@ def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -
 
 
 def to_rgb(image: Image.Image, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image:
-    """Any PIL image as upright RGB. Transparency shows the background; deep greyscale is scaled, not clipped."""
+    """Any PIL image as upright RGB."""
+    return convert_image_mode(upright(image, limits), "RGB", background=background)
+
+
+def upright(image: Image.Image, limits: Limits = DEFAULT) -> Image.Image:
+    """A PIL image of acceptable size with its pixels read, turned as its EXIF tags say."""
     check_size(image, limits)
     try:
         read(image)
         turned = exif_of(image).get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies even without need
-        return _flatten(ImageOps.exif_transpose(image) if turned else image, background)
-    except RequestError:
-        raise
+        return ImageOps.exif_transpose(image) if turned else image
     except BROKEN as error:
+        raise _failed(error) from error
+
+
+def convert_image_mode(image: Image.Image, to_mode: str, *, background: Color = WHITE) -> Image.Image:
+    """An image in another mode. What is lost of transparency shows the background; deep greyscale is scaled to 8 bits,
+    not clipped."""
+    if image.mode == checked_mode(to_mode):
+        return image
+    try:
+        if to_mode in ALPHA and (image.mode in ALPHA or image.has_transparency_data):
+            return image.convert(to_mode)
+        flat = _flatten(image, background)
+        return flat if to_mode == "RGB" else flat.convert(to_mode)
+    except BROKEN as error:
+        if isinstance(error, RequestError):
+            raise
         raise _failed(error) from error
 
 

@@ -19,6 +19,7 @@ from mmjax.types import RequestError
 log = logging.getLogger(__name__)
 
 BACKENDS = ("opencv", "opencv_dynamic")  # names of sampling rules; both decode with ffmpeg
+LONGEST_FILTER = 100_000  # characters; an argument of a program may have 128 KiB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,65 +68,47 @@ def _same_size(shapes: list[tuple[int, ...]]) -> None:
         )
 
 
-def load(
-    source: bytes | Path,
-    *,
-    num_frames: int = 32,
-    fps: float | None = None,
-    max_duration: float = 300,
-    video_backend: str = "opencv",
-    limits: Limits = DEFAULT,
-) -> Video:
-    """Decode a video file, keeping only the sampled frames.
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video file are wanted.
 
-    `opencv`: at most `num_frames` (-1: all) and, with `fps`, at most that many per second. `opencv_dynamic`: `fps`
-    (default 2) over at most `max_duration` seconds. Frames that cannot be decoded are left out, with a warning.
+    `opencv`: at most `num_frames` (-1: all), evenly spread, and with `fps` above 0 at most that many per second.
+    `opencv_dynamic`: `fps` per second (default 2), of clips longer than `max_duration` seconds that many in all.
+    `frame_recovery`: a frame that cannot be decoded is replaced by the next that can, before the next wanted one, and
+    at the end of a damaged stream by the last that can. RequestError for unusable values.
     """
-    _check_sampling(num_frames, fps, max_duration, video_backend)
-    with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
-        try:
-            total, rate, frame_bytes = ffmpeg.probe_video(file)
-            if not total:
-                raise RequestError("Could not open video stream: it has no frames.", "bad_media")
-            if video_backend == "opencv":
-                wanted = uniform_indices(total, rate, num_frames, -1 if fps is None else fps)
-            else:
-                wanted = timed_indices(total, rate, 2 if fps is None else fps, max_duration)
-            if limits.video_bytes and len(wanted) * frame_bytes > limits.video_bytes:
-                raise RequestError(
-                    f"{len(wanted)} frames of this video need {len(wanted) * frame_bytes} bytes, over the limit of "
-                    f"{limits.video_bytes}. Lower num_frames or fps.",
-                    "media_too_large",
-                )
-            frames = _read_frames(file, wanted, total)
-        except (subprocess.SubprocessError, OSError) as error:
-            raise RequestError("Could not open video stream.", "bad_media") from error
-    if len(frames) < len(wanted):
-        log.warning("%d of %d sampled video frames could not be decoded", len(wanted) - len(frames), len(wanted))
-        wanted = wanted[: len(frames)]
-    metadata = {
-        "total_num_frames": total,
-        "fps": rate,
-        "duration": total / rate if rate else 0,
-        "video_backend": video_backend,
-        "frames_indices": wanted,
-        "do_sample_frames": len(wanted) == total,
-    }
-    return Video(frames, metadata)
+
+    num_frames: int = 32
+    fps: float | None = None
+    max_duration: float = 300
+    video_backend: str = "opencv"
+    frame_recovery: bool = False
+
+    def __post_init__(self) -> None:
+        if self.video_backend not in BACKENDS:
+            raise _bad_option(f"Extension class {self.video_backend} not found; video_backend is one of {BACKENDS}.")
+        count = self.num_frames
+        if isinstance(count, bool) or not isinstance(count, int) or count < -1 or count == 0:
+            raise _bad_option(f"num_frames must be greater than 0 or -1, got {count!r}.")
+        for name, value in (("fps", -1 if self.fps is None else self.fps), ("max_duration", self.max_duration)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise _bad_option(f"{name} must be a finite number, got {value!r}.")
+        if not isinstance(self.frame_recovery, bool):
+            raise _bad_option(f"frame_recovery must be true or false, got {self.frame_recovery!r}.")
+        if self.video_backend == "opencv_dynamic" and (
+            (self.fps is not None and self.fps <= 0) or self.max_duration <= 0
+        ):
+            raise _bad_option("opencv_dynamic needs fps and max_duration above 0.")
+
+    def indices(self, total: int, rate: float) -> list[int]:
+        """Numbers of the wanted frames, ascending, of `total` at `rate` per second."""
+        if self.video_backend == "opencv":
+            return uniform_indices(total, rate, self.num_frames, -1 if self.fps is None else self.fps)
+        return timed_indices(total, rate, 2 if self.fps is None else self.fps, self.max_duration)
 
 
-def _check_sampling(num_frames: Any, fps: Any, max_duration: Any, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise RequestError(
-            f"Extension class {backend} not found; video_backend is one of {BACKENDS}.", "bad_media_kwargs"
-        )
-    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < -1 or num_frames == 0:
-        raise RequestError(f"num_frames must be greater than 0 or -1, got {num_frames!r}.", "bad_media_kwargs")
-    for name, value in (("fps", -1 if fps is None else fps), ("max_duration", max_duration)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise RequestError(f"{name} must be a finite number, got {value!r}.", "bad_media_kwargs")
-    if backend == "opencv_dynamic" and ((fps is not None and fps <= 0) or max_duration <= 0):
-        raise RequestError("opencv_dynamic needs fps and max_duration above 0.", "bad_media_kwargs")
+def _bad_option(words: str) -> RequestError:
+    return RequestError(words, "bad_media_kwargs")
 
 
 def uniform_indices(total: int, rate: float, num_frames: int, fps: float) -> list[int]:
@@ -152,19 +135,118 @@ def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> l
     return sorted(set(indices)) or [0]
 
 
-def _read_frames(file: Path, wanted: list[int], total: int) -> np.ndarray:
-    """uint8 [T, H, W, 3] of the frames with these numbers, as far as they decode."""
-    pick = [] if len(wanted) == total else ["-vf", "select=" + "+".join(f"eq(n\\,{i})" for i in wanted)]
-    out = ["-frames:v", str(len(wanted)), "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm"]
-    data, _ = ffmpeg.run(file, ["-map", "0:v:0", *pick, *out, "-pix_fmt", "rgb24", "pipe:1"])
-    frames, at = [], 0
-    while at < len(data):  # every frame says its own size: ffmpeg has turned the picture upright already
-        magic, size, _, _ = data[at : at + 64].split(b"\n", 3)
-        width, height = map(int, size.split())
-        at += len(magic) + len(size) + len(b"255") + 3
-        frames.append(np.frombuffer(data, np.uint8, width * height * 3, at).reshape(height, width, 3))
-        at += width * height * 3
-    if not frames:
+def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: Limits = DEFAULT) -> Video:
+    """Decode a video file, keeping only the sampled frames. Frames that cannot be decoded or recovered are left out,
+    with a warning. RequestError for a file without any, and for more than the limits allow."""
+    with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
+        try:
+            stream = ffmpeg.probe_video(file)
+            if not stream.frames:
+                raise RequestError("Could not open video stream: it has no frames.", "bad_media")
+            found, total, rate = _sample(file, stream, sampling, limits)
+        except (subprocess.SubprocessError, OSError) as error:
+            raise RequestError("Could not open video stream.", "bad_media") from error
+    kept = sorted(found)
+    return Video(
+        _stack([found[index] for index in kept]),
+        {
+            "total_num_frames": total,
+            "fps": rate,
+            "duration": total / rate if rate else 0,
+            "video_backend": sampling.video_backend,
+            "frames_indices": kept,
+            "do_sample_frames": len(kept) == total,
+        },
+    )
+
+
+def _sample(
+    file: Path, stream: ffmpeg.Stream, sampling: Sampling, limits: Limits
+) -> tuple[dict[int, np.ndarray], int, float]:
+    """(frame by its number, frames of the stream, frames per second)."""
+    wanted = sampling.indices(stream.frames, stream.rate)
+    _check_amount(len(wanted), stream.frame_bytes, limits)
+    found, complaints = _read(file, stream, wanted, limits)
+    missing = [index for index in wanted if index not in found]
+    if missing and stream.stamps:
+        good = ffmpeg.decodable(file)
+        if not complaints and good:  # nothing is damaged: those packets hold no frame of their own
+            stream = stream._replace(frames=len(good), stamps=good)
+            wanted = sampling.indices(stream.frames, stream.rate)
+            found, _ = _read(file, stream, wanted, limits)
+        elif sampling.frame_recovery:
+            number = {stamp: index for index, stamp in enumerate(stream.stamps)}
+            spare = replacements(wanted, missing, [number[stamp] for stamp in good if stamp in number])
+            found |= _read(file, stream, spare, limits)[0]
+    if not found:
         raise RequestError("Could not open video stream: no frame could be decoded.", "bad_media")
+    if len(found) < len(wanted):
+        log.warning("%d of %d sampled video frames could not be decoded", len(wanted) - len(found), len(wanted))
+    return found, stream.frames, stream.rate
+
+
+def replacements(wanted: list[int], missing: list[int], good: list[int]) -> list[int]:
+    """Frames to take for the `missing` ones of those `wanted`, out of the `good` ones; all ascending.
+
+    The first good frame before the next wanted one; where no good frame follows at all, the last good one that comes
+    after every frame taken so far.
+    """
+    lost, taken = set(missing), []
+    last = -1  # the latest frame in the result
+    for index, after in zip(wanted, [*wanted[1:], math.inf], strict=True):
+        if index not in lost:
+            last = index
+            continue
+        choices = [frame for frame in good if index < frame < after]
+        if not choices and (not good or good[-1] < index):
+            choices = [frame for frame in good[-1:] if frame > last]
+        if choices:
+            last = choices[0]
+            taken.append(last)
+    return taken
+
+
+def _check_amount(count: int, frame_bytes: int, limits: Limits) -> None:
+    if limits.video_frames and count > limits.video_frames:
+        raise RequestError(
+            f"{count} frames of this video are wanted, over the limit of {limits.video_frames}. Lower num_frames or "
+            "fps.",
+            "media_too_large",
+        )
+    if limits.video_bytes and count * frame_bytes > limits.video_bytes:
+        raise RequestError(
+            f"{count} frames of this video need {count * frame_bytes} bytes, over the limit of {limits.video_bytes}. "
+            "Lower num_frames or fps.",
+            "media_too_large",
+        )
+
+
+def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: Limits) -> tuple[dict[int, np.ndarray], int]:
+    """(frame by its number, as far as the wanted ones decode; how many errors the decoder met)."""
+    if not wanted:
+        return {}, 0
+    stamps = stream.stamps
+    names = [stamps[index] for index in wanted] if stamps else wanted  # as the filter knows the frames
+    select: str | None = "+".join(f"eq({'pts' if stamps else 'n'},{name})" for name in names)
+    if len(wanted) == stream.frames or (select and len(select) > LONGEST_FILTER):
+        select = None
+    number = dict(zip(names, wanted, strict=True))
+    found: dict[int, np.ndarray] = {}
+    held = 0
+    with ffmpeg.Decoding(file, select) as decoding:
+        for count, (stamp, frame) in enumerate(decoding):
+            name = stamp if stamps else names[min(count, len(names) - 1)] if select else count
+            if name not in number:
+                continue
+            found[number[name]] = frame
+            held += frame.nbytes
+            if limits.video_bytes and held > limits.video_bytes:  # the stream said less
+                _check_amount(len(found) + 1, frame.nbytes, limits)
+            if len(found) == len(wanted):
+                break
+    return found, decoding.complaints
+
+
+def _stack(frames: list[np.ndarray]) -> np.ndarray:
     _same_size([frame.shape for frame in frames])
     return np.stack(frames)

@@ -1,7 +1,9 @@
 """Videos: forms of frames, sampling rules, and files written here by the bundled ffmpeg."""
 
 import json
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from mmjax.multimodal import video
 from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.video import Sampling
 from mmjax.types import RequestError
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), np.uint8)
@@ -78,15 +81,19 @@ def test_sampling_edges() -> None:
     assert video.timed_indices(1, 30, 2, 300) == [0]
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """26 frames, 10 per second, 64x48; frame i is grey of about 8 * i."""
-    file = tmp_path_factory.mktemp("video") / "clip with blank.mp4"
+def write(file: Path, options: list[str], rate: str = "10") -> Path:
+    """26 frames of 64x48; frame i is grey of about 8 * i."""
     grey = b"".join(bytes([8 * i]) * (64 * 48) for i in range(26))
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "rawvideo", "-pix_fmt", "gray", "-s", "64x48"]
-    command += ["-r", "10", "-i", "-", "-c:v", "libx264", "-crf", "1", "-pix_fmt", "yuv420p", str(file)]
-    subprocess.run(command, input=grey, check=True)
+    subprocess.run([*command, "-r", rate, "-i", "-", *options, str(file)], input=grey, check=True)
     return file
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clip at 10 frames per second."""
+    file = tmp_path_factory.mktemp("video") / "clip with blank.mp4"
+    return write(file, ["-c:v", "libx264", "-crf", "1", "-pix_fmt", "yuv420p"])
 
 
 def shades(decoded: video.Video) -> list[int]:
@@ -95,7 +102,7 @@ def shades(decoded: video.Video) -> list[int]:
 
 @pytest.mark.parametrize("as_bytes", [True, False])
 def test_file_uniform(clip: Path, as_bytes: bool) -> None:
-    decoded = video.load(clip.read_bytes() if as_bytes else clip, num_frames=8)
+    decoded = video.load(clip.read_bytes() if as_bytes else clip, Sampling(num_frames=8))
     assert decoded.frames.shape == (8, 48, 64, 3)
     assert decoded.metadata == {
         "total_num_frames": 26, "fps": 10.0, "duration": 2.6, "video_backend": "opencv",
@@ -105,9 +112,9 @@ def test_file_uniform(clip: Path, as_bytes: bool) -> None:
 
 
 def test_file_whole_and_dynamic(clip: Path) -> None:
-    whole = video.load(clip, num_frames=-1)
+    whole = video.load(clip, Sampling(num_frames=-1))
     assert shades(whole) == list(range(26)) and whole.metadata["do_sample_frames"] is True
-    timed = video.load(clip, video_backend="opencv_dynamic", fps=4)
+    timed = video.load(clip, Sampling(video_backend="opencv_dynamic", fps=4))
     assert shades(timed) == timed.metadata["frames_indices"] == [0, 3, 5, 8, 10, 13, 15, 18, 20, 23]
 
 
@@ -123,13 +130,118 @@ def test_file_whole_and_dynamic(clip: Path) -> None:
         ({"video_backend": "opencv_dynamic", "fps": 0}, "above 0"),
         ({"video_backend": "opencv_dynamic", "max_duration": 0}, "above 0"),
         ({"video_backend": "magic"}, "Extension class magic not found"),
-        ({"limits": Limits(video_bytes=10_000)}, "Lower num_frames or fps"),
+        ({"frame_recovery": "yes"}, "true or false"),
     ],
 )
-def test_sampling_options_are_checked(clip: Path, options: dict[str, Any], words: str) -> None:
+def test_sampling_options_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
-        video.load(clip, **options)
+        Sampling(**options)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("limits", [Limits(video_bytes=10_000), Limits(video_frames=5)])
+def test_limits(clip: Path, limits: Limits) -> None:
+    with pytest.raises(RequestError, match="Lower num_frames or fps") as caught:
+        video.load(clip, limits=limits)
+    assert caught.value.code == "media_too_large"
+
+
+def test_more_frames_than_fit_a_filter(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "LONGEST_FILTER", 10)
+    assert shades(video.load(clip, Sampling(num_frames=8))) == [0, 3, 7, 10, 14, 17, 21, 25]
+
+
+@pytest.fixture(scope="module")
+def make_damaged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_damaged(17, 25)`: the clip as one JPEG per frame, with these frames overwritten by zeros."""
+    folder = tmp_path_factory.mktemp("damaged")
+    whole = write(folder / "whole.mov", ["-c:v", "mjpeg", "-q:v", "1", "-pix_fmt", "yuvj420p"]).read_bytes()
+    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", whole)]
+    assert len(starts) == 26
+    ends = [*starts[1:], whole.index(b"moov") - 4]
+
+    def make(*broken: int) -> Path:
+        data = bytearray(whole)
+        for index in broken:
+            data[starts[index] : ends[index]] = bytes(ends[index] - starts[index])
+        file = folder / f"{'-'.join(map(str, broken))}.mov"
+        file.write_bytes(data)
+        return file
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("broken", "without", "recovered"),
+    [
+        ([17], [0, 3, 7, 10, 14, 21, 25], [0, 3, 7, 10, 14, 18, 21, 25]),
+        ([3, 10, 17], [0, 7, 14, 21, 25], [0, 4, 7, 11, 14, 18, 21, 25]),
+        ([25], [0, 3, 7, 10, 14, 17, 21], [0, 3, 7, 10, 14, 17, 21, 24]),  # the last: nothing follows
+        ([22, 23, 24, 25], [0, 3, 7, 10, 14, 17, 21], [0, 3, 7, 10, 14, 17, 21]),
+        ([14, 15, 16, 17], [0, 3, 7, 10, 21, 25], [0, 3, 7, 10, 18, 21, 25]),  # nothing before the next target
+        ([4, 5], [0, 3, 7, 10, 14, 17, 21, 25], [0, 3, 7, 10, 14, 17, 21, 25]),
+        ([*range(19, 26)], [0, 3, 7, 10, 14, 17], [0, 3, 7, 10, 14, 17, 18]),
+    ],
+)
+def test_frame_recovery(
+    make_damaged: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    broken: list[int],
+    without: list[int],
+    recovered: list[int],
+) -> None:
+    file = make_damaged(*broken)
+    plain, mended = (video.load(file, Sampling(num_frames=8, frame_recovery=mend)) for mend in (False, True))
+    assert plain.metadata["frames_indices"] == shades(plain) == without
+    assert mended.metadata["frames_indices"] == shades(mended) == recovered
+    assert mended.metadata["total_num_frames"] == 26 and mended.metadata["do_sample_frames"] is False
+    assert ("could not be decoded" in caplog.text) == (len(without) < 8)
+
+
+def test_nothing_to_recover(make_damaged: Callable[..., Path]) -> None:
+    with pytest.raises(RequestError, match="Could not open video stream"):
+        video.load(make_damaged(*range(26)), Sampling(frame_recovery=True))
+
+
+def test_choice_of_replacements() -> None:
+    choose = video.replacements
+    assert choose([0, 5, 9], [0, 5, 9], []) == []
+    assert choose([0, 5, 9], [0, 5], [2, 3, 6, 9]) == [2, 6]
+    assert choose([0, 5, 9], [5, 9], [0, 1, 2]) == [2]  # once
+    assert choose([0, 5, 9], [0, 5, 9], [9]) == []
+
+
+@pytest.mark.parametrize("kind", ["mkv", "avi", "mp4", "ts", "webm"])
+def test_containers(kind: str, tmp_path: Path) -> None:
+    codec = {"avi": "mpeg4", "webm": "libvpx"}.get(kind, "libx264")
+    quality = ["-q:v", "1"] if kind == "avi" else ["-b:v", "2M"]
+    file = write(tmp_path / f"clip.{kind}", ["-c:v", codec, *quality, "-pix_fmt", "yuv420p"])
+    decoded = video.load(file, Sampling(num_frames=8))
+    assert decoded.metadata["frames_indices"] == [0, 3, 7, 10, 14, 17, 21, 25]
+    assert np.abs(np.subtract(shades(decoded), decoded.metadata["frames_indices"])).max() <= 1
+    assert decoded.metadata["fps"] == pytest.approx(10, abs=0.1)
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_rotation(clip: Path, tmp_path: Path, turn: int) -> None:
+    file = tmp_path / "turned.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", str(turn), "-i", str(clip)]
+    subprocess.run([*command, "-c", "copy", str(file)], check=True)
+    decoded = video.load(file, Sampling(num_frames=2))
+    assert decoded.frames.shape == ((2, 48, 64, 3) if turn == 180 else (2, 64, 48, 3))
+
+
+def test_rate_is_exact(tmp_path: Path) -> None:
+    file = write(tmp_path / "clip.mp4", ["-c:v", "libx264", "-pix_fmt", "yuv420p"], rate="30000/1001")
+    assert video.load(file, Sampling(num_frames=1)).metadata["fps"] == 30000 / 1001
+
+
+def test_truncated_stream(tmp_path: Path, clip: Path) -> None:
+    file = write(tmp_path / "clip.mkv", ["-c:v", "libx264", "-crf", "1", "-pix_fmt", "yuv420p", "-bf", "0"])
+    data = file.read_bytes()
+    decoded = video.load(data[: len(data) * 2 // 3], Sampling(num_frames=8, frame_recovery=True))
+    indices = decoded.metadata["frames_indices"]
+    assert len(indices) > 1 and shades(decoded) == indices == sorted(set(indices))
 
 
 @pytest.mark.parametrize("data", [b"", b"no video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"])
@@ -144,5 +256,5 @@ def test_sound_alone_is_no_video(shared: Path) -> None:
 
 
 def test_real_file(shared: Path) -> None:
-    decoded = video.load(shared / "media/video/bunny_2s_320.mp4", num_frames=4)
+    decoded = video.load(shared / "media/video/bunny_2s_320.mp4", Sampling(num_frames=4))
     assert decoded.frames.shape == (4, 180, 320, 3) and decoded.metadata["frames_indices"] == [0, 16, 32, 49]

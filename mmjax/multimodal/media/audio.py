@@ -1,0 +1,43 @@
+"""Encoded audio, and embeddings in its place."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+
+from mmjax.multimodal import audio
+from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.media.base import MediaIO
+from mmjax.multimodal.media.image import ImageEmbeddingMediaIO
+from mmjax.types import RequestError
+
+
+class AudioMediaIO(MediaIO[tuple[np.ndarray, float]]):
+    """Reads sound files and the sound tracks of videos: (mono float32 [n], its sampling rate)."""
+
+    def __init__(self, *, limits: Limits | None = None):
+        self.limits = limits or Limits.from_env()
+
+    def load_bytes(self, data: bytes) -> tuple[np.ndarray, float]:
+        """Decode a sound file."""
+        return audio.load(bytes(data), limits=self.limits)
+
+    def encode_base64(self, media: tuple[Any, float], *, audio_format: str = "WAV") -> str:
+        """(samples, sampling rate) as a file in base64."""
+        import soundfile
+
+        samples, rate = media
+        array = np.asarray(samples)
+        if array.ndim == 2 and array.shape[0] < array.shape[1]:
+            array = array.T  # files hold time first
+        buffer = io.BytesIO()
+        try:
+            soundfile.write(buffer, array, int(rate), format=audio_format)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise RequestError(f"Cannot write this audio as {audio_format}.", "bad_media_kwargs") from error
+        return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+class AudioEmbeddingMediaIO(ImageEmbeddingMediaIO):
+    """Reads embeddings of audio, in the same form as those of images."""

@@ -1,0 +1,53 @@
+"""What every reader of encoded media can do."""
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from mmjax.multimodal import sources
+from mmjax.multimodal.image import MediaWithBytes
+from mmjax.multimodal.limits import Limits
+from mmjax.types import RequestError
+
+__all__ = ["MediaIO", "MediaWithBytes"]
+
+T = TypeVar("T")
+
+
+class MediaIO(abc.ABC, Generic[T]):
+    """Reads one modality from bytes, base64 text and files. RequestError for what cannot be read."""
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # keys of its part of media_io_kwargs
+    limits: Limits
+
+    @classmethod
+    def merge_kwargs(
+        cls, default_kwargs: Mapping[str, Any] | None, runtime_kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Options of the operator, overridden by those of a request."""
+        return {**(default_kwargs or {}), **(runtime_kwargs or {})}
+
+    @abc.abstractmethod
+    def load_bytes(self, data: bytes) -> T:
+        """Decode a whole file."""
+
+    def load_base64(self, media_type: str, data: str) -> T:
+        """Decode a file written in base64; `media_type` is what the sender calls it."""
+        return self.load_bytes(sources.from_base64(data, self.limits))
+
+    def load_file(self, filepath: str | Path) -> T:
+        """Decode a file of the local machine. For paths of strangers there is `MediaConnector` with its rules."""
+        limit = self.limits.source_bytes
+        try:
+            with open(filepath, "rb") as file:
+                data = file.read(limit + 1 if limit else -1)
+        except (OSError, ValueError) as error:
+            raise RequestError(f"The file {filepath} cannot be read.", "bad_path") from error
+        if limit and len(data) > limit:
+            raise RequestError(
+                f"The file {filepath} is larger than the {limit} bytes that are read. Use a smaller one, or raise "
+                "MMJAX_MAX_MEDIA_DOWNLOAD_SIZE_MB.",
+                "media_too_large",
+            )
+        return self.load_bytes(data)

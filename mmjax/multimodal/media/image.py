@@ -1,0 +1,66 @@
+"""Encoded images, and embeddings in their place."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.multimodal import image, wire
+from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.media.base import MediaIO, MediaWithBytes
+from mmjax.types import RequestError
+
+
+class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
+    """Reads image files. `image_mode`: mode of the result. `rgba_background_color`: what shows where the image is
+    transparent. RequestError for values that these cannot have."""
+
+    OPTIONS = ("image_mode", "rgba_background_color")
+
+    def __init__(
+        self,
+        image_mode: str = "RGB",
+        *,
+        rgba_background_color: Any = image.WHITE,
+        limits: Limits | None = None,
+    ):
+        self.image_mode = image.checked_mode(image_mode)
+        self.background = image.background_color(rgba_background_color)
+        self.limits = limits or Limits.from_env()
+
+    def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
+        """Decode an image file: upright, in the wanted mode, the first frame of an animation."""
+        made = image.load(bytes(data), mode=self.image_mode, background=self.background, limits=self.limits)
+        return MediaWithBytes(made, data)
+
+    def encode_base64(self, media: Image.Image, *, image_format: str = "PNG") -> str:
+        """The image as a file in base64."""
+        buffer = io.BytesIO()
+        picture = image.convert_image_mode(media, self.image_mode, background=self.background)
+        try:
+            picture.save(buffer, image_format)
+        except (KeyError, OSError, ValueError) as error:
+            words = f"Cannot write a {self.image_mode} image as {image_format}."
+            raise RequestError(words, "bad_media_kwargs") from error
+        return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+class ImageEmbeddingMediaIO(MediaIO[np.ndarray]):
+    """Reads embeddings: what `torch.save` or `numpy.save` write of one tensor, without running any of it."""
+
+    def __init__(self, *, limits: Limits | None = None):
+        self.limits = limits or Limits.from_env()
+
+    def load_bytes(self, data: bytes) -> np.ndarray:
+        """Decode a tensor file."""
+        return wire.read_tensor(data, self.limits)
+
+    def load_base64(self, media_type: str, data: str) -> np.ndarray:
+        """Decode a tensor file written in base64."""
+        return wire.base642tensor(data, limits=self.limits)
+
+    def encode_base64(self, media: Any) -> str:
+        """The array as a tensor file in base64."""
+        return wire.tensor2base64(media)

@@ -1,0 +1,92 @@
+"""Encoded videos, and sequences of JPEG images that stand for one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.config import env
+from mmjax.multimodal import image, sources, video
+from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.media.base import MediaIO
+from mmjax.multimodal.media.image import ImageMediaIO
+from mmjax.types import RequestError
+
+Frames = tuple[np.ndarray, dict[str, Any]]
+
+
+class VideoMediaIO(MediaIO[Frames]):
+    """Reads videos: (frames uint8 [T, H, W, 3], metadata). The options are those of
+    `mmjax.multimodal.video.Sampling`, which refuses values that they cannot have."""
+
+    OPTIONS = ("num_frames", "fps", "max_duration", "frame_recovery", "video_backend")
+
+    def __init__(
+        self,
+        image_io: ImageMediaIO | None = None,
+        num_frames: int = 32,
+        *,
+        fps: float | None = None,
+        max_duration: float = 300,
+        frame_recovery: bool = False,
+        video_backend: str | None = None,
+        limits: Limits | None = None,
+    ):
+        self.limits = limits or Limits.from_env()
+        self.image_io = image_io or ImageMediaIO(limits=self.limits)
+        self.sampling = video.Sampling(
+            num_frames, fps, max_duration, video_backend or env("VIDEO_LOADER_BACKEND", "opencv"), frame_recovery
+        )
+
+    @classmethod
+    def merge_kwargs(
+        cls, default_kwargs: Mapping[str, Any] | None, runtime_kwargs: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """As for other media, but of `num_frames` and `fps` one in a request does away with a default of the other."""
+        defaults, asked = dict(default_kwargs or {}), dict(runtime_kwargs or {})
+        if "num_frames" in asked and "fps" not in asked:
+            defaults.pop("fps", None)
+        if "fps" in asked and "num_frames" not in asked:
+            defaults.pop("num_frames", None)
+        return {**defaults, **asked}
+
+    def load_bytes(self, data: bytes) -> Frames:
+        """Decode the sampled frames of a video file."""
+        made = video.load(bytes(data), self.sampling, limits=self.limits)
+        return made.frames, dict(made.metadata)
+
+    def load_base64(self, media_type: str, data: str) -> Frames:
+        """Decode a video file written in base64; of type video/jpeg, JPEG files in base64 between commas."""
+        if media_type.lower() != "video/jpeg":
+            return super().load_base64(media_type, data)
+        count, limit = self.sampling.num_frames, self.limits.video_frames
+        parts = data.split(",", count) if count > 0 else data.split(",")
+        parts = parts[:count] if count > 0 else parts
+        if limit and len(parts) > limit:
+            raise RequestError(f"The video has {len(parts)} frames, over the limit of {limit}.", "media_too_large")
+        pictures, held = [], 0
+        for part in parts:
+            load = self.image_io.load_bytes(sources.from_base64(part, self.limits)).media
+            pictures.append(np.asarray(image.convert_image_mode(load, "RGB")))
+            held += pictures[-1].nbytes
+            if self.limits.video_bytes and held > self.limits.video_bytes:
+                words = f"The frames of the video need more than {self.limits.video_bytes} bytes. Send fewer."
+                raise RequestError(words, "media_too_large")
+        made = video.decode(pictures, limits=self.limits)
+        rate = 1.0 if self.sampling.fps is None else float(self.sampling.fps)
+        return made.frames, {
+            "total_num_frames": len(pictures),
+            "fps": rate,
+            "duration": len(pictures) / rate if rate > 0 else 0,
+            "video_backend": "jpeg_sequence",
+            "frames_indices": list(range(len(pictures))),
+            "do_sample_frames": False,
+        }
+
+    def encode_base64(self, media: Any, *, video_format: str = "JPEG") -> str:
+        """Frames as JPEG files in base64 between commas."""
+        if video_format != "JPEG":
+            raise RequestError("Only JPEG is supported as video_format.", "bad_media_kwargs")
+        frames = video.decode(media, limits=self.limits).frames
+        pictures = (image.from_array(frame) for frame in frames)
+        return ",".join(self.image_io.encode_base64(picture, image_format="JPEG") for picture in pictures)

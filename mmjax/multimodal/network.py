@@ -1,0 +1,313 @@
+"""Getting bytes over HTTP from hosts that the operator allows, and from no other machine.
+
+A host name is resolved here, its addresses are judged, and the connection goes to one of the judged addresses: a name
+that resolves differently the next time gains nothing. Every redirect is judged anew.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import functools
+import ipaddress
+import os
+import threading
+import zlib
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import httpx
+
+from mmjax import __version__
+from mmjax.config import env_flag, env_number
+from mmjax.multimodal.limits import DEFAULT
+from mmjax.types import RequestError
+
+T = TypeVar("T")
+
+MAX_HOPS = 10
+MAX_ADDRESSES = 4  # tried of one host
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+BACKOFF = 4.0  # from attempt to attempt: of the time limit, and of the pause before it, which starts at one second
+
+# public by their range, yet answered by the cloud around the machine
+METADATA = frozenset({"168.63.129.16"})
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as networks with nothing but IPv6 see them
+
+
+class FetchTimeout(RequestError, TimeoutError):
+    """The other side took too long."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Where media may come from, and how hard to try. domains None or empty: any host.
+
+    block_private: only hosts with public addresses, unless their name is in `domains`. Proxies of the environment are
+    then not used, because nobody could tell to which address they connect.
+    """
+
+    domains: frozenset[str] = frozenset()
+    redirects: bool = True
+    block_private: bool = True
+    attempts: int = 3
+    max_bytes: int = DEFAULT.source_bytes
+
+    @classmethod
+    def from_env(cls, domains: Sequence[str] | None, max_bytes: int) -> "Policy":
+        """What the operator set. Raises ValidationError for a variable that cannot be read."""
+        return cls(
+            domains=frozenset(domain.lower() for domain in domains or ()),
+            redirects=env_flag("MEDIA_URL_ALLOW_REDIRECTS", cls.redirects),
+            block_private=env_flag("MEDIA_EGRESS_BLOCK_PRIVATE", cls.block_private),
+            attempts=max(1, int(env_number("MEDIA_FETCH_MAX_RETRIES", cls.attempts))),
+            max_bytes=max_bytes,
+        )
+
+
+class _Again(Exception):
+    """An attempt failed in a way that may pass. The argument is what to raise if no attempt is left."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the open internet; False for what is private, local, reserved or no address."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        mapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped
+        if mapped is not None:
+            return is_public(str(mapped))
+        tunnels = [v4 for v4 in (ip.sixtofour, *(ip.teredo or ())) if v4 is not None]
+        if ip.is_site_local or not all(is_public(str(v4)) for v4 in tunnels):
+            return False
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and str(ip) not in METADATA
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a host, in the order in which to try them."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)  # SOCK_STREAM
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def shown(url: httpx.URL) -> str:
+    """A URL as it may stand in a message: without credentials, query and fragment."""
+    return str(url.copy_with(userinfo=b"", query=None, fragment=None))
+
+
+def parse(url: str | httpx.URL, policy: Policy) -> httpx.URL:
+    """A URL that may be asked for. RequestError if it cannot be read or its host is not among the allowed ones."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, UnicodeError, ValueError) as error:
+        raise RequestError("The media URL is malformed.", "bad_url") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise RequestError("The URL must be either a HTTP, data or file URL.", "bad_url")
+    if policy.domains and not _named(parsed, policy):
+        raise RequestError(
+            f"The URL must be from one of the allowed domains: {sorted(policy.domains)}. Input URL domain: "
+            f"{parsed.host}",
+            "forbidden_url",
+        )
+    return parsed
+
+
+def _named(url: httpx.URL, policy: Policy) -> bool:
+    """Whether the operator named this host, in letters or in the form that name servers know."""
+    return url.host in policy.domains or url.raw_host.decode("ascii") in policy.domains
+
+
+async def fetch(url: str, policy: Policy, timeout_s: float) -> bytes:
+    """GET a URL. The time limit is for the first attempt, redirects and body included; later ones have more.
+
+    RequestError for whatever goes wrong: a forbidden host or address, an HTTP error, too many bytes, no connection;
+    FetchTimeout. Only connections that fail, time-outs and server errors are tried again.
+    """
+    parsed = parse(url, policy)
+    for attempt in range(policy.attempts):
+        limit = timeout_s * BACKOFF**attempt
+        try:
+            try:
+                async with asyncio.timeout(limit):
+                    return await _follow(parsed, policy, limit)
+            except (TimeoutError, httpx.TimeoutException) as error:
+                words = f"Fetching {shown(parsed)} took longer than {limit:g} s. Try again, or send the data itself."
+                raise _Again(FetchTimeout(words, "fetch_timeout")) from error
+        except _Again as again:
+            if attempt + 1 == policy.attempts:
+                raise again.args[0] from again
+            await asyncio.sleep(BACKOFF**attempt)
+    raise AssertionError("there is at least one attempt")
+
+
+async def _follow(url: httpx.URL, policy: Policy, timeout_s: float) -> bytes:
+    for _ in range(MAX_HOPS):
+        found = await _get(url, policy, timeout_s)
+        if isinstance(found, bytes):
+            return found
+        if not policy.redirects:
+            raise RequestError(
+                f"{shown(url)} redirects to another place, and following redirects is switched off "
+                "(MMJAX_MEDIA_URL_ALLOW_REDIRECTS). Use the final URL.",
+                "forbidden_url",
+            )
+        try:
+            url = parse(url.join(found), policy)
+        except httpx.InvalidURL as error:
+            raise RequestError(f"{shown(url)} redirects to a malformed URL.", "bad_url") from error
+    raise RequestError(f"More than {MAX_HOPS} redirects on the way from the media URL.", "fetch_failed")
+
+
+async def _get(url: httpx.URL, policy: Policy, timeout_s: float) -> bytes | str:
+    """The body, or the place it was moved to."""
+    failure: Exception | None = None
+    addresses = await _addresses(url, policy)
+    patience = httpx.Timeout(timeout_s, connect=timeout_s / len(addresses))
+    for pinned in addresses:
+        try:
+            return await _ask(url, pinned, policy, patience)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            failure = error
+        except httpx.TimeoutException:
+            raise
+        except httpx.HTTPError as error:
+            raise _Again(
+                RequestError(f"The connection to {shown(url)} failed ({type(error).__name__}).", "fetch_failed")
+            ) from error
+    raise _Again(RequestError(f"Cannot connect to {shown(url)}.", "fetch_failed")) from failure
+
+
+async def _addresses(url: httpx.URL, policy: Policy) -> list[str | None]:
+    """The addresses to connect to; None leaves the choice to the HTTP client."""
+    if not policy.block_private or _named(url, policy):
+        return [None]
+    try:
+        found = await resolve(url.raw_host.decode("ascii"), url.port or {"http": 80, "https": 443}[url.scheme])
+    except (OSError, UnicodeError) as error:
+        raise RequestError(f"The host of {shown(url)} cannot be resolved.", "fetch_failed") from error
+    public: list[str | None] = [address for address in found if is_public(address)]
+    if not public:
+        raise RequestError(
+            f"The host {url.host} has no public address, and media are not fetched from private networks. Name the "
+            "host in `--allowed-media-domains`, or set MMJAX_MEDIA_EGRESS_BLOCK_PRIVATE=0.",
+            "forbidden_url",
+        )
+    return public[:MAX_ADDRESSES]
+
+
+async def _ask(url: httpx.URL, pinned: str | None, policy: Policy, patience: httpx.Timeout) -> bytes | str:
+    headers = {"User-Agent": f"mmjax/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
+    target, extensions = url, {}
+    if pinned is not None:
+        headers["Host"] = url.netloc.decode("ascii")
+        target, extensions = url.copy_with(host=pinned), {"sni_hostname": url.raw_host.decode("ascii")}
+    direct = pinned is not None or policy.block_private
+    # a client for one request: nothing is carried over, be it cookies or connections of another event loop
+    async with (
+        httpx.AsyncClient(verify=_certificates(), trust_env=not direct, timeout=patience) as client,
+        client.stream("GET", target, headers=headers, extensions=extensions) as response,
+    ):
+        if response.status_code in REDIRECTS and "location" in response.headers:
+            return response.headers["location"]
+        _check_status(url, response.status_code)
+        body = _Body(url, response.headers, policy.max_bytes)
+        async for chunk in response.aiter_raw():
+            body.add(chunk)
+        return body.whole()
+
+
+@functools.cache
+def _certificates() -> Any:
+    return httpx.create_ssl_context()
+
+
+def _check_status(url: httpx.URL, status: int) -> None:
+    if status < 300:
+        return
+    refusal = RequestError(f"{shown(url)} answered with HTTP status {status}.", "fetch_status")
+    raise _Again(refusal) if status >= 500 else refusal
+
+
+class _Body:
+    """What has come so far, unpacked, within a limit of bytes."""
+
+    def __init__(self, url: httpx.URL, headers: httpx.Headers, limit: int):
+        self.url, self.limit, self.parts, self.size = url, limit or float("inf"), list[bytes](), 0
+        packed = headers.get("content-encoding", "identity").strip().lower()
+        if packed not in ("identity", "", "gzip", "x-gzip", "deflate"):
+            raise RequestError(f"{shown(url)} answered in the unknown encoding {packed!r}.", "fetch_failed")
+        self.unpack = None if packed in ("identity", "") else zlib.decompressobj(wbits=47)  # gzip or zlib, as it comes
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self.limit:
+            raise self._too_large()
+
+    def add(self, chunk: bytes) -> None:
+        while chunk:
+            if self.unpack is None:
+                part, chunk = chunk, b""
+            else:
+                try:
+                    part = self.unpack.decompress(chunk, 1 << 20)
+                except zlib.error as error:
+                    raise RequestError(f"{shown(self.url)} answered with damaged data.", "fetch_failed") from error
+                chunk = self.unpack.unconsumed_tail
+            self.size += len(part)
+            if self.size > self.limit:
+                raise self._too_large()
+            self.parts.append(part)
+
+    def whole(self) -> bytes:
+        if not self.size:
+            raise RequestError(f"{shown(self.url)} answered without any data.", "fetch_failed")
+        return b"".join(self.parts)
+
+    def _too_large(self) -> RequestError:
+        return RequestError(
+            f"{shown(self.url)} is larger than the {self.limit} bytes that are fetched. Send a smaller file, or raise "
+            "MMJAX_MAX_MEDIA_DOWNLOAD_SIZE_MB.",
+            "media_too_large",
+        )
+
+
+# --- the same for callers without an event loop
+
+
+class _Background:
+    """One event loop in a thread of its own, started when it is first needed, and again after a fork."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.pool: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def started(self) -> asyncio.AbstractEventLoop:
+        with self.lock:
+            if self.loop is None:
+                self.loop = asyncio.new_event_loop()
+                threading.Thread(target=self.loop.run_forever, name="mmjax-fetch", daemon=True).start()
+            return self.loop
+
+    def workers(self) -> concurrent.futures.ThreadPoolExecutor:
+        with self.lock:
+            if self.pool is None:
+                threads = max(1, int(env_number("MEDIA_LOADING_THREAD_COUNT", 8)))
+                self.pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="mmjax-media")
+            return self.pool
+
+
+_background = _Background()
+os.register_at_fork(after_in_child=_background.__init__)  # type: ignore[misc]
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine from a thread whose own event loop, if it has one, must not be used. Cancels it on interrupt."""
+    future = asyncio.run_coroutine_threadsafe(work, _background.started())
+    try:
+        return future.result()
+    finally:
+        future.cancel()
+
+
+async def in_worker(work: Callable[..., T], *arguments: Any) -> T:
+    """Run something slow in one of the threads for media, so that the event loop stays responsive."""
+    return await asyncio.get_running_loop().run_in_executor(_background.workers(), work, *arguments)
