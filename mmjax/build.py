@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
+from mmjax.chat import Chat, Stored, load_template
 from mmjax.engine.engine import Engine
 from mmjax.engine.pack import Sizes
 from mmjax.load import Checkpoint, declare, find, load_params
@@ -30,6 +31,7 @@ LEAST_TOKENS = {"cpu": 128, "gpu": 256, "tpu": 256}
 TOKENS_STEP = {"cpu": 2, "gpu": 4, "tpu": 4}
 STOPS = 16  # stop tokens per sequence that the device watches for
 CPU_CACHE_BYTES = 1 << 30
+READY_ROWS = 256  # rows per dispatch of those that come ready: an image of most families is one or two
 WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for what the programs hold while they run
 
 
@@ -40,6 +42,7 @@ class Parts:
     engines: list[Engine]
     renderer: Renderer
     tokenizer: Tokenizer | None
+    chat: Chat
     shape: Shape
     sizes: Sizes
     generation: dict[str, Any]
@@ -92,6 +95,7 @@ def build(args: EngineArgs) -> Parts:
         media_io_kwargs=args.media_io_kwargs,
         cache_gb=args.mm_processor_cache_gb,
         prefix_caching=prefix_caching,
+        embed_width=shape.slab_width if args.enable_mm_embeds else None,
         encoder_decoder=shape.cross,
         max_item_rows=engines[0].slab.capacity or None,
         max_item_units={
@@ -101,7 +105,32 @@ def build(args: EngineArgs) -> Parts:
     startup = time.perf_counter() - begin
     logger.info("ready in %.1f s, of which %.1f s compiling", startup, compile_s)
     seeds = (args.seed * 1_000_003 + n for n in itertools.count())
-    return Parts(engines, renderer, tokenizer, shape, sizes, generation, eos, max_len, startup, compile_s, seeds)
+    chat = _chat(args, checkpoint, renderer)
+    return Parts(engines, renderer, chat, tokenizer, shape, sizes, generation, eos, max_len, startup, compile_s, seeds)
+
+
+def _chat(args: EngineArgs, checkpoint: Checkpoint, renderer: Renderer) -> Chat:
+    """What writes conversations for the model. ValueError for a template that cannot be read."""
+    stored = Stored.read(checkpoint.directory, renderer.tokenizer, checkpoint.config.get("model_type"))
+
+    def connect(io_kwargs: Mapping[str, Mapping[str, Any]]) -> Any:
+        from mmjax.multimodal.media import MediaConnector
+
+        return MediaConnector(
+            media_io_kwargs=renderer.merged_io_kwargs(io_kwargs),
+            allowed_local_media_path=args.allowed_local_media_path,
+            allowed_media_domains=args.allowed_media_domains,
+        )
+
+    return Chat(
+        stored,
+        placeholder=renderer.processor.placeholder if renderer.processor else {},
+        check=renderer.check_count,
+        connect=connect,
+        default_template=load_template(args.chat_template, stored),
+        interleave=args.interleave_mm_strings,
+        processor_kwargs=args.mm_processor_kwargs,
+    )
 
 
 def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
@@ -165,7 +194,8 @@ def _engine(
     encoders = {
         name: encoder for name, encoder in shape.encoders.items() if any(limits.get(kind, 0) for kind in encoder.kinds)
     }
-    shape = dataclasses.replace(shape, encoders=encoders, slab_width=shape.slab_width if encoders else 0)
+    taking = bool(encoders) or args.enable_mm_embeds
+    shape = dataclasses.replace(shape, encoders=encoders, slab_width=shape.slab_width if taking else 0)
     page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
@@ -233,7 +263,7 @@ def _cache_size(args: EngineArgs, shape: Shape, platform: str, budget: int, page
 def _slab_rows(args: EngineArgs, shape: Shape, platform: str, max_len: int) -> int:
     """Media rows to keep on the device: at least the largest item that a prompt can hold."""
     least = max((encoder.rows for encoder in shape.encoders.values()), default=0)
-    if not least:
+    if not least and not (args.enable_mm_embeds and shape.slab_width):
         return 0
     tokens = args.max_num_batched_tokens or MAX_BATCHED_TOKENS[platform]
     return max(tokens, least, min(max_len, shape.largest_item))
@@ -265,6 +295,7 @@ def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_row
         steps=args.num_decode_steps,
         top=shape.vocab if args.max_logprobs == -1 else min(args.max_logprobs, shape.vocab),
     )
+        ready=min(READY_ROWS, slab_rows) if args.enable_mm_embeds else 0,
 
 
 def ladder(least: int, most: int, factor: int) -> tuple[int, ...]:

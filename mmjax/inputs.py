@@ -12,12 +12,13 @@ from typing import Any
 from PIL import Image
 
 from mmjax.multimodal.arrays import is_array, is_tensor
+from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Media:
-    """One media item as given. `data` None: to be found in the cache under `uuid`."""
+    """One media item as given; `Embeds` for one that comes as embeddings. `data` None: in the cache, under `uuid`."""
 
     data: Any
     uuid: str | None = None
@@ -34,6 +35,7 @@ class Request:
     tokens: tuple[int, ...] | None = None
     media: Mapping[str, tuple[Media, ...]] = dataclasses.field(default_factory=dict)
     processor_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    io_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     salt: str | None = None
     encoder_text: str | None = None
 
@@ -47,28 +49,31 @@ def batch(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def parse(prompt: Any, *, encoder_decoder: bool = False) -> Request:
-    """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values."""
+def parse(prompt: Any, *, encoder_decoder: bool = False, embeds: EmbedReader | None = None) -> Request:
+    """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values.
+
+    `embeds`: reads embeddings in place of media; None refuses them.
+    """
     if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
         if not encoder_decoder:
             raise TypeError("Cannot pass encoder-decoder prompt to decoder-only models")
-        return _parse_pair(prompt)
-    return _parse_single(prompt, encoder_decoder)
+        return _parse_pair(prompt, embeds)
+    return _parse_single(prompt, encoder_decoder, embeds)
 
 
-def _parse_pair(prompt: Mapping[str, Any]) -> Request:
+def _parse_pair(prompt: Mapping[str, Any], embeds: EmbedReader | None) -> Request:
     if "decoder_prompt" not in prompt:
         raise TypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
-    encoder, decoder = _parse_single(prompt["encoder_prompt"], True), prompt["decoder_prompt"]
+    encoder, decoder = _parse_single(prompt["encoder_prompt"], True, embeds), prompt["decoder_prompt"]
     if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
         raise TypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
-    half = Request(text="") if decoder is None else _parse_single(decoder, True)
+    half = Request(text="") if decoder is None else _parse_single(decoder, True, embeds)
     return dataclasses.replace(
         encoder, text=half.text, tokens=half.tokens, encoder_text=encoder.text, salt=encoder.salt or half.salt
     )
 
 
-def _parse_single(prompt: Any, encoder_decoder: bool) -> Request:
+def _parse_single(prompt: Any, encoder_decoder: bool, embeds: EmbedReader | None) -> Request:
     if isinstance(prompt, str):
         return Request(text=prompt)
     if _is_list(prompt):
@@ -91,14 +96,16 @@ def _parse_single(prompt: Any, encoder_decoder: bool) -> Request:
         raise TypeError(
             f"Prompt should be a string, list of tokens, or dictionary; `prompt` is a {type(text).__name__}"
         )
-    kwargs = prompt.get("mm_processor_kwargs") or {}
-    if not isinstance(kwargs, Mapping):
-        raise TypeError(f"mm_processor_kwargs should be a dictionary, got {type(kwargs).__name__}")
+    kwargs, io_kwargs = (prompt.get(name) or {} for name in ("mm_processor_kwargs", "media_io_kwargs"))
+    for name, value in (("mm_processor_kwargs", kwargs), ("media_io_kwargs", io_kwargs)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
     return Request(
         text=text,
         tokens=None if tokens is None else _token_ids(tokens),
-        media=parse_media(prompt.get("multi_modal_data"), prompt.get("multi_modal_uuids")),
+        media=parse_media(prompt.get("multi_modal_data"), prompt.get("multi_modal_uuids"), embeds),
         processor_kwargs=dict(kwargs),
+        io_kwargs=dict(io_kwargs),
         salt=_salt(prompt.get("cache_salt")),
     )
 
@@ -127,7 +134,7 @@ def _salt(salt: Any) -> str | None:
     return salt
 
 
-def parse_media(data: Any, uuids: Any = None) -> dict[str, tuple[Media, ...]]:
+def parse_media(data: Any, uuids: Any = None, embeds: EmbedReader | None = None) -> dict[str, tuple[Media, ...]]:
     """`multi_modal_data` and `multi_modal_uuids` -> items per modality, each with its name."""
     data, uuids = data or {}, uuids or {}
     for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
@@ -141,7 +148,7 @@ def parse_media(data: Any, uuids: Any = None) -> dict[str, tuple[Media, ...]]:
     media = {}
     for kind in MODALITIES:
         if kind in data or uuids.get(kind):
-            media[kind] = _pair(kind, split_items(kind, data.get(kind)), _names(kind, uuids.get(kind)))
+            media[kind] = _pair(kind, split_items(kind, data.get(kind), embeds), _names(kind, uuids.get(kind)))
     return media
 
 
@@ -174,35 +181,64 @@ def _names(kind: str, uuids: Any) -> list[str | None]:
     return list(names)
 
 
-def split_items(kind: str, data: Any) -> list[Any]:
+def split_items(kind: str, data: Any, embeds: EmbedReader | None = None) -> list[Any]:
     """The items in the value of one modality: one item, a list of items, or an array whose first axis counts them.
 
-    Arrays of torch and JAX that stand alone with three axes, lists of 2-D arrays and dictionaries are embeddings.
+    Dictionaries are embeddings, as are arrays that `_holds_rows`; in a list they may stand among raw media.
     """
     if data is None:
         return []
-    if isinstance(data, Mapping) or (kind == "image" and is_tensor(data) and data.ndim in (2, 3)):
-        raise _embeddings(kind)
+    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(kind, data, embeds, alone=True)):
+        return list(_reader(kind, embeds).split(kind, data))
     if is_array(data):
         axes = {"image": 3, "video": 4, "audio": 1}[kind]  # of one item
         if data.ndim == axes:
             return [data]
         if data.ndim == axes + 1:
             return list(data)
-        if data.ndim == 3 and is_tensor(data):
-            raise _embeddings(kind)
         raise RequestError(
             f"An array of shape {tuple(data.shape)} is no {kind}: one {kind} has {axes} axes, several have {axes + 1}.",
             "bad_media",
         )
     if not _is_list(data) or is_one_item(kind, data):
         return [data]
-    # stereo NumPy clips in a list are audio; nothing raw of the other kinds has two axes
-    if data and all((is_tensor if kind == "audio" else is_array)(member) and member.ndim == 2 for member in data):
-        raise _embeddings(kind)
     if kind == "audio" and len(data) == 2 and is_array(data[0]) and isinstance(data[1], (int, float)):
         raise RequestError("Audio with its sampling rate must be a tuple (array, rate), not a list.", "bad_media")
-    return list(data)
+    return [_member(kind, member, embeds) for member in data]
+
+
+def _member(kind: str, data: Any, embeds: EmbedReader | None) -> Any:
+    """One item of a list."""
+    if isinstance(data, Embeds):
+        return data
+    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(kind, data, embeds, alone=False)):
+        return _reader(kind, embeds).one(kind, data)
+    return data
+
+
+def _holds_rows(kind: str, array: Any, embeds: EmbedReader | None, *, alone: bool) -> bool:
+    """Whether an array holds embeddings and no medium; `alone`: outside of a list.
+
+    What has an axis too few for a medium does: [rows, W] for an image or a video. Arrays of torch and JAX do in every
+    ambiguous case: alone with three axes (never an image), and with two in a list of audio. Of NumPy, three axes are
+    an image and two a stereo clip, unless they hold floats as wide as the model's rows.
+    """
+    if array.ndim not in (2, 3):
+        return False
+    rows = is_tensor(array) or (embeds is not None and embeds.looks_like(kind, array))
+    if array.ndim == 2:
+        if kind == "audio":  # clips of one length, or in a list the channels of one
+            return rows and not alone
+        return rows or not alone or embeds is not None
+    if kind == "image" and not alone:
+        return array.shape[0] == 1 and embeds is not None and embeds.looks_like(kind, array)
+    return rows or (kind == "video" and embeds is not None)
+
+
+def _reader(kind: str, embeds: EmbedReader | None) -> EmbedReader:
+    if embeds is None:
+        raise embeds_disabled(kind)
+    return embeds
 
 
 def is_one_item(kind: str, data: Sequence[Any]) -> bool:
@@ -222,7 +258,8 @@ def is_one_item(kind: str, data: Sequence[Any]) -> bool:
     return isinstance(first, numbers.Real) and not isinstance(first, bool)
 
 
-def _embeddings(kind: str) -> RequestError:
+def embeds_disabled(kind: str) -> RequestError:
+    """Embeddings where the operator allows none."""
     return RequestError(
         f"You must set `--enable-mm-embeds` to input `{kind}_embeds`. (Three-axis arrays of torch or JAX, lists of 2-D "
         f"arrays and dictionaries are read as embeddings; pass raw {kind} data as NumPy or PIL.)",

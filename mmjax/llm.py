@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax import inputs
 from mmjax.build import Parts, build
+from mmjax.chat import ChatOptions, Draft, load_template, split
 from mmjax.config import EngineArgs
 from mmjax.render import Rendered
 from mmjax.run import Job, Progress, Run
@@ -52,18 +55,75 @@ class LLM:
         """
         batch = inputs.batch(prompts)
         params = self._params(sampling_params, len(batch))
-        for name, values in (("lora_request", lora_request), ("priority", priority)):
-            if isinstance(values, Sequence) and len(values) != len(batch):
-                raise ValueError(f"The lengths of prompts ({len(batch)}) and {name} ({len(values)}) must be the same.")
-        if lora_request is not None:
-            raise RequestError("LoRA is not supported: pass lora_request=None.", "lora_unsupported")
-        requests = [self.parts.renderer.parse(prompt) for prompt in batch]
-        order = sorted(range(len(batch)), key=lambda i: priority[i]) if priority is not None else range(len(batch))
-        runs = {}
-        job = Job(self.parts, self.start, self._workers, use_tqdm, len(batch))
+        self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
+        renderer = self.parts.renderer
+        requests = [renderer.parse(prompt) for prompt in batch]
+        work = [functools.partial(renderer.render, request, tokenization_kwargs) for request in requests]
+        return self._answer(work, params, use_tqdm, priority)
+
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Progress = True,
+        lora_request: Any = None,
+        chat_template: str | os.PathLike[str] | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        *,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        media_io_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation (a list of messages) or many (a list of those), in their order.
+
+        A message is {"role": ..., "content": ...}, its content a string or a list of parts: text, image_url,
+        image_pil, input_audio, audio_url, video_url, and image_embeds, video_embeds, audio_embeds. chat_template: a
+        file, Jinja text or the name of a stored template. continue_final_message: go on with the last message; needs
+        add_generation_prompt=False. Raises as `generate` does; no medium is fetched before every message was checked.
+        """
+        chat = self.parts.chat
+        options = ChatOptions(
+            chat_template=load_template(chat_template, chat.stored),
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            chat_template_kwargs=chat_template_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+            media_io_kwargs=media_io_kwargs,
+        )
+        conversations = split(messages)
+        params = self._params(sampling_params, len(conversations))
+        self._check_lengths(len(conversations), lora_request=lora_request)
+        drafts = [chat.draft(conversation, options) for conversation in conversations]
+        # the template has printed the special tokens already
+        tokenization = {"add_special_tokens": False, **(tokenization_kwargs or {})}
+        renderer = self.parts.renderer
+
+        def render(draft: Draft) -> Rendered:
+            return renderer.render(renderer.parse(chat.fetch(draft)), tokenization)
+
+        return self._answer([functools.partial(render, draft) for draft in drafts], params, use_tqdm)
+
+    def _answer(
+        self,
+        work: Sequence[Callable[[], Rendered]],
+        params: Sequence[SamplingParams],
+        use_tqdm: Progress,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Run prompts, each still to be rendered, to their ends."""
+        order = sorted(range(len(work)), key=lambda i: priority[i]) if priority is not None else range(len(work))
+        job = Job(self.parts, self.start, self._workers, use_tqdm, len(work))
         try:
             for i in order:
-                job.submit(i, requests[i], tokenization_kwargs, params[i])
+                job.submit(i, work[i], params[i])
             runs = job.run()
         except BaseException:
             job.abort()
@@ -71,8 +131,16 @@ class LLM:
         finally:
             job.close()
         if not self.args.disable_log_stats:
-            logger.info("after %d prompts: %s", len(batch), self.get_metrics())
-        return [runs[i] for i in range(len(batch))]
+            logger.info("after %d prompts: %s", len(work), self.get_metrics())
+        return [runs[i] for i in range(len(work))]
+
+    def _check_lengths(self, count: int, *, lora_request: Any = None, priority: Sequence[int] | None = None) -> None:
+        """ValueError for lists that do not match the prompts, and for adapters."""
+        for name, values in (("lora_request", lora_request), ("priority", priority)):
+            if isinstance(values, Sequence) and len(values) != count:
+                raise ValueError(f"The lengths of prompts ({count}) and {name} ({len(values)}) must be the same.")
+        if lora_request is not None:
+            raise RequestError("LoRA is not supported: pass lora_request=None.", "lora_unsupported")
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:

@@ -22,6 +22,7 @@ from mmjax.multimodal import audio, image, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.limits import DEFAULT, Limits
 from mmjax.processors.base import Expanded, Item, Processor, Span, linear_positions
+from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
@@ -52,6 +53,16 @@ class Rendered:
     salt: str | None = None
     encoder_prompt: str | None = None
     encoder_tokens: np.ndarray | None = None  # int32, encoder-decoder models only
+
+
+class _Asked(NamedTuple):
+    """What a request says of all its media."""
+
+    kwargs: Mapping[str, Any]
+    io_kwargs: Mapping[str, Mapping[str, Any]]
+    background: image.Color
+    salt: str | None
+    serial: int
 
 
 class ItemCache:
@@ -94,7 +105,7 @@ class Renderer:
     `processor` None: a plain language model, which takes no media. `tokenizer` None: prompts must be token ids.
     `max_item_rows`: rows the encoder cache can hold of one item; `max_item_units`: by modality, encoder units of one
     item. `cache_gb` is in GiB; 0 keeps no items. Without both item cache and prefix cache the caller's names for media
-    are ignored.
+    are ignored. `embed_width`: of the rows that may come in place of media; None takes none.
     """
 
     def __init__(
@@ -113,6 +124,7 @@ class Renderer:
         encoder_decoder: bool = False,
         max_item_rows: int | None = None,
         max_item_units: Mapping[str, int] | None = None,
+        embed_width: int | None = None,
         limits: Limits = DEFAULT,
     ):
         self.processor, self.tokenizer, self.model_id = processor, tokenizer, model_id
@@ -121,10 +133,9 @@ class Renderer:
         self.counts = inputs.read_limits(limit_mm_per_prompt)
         self.processor_kwargs = dict(mm_processor_kwargs or {})
         self.io_kwargs = {kind: dict(kwargs) for kind, kwargs in (media_io_kwargs or {}).items()}
-        self.background = image.background_color(
-            self.io_kwargs.get("image", {}).get("rgba_background_color", image.WHITE)
-        )
+        _background(self.io_kwargs)  # a bad colour is told at start
         self.encoder_decoder, self.limits = encoder_decoder, limits
+        self.embeds = EmbedReader(processor, embed_width) if processor and embed_width is not None else None
         self.cache = ItemCache(int(cache_gb * 2**30))
         self.named = cache_gb > 0 or prefix_caching
         self._serial = itertools.count()
@@ -132,15 +143,41 @@ class Renderer:
 
     def parse(self, prompt: Any) -> Request:
         """A prompt as a caller writes it -> Request; see `mmjax.inputs.parse`."""
-        request = inputs.parse(prompt, encoder_decoder=self.encoder_decoder)
+        request = inputs.parse(prompt, encoder_decoder=self.encoder_decoder, embeds=self.embeds)
         self.check_counts(request)
         return request
 
     def check_counts(self, request: Request) -> None:
         """RequestError if the prompt holds more media than the model or the operator allows."""
-        kinds = self.processor.kinds if self.processor else {}
         for kind, media in request.media.items():
-            inputs.check_count(kind, len(media), self.counts[kind], kinds.get(kind, 0))
+            embedded = sum(isinstance(x.data, Embeds) or (x.data is None and self.embeds is not None) for x in media)
+            self.check_count(kind, len(media), embedded)
+
+    def check_count(self, kind: str, count: int, embedded: int = 0) -> None:
+        """RequestError if `count` items of a modality are more than the model or the operator allows; `embedded` of
+        them come as embeddings."""
+        kinds = self.processor.kinds if self.processor else {}
+        if embedded and self.embeds is None:
+            raise inputs.embeds_disabled(kind)
+        if embedded and not self.counts[kind]:
+            count -= embedded  # a limit of 0 with embeddings allowed means: nothing but embeddings
+        inputs.check_count(kind, count, self.counts[kind], kinds.get(kind, 0))
+
+    def merged_io_kwargs(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """`media_io_kwargs` of the engine and of a request together, the request's winning, by modality."""
+        if not given:
+            return self.io_kwargs
+        from mmjax.multimodal.media import MediaIO, VideoMediaIO
+
+        for kind, kwargs in given.items():
+            if kwargs is not None and not isinstance(kwargs, Mapping):
+                raise RequestError(
+                    f"media_io_kwargs[{kind!r}] must be a dictionary, got {type(kwargs).__name__}.", "bad_media_kwargs"
+                )
+        return {
+            kind: (VideoMediaIO if kind == "video" else MediaIO).merge_kwargs(self.io_kwargs.get(kind), given.get(kind))
+            for kind in {**self.io_kwargs, **given}
+        }
 
     def render(self, request: Request, tokenization_kwargs: Mapping[str, Any] | None = None) -> Rendered:
         """Tokenise, process, expand, check and place. RequestError for everything the caller can mend.
@@ -247,9 +284,10 @@ class Renderer:
         if not request.media:
             return {}
         kwargs = self._kwargs(request)
-        serial = next(self._serial)
+        io_kwargs = self.merged_io_kwargs(request.io_kwargs)
+        asked = _Asked(kwargs, io_kwargs, _background(io_kwargs), request.salt, next(self._serial))
         return {
-            kind: [self._item(kind, index, entry, kwargs, request.salt, serial) for index, entry in enumerate(media)]
+            kind: [self._item(kind, index, entry, asked) for index, entry in enumerate(media)]
             for kind, media in request.media.items()
         }
 
@@ -263,24 +301,25 @@ class Renderer:
                 log.warning("mm_processor_kwargs: %r is not used by this model and dropped", name)
         return {name: value for name, value in merged.items() if name in self.processor.accepts}
 
-    def _item(
-        self, kind: str, index: int, media: Media, kwargs: Mapping[str, Any], salt: str | None, serial: int
-    ) -> MediaItem:
-        io_kwargs = self.io_kwargs.get(kind, {})
-        if isinstance(media.data, Image.Image):
-            image.check_size(media.data, self.limits)  # before its pixels are hashed
+    def _item(self, kind: str, index: int, media: Media, asked: _Asked) -> MediaItem:
+        data, io_kwargs = media.data, asked.io_kwargs.get(kind, {})
+        if isinstance(data, Image.Image):
+            image.check_size(data, self.limits)  # before its pixels are hashed
         if not self.named:
-            key = f"{serial}-{kind}-{index}"
+            key = f"{asked.serial}-{kind}-{index}"
         elif media.uuid is not None:
-            key = named_id(self.model_id, kind, media.uuid, salt, kwargs, io_kwargs)
+            key = named_id(self.model_id, kind, media.uuid, asked.salt, asked.kwargs, io_kwargs)
         else:
-            key = content_id(self.model_id, kind, media.data, kwargs, io_kwargs)
-        item = self.cache.get(key)
+            content = data.fields if isinstance(data, Embeds) else data
+            key = content_id(self.model_id, kind, content, asked.kwargs, io_kwargs)
+        passing = isinstance(data, Embeds) and media.uuid is None  # rows cost nothing to make again
+        item = None if passing else self.cache.get(key)
         if item is None:
-            if media.data is None:
+            if data is None:
                 raise RequestError(f"Cache miss for {kind} at index {index} but data is not provided.", "cache_miss")
-            item = self._process(kind, index, media.data, kwargs)
-            self.cache.put(key, item)
+            item = self._process(kind, index, data, asked)
+            if not passing:
+                self.cache.put(key, item)
         if self.max_item_rows is not None and item.rows > self.max_item_rows:
             raise RequestError(
                 f"The {kind} item at index {index} with length {item.rows} exceeds the pre-allocated encoder cache "
@@ -297,11 +336,14 @@ class Renderer:
             )
         return MediaItem(kind, key, item)
 
-    def _process(self, kind: str, index: int, data: Any, kwargs: Mapping[str, Any]) -> Item:
+    def _process(self, kind: str, index: int, data: Any, asked: _Asked) -> Item:
         """Decode and process one item. What goes wrong in there is about this item; its content stays out of words."""
         assert self.processor is not None
         try:
-            return self.processor.item(kind, self._decode(kind, data), kwargs)
+            if isinstance(data, Embeds):
+                assert self.embeds is not None  # parsed, so allowed
+                return self.embeds.item(kind, index, data)
+            return self.processor.item(kind, self._decode(kind, data, asked.background), asked.kwargs)
         except RequestError:
             raise
         except Exception as error:
@@ -310,10 +352,15 @@ class Renderer:
                 "processing_failed",
             ) from error
 
-    def _decode(self, kind: str, data: Any) -> Any:
+    def _decode(self, kind: str, data: Any, background: image.Color) -> Any:
         assert self.processor is not None
         if kind == "image":
-            return image.decode(data, background=self.background, limits=self.limits)
+            return image.decode(data, background=background, limits=self.limits)
         if kind == "video":
-            return video.decode(data, background=self.background, limits=self.limits)
+            return video.decode(data, background=background, limits=self.limits)
         return audio.decode(data, self.processor.sampling_rate)
+
+
+def _background(io_kwargs: Mapping[str, Mapping[str, Any]]) -> image.Color:
+    """What shows where an image is transparent. RequestError for what is no colour."""
+    return image.background_color(io_kwargs.get("image", {}).get("rgba_background_color", image.WHITE))

@@ -16,7 +16,6 @@ from mmjax.engine.constraints import Constraints
 from mmjax.engine.engine import Engine
 from mmjax.engine.sequence import MediaSpan, Prompt
 from mmjax.engine.sequence import Sequence as EngineSequence
-from mmjax.inputs import Request
 from mmjax.render import Rendered
 from mmjax.types import RequestError, RequestMetrics, RequestOutput, SamplingParams
 
@@ -115,17 +114,15 @@ class Job:
         self.parts = parts
         self.start = start
         self.workers = workers
-        self.unseen: deque[tuple[int, Request, dict[str, Any] | None, SamplingParams]] = deque()
+        self.unseen: deque[tuple[int, Callable[[], Rendered], SamplingParams]] = deque()
         self.waiting: deque[tuple[int, concurrent.futures.Future[Rendered], SamplingParams]] = deque()
         self.open: dict[int, tuple[int, Run]] = {}
         self.runs: dict[int, Run] = {}
         self.bars = [_bar(use_tqdm, total, name) for name in ("Rendering prompts", "Processed prompts")]
 
-    def submit(
-        self, i: int, request: Request, tokenization_kwargs: dict[str, Any] | None, params: SamplingParams
-    ) -> None:
-        """Queue prompt i."""
-        self.unseen.append((i, request, tokenization_kwargs, params))
+    def submit(self, i: int, render: Callable[[], Rendered], params: SamplingParams) -> None:
+        """Queue prompt i, which `render` renders on a thread."""
+        self.unseen.append((i, render, params))
 
     def run(self) -> dict[int, RequestOutput]:
         """Run everything to its end: outputs by index."""
@@ -149,8 +146,8 @@ class Job:
     def _admit(self, *, block: bool) -> None:
         """Hand rendered prompts to the engine and have the next ones rendered; `block` waits for one."""
         while self.unseen and len(self.waiting) < AHEAD:
-            i, request, options, params = self.unseen.popleft()
-            self.waiting.append((i, self.workers.submit(self.parts.renderer.render, request, options), params))
+            i, render, params = self.unseen.popleft()
+            self.waiting.append((i, self.workers.submit(render), params))
         while self.waiting and (block or self.waiting[0][1].done()):
             i, future, params = self.waiting.popleft()
             run = self.start(future.result(), params)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.engine.answer import Answer, Report
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.pack import RowTable, Sizes, pack_decode, pack_encode, pack_prefill
+from mmjax.engine.pack import RowTable, Sizes, pack_decode, pack_encode, pack_prefill, pack_ready
 from mmjax.engine.pages import Pages
 from mmjax.engine.sample import history_row
 from mmjax.engine.scheduler import Limits, NeedsResults, Plan, Scheduler, Slice
@@ -140,6 +140,10 @@ class Engine:
             if work:
                 self._run(self.runner.encode, name, *pack_encode(self.sizes, name, encoder, work))
                 self.stats.encoded_items += len(work)
+        ready = [e for e in plan.encode if e.item.ready is not None]
+        if ready:
+            for rows, dest in pack_ready(self.sizes, ready):
+                self._run(self.runner.put, rows, dest)
         if plan.prefill or plan.decode:
             ticket = self._prefill(plan.prefill) if plan.prefill else self._decode(plan.decode)
             ticket.calls, self._calls = self._calls, []

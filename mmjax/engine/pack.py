@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -38,7 +38,8 @@ class Sizes:
 
     tokens, seqs: ascending buckets; units: of each encoder, by its name. slab: rows that media may take. block:
     queries per prefill block. table: pages per sequence. cross: pages of the encoder's keys per sequence, 0 without.
-    rows: rows of the sampling tables; the last belongs to nobody.
+    rows: rows of the sampling tables; the last belongs to nobody. ready: rows per dispatch of those that need no
+    encoder, 0 where none are taken.
     """
 
     tokens: tuple[int, ...]
@@ -54,6 +55,7 @@ class Sizes:
     stops: int
     steps: int
     top: int
+    ready: int = 0
 
     def rows_of(self, encoder: Encoder, units: int) -> int:
         """Length of the row axis of an encoder's program: what is picked must find its place in the slab."""
@@ -217,6 +219,17 @@ def pack_encode(
         rows = np.concatenate([e.rows for e in work])
         dest[: len(rows)] = rows
     return total, features, dest
+
+
+def pack_ready(sizes: Sizes, work: Sequence[Encode]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows that came ready, in dispatches of `sizes.ready`: (f32[N, W], slab row of each), padding off the slab."""
+    given = np.concatenate([e.item.ready for e in work if e.item.ready is not None])
+    where = np.concatenate([e.rows for e in work])
+    for start in range(0, len(given), sizes.ready):
+        part = given[start : start + sizes.ready]
+        rows, dest = np.zeros((sizes.ready, given.shape[1]), np.float32), np.full(sizes.ready, FAR, np.int32)
+        rows[: len(part)], dest[: len(part)] = part, where[start : start + sizes.ready]
+        yield rows, dest
 
 
 def _parts(encoder: Encoder, field: str, work: Sequence[Encode]) -> list[np.ndarray]:

@@ -230,6 +230,10 @@ class Runner:
         return dataclasses.replace(state, slab=slab)
 
     def _score(self, leaves: list[Array], hidden: Array, targets: Array) -> Any:
+    def _put(self, state: State, rows: Array, dest: Array) -> State:
+        """Put rows that need no encoder where the batch will look for them."""
+        return dataclasses.replace(state, slab=state.slab.at[dest].set(rows.astype(state.slab.dtype), mode="drop"))
+
         """Report on targets i32[T] under hidden [T, D], a block at a time."""
         model = self._model(leaves)
         block = min(SCORED, hidden.shape[0])
@@ -277,6 +281,10 @@ class Runner:
             function, out = functools.partial(self._encode, name=name), keep
             args = (self.leaves, self.state, features, i32(size * encoder.keys or rows))
         elif kind == "score":
+        elif kind == "put":
+            function, out = self._put, keep
+            rows_given = jax.ShapeDtypeStruct((size, self.shape.slab_width), jnp.float32, sharding=free)
+            args = (self.state, rows_given, i32(size))
             function, out = self._score, free
             hidden = jax.ShapeDtypeStruct((size, self.shape.width), self.dtype, sharding=free)
             args = (self.leaves, hidden, i32(size))
@@ -284,7 +292,7 @@ class Runner:
             function, out = self._set_row, keep
             row = jax.ShapeDtypeStruct((vocab,), jnp.float32, sharding=free)
             args = (self.state, i32(), i32(vocab), row)
-        donated = {"score": (), "row": (0,)}.get(kind, (1,))
+        donated = {"score": (), "row": (0,), "put": (0,)}.get(kind, (1,))
         # float32 is asked for by those who compare: no TF32 for them.
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
@@ -310,6 +318,7 @@ class Runner:
         kinds += [Key("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)]
         kinds += [Key("encode", u, 0, name) for name in self.shape.encoders for u in reversed(sizes.units[name])]
         return [*kinds, *(Key("score", t) for t in sizes.tokens), Key("row", 0)]
+        kinds += [Key("put", sizes.ready)] if sizes.ready else []
 
     def _steps(self, most: int) -> int:
         """The length of the decode loop that takes at most so many steps."""
@@ -342,6 +351,10 @@ class Runner:
         self.state = self.program("encode", units, name=name)(self.leaves, self.state, dict(features), dest)
 
     def score(self, hidden: Array, targets: np.ndarray) -> Any:
+    def put(self, rows: np.ndarray, dest: np.ndarray) -> None:
+        """Dispatch the writing of media rows f32[N, W] that need no encoder."""
+        self.state = self.program("put", len(rows))(self.state, rows, dest)
+
         """Dispatch a report on prompt tokens: logprob [T], rank [T], top ids [T, top], top logprobs [T, top]."""
         return self.program("score", hidden.shape[0])(self.leaves, hidden, targets)
 

@@ -42,7 +42,8 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """One item for the named encoder, into slab rows i32[n] or into pages for cross attention."""
+    """One item for the named encoder, into slab rows i32[n] or into pages for cross attention. No name: its rows are
+    ready."""
 
     name: str
     item: Item
@@ -269,9 +270,15 @@ class Scheduler:
 
     def _encodable(self, items: list[Item], encode: list[Encode]) -> bool:
         """Whether items of one encoder still fit the dispatch; an encoder's first item always does."""
-        name = self.limits.encoders[items[0].kind]
+        name = self._encoder(items[0])
+        if not name:
+            return True
         taken = sum(e.item.units for e in encode if e.name == name)
         return not taken or taken + sum(item.units for item in items) <= self.limits.units[name]
+
+    def _encoder(self, item: Item) -> str:
+        """The name of an item's encoder; none for one whose rows are ready."""
+        return "" if item.ready is not None else self.limits.encoders[item.kind]
 
     def _with_media(self, seq: Sequence, count: int, encode: list[Encode]) -> int:
         """How many of the next `count` tokens can run: up to the first medium that cannot be encoded now."""
@@ -282,7 +289,7 @@ class Scheduler:
                     if not self._encodable([span.item], encode) or not self.slab.fits(span.item.rows):
                         return max(0, span.start - start)
                     rows = self.slab.put(span.key, span.item.rows, seq.number)
-                    encode.append(Encode(self.limits.encoders[span.item.kind], span.item, rows))
+                    encode.append(Encode(self._encoder(span.item), span.item, rows))
                 else:
                     self.slab.use(span.key, seq.number)
         return count

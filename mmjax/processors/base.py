@@ -21,7 +21,8 @@ class Item:
     the encoder's `picks` say so; read-only.
 
     times: where the layers of a grid lie in time, in positions from the first; empty where they are 0, 1, 2...
-    sound: a video that comes with its sound track, which is an audio item of the same prompt.
+    sound: a video that comes with its sound track, which is an audio item of the same prompt. ready: the rows
+    themselves, float32 [rows, W], of an item that came as embeddings; it has no features and no units.
     """
 
     kind: str
@@ -31,14 +32,18 @@ class Item:
     grid: tuple[int, ...] = ()
     times: tuple[float, ...] = ()
     sound: bool = False
+    ready: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for array in self.features.values():  # cached and shared between requests: nobody may write
+        for array in self._arrays():  # cached and shared between requests: nobody may write
             array.flags.writeable = False
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.features.values())
+        return sum(array.nbytes for array in self._arrays())
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [*self.features.values(), *([] if self.ready is None else [self.ready])]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,12 +76,17 @@ class Processor(Protocol):
     placeholder: Mapping[str, str]  # modality -> text that stands for one item in a prompt, {i} for its number from 1
     marker: Mapping[str, str]  # modality -> the part of `placeholder` that expands
     accepts: frozenset[str]  # processor kwargs that `item` understands
+    embeds: Mapping[str, tuple[str, ...]]  # modality -> arrays in which embeddings come: the rows, then a size
     sampling_rate: int | None  # of the audio that `item` takes
 
     def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item: ...
 
     def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
         """Rows of an item of this size: image (height, width), video (frames, height, width), audio (samples,)."""
+        ...
+
+    def outline(self, kind: str, size: tuple[int, ...]) -> Item:
+        """The item that embeddings of this size make, without its rows; for modalities whose embeddings have a size."""
         ...
 
     def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded: ...

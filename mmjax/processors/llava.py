@@ -19,6 +19,7 @@ class Processor:
     marker: Mapping[str, str] = {"image": "<image>"}
     placeholder: Mapping[str, str] = marker
     accepts: frozenset[str] = frozenset()  # any other size would not fit the tower's position table
+    embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):

@@ -13,6 +13,7 @@ import numpy as np
 
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders
+from mmjax.processors.embeds import grid_outline
 from mmjax.processors.vision import image_size, pixel_count, resize
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -51,6 +52,9 @@ class PatchProcessor:
     marker: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
     placeholder: Mapping[str, str] = {kind: f"<|vision_start|>{token}<|vision_end|>" for kind, token in marker.items()}
     accepts = frozenset({"min_pixels", "max_pixels", "size", "do_resize"})
+    embeds: Mapping[str, tuple[str, ...]] = {
+        kind: (f"{kind}_embeds", f"{kind}_grid_thw") for kind in ("image", "video")
+    }
     sampling_rate: int | None = None
     areas: Mapping[str, Bounds]  # what the published processors use where the files name no sizes
 
@@ -108,6 +112,10 @@ class PatchProcessor:
         grid = (t, h // self.merge, w // self.merge)
         times = self.times(media, t, kwargs) if isinstance(media, Video) else ()
         return Item(kind, self.more(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
+
+    def outline(self, kind: str, size: tuple[int, ...]) -> Item:
+        """The item of a grid of (t, h, w) patches, without its rows."""
+        return grid_outline(kind, size, self.merge)
 
     def more(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         """The features of `grid` = (t, h, w) patches, completed by what the family's tower wants beside."""

@@ -32,6 +32,7 @@ class Processor:
     marker: Mapping[str, str] = {"image": "<|image_"}
     placeholder: Mapping[str, str] = {"image": "<|image_{i}|>"}
     accepts = frozenset({"num_crops"})
+    embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):

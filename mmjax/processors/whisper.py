@@ -21,6 +21,7 @@ class Processor:
     marker: Mapping[str, str] = {}
     placeholder: Mapping[str, str] = {}
     accepts: frozenset[str] = frozenset()
+    embeds: Mapping[str, tuple[str, ...]] = {}  # the decoder reads what the encoder makes of sound, and no rows
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         prepare = files["preprocessor_config.json"]
