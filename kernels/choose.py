@@ -73,6 +73,17 @@ def pool_kv_heads(kv_heads: int, platform: str) -> int:
     return max(2, 1 << (kv_heads - 1).bit_length()) if kv_heads <= 8 else -(-kv_heads // 8) * 8
 
 
+def heads_first(platform: str | None = None) -> bool:
+    """Whether a page is [K, page, H] instead of [page, K, H]; None: the default backend's platform.
+
+    The kernels of accelerators copy whole pages and turn them on the way, and XLA there writes a token in place only
+    where tokens are the outer axis. On the CPU the matrix products want each head's keys together, and turning the
+    pages took most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with
+    token-major pages of 16 to 3.8 ms with heads first and pages of 64.
+    """
+    return (platform or jax.default_backend()) == "cpu"
+
+
 def pool_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     """The dtype to allocate the pool with, for a model computing in `dtype`.
 

@@ -3,19 +3,27 @@
 import jax
 import jax.numpy as jnp
 
+from .choose import heads_first
+
 
 def write_pages(
     k_pool: jax.Array, v_pool: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Put k, v [T, K, H] at `slot` [T] int32 of pools [pages, page, K, H]: slot = page id * page + offset in the page.
 
-    A slot that is negative or past the end is dropped; the others must differ from each other. In place where the pools
-    are donated: a scatter on the token axis of token-major pages, which no platform answers with a copy of the pool.
+    On a platform of `heads_first` the pools are [pages, K, page, H]. A slot that is negative or past the end is
+    dropped; the others must differ from each other. In place where the pools are donated: a scatter on the token axis
+    of token-major pages, which no accelerator answers with a copy of the pool; the CPU writes either form in place.
     """
-    end = k_pool.shape[0] * k_pool.shape[1]
+    turned = heads_first()
+    page = k_pool.shape[2 if turned else 1]
+    end = k_pool.shape[0] * page
     slot = jnp.where(slot < 0, end, slot)  # a negative index would count from the end
 
     def put(pool: jax.Array, rows: jax.Array) -> jax.Array:
+        if turned:
+            at = pool.at[slot // page, :, slot % page]
+            return at.set(rows.astype(pool.dtype), mode="drop", unique_indices=True)
         flat = pool.reshape(end, *pool.shape[2:])
         return flat.at[slot].set(rows.astype(pool.dtype), mode="drop", unique_indices=True).reshape(pool.shape)
 

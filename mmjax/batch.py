@@ -19,7 +19,8 @@ Fields = tuple[tuple[str, tuple[int, ...], str], ...]
 class Pool:
     """Every layer's keys and values, in pages: layer i owns page ids [i * n, (i + 1) * n) of L * n.
 
-    k, v: [L * n, page, K, H]. Page 0 of each layer belongs to nobody: padding points there.
+    k, v: [L * n, page, K, H], on the CPU [L * n, K, page, H]. Page 0 of each layer belongs to nobody: padding points
+    there.
     """
 
     k: Array

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -218,8 +219,8 @@ def _page_bytes(args: EngineArgs, shape: Shape, platform: str, dtype: str, ways:
     """Bytes of one page over all layers, on one device."""
     from mmjax.engine.runner import page_shape
 
-    (page, heads, size), kept = page_shape(shape, _page(args, platform), dtype, platform, ways)
-    return 2 * shape.layers * page * (heads // ways) * size * int(kept.itemsize)
+    page, kept = page_shape(shape, _page(args, platform), dtype, platform, ways)
+    return 2 * shape.layers * math.prod(page) // ways * int(kept.itemsize)
 
 
 def _cache_bytes(args: EngineArgs, device: Any, platform: str) -> int:

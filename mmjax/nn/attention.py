@@ -8,13 +8,22 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Batch, Pool
-from mmjax.kernels import paged_decode, paged_prefill, segment_attention, write_pages
+from mmjax.kernels import heads_first, paged_decode, paged_prefill, segment_attention, write_pages
 from mmjax.sharding import per_head
 
-POOL = ("depth", "place", "kv_heads", "head_dim")
 QUERY = ("place", "kv_heads", "group", "head_dim")
 KEY = ("place", "kv_heads", "head_dim")
 UNIT = ("place", "heads", "head_dim")
+
+
+def pool_axes() -> tuple[str, str, str, str]:
+    """Logical axes of the pool's arrays."""
+    inner = ("kv_heads", "place") if heads_first() else ("place", "kv_heads")
+    return ("depth", *inner, "head_dim")
+
+
+def _page(pool: jax.Array) -> int:
+    return pool.shape[pool_axes().index("place")]
 
 
 def attend(
@@ -24,7 +33,7 @@ def attend(
 
     `first`: i32[], the layer's first page id. Returns [T, K, G, H] and the pool.
     """
-    size = pool.k.shape[1]
+    size, pooled = _page(pool.k), pool_axes()
 
     def run(
         q: jax.Array, k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array
@@ -34,7 +43,9 @@ def attend(
         out = _look(q, k_pool, v_pool, batch.pages + first, batch.length, batch, causal=True, scale=scale)
         return out, k_pool, v_pool
 
-    out, k_pool, v_pool = per_head(run, (QUERY, KEY, KEY, POOL, POOL), (QUERY, POOL, POOL))(q, k, v, pool.k, pool.v)
+    out, k_pool, v_pool = per_head(run, (QUERY, KEY, KEY, pooled, pooled), (QUERY, pooled, pooled))(
+        q, k, v, pool.k, pool.v
+    )
     return out, Pool(k_pool, v_pool)
 
 
@@ -45,18 +56,18 @@ def cross_attend(q: jax.Array, pool: Pool, batch: Batch, first: jax.Array, *, sc
         pages = batch.cross_pages + first
         return _look(q, k_pool, v_pool, pages, batch.cross_length, batch, causal=False, scale=scale)
 
-    return per_head(run, (QUERY, POOL, POOL), QUERY)(q, pool.k, pool.v)
+    return per_head(run, (QUERY, pool_axes(), pool_axes()), QUERY)(q, pool.k, pool.v)
 
 
 def store(k: jax.Array, v: jax.Array, pool: Pool, slot: jax.Array, first: jax.Array) -> Pool:
     """Write k, v [T, K, H] at the layer's slots i32[T] (negative: dropped), without attending."""
-    size = pool.k.shape[1]
+    size, pooled = _page(pool.k), pool_axes()
     slot = jnp.where(slot >= 0, slot + first * size, -1)
 
     def run(k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> tuple[jax.Array, jax.Array]:
         return write_pages(k_pool, v_pool, _widen(k, k_pool), _widen(v, v_pool), slot)
 
-    return Pool(*per_head(run, (KEY, KEY, POOL, POOL), (POOL, POOL))(k, v, pool.k, pool.v))
+    return Pool(*per_head(run, (KEY, KEY, pooled, pooled), (pooled, pooled))(k, v, pool.k, pool.v))
 
 
 def within(
@@ -94,7 +105,7 @@ def _look(
 
 def _widen(x: jax.Array, pool: jax.Array) -> jax.Array:
     """Zero-pad x [T, K, .., H] to the pool's heads and head size: zeros change no score, and what they yield is cut."""
-    heads, width = pool.shape[2] - x.shape[1], pool.shape[3] - x.shape[-1]
+    heads, width = pool.shape[pool_axes().index("kv_heads")] - x.shape[1], pool.shape[3] - x.shape[-1]
     if heads == width == 0:
         return x
     return jnp.pad(x, [(0, 0), (0, heads), *[(0, 0)] * (x.ndim - 3), (0, width)])

@@ -8,7 +8,13 @@ import pytest
 
 from mmjax import LLM
 
-SMALL = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4}
+SMALL = {
+    "max_model_len": 384,
+    "block_size": 16,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "num_decode_steps": 4,
+}
 
 
 @pytest.fixture(scope="session")

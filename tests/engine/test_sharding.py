@@ -32,7 +32,7 @@ def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, promp
     llm: LLM = make_llm(family, tensor_parallel_size=ways)
     assert ids(llm.generate(prompts, greedy(), use_tqdm=False)) == one_device[family]
     runner = llm.parts.engines[0].runner
-    kinds = {s.data.shape[2] for s in runner.state.pool.k.addressable_shards}
+    kinds = {s.data.shape[1] for s in runner.state.pool.k.addressable_shards}
     assert kinds == {runner.shape.kv_heads // ways}, "each device holds its own heads only"
     assert len(runner.state.pool.k.devices()) == ways
 

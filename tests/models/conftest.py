@@ -9,7 +9,13 @@ import pytest
 from mmjax import LLM
 
 # Each has one bucket of prompt tokens, and cuts prompts where it is full, be it inside an image.
-SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4, "enforce_eager": True}
+SMALL = {
+    "block_size": 16,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "num_decode_steps": 4,
+    "enforce_eager": True,
+}
 SIZES: dict[str, dict[str, Any]] = {
     "whisper": {"max_num_seqs": 2, "max_num_batched_tokens": 32},
     "llava": {"max_model_len": 256, "max_num_batched_tokens": 32},
