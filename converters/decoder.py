@@ -15,6 +15,8 @@ RULES = (
     Rule(f"{_S}.input_layernorm.weight", f"{_T}.attn_norm"),
     Rule(tuple(f"{x}.weight" for x in _QKV), f"{_T}.qkv", to.fuse_qkv),
     Rule(tuple(f"{x}.bias" for x in _QKV), f"{_T}.qkv_bias", to.fuse_qkv_bias),
+    Rule(f"{_S}.self_attn.q_norm.weight", f"{_T}.q_norm"),  # Qwen3's
+    Rule(f"{_S}.self_attn.k_norm.weight", f"{_T}.k_norm"),
     Rule(f"{_S}.self_attn.o_proj.weight", f"{_T}.o", to.merge_heads),
     Rule(f"{_S}.post_attention_layernorm.weight", f"{_T}.mlp_norm"),
     Rule((f"{_S}.mlp.gate_proj.weight", f"{_S}.mlp.up_proj.weight"), f"{_T}.gate_up", to.fuse_gate_up),
@@ -27,6 +29,26 @@ RULES = (
 FUSED = (
     Rule(f"{_S}.self_attn.qkv_proj.weight", f"{_T}.qkv", to.regroup_qkv),
     Rule(f"{_S}.mlp.gate_up_proj.weight", f"{_T}.gate_up", to.split_gate_up),
+)
+
+_EXPERT = f"{_S}.mlp.experts.{{j}}"
+_ROUTED = (
+    Rule(f"{_S}.mlp.gate.weight", f"{_T}.experts.router", to.transpose),
+    Rule((f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight"), f"{_T}.experts.gate_up", to.fuse_gate_up),
+    Rule(f"{_EXPERT}.down_proj.weight", f"{_T}.experts.down", to.transpose),
+)
+# Experts one by one, or all in one tensor as it is published: [experts, in, out].
+EXPERTS = (
+    *_ROUTED,
+    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.part_gate_up),
+    Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down"),
+)
+# The same as transformers 5 saves it, under the same names: [experts, out, in]. One of the two tensors may be square,
+# never both, so that the shapes of the two together always tell.
+TURNED_EXPERTS = (
+    *_ROUTED,
+    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.turned_gate_up),
+    Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down", to.turned),
 )
 
 # Old checkpoints carry the rotary tables, which follow from the config.

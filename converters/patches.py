@@ -34,6 +34,26 @@ WINDOWED = (
     *_MERGE,
 )
 
+
+def tapped(final: str, inner: str, parts: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """The third generation's: the names of the final merger, of the list of inner ones, and of each one's parts."""
+    rules: list[Rule] = []
+    for source, target in ((final, "vision.merge"), (f"{inner}.{{i}}", "vision.taps")):
+        rules += norm(f"vision.{source}.{parts[0]}", f"{target}.norm")
+        rules += linear(f"vision.{source}.{parts[1]}", f"{target}.fc1")
+        rules += linear(f"vision.{source}.{parts[2]}", f"{target}.fc2")
+    return (
+        *_ALL,
+        Rule("vision.patch_embed.proj.bias", "vision.patch_bias"),
+        Rule("vision.pos_embed.weight", "vision.positions"),
+        *norm(f"{_S}.norm1", f"{_T}.norm1"),
+        *norm(f"{_S}.norm2", f"{_T}.norm2"),
+        *linear(f"{_S}.mlp.linear_fc1", f"{_T}.fc1"),
+        *linear(f"{_S}.mlp.linear_fc2", f"{_T}.fc2"),
+        *rules,
+    )
+
+
 IGNORE = (r"vision\.rotary_pos_emb\.inv_freq",)
 PREFIXES = (
     ("model.language_model.", "text."),

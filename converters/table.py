@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from mmjax.converters.transforms import Shape, Transform, identity, transpose
 
-INDEX = "{i}"
+INDEX, MEMBER = "{i}", "{j}"
 
 
 class ConversionError(ValueError):
@@ -59,8 +59,9 @@ class Tensor(Protocol):
 class Rule:
     """`source` (one name or several) becomes `target` through `transform`.
 
-    `{i}` is the only pattern: a number. In the sources only, the target is stacked and the value lands at index i of
-    its leading axis. `optional` says that the model may lack the target; the sources then count as ignored.
+    `{i}` is a number. In the sources only, the target is stacked and the value lands at index i of its leading axis.
+    Where the target has it too, a `{j}` behind it in the sources stacks likewise (the experts of a layer). There are no
+    other patterns. `optional` says that the model may lack the target; the sources then count as ignored.
     """
 
     source: str | tuple[str, ...]
@@ -74,10 +75,20 @@ class Rule:
 
     @property
     def stacked(self) -> bool:
-        return INDEX in self.sources[0] and INDEX not in self.target
+        return MEMBER in self.sources[0] or (INDEX in self.sources[0] and INDEX not in self.target)
 
     def path(self, number: str) -> str:
-        return self.target.replace(INDEX, number)
+        """The target of the sources with this number, "3", or these numbers, "3.17"."""
+        return self.target.replace(INDEX, number.partition(".")[0])
+
+    def index(self, number: str) -> int | None:
+        """Where on the leading axis they land."""
+        return int(number.rpartition(".")[2]) if self.stacked else None
+
+    def source_at(self, part: int, number: str) -> str:
+        """The name of one of those sources."""
+        first, _, second = number.partition(".")
+        return self.sources[part].replace(INDEX, first).replace(MEMBER, second)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +97,14 @@ class Table:
 
     `ignore`: patterns that cover the whole canonical name of a tensor that nobody needs. `copies`: a second canonical
     name -> the first, of one and the same tensor: read where the first is missing, ignored where it is not.
+    `otherwise`: another layout under the same names, for checkpoints that do not fit as a whole and then do.
     """
 
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    otherwise: Table | None = None
 
     def canonical(self, name: str) -> str:
         for old, new in self.prefixes:
@@ -143,7 +156,7 @@ class _Survey:
         self.shapes = shapes
         self.names = {table.canonical(name) for name in names} if table.copies else set()
         self.patterns = [
-            (re.compile(re.escape(source).replace(re.escape(INDEX), r"(0|[1-9]\d{0,5})")), row, part)
+            (_pattern(source), row, part)
             for row, rule in enumerate(table.rules)
             for part, source in enumerate(rule.sources)
         ]
@@ -155,7 +168,8 @@ class _Survey:
 
     def has_place(self, rule: Rule, number: str) -> bool:
         path = rule.path(number)
-        return path in self.shapes and not (rule.stacked and int(number) >= (*self.shapes[path], 0)[0])
+        index = rule.index(number)
+        return path in self.shapes and (index is None or index < (*self.shapes[path], 0)[0])
 
     def take(self, name: str, shape: Shape) -> None:
         """Give one tensor to the rule that claims it."""
@@ -166,7 +180,7 @@ class _Survey:
             return
         canonical = first or canonical
         claims = [
-            ("".join(match.groups()), row, part)
+            (".".join(match.groups()), row, part)
             for pattern, row, part in self.patterns
             if (match := pattern.fullmatch(canonical))
         ]
@@ -201,11 +215,27 @@ class _Survey:
     def _place(self, rule: Rule, number: str) -> str:
         path = rule.path(number)
         shape = f" of shape {self.shapes[path]}" if path in self.shapes else ""
-        return f"parameter {path!r}{f' (layer {number})' if rule.stacked else ''}{shape}"
+        index = rule.index(number)
+        return f"parameter {path!r}{'' if index is None else f' (layer {index})'}{shape}"
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+    escaped = re.escape(source)
+    for number in (INDEX, MEMBER):
+        escaped = escaped.replace(re.escape(number), r"(0|[1-9]\d{0,5})")
+    return re.compile(escaped)
 
 
 def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Plan:
     """Match names and shapes, and collect every problem instead of raising. Reads no weights."""
+    result = _examine(tensors, table, shapes)
+    if result.problems and table.otherwise is not None:
+        other = examine(tensors, table.otherwise, shapes)
+        return result if other.problems else other
+    return result
+
+
+def _examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Plan:
     survey = _Survey(table, shapes, tensors)
     for name, tensor in tensors.items():
         survey.take(name, tuple(tensor.shape))
@@ -213,7 +243,7 @@ def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Sh
     for (row, number), parts in survey.found.items():
         rule = table.rules[row]
         path = rule.path(number)
-        missing = [source.replace(INDEX, number) for part, source in enumerate(rule.sources) if part not in parts]
+        missing = [rule.source_at(part, number) for part in range(len(rule.sources)) if part not in parts]
         if missing:
             survey.problems.append(
                 EmptyHoleError(
@@ -223,7 +253,7 @@ def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Sh
             )
         names = tuple(parts[part] for part in sorted(parts))
         shape = tuple(shapes[path])[1:] if rule.stacked else tuple(shapes[path])
-        pieces[path].append(Piece(names, rule.transform, shape, int(number) if rule.stacked else None))
+        pieces[path].append(Piece(names, rule.transform, shape, rule.index(number)))
         if not missing:
             survey.problems.extend(_misfits(path, pieces[path][-1], shapes[path], tensors))
     for path, shape in shapes.items():

@@ -170,6 +170,30 @@ def _split_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
     return _gate_up(*np.split(fused, 2), shape=shape)
 
 
+def _part_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+    experts, width, two, mlp = shape
+    return ((experts, width, two * mlp),)
+
+
+def _turned_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+    experts, width, two, mlp = shape
+    return ((experts, two * mlp, width),)
+
+
+def _turned_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+    experts, width, two, mlp = shape
+    return fused.reshape(experts, two, mlp, width).transpose(0, 3, 1, 2)
+
+
+def _turned_sources(shape: Shape) -> tuple[Shape, ...]:
+    experts, rows, columns = shape
+    return ((experts, columns, rows),)
+
+
+def _turned(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return array.swapaxes(1, 2)
+
+
 def flatten(lead: int) -> Transform:
     """`[1, .., 1, *shape]` with `lead` ones -> shape."""
     return Transform(lambda shape: ((1,) * lead + tuple(shape),), _fold)
@@ -229,3 +253,9 @@ regroup_qkv = Transform(_regroup_qkv_sources, _regroup_qkv)
 split_gate_up = Transform(_split_gate_up_sources, _split_gate_up)
 # n equal tensors -> [n, ...]
 stack = Transform(_stack_sources, _stack)
+# experts' [E, D, 2F] (gate first) -> [E, D, 2, F]
+part_gate_up = Transform(_part_gate_up_sources, _fold)
+# experts' [E, 2F, D] -> [E, D, 2, F]
+turned_gate_up = Transform(_turned_gate_up_sources, _turned_gate_up)
+# [E, out, in] -> [E, in, out]
+turned = Transform(_turned_sources, _turned)

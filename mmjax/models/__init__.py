@@ -13,6 +13,8 @@ FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here
     "MiniCPMV": "minicpmv",
     "Qwen2VLForConditionalGeneration": "qwen2_vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
     "Phi3VForCausalLM": "phi3_v",
     "Qwen2_5OmniModel": "qwen2_5_omni",
     "Qwen2_5OmniForConditionalGeneration": "qwen2_5_omni",

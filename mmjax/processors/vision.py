@@ -31,3 +31,10 @@ def pixel_count(kwargs: Mapping[str, Any], name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"mm_processor_kwargs: {name} must be a positive integer, got {value!r}.", "bad_kwargs")
     return value
+
+
+def stretched(place: np.ndarray, grid: tuple[int, ...], side: int) -> np.ndarray:
+    """float32[U, 2]: where patches at place i32[U, 2] of a grid (.., h, w) lie in a table of side x side entries whose
+    corners are the grid's corners."""
+    down, across = (np.linspace(0, side - 1, n, dtype=np.float32) for n in grid[-2:])
+    return np.stack([down[place[:, 0]], across[place[:, 1]]], axis=1)

@@ -1,0 +1,35 @@
+"""Qwen3-VL, dense and with experts: a tower tapped at inner blocks, whose rows enter the first blocks of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.models import vision_language
+from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.patches import PatchConfig
+
+
+class Config(vision_language.Config):
+    """See `vision_language.Config`."""
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json and the preprocessor files; the area of a clip counts all its frames."""
+        prepare = files["preprocessor_config.json"]
+        video = files.get("video_preprocessor_config.json", prepare)
+        vision = PatchConfig.tapped(config["vision_config"], prepare)
+        text = dict(config["text_config"])
+        name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+        text[name] = {**text[name], "mrope_interleaved": True}  # the text knows no other way
+        row = (vision.patch * vision.merge) ** 2
+        most = max(vision_language.most_pixels(prepare), vision_language.most_pixels(video) // vision.frames)
+        return cls(
+            text=DecoderConfig.from_hf(text, bias=False, tied=tied, qk_norm=True, renormalise=True),
+            vision=vision,
+            largest=most // row,
+        )
+
+
+class Model(vision_language.Model):
+    """See `mmjax.models.family.Model`."""
