@@ -6,6 +6,7 @@ writes down what transformers answers about the tiny checkpoints, for tests that
 """
 
 import dataclasses
+import importlib
 import json
 import re
 import tempfile
@@ -27,8 +28,11 @@ from rendering import make_renderer, read_files
 MODELS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "whisper": "WhisperForConditionalGeneration",
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
 }
+FPS = {"qwen2_5_omni": 2.0}  # of the families on a clock: the frame rate of clips that name none
 RATE = 16000
 
 
@@ -62,12 +66,17 @@ class Published:
         self.family = family
         self.files = read_files(directory)
         self.renderer = make_renderer(family, directory, **options)
+        if family not in MODELS:
+            self.model = _elsewhere(family).Reference(directory, getattr(torch, dtype))
+            return
         load = getattr(transformers, MODELS[family]).from_pretrained
         self.model = load(directory, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
         if family == "whisper":
             self.prepare = transformers.WhisperFeatureExtractor.from_pretrained(directory)
         else:
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
+        if "feature_extractor_type" in self.files["preprocessor_config.json"]:
+            self.ears = transformers.WhisperFeatureExtractor.from_pretrained(directory)
 
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
         """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
@@ -91,6 +100,8 @@ class Published:
         ids, extra = torch.tensor([tokens]), dict(media)
         if self.family == "qwen2_vl" and media:
             extra["position_ids"] = torch.from_numpy(self._positions(tokens, media))
+        if self.family in FPS:
+            extra["attention_mask"] = torch.ones_like(ids)  # it places its media by itself
         extra["decoder_input_ids" if self.family == "whisper" else "input_ids"] = ids
         return self.model(use_cache=False, **extra).logits[0].float()
 
@@ -100,17 +111,38 @@ class Published:
         Clips are prepared by ours: the published processor of videos needs torchvision.
         """
         given = question.get("multi_modal_data") or {}
+        if self.family not in MODELS:
+            found: dict[str, np.ndarray] = _elsewhere(self.family).media(self.renderer.render(self.renderer.parse(question)))
+            return found
         if self.family == "whisper":
             return dict(self.prepare(given["audio"], sampling_rate=RATE, return_tensors="np"))
         out: dict[str, np.ndarray] = {}
         if given.get("image"):
-            out |= self.prepare(images=given["image"], return_tensors="np", **question.get("mm_processor_kwargs", {}))
+            kwargs = {} if self.family in FPS else question.get("mm_processor_kwargs", {})
+            out |= self.prepare(images=given["image"], return_tensors="np", **kwargs)
         if given.get("video"):
             rendered = self.renderer.render(self.renderer.parse(question))
-            items = [entry.item for entry in rendered.items if entry.kind == "video"]
-            out["pixel_values_videos"] = np.concatenate([normalise(item, self.files) for item in items])
+            items = list({entry.key: entry.item for entry in rendered.items if entry.kind == "video"}.values())
+            clips = [normalise(item, self.files) for item in items]
+            if self.family == "llava_onevision":  # videos of equal length only
+                return out | {"pixel_values_videos": np.stack(clips)}
+            out["pixel_values_videos"] = np.concatenate(clips)
             out["video_grid_thw"] = np.asarray([(t, 2 * h, 2 * w) for t, h, w in (item.grid for item in items)])
+            if self.family in FPS:
+                out["video_second_per_grid"] = np.full(len(items), 2 / FPS[self.family], np.float32)
+        if given.get("audio"):
+            out |= self._hear(given["audio"], question["mm_processor_kwargs"])
         return {name: np.asarray(value) for name, value in out.items()}
+
+    def _hear(self, clips: Sequence[np.ndarray], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The frames of all clips, padded, and which are sound."""
+        heard = self.ears(clips, sampling_rate=RATE, padding="max_length", return_attention_mask=True)
+        together = np.asarray(kwargs.get("use_audio_in_video", False))
+        return {
+            "input_features": heard["input_features"],
+            "feature_attention_mask": heard["attention_mask"],
+            "use_audio_in_video": together,
+        }
 
     def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
         """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""
@@ -133,11 +165,19 @@ class Published:
         return np.concatenate(columns, axis=1)[:, None].astype(np.int64)
 
 
+def _elsewhere(family: str) -> Any:
+    """The module of a family that transformers does not have."""
+    return importlib.import_module(f"models.reference_{family}")
+
+
 def normalise(item: Item, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
     """f32 pixels of an item: scaled to 0..1, less the mean, over the deviation, channel by channel."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
     pixels = item.features["pixels"]
+    if "order" in item.features:  # windows have moved the patches of each row
+        first = item.features["order"]
+        pixels = pixels[(first[:, None] + np.arange(len(pixels) // len(first))).reshape(-1)]
     flat = pixels.reshape(len(pixels), 3, -1).astype(np.float32)
     return ((flat / 255 - mean) / std).reshape(pixels.shape).astype(np.float32)
 
@@ -162,9 +202,10 @@ def record(family: str, directory: Path, steps: int = 12) -> dict[str, Any]:
 
 def main() -> None:
     import tiny
+    from models.questions import QUESTIONS
 
     found = {}
-    for family in MODELS:
+    for family in QUESTIONS:
         with tempfile.TemporaryDirectory() as folder:
             found[family] = record(family, tiny.make(family, Path(folder)))
     lines = json.dumps(found, indent=1)

@@ -8,6 +8,7 @@ import numpy as np
 from small import picture, text
 
 IMAGE, VIDEO = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
+PICTURE = "(<image>./</image>)"
 TASK = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
 RATE = 16000
 
@@ -37,9 +38,25 @@ def llava(words: str, *images: np.ndarray) -> Question:
     return {"prompt": prompt, "multi_modal_data": {"image": list(images)} if images else {}}
 
 
+def chatml(words: str, **media: list[np.ndarray]) -> Question:
+    """LLaVA-OneVision's format; MiniCPM-V's is Qwen2-VL's without a vision tag."""
+    return {"prompt": f"<|im_start|>user {words}<|im_end|><|im_start|>assistant\n", "multi_modal_data": media}
+
+
 def whisper(prompt: str | list[int], seed: int, seconds: float) -> Question:
     key = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
     return {key: prompt, "multi_modal_data": {"audio": sound(seed, seconds)}}
+
+
+SEEN, SHOWN, HEARD = "<|vision_bos|><|IMAGE|><|vision_eos|>", "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|AUDIO|>"
+SMALL_CLIPS = {"videos_kwargs": {"min_pixels": 3136}}  # else every frame becomes 128 rows at least
+
+
+def omni(words: str, *, together: bool = False, **media: list[np.ndarray]) -> Question:
+    """`together`: the sound of a video is among the audio."""
+    words = words.replace(HEARD, f"<|audio_bos|>{HEARD}<|audio_eos|>")
+    kwargs = SMALL_CLIPS | ({"use_audio_in_video": True} if together else {})
+    return {"prompt": text(words), "multi_modal_data": media, "mm_processor_kwargs": kwargs}
 
 
 QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
@@ -58,10 +75,53 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "image": lambda: llava("What is this?", picture(1, 100, 60)),
         "two_images": lambda: llava("Which is older?", picture(2, 45, 133), picture(3, 56, 56)),
     },
+    "llava_onevision": {
+        "text": lambda: chatml("Where is the station?"),
+        "image": lambda: chatml("<image>\nWhat is this?", image=[picture(1, 100, 60)]),
+        "large_image": lambda: chatml("<image>\nWhat is this?", image=[picture(2, 210, 224)]),
+        "two_images": lambda: chatml("<image> or <image>?", image=[picture(3, 56, 56), picture(4, 20, 133)]),
+        "video": lambda: chatml("<video>\nWho wins?", video=[clip(5, 3, 56, 56)]),
+        "image_and_video": lambda: chatml(
+            "Is <image> in <video>?", image=[picture(6, 84, 28)], video=[clip(7, 2, 60, 30)]
+        ),
+    },
+    "minicpmv": {
+        "text": lambda: qwen2_vl("Where is the station?"),
+        "image": lambda: qwen2_vl(f"{PICTURE}\nWhat is this?", image=[picture(1, 90, 100)]),
+        "sliced_image": lambda: qwen2_vl(f"Look at {PICTURE}, what is it?", image=[picture(2, 170, 230)]),
+        "two_images": lambda: qwen2_vl(f"{PICTURE}{PICTURE} Which?", image=[picture(3, 30, 400), picture(4, 56, 56)]),
+        "video": lambda: qwen2_vl("(<video>./</video>) Who wins?", video=[clip(5, 3, 60, 90)]),
+        "image_and_video": lambda: qwen2_vl(
+            f"(<video>./</video>) and {PICTURE}.", image=[picture(6, 84, 28)], video=[clip(7, 2, 60, 30)]
+        ),
+    },
     "whisper": {
         "short": lambda: whisper(TASK, 1, 1.3),
         "full": lambda: whisper("<|startoftranscript|><|de|><|translate|>", 2, 4.0),
         "too_long": lambda: whisper("", 3, 5.7),
         "ids": lambda: whisper([5, 6, 7, 8, 9], 4, 0.2),
+    },
+    "qwen2_5_omni": {
+        "text": lambda: omni("Where is the station?"),
+        "image": lambda: omni(SEEN + "What is this?", image=[picture(1, 97, 141)]),
+        "sounds": lambda: omni(f"{HEARD}One. {HEARD}Two.", audio=[sound(1, 1.37), sound(2, 0.2)]),
+        "too_long": lambda: omni(HEARD + "Who speaks?", audio=[sound(3, 8.3)]),
+        "video": lambda: omni(SHOWN + "Who wins?", video=[clip(4, 5, 56, 140)]),
+        "everything": lambda: omni(
+            f"{HEARD}Is {SEEN} in {SHOWN}?",
+            image=[picture(6, 84, 28)],
+            video=[clip(7, 4, 60, 30)],
+            audio=[sound(5, 0.7)],
+        ),
+        "sound_of_video": lambda: omni(
+            SHOWN + "What happens?", together=True, video=[clip(8, 10, 56, 84)], audio=[sound(6, 4.63)]
+        ),
+        "sound_of_one_of_two": lambda: omni(
+            f"{HEARD}{SHOWN}{SEEN}What happens?",
+            together=True,
+            image=[picture(9, 56, 56)],
+            video=[clip(9, 6, 30, 60)],
+            audio=[sound(7, 0.4), sound(8, 1.1)],
+        ),
     },
 }
