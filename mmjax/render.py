@@ -342,7 +342,7 @@ class Renderer:
         try:
             if isinstance(data, Embeds):
                 assert self.embeds is not None  # parsed, so allowed
-                return self.embeds.item(kind, index, data)
+                return self.embeds.item(kind, index, data, asked.kwargs)
             return self.processor.item(kind, self._decode(kind, data, asked.background), asked.kwargs)
         except RequestError:
             raise

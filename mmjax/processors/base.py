@@ -85,8 +85,9 @@ class Processor(Protocol):
         """Rows of an item of this size: image (height, width), video (frames, height, width), audio (samples,)."""
         ...
 
-    def outline(self, kind: str, size: tuple[int, ...]) -> Item:
-        """The item that embeddings of this size make, without its rows; for modalities whose embeddings have a size."""
+    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
+        """The item that embeddings of this size make, without its rows; the size of those that bring none is how many
+        rows they are."""
         ...
 
     def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded: ...

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.processors.base import Item, Processor
+from mmjax.processors.base import Item, Kwargs, Processor
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class EmbedReader:
             raise _no_rows(kind, names[0], rows)
         if len(sizes) == 1:
             return [rows]
-        counts = [self._outline(kind, names[1], size).rows for size in sizes]
+        counts = [self._outline(kind, names[1], size, {}).rows for size in sizes]
         if rows.ndim != 2 or sum(counts) != len(rows):
             raise RequestError(
                 f"`{names[0]}` has shape {tuple(rows.shape)}, but `{names[1]}` speaks of {len(counts)} items of "
@@ -94,22 +94,21 @@ class EmbedReader:
         ends = np.cumsum(counts)
         return [rows[int(end - count) : int(end)] for count, end in zip(counts, ends, strict=True)]
 
-    def item(self, kind: str, index: int, embeds: Embeds) -> Item:
+    def item(self, kind: str, index: int, embeds: Embeds, kwargs: Kwargs) -> Item:
         """The item, its rows checked and copied to float32 [n, W]."""
         names = self.names(kind)
         rows = self._rows(kind, index, names[0], embeds.fields[names[0]])
         if len(names) == 1:
-            item = Item(kind, {}, units=0, rows=len(rows))
-        else:
-            size = _sizes(embeds.fields[names[1]], names[1])
-            size = size[0] if size.ndim == 2 and len(size) == 1 else size
-            item = self._outline(kind, names[1], size)
-            if item.rows != len(rows):
-                raise RequestError(
-                    f"`{names[0]}` of {kind} item {index} has {len(rows)} rows, but its `{names[1]}` "
-                    f"{size.tolist()} needs {item.rows}.",
-                    "bad_embeds",
-                )
+            return dataclasses.replace(self.processor.outline(kind, (len(rows),), kwargs), ready=rows)
+        size = _sizes(embeds.fields[names[1]], names[1])
+        size = size[0] if size.ndim == 2 and len(size) == 1 else size
+        item = self._outline(kind, names[1], size, kwargs)
+        if item.rows != len(rows):
+            raise RequestError(
+                f"`{names[0]}` of {kind} item {index} has {len(rows)} rows, but its `{names[1]}` {size.tolist()} needs "
+                f"{item.rows}.",
+                "bad_embeds",
+            )
         return dataclasses.replace(item, ready=rows)
 
     def _rows(self, kind: str, index: int, name: str, given: Any) -> np.ndarray:
@@ -142,22 +141,10 @@ class EmbedReader:
             raise RequestError(f"{title} embedding[{index}] contains NaN or infinite values.", "bad_embeds")
         return rows
 
-    def _outline(self, kind: str, name: str, size: np.ndarray) -> Item:
+    def _outline(self, kind: str, name: str, size: np.ndarray, kwargs: Kwargs) -> Item:
         if size.ndim != 1 or (size < 1).any() or math.prod(size.tolist()) > MOST:
             raise RequestError(f"`{name}` must hold positive sizes, got {size.tolist()}.", "bad_embeds")
-        return self.processor.outline(kind, tuple(size.tolist()))
-
-
-def grid_outline(kind: str, size: tuple[int, ...], merge: int) -> Item:
-    """The item of a grid of (t, h, w) patches, of which merge * merge make a row."""
-    if len(size) != 3 or size[1] % merge or size[2] % merge or (kind == "image" and size[0] != 1):
-        raise RequestError(
-            f"`{kind}_grid_thw` must be (t, h, w) in patches, h and w divisible by {merge}"
-            f"{' and t 1' if kind == 'image' else ''}, got {list(size)}.",
-            "bad_embeds",
-        )
-    grid = (size[0], size[1] // merge, size[2] // merge)
-    return Item(kind, {}, units=0, rows=math.prod(grid), grid=grid)
+        return self.processor.outline(kind, tuple(size.tolist()), kwargs)
 
 
 def _require(names: Sequence[str], fields: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions
+from mmjax.processors.outlines import rows_outline
 from mmjax.processors.vision import image_size, resize
 from mmjax.text.tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ class Processor:
     placeholder: Mapping[str, str] = marker
     accepts: frozenset[str] = frozenset()  # any other size would not fit the tower's position table
     embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
+    outline = rows_outline
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions
+from mmjax.processors.outlines import rows_outline
 from mmjax.processors.picks import Picks, joined, newlines, resampled, whole
 from mmjax.processors.vision import image_size, resize
 from mmjax.text.tokenizer import Tokenizer
@@ -34,6 +35,8 @@ class Processor:
     marker: Mapping[str, str] = {"image": "<image>", "video": "<video>"}
     placeholder: Mapping[str, str] = marker
     accepts = frozenset({"vision_aspect_ratio"})
+    embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",), "video": ("video_embeds",)}
+    outline = rows_outline
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):

@@ -20,6 +20,7 @@ from mmjax.processors.slices import Slicer
 from mmjax.processors.spelling import Spelling
 from mmjax.processors.vision import image_size, pixel_count
 from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError
 
 TAGS = {  # preprocessor_config.json: what it is there, and what it is unless that file says otherwise
     "im_start": "<image>",
@@ -42,6 +43,7 @@ class Processor:
     placeholder: Mapping[str, str] = {"image": "(<image>./</image>)", "video": "(<video>./</video>)"}
     marker: Mapping[str, str] = placeholder
     accepts = frozenset({"max_slice_nums", "use_image_id"})
+    embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds", "image_sizes"), "video": ("video_embeds",)}
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
@@ -97,6 +99,17 @@ class Processor:
             "segment": np.repeat(np.arange(len(views), dtype=np.int32), [len(place) for _, place in places]),
         }
         return Item(kind, features, units=len(features["pixels"]), rows=len(views) * self.queries, grid=shape)
+
+    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
+        """The item of an image (width, height), or of a video of so many rows, without its rows."""
+        if len(size) != (2 if kind == "image" else 1) or (kind == "video" and size[0] % self.queries):
+            fix = "a video needs a multiple of" if kind == "video" else "`image_sizes` are (width, height), at"
+            raise RequestError(f"{fix} {self.queries} rows to a view, got {list(size)}.", "bad_embeds")
+        if kind == "video":
+            return Item(kind, {}, units=0, rows=size[0], grid=(size[0] // self.queries,))
+        grid = self.slicer.grid(size[1], size[0], self._most(kwargs)) or (0, 0)
+        shape = (*grid, int(kwargs.get("use_image_id", self.numbered)))
+        return Item(kind, {}, units=0, rows=self.queries * (1 + math.prod(grid)), grid=shape)
 
     def _most(self, kwargs: Kwargs) -> int:
         return pixel_count(kwargs, "max_slice_nums") if "max_slice_nums" in kwargs else self.most

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders
-from mmjax.processors.embeds import grid_outline
+from mmjax.processors.outlines import grid_outline
 from mmjax.processors.vision import image_size, pixel_count, resize
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -113,7 +113,7 @@ class PatchProcessor:
         times = self.times(media, t, kwargs) if isinstance(media, Video) else ()
         return Item(kind, self.more(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
 
-    def outline(self, kind: str, size: tuple[int, ...]) -> Item:
+    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
         """The item of a grid of (t, h, w) patches, without its rows."""
         return grid_outline(kind, size, self.merge)
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions, mismatch
+from mmjax.processors.outlines import rows_outline
 from mmjax.processors.vision import image_size, pixel_count
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -33,6 +34,7 @@ class Processor:
     placeholder: Mapping[str, str] = {"image": "<|image_{i}|>"}
     accepts = frozenset({"num_crops"})
     embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
+    outline = rows_outline
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
