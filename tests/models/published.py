@@ -112,7 +112,9 @@ class Published:
         """
         given = question.get("multi_modal_data") or {}
         if self.family not in MODELS:
-            found: dict[str, np.ndarray] = _elsewhere(self.family).media(self.renderer.render(self.renderer.parse(question)))
+            found: dict[str, np.ndarray] = _elsewhere(self.family).media(
+                self.renderer.render(self.renderer.parse(question))
+            )
             return found
         if self.family == "whisper":
             return dict(self.prepare(given["audio"], sampling_rate=RATE, return_tensors="np"))

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from tiny import QWEN_WORDS, Shapes, byte_level, host_files, put_decoder, put_layer, put_norm, table_rows
 
-SEED = 3
+SEED = 11
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }} "
