@@ -19,6 +19,8 @@ FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here
     "Qwen2_5OmniModel": "qwen2_5_omni",
     "Qwen2_5OmniForConditionalGeneration": "qwen2_5_omni",
     "Qwen2_5OmniThinkerForConditionalGeneration": "qwen2_5_omni",
+    "Qwen3OmniMoeForConditionalGeneration": "qwen3_omni_moe",
+    "Qwen3OmniMoeThinkerForConditionalGeneration": "qwen3_omni_moe",
 }
 
 

@@ -84,6 +84,10 @@ class OmniProcessor(PatchProcessor):
         seconds = self.frames / frame_rate(video, kwargs, self.fps)
         return tuple(step * seconds for step in range(steps))
 
+    def clock(self, clip: Item) -> tuple[float, ...]:
+        """Seconds at which each step of a clip begins; one that does not say has the default frame rate."""
+        return clip.times or tuple(step * self.frames / self.fps for step in range(clip.grid[0]))
+
     def expand(self, tokens: Sequence[int], items: Items) -> Expanded:
         """One marker per row of each item; RequestError when placeholders and items do not match."""
         plain = self.markers, self.placeholder
@@ -128,8 +132,8 @@ class OmniProcessor(PatchProcessor):
             whole = np.broadcast_to(np.arange(item.rows, dtype=np.int32), (3, item.rows))
         else:
             whole = np.indices(item.grid, dtype=np.int32).reshape(3, -1)
-            if item.times:
-                whole[0] = np.array([math.floor(s * self.ticks) for s in item.times], np.int32)[whole[0]]
+            if item.grid[0] > 1:
+                whole[0] = np.array([math.floor(s * self.ticks) for s in self.clock(item)], np.int32)[whole[0]]
         return whole[:, span.first : span.first + span.length]
 
 

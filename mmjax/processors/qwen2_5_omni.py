@@ -64,7 +64,7 @@ class Processor(OmniProcessor, WindowProcessor):
     def turns(self, clip: Item, sound: Item) -> list[Turn]:
         """A share of the video, the same share of its sound, and so on."""
         layer = clip.rows // clip.grid[0]
-        times = np.repeat([seconds * self.ticks for seconds in clip.times], layer)
+        times = np.repeat([seconds * self.ticks for seconds in self.clock(clip)], layer)
         shares = {"video": self._shares(times), "audio": self._shares(np.arange(sound.rows))}
         turns: list[Turn] = []
         for number in range(max(map(len, shares.values()))):

@@ -1,0 +1,35 @@
+"""Qwen3-Omni's thinker: Qwen3-VL with experts and ears. It answers in text; the talker's weights are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmjax.models import omni, vision_language
+from mmjax.nn.audio_chunks import ChunkConfig
+from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.patches import PatchConfig
+
+
+class Config(omni.Config):
+    """See `omni.Config`."""
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json (the whole model's, or the thinker's alone) and preprocessor_config.json."""
+        thinker, prepare = config.get("thinker_config", config), files["preprocessor_config.json"]
+        vision = PatchConfig.tapped(thinker["vision_config"], prepare)
+        text = dict(thinker["text_config"])
+        name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+        text[name] = {**text[name], "mrope_interleaved": True}  # the text knows no other way
+        return cls(
+            text=DecoderConfig.from_hf(text, bias=text.get("attention_bias", False), tied=tied, qk_norm=True),
+            vision=vision,
+            largest=vision_language.most_pixels(prepare) // (vision.patch * vision.merge) ** 2,
+            audio=ChunkConfig.from_hf(thinker["audio_config"]),
+            frames=omni.longest(files),
+        )
+
+
+class Model(omni.Model):
+    """See `mmjax.models.family.Model`."""

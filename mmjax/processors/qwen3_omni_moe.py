@@ -1,0 +1,92 @@
+"""Qwen3-Omni: sound in chunks of a second, 13 rows each; rows of a video and its sound are merged by their times."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.processors.base import Item
+from mmjax.processors.omni import OmniProcessor
+from mmjax.processors.patches import Bounds
+from mmjax.processors.soundtrack import Turn
+from mmjax.processors.vision import stretched
+from mmjax.text.tokenizer import Tokenizer
+
+
+class Processor(OmniProcessor):
+    """See `mmjax.processors.base.Processor`. The area of videos is that of the published processor's own defaults.
+
+    Every clip is heard as if it were alone. (transformers pads what is passed together to the longest clip, which
+    changes the last frame of the others, and the last steps of those shorter than a chunk.)
+    """
+
+    marker: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|audio_pad|>"}
+    placeholder: Mapping[str, str] = {
+        "image": "<|vision_start|><|image_pad|><|vision_end|>",
+        "video": "<|vision_start|><|video_pad|><|vision_end|>",
+        "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
+    }
+    areas: Mapping[str, Bounds] = {"image": (56 * 56, 28 * 28 * 1280), "video": (128 * 32 * 32, 768 * 32 * 32)}
+    fps = 1.0
+    one_bos = False
+
+    def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        super().__init__(config, files, tokenizer)
+        thinker = config.get("thinker_config", config)
+        self.chunk: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
+        self.window: int = thinker["audio_config"]["n_window_infer"] // self.chunk  # chunks
+        self.side = round(thinker["vision_config"]["num_position_embeddings"] ** 0.5)
+
+    def more(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        """Where each patch is in the table of positions."""
+        return features | {"table": stretched(features["place"], grid, self.side)}
+
+    def heard(self, samples: int) -> int:
+        """An eighth of the frames, chunk by chunk; none where there is too little to be mirrored at the end."""
+        if samples <= self.mel.window // 2:
+            return 0
+        chunks, rest = divmod(samples // self.mel.hop, self.chunk)
+        return chunks * _eighth(self.chunk) + _eighth(rest)
+
+    def hear(self, audio: np.ndarray) -> Item:
+        """Mono float32 [n] -> mel f32[chunks, frames, bins]; length and extent i32[chunks]: the frames that are sound,
+        and those that the convolutions see; window i32[chunks]; step i32[rows]. Clips may be of any length."""
+        mel = self.mel.alone(audio)
+        frames, rows = mel.shape[1], self.heard(len(audio))
+        units = -(-frames // self.chunk)
+        padded = np.zeros((units * self.chunk, len(mel)), np.float32)
+        padded[:frames] = mel.T
+        chunks = np.arange(units, dtype=np.int32)
+        features = {
+            "mel": padded.reshape(units, self.chunk, -1),
+            "length": np.minimum(self.chunk, frames - self.chunk * chunks),
+            # silence follows a last chunk that is short, unless it is the only one
+            "extent": np.full(units, frames if units == 1 else self.chunk, np.int32),
+            "window": chunks // self.window,
+            "step": np.arange(rows, dtype=np.int32),
+        }
+        return Item("audio", features, units, rows)
+
+    def turns(self, clip: Item, sound: Item) -> list[Turn]:
+        """All of the video's rows of one time, then the sound up to the next; what is left of either comes last."""
+        layer = clip.rows // clip.grid[0]
+        turns: list[Turn] = []
+        done = 0
+        for number, seconds in enumerate(self.clock(clip)):
+            before = min(math.ceil(seconds * self.ticks), sound.rows)  # sound that is earlier than these
+            if before > done:
+                turns.append(("audio", done, before - done))
+            done = max(done, before)
+            if turns and turns[-1][0] == "video":
+                turns[-1] = ("video", turns[-1][1], turns[-1][2] + layer)
+            else:
+                turns.append(("video", number * layer, layer))
+        return turns + [("audio", done, sound.rows - done)] * (done < sound.rows)
+
+
+def _eighth(frames: int) -> int:
+    """Steps that three convolutions of stride 2 leave."""
+    for _ in range(3):
+        frames = (frames + 1) // 2
+    return frames
