@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
 from mmjax.chat import Chat, Stored, load_template
+from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
 from mmjax.engine.engine import Engine
 from mmjax.engine.pack import Sizes
 from mmjax.load import Checkpoint, declare, find, load_params
 from mmjax.models.family import Shape
+from mmjax.multimodal.limits import Limits
 from mmjax.render import Renderer
 from mmjax.text.tokenizer import Tokenizer
 
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 LEAST_TOKENS = {"cpu": 128, "gpu": 256, "tpu": 256}
 TOKENS_STEP = {"cpu": 2, "gpu": 4, "tpu": 4}
 STOPS = 16  # stop tokens per sequence that the device watches for
-CPU_CACHE_BYTES = 1 << 30
 READY_ROWS = 256  # rows per dispatch of those that come ready: an image of most families is one or two
+CPU_CACHE_BYTES = 1 << 30
 WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for what the programs hold while they run
 
 
@@ -42,8 +43,8 @@ class Parts:
 
     engines: list[Engine]
     renderer: Renderer
-    tokenizer: Tokenizer | None
     chat: Chat
+    tokenizer: Tokenizer | None
     shape: Shape
     sizes: Sizes
     generation: dict[str, Any]
@@ -94,9 +95,10 @@ def build(args: EngineArgs) -> Parts:
         limit_mm_per_prompt=limits,
         mm_processor_kwargs=args.mm_processor_kwargs,
         media_io_kwargs=args.media_io_kwargs,
+        limits=Limits.from_env(),
         cache_gb=args.mm_processor_cache_gb,
-        prefix_caching=prefix_caching,
         embed_width=shape.slab_width if args.enable_mm_embeds else None,
+        prefix_caching=prefix_caching,
         encoder_decoder=shape.cross,
         max_item_rows=engines[0].slab.capacity or None,
         max_item_units={
@@ -121,6 +123,7 @@ def _chat(args: EngineArgs, checkpoint: Checkpoint, renderer: Renderer) -> Chat:
             media_io_kwargs=renderer.merged_io_kwargs(io_kwargs),
             allowed_local_media_path=args.allowed_local_media_path,
             allowed_media_domains=args.allowed_media_domains,
+            limits=renderer.limits,
         )
 
     return Chat(
@@ -295,8 +298,8 @@ def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_row
         stops=STOPS,
         steps=args.num_decode_steps,
         top=shape.vocab if args.max_logprobs == -1 else min(args.max_logprobs, shape.vocab),
-    )
         ready=min(READY_ROWS, slab_rows) if args.enable_mm_embeds else 0,
+    )
 
 
 def ladder(least: int, most: int, factor: int) -> tuple[int, ...]:
