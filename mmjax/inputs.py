@@ -12,8 +12,12 @@ from typing import Any
 from PIL import Image
 
 from mmjax.multimodal.arrays import is_array, is_tensor
+from mmjax.multimodal.image import unwrap
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
+
+
+MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,6 +192,8 @@ def split_items(kind: str, data: Any, embeds: EmbedReader | None = None) -> list
     """
     if data is None:
         return []
+    if kind == "image":
+        data = [unwrap(member) for member in data] if isinstance(data, (list, tuple)) else unwrap(data)
     if isinstance(data, Mapping) or (is_array(data) and _holds_rows(kind, data, embeds, alone=True)):
         return list(_reader(kind, embeds).split(kind, data))
     if is_array(data):
@@ -195,6 +201,8 @@ def split_items(kind: str, data: Any, embeds: EmbedReader | None = None) -> list
         if data.ndim == axes:
             return [data]
         if data.ndim == axes + 1:
+            if data.shape[0] > MOST_ITEMS:
+                raise RequestError(f"An array of shape {tuple(data.shape)} is too many {kind}s.", "too_many_items")
             return list(data)
         raise RequestError(
             f"An array of shape {tuple(data.shape)} is no {kind}: one {kind} has {axes} axes, several have {axes + 1}.",

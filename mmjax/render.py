@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from mmjax import inputs
 from mmjax.inputs import Media, Request
-from mmjax.multimodal import audio, image, video
+from mmjax.multimodal import audio, bounds, image, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.limits import DEFAULT, Limits
 from mmjax.processors.base import Expanded, Item, Processor, Span, linear_positions
@@ -303,8 +302,8 @@ class Renderer:
 
     def _item(self, kind: str, index: int, media: Media, asked: _Asked) -> MediaItem:
         data, io_kwargs = media.data, asked.io_kwargs.get(kind, {})
-        if isinstance(data, Image.Image):
-            image.check_size(data, self.limits)  # before its pixels are hashed
+        if data is not None and not isinstance(data, Embeds):
+            bounds.check(kind, data, self.limits)
         if not self.named:
             key = f"{asked.serial}-{kind}-{index}"
         elif media.uuid is not None:
@@ -358,7 +357,7 @@ class Renderer:
             return image.decode(data, background=background, limits=self.limits)
         if kind == "video":
             return video.decode(data, background=background, limits=self.limits)
-        return audio.decode(data, self.processor.sampling_rate)
+        return audio.decode(data, self.processor.sampling_rate, limits=self.limits)
 
 
 def _background(io_kwargs: Mapping[str, Mapping[str, Any]]) -> image.Color:

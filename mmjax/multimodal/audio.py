@@ -1,5 +1,7 @@
 """Audio of any kind to mono float32 at a model's rate: arrays of common layouts, sound files, sound tracks."""
 
+import dataclasses
+import enum
 import io
 import math
 import subprocess
@@ -18,10 +20,11 @@ from mmjax.types import RequestError
 FEW_CHANNELS = 8  # an axis up to this long beside a longer one holds channels
 RATES = (100, 10_000_000)  # Hz; outside, a number is no sampling rate, and resampling could allocate without bound
 SAME_RATE = 1e-6
+LARGEST_TERM = 1 << 16
 BLOCK = 1 << 18  # frames per read
 
 
-def decode(media: Any, rate: int | None) -> np.ndarray:
+def decode(media: Any, rate: int | None, *, limits: Limits = DEFAULT) -> np.ndarray:
     """What a caller may pass as one audio item -> mono float32 [n] at `rate` Hz.
 
     `media` is an array or list of samples, already at `rate`, or a tuple (samples, sampling rate or None). Integers are
@@ -36,7 +39,14 @@ def decode(media: Any, rate: int | None) -> np.ndarray:
     if source is None:
         return mono
     if rate is None:
-        raise RequestError("Audio resampling is not supported when `target_sr` is not provided.", "bad_media")
+        raise NoTargetRate("Audio resampling is not supported when `target_sr` is not provided.", "bad_media")
+    _check_rates(source, rate)
+    if limits.audio_bytes and 4 * len(mono) * rate > limits.audio_bytes * float(source):
+        raise RequestError(
+            f"The audio has more than {limits.audio_bytes // 4} samples at {rate} Hz, the most that is processed. "
+            "Split it first, and check its sampling rate.",
+            "media_too_large",
+        )
     return resample(mono, source, rate)
 
 
@@ -85,17 +95,23 @@ def resample(audio: np.ndarray, source: float, target: float) -> np.ndarray:
 
     A polyphase filter over the ratio in lowest terms: 44.1 kHz to 16 kHz is 160/441, never an integer step.
     """
-    for rate in (source, target):
-        if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not RATES[0] <= rate <= RATES[1]:
-            raise RequestError(
-                f"The sampling rate must be a number of Hz in {RATES[0]}..{RATES[1]}, got {rate!r}.", "bad_media"
-            )
+    _check_rates(source, target)
     if abs(float(source) - float(target)) <= SAME_RATE:
         return audio
     from scipy.signal import resample_poly  # over a second to import, and only odd rates need it
 
-    ratio = (Fraction(float(target)) / Fraction(float(source))).limit_denominator(1_000_000)
+    ratio = Fraction(float(target)) / Fraction(float(source))
+    # the filter is as long as the larger term: odd rates are approximated, to a millionth of a Hz and better
+    ratio = 1 / (1 / ratio).limit_denominator(LARGEST_TERM) if ratio > 1 else ratio.limit_denominator(LARGEST_TERM)
     return resample_poly(audio, ratio.numerator, ratio.denominator, axis=-1).astype(np.float32, copy=False)
+
+
+def _check_rates(*rates: Any) -> None:
+    for rate in rates:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not RATES[0] <= rate <= RATES[1]:
+            raise RequestError(
+                f"The sampling rate must be a number of Hz in {RATES[0]}..{RATES[1]}, got {rate!r}.", "bad_media"
+            )
 
 
 def load(source: bytes | Path, *, limits: Limits = DEFAULT) -> tuple[np.ndarray, int]:
@@ -185,3 +201,86 @@ def find_split_point(wav: np.ndarray, start_idx: int, end_idx: int, min_energy_w
         return end_idx
     windows = segment[: count * min_energy_window].reshape(count, min_energy_window).astype(np.float64)
     return start_idx + int(np.argmin(np.square(windows).mean(axis=1))) * min_energy_window
+
+
+# --- names that scripts for vLLM import
+
+
+class ChannelReduction(enum.Enum):
+    """How several channels become one."""
+
+    MEAN = "mean"
+    FIRST = "first"
+    MAX = "max"
+    SUM = "sum"
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioSpec:
+    """How many channels a model takes, None: as they come."""
+
+    target_channels: int | None = 1
+    channel_reduction: ChannelReduction = ChannelReduction.MEAN
+
+    @property
+    def needs_normalization(self) -> bool:
+        """Whether channels are changed at all."""
+        return self.target_channels is not None
+
+
+MONO_AUDIO_SPEC = AudioSpec()
+PASSTHROUGH_AUDIO_SPEC = AudioSpec(target_channels=None)
+
+
+def normalize_audio(audio: Any, spec: AudioSpec) -> Any:
+    """Audio with the channels of `spec`, in the array library and dtype it came in: [n] for one, else [channels, n].
+
+    The longer of two axes is time, unless the other is as long: then rows are channels. Of more channels than wanted
+    the first are kept, except that one is made by `channel_reduction`.
+    """
+    if not spec.needs_normalization:
+        return audio
+    if audio.ndim > 2 or not audio.ndim:
+        raise RequestError(f"Unsupported audio shape {tuple(audio.shape)}: at most (channels, time).", "bad_media")
+    wanted, channels = spec.target_channels or 1, audio
+    if audio.ndim == 1:
+        if wanted == 1:
+            return audio
+        channels = audio[None]
+    elif audio.shape[0] > audio.shape[1] > 0:
+        channels = audio.T
+    if wanted > channels.shape[0]:
+        raise RequestError(f"Cannot expand {channels.shape[0]} audio channel(s) to {wanted}.", "bad_media")
+    if wanted > 1:
+        return channels[:wanted]
+    if channels.shape[0] == 1 or spec.channel_reduction is ChannelReduction.FIRST:
+        return channels[0]
+    if spec.channel_reduction is ChannelReduction.MAX:
+        return getattr(channels, "amax", channels.max)(0)  # of torch, `max` also says where
+    return channels.mean(0) if spec.channel_reduction is ChannelReduction.MEAN else channels.sum(0)
+
+
+class NoTargetRate(RequestError, RuntimeError):
+    """Resampling was asked for without a rate to resample to. Also a RuntimeError, as which some callers expect it."""
+
+
+class AudioResampler:
+    """Resamples to one rate. The methods of vLLM are accepted; all of them use the same filter here."""
+
+    METHODS = ("pyav", "resampy", "scipy", "torchaudio", "soxr")
+
+    def __init__(self, target_sr: float | None = None, method: str = "scipy"):
+        if method not in self.METHODS:
+            raise RequestError(f"Invalid resampling method: {method}. Known are {self.METHODS}.", "unknown_name")
+        self.target_sr = target_sr
+
+    def resample(self, audio: np.ndarray, *, orig_sr: float) -> np.ndarray:
+        """Samples along the last axis at the target rate; see `resample`."""
+        if self.target_sr is None:
+            raise NoTargetRate("Audio resampling is not supported when `target_sr` is not provided.", "bad_media")
+        return resample(audio, orig_sr, self.target_sr)
+
+
+def get_audio_duration(*, y: Any, sr: float = 22050) -> float:
+    """Seconds of audio whose last axis is time."""
+    return float(y.shape[-1] / sr)

@@ -17,6 +17,8 @@ from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.multimodal.image import exif_of, read
 from mmjax.types import RequestError
 
+PIECE = 1 << 24  # bytes
+
 
 def content_id(
     model: str, kind: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
@@ -50,9 +52,10 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Image.Image):
         _feed_image(digest, value)
     elif is_array(value):
-        array = np.ascontiguousarray(to_numpy(value))
+        array = to_numpy(value)
         _leaf(digest, b"A", f"{array.dtype.str}{array.shape}".encode())
-        _leaf(digest, b"D", array.reshape(-1).view(np.uint8) if array.size else b"")
+        _count(digest, b"D", array.nbytes)
+        _feed_numbers(digest, array)
     elif isinstance(value, Mapping):
         _count(digest, b"M", len(value))
         for key in sorted(value, key=lambda key: (type(key).__name__, str(key))):
@@ -67,6 +70,15 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
             _feed(digest, member)
     else:
         _feed_scalar(digest, value)
+
+
+def _feed_numbers(digest: "hashlib._Hash", array: np.ndarray) -> None:
+    """The numbers in row order. A view that repeats or skips numbers is copied piece by piece, not as a whole."""
+    if array.ndim > 1 and not array.flags.c_contiguous and array.nbytes > PIECE:
+        for row in array:
+            _feed_numbers(digest, row)
+    elif array.size:
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:
