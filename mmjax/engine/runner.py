@@ -230,11 +230,11 @@ class Runner:
         slab = state.slab.at[dest].set(encoded.astype(state.slab.dtype), mode="drop")
         return dataclasses.replace(state, slab=slab)
 
-    def _score(self, leaves: list[Array], hidden: Array, targets: Array) -> Any:
     def _put(self, state: State, rows: Array, dest: Array) -> State:
         """Put rows that need no encoder where the batch will look for them."""
         return dataclasses.replace(state, slab=state.slab.at[dest].set(rows.astype(state.slab.dtype), mode="drop"))
 
+    def _score(self, leaves: list[Array], hidden: Array, targets: Array) -> Any:
         """Report on targets i32[T] under hidden [T, D], a block at a time."""
         model = self._model(leaves)
         block = min(SCORED, hidden.shape[0])
@@ -281,11 +281,11 @@ class Runner:
             }
             function, out = functools.partial(self._encode, name=name), keep
             args = (self.leaves, self.state, features, i32(size * encoder.keys or rows))
-        elif kind == "score":
         elif kind == "put":
             function, out = self._put, keep
             rows_given = jax.ShapeDtypeStruct((size, self.shape.slab_width), jnp.float32, sharding=free)
             args = (self.state, rows_given, i32(size))
+        elif kind == "score":
             function, out = self._score, free
             hidden = jax.ShapeDtypeStruct((size, self.shape.width), self.dtype, sharding=free)
             args = (self.leaves, hidden, i32(size))
@@ -318,8 +318,8 @@ class Runner:
         kinds = [Key("prefill", t) for t in reversed(sizes.tokens)]
         kinds += [Key("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)]
         kinds += [Key("encode", u, 0, name) for name in self.shape.encoders for u in reversed(sizes.units[name])]
-        return [*kinds, *(Key("score", t) for t in sizes.tokens), Key("row", 0)]
         kinds += [Key("put", sizes.ready)] if sizes.ready else []
+        return [*kinds, *(Key("score", t) for t in sizes.tokens), Key("row", 0)]
 
     def _steps(self, most: int) -> int:
         """The length of the decode loop that takes at most so many steps."""
@@ -351,11 +351,11 @@ class Runner:
         """Dispatch an encoding of media by the named encoder."""
         self.state = self.program("encode", units, name=name)(self.leaves, self.state, dict(features), dest)
 
-    def score(self, hidden: Array, targets: np.ndarray) -> Any:
     def put(self, rows: np.ndarray, dest: np.ndarray) -> None:
         """Dispatch the writing of media rows f32[N, W] that need no encoder."""
         self.state = self.program("put", len(rows))(self.state, rows, dest)
 
+    def score(self, hidden: Array, targets: np.ndarray) -> Any:
         """Dispatch a report on prompt tokens: logprob [T], rank [T], top ids [T, top], top logprobs [T, top]."""
         return self.program("score", hidden.shape[0])(self.leaves, hidden, targets)
 
