@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmjax.async_llm import AsyncLLM
     from mmjax.config import EngineArgs
     from mmjax.llm import LLM
     from mmjax.types import (
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EmbeddingRequestOutput",
     "EngineArgs",
@@ -42,7 +44,7 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-_HOMES = {"LLM": "mmjax.llm", "EngineArgs": "mmjax.config"}
+_HOMES = {"LLM": "mmjax.llm", "AsyncLLM": "mmjax.async_llm", "EngineArgs": "mmjax.config"}
 
 
 def __getattr__(name: str) -> object:

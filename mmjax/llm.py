@@ -32,7 +32,7 @@ class LLM:
         self.args = EngineArgs(str(model), **kwargs)
         self.parts: Parts = build(self.args)
         self._requests = 0
-        self._workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="render")
+        self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="render")
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Run prompts, each still to be rendered, to their ends."""
         order = sorted(range(len(work)), key=lambda i: priority[i]) if priority is not None else range(len(work))
-        job = Job(self.parts, self.start, self._workers, use_tqdm, len(work))
+        job = Job(self.parts, self.start, self.workers, use_tqdm, len(work))
         try:
             for i in order:
                 job.submit(i, work[i], params[i])
@@ -152,12 +152,16 @@ class LLM:
             if len(params) != count:
                 raise ValueError(f"The lengths of prompts ({count}) and params ({len(params)}) must be the same.")
         for p in {id(p): p for p in params}.values():
-            if not isinstance(p, SamplingParams):
-                raise TypeError(f"sampling_params should be SamplingParams, got {type(p).__name__}")
-            p.verify(self.parts.vocab_size, self.args.max_logprobs)
-            if p.stop and self.parts.tokenizer is None:
-                raise RequestError("stop strings need a tokenizer: do not set skip_tokenizer_init.", "no_tokenizer")
+            self.verify(p)
         return params
+
+    def verify(self, params: Any) -> None:
+        """TypeError or ValueError for sampling parameters that this model cannot serve."""
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
+        params.verify(self.parts.vocab_size, self.args.max_logprobs)
+        if params.stop and self.parts.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer: do not set skip_tokenizer_init.", "no_tokenizer")
 
     def start(self, rendered: Rendered, params: SamplingParams) -> Run:
         """Queue one rendered prompt on the least busy engine."""

@@ -67,6 +67,16 @@ class Run:
     def finished(self) -> bool:
         return all(answer.finish_reason is not None for answer in self.answers)
 
+    def note(self, answer: Answer) -> None:
+        """Note the time at which one of the answers changed."""
+        now, metrics = time.monotonic(), self.metrics
+        if metrics.first_token_time is None and answer.seq.output_len:
+            metrics.first_token_time = now
+        metrics.first_scheduled_time = answer.seq.scheduled_time
+        metrics.last_token_time = now
+        if answer.finish_reason is not None:
+            metrics.finished_time = now
+
     def output(self) -> RequestOutput:
         """The request's answers so far."""
         r, first = self.rendered, self.answers[0]
@@ -135,7 +145,7 @@ class Job:
                     i, run = self.open.get(answer.seq.number, (-1, None))
                     if run is None:
                         continue  # of an earlier call that was interrupted
-                    _note_times(run, answer)
+                    run.note(answer)
                     if run.finished and i not in outputs:
                         outputs[i] = run.output()
                         for each in run.answers:
@@ -171,17 +181,6 @@ class Job:
         """Take the progress bars down."""
         for bar in self.bars:
             bar.close()
-
-
-def _note_times(run: Run, answer: Answer) -> None:
-    now = time.monotonic()
-    metrics = run.metrics
-    if metrics.first_token_time is None and answer.seq.output_len:
-        metrics.first_token_time = now
-    metrics.first_scheduled_time = answer.seq.scheduled_time
-    metrics.last_token_time = now
-    if answer.finish_reason is not None:
-        metrics.finished_time = now
 
 
 def _bar(use_tqdm: Progress, total: int, name: str) -> Any:
