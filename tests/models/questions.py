@@ -14,6 +14,8 @@ RATE = 16000
 
 Question = dict[str, Any]
 
+HOMELESS = ("minicpmv",)  # families that transformers does not have; reference_*.py stands for it
+
 
 def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
     """A random picture that drifts: u8[frames, height, width, 3]."""

@@ -71,6 +71,15 @@ def llava_full(files: Files, weights: Weights) -> None:
     weights["language_model.model.embed_tokens.weight"][special] *= tiny.MUTED
 
 
+def onevision_untied(files: Files, weights: Weights) -> None:
+    """A head of its own, as the 7B has; the last block but one; pictures scaled down above two crops."""
+    config = files["config.json"]
+    config |= {"vision_feature_layer": -2, "vision_aspect_ratio": "anyres_max_2"}
+    config["text_config"] |= {"tie_word_embeddings": False, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    redraw(weights, "language_model.lm_head.weight", *weights["language_model.model.embed_tokens.weight"].shape)
+    weights["language_model.lm_head.weight"][264:] *= tiny.MUTED
+
+
 def whisper_128_bins(files: Files, weights: Weights) -> None:
     """As many mel bins as large-v3 has, and other heads in the decoder than in the encoder."""
     files["config.json"] |= {"num_mel_bins": 128, "decoder_attention_heads": 6}
@@ -88,6 +97,16 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
     ),
     "llava: odd heads, llama3 rope": ("llava", ODD | {"kv_heads": 1, "tower_heads": 3}, llava_long_rope),
     "llava: class token, tied": ("llava", {"kv_heads": 4, "tower_heads": 2}, llava_full),
+    "llava_onevision: odd heads, untied": (
+        "llava_onevision",
+        ODD | {"kv_heads": 1, "tower_heads": 3},
+        onevision_untied,
+    ),
+    "minicpmv: one head in the resampler": (
+        "minicpmv",
+        {"width": 32, "heads": 4, "kv_heads": 4, "tower_width": 24, "tower_heads": 2, "tower_layers": 2},
+        None,
+    ),
     "whisper: 128 bins": ("whisper", ODD | {"tower_layers": 1}, whisper_128_bins),
     "whisper: deep encoder": ("whisper", {"layers": 1, "tower_layers": 4, "heads": 1, "mlp": 96}, None),
 }
@@ -109,6 +128,12 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {  # published names -> tho
         ("language_model.model.", "model.language_model."),
         ("vision_tower.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
+    "llava_onevision": (
+        ("language_model.model.", "model.language_model."),
+        ("vision_tower.", "model.vision_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+        ("image_newline", "model.image_newline"),
     ),
     "whisper": (("model.", ""),),
 }
