@@ -80,8 +80,9 @@ class OmniProcessor(PatchProcessor):
         return dataclasses.replace(super().item(kind, media, own), sound=sound)
 
     def times(self, video: Video, steps: int, kwargs: Kwargs) -> tuple[float, ...]:
-        """Seconds at which each step begins."""
-        seconds = self.frames / frame_rate(video, kwargs, self.fps)
+        """Seconds at which each step begins: by `fps`, or else the family's frame rate. The published processors do not
+        look at a clip's metadata, and neither does this one."""
+        seconds = self.frames / frame_rate(dataclasses.replace(video, metadata={}), kwargs, self.fps)
         return tuple(step * seconds for step in range(steps))
 
     def clock(self, clip: Item) -> tuple[float, ...]:

@@ -20,6 +20,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "whisper": {"max_num_seqs": 2, "max_num_batched_tokens": 32},
     "llava": {"max_model_len": 256, "max_num_batched_tokens": 32},
     "qwen2_vl": {"max_model_len": 256},
+    "qwen2_5_vl": {"max_model_len": 256},
+    "qwen3_vl": {"max_model_len": 256},
+    "qwen3_vl_moe": {"max_model_len": 256},
+    "qwen2_5_omni": {"max_model_len": 256},
+    "qwen3_omni_moe": {"max_model_len": 256},
     "llava_onevision": {"max_model_len": 320, "max_num_seqs": 2},
     "minicpmv26": {"max_model_len": 320, "max_num_seqs": 2},
 }
