@@ -14,6 +14,8 @@ from rendering import load_processor, read_files
 CASES = {
     "llava": ("text", "image", "two_images", "vllm_prompt"),
     "qwen2_vl": ("text", "image", "two_images", "video", "image_video", "video_long"),
+    "qwen2_5_vl": ("text", "image", "two_images", "video", "image_video", "video_long"),
+    "qwen3_vl": ("text", "image", "two_images", "video", "image_video", "video_v457_prompt"),
     "whisper": ("short", "full", "long"),
     "whisper_turbo": ("short", "full", "long"),
 }
@@ -25,16 +27,23 @@ def normalise(item: Item, files: dict[str, dict[str, Any]]) -> np.ndarray:
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
     pixels = item.features["pixels"]
+    if "order" in item.features:  # windows have moved them
+        pixels = pixels[(item.features["order"][:, None] + np.arange(4)).reshape(-1)]
     flat = pixels.reshape(len(pixels), 3, -1).astype(np.float32)
     return ((flat / 255 - mean) / std).reshape(pixels.shape)
 
 
-def process(processor: Processor, golden: dict[str, np.ndarray], case: str) -> dict[str, list[Item]]:
+def process(
+    processor: Processor, golden: dict[str, np.ndarray], case: str, fps: float | None = None
+) -> dict[str, list[Item]]:
+    kwargs = {"keep_video_wrapper": not case.endswith("v457_prompt")}
     items: dict[str, list[Item]] = {}
     for name, media in golden.items():
         if name.startswith(f"{case}/raw_"):
             kind = name.split("_")[-2]
-            items.setdefault(kind, []).append(processor.item(kind, Video(media, {}) if kind == "video" else media, {}))
+            if kind == "video":
+                media = Video(media, {"fps": fps} if fps else {})
+            items.setdefault(kind, []).append(processor.item(kind, media, kwargs))
     return items
 
 
@@ -44,10 +53,10 @@ def test_golden(shared: Path, family: str, case: str) -> None:
     processor, tokenizer = load_processor(family.removesuffix("_turbo"), directory)
     golden, files = dict(np.load(directory / "golden.npz")), read_files(directory)
     speech = family.startswith("whisper")
-    prompt = json.loads((directory / "golden.json").read_text())["cases"][case]["prompt"]
+    told = json.loads((directory / "golden.json").read_text())["cases"][case]
 
-    items = process(processor, golden, case)
-    expanded = processor.expand(tokenizer.encode(prompt, add_special_tokens=not speech), items)
+    items = process(processor, golden, case, told.get("video_fps"))
+    expanded = processor.expand(tokenizer.encode(told["prompt"], add_special_tokens=not speech), items)
     positions, delta = processor.positions(expanded.tokens, expanded.spans, items)
 
     assert expanded.tokens == golden[f"{case}/{'decoder_' if speech else ''}input_ids"].tolist()
@@ -59,7 +68,7 @@ def test_golden(shared: Path, family: str, case: str) -> None:
             pixels = np.concatenate([normalise(item, files) for item in items[kind]])
             np.testing.assert_allclose(pixels, golden[f"{case}/{name}"], rtol=0, atol=3e-7)
             assert sum(item.units for item in items[kind]) == len(golden[f"{case}/{name}"])
-            if family == "qwen2_vl":
+            if family.startswith("qwen"):
                 grids = [(t, 2 * h, 2 * w) for t, h, w in (item.grid for item in items[kind])]
                 assert grids == [tuple(grid) for grid in golden[f"{case}/{kind}_grid_thw"].tolist()]
     if speech:
