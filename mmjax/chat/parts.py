@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -113,18 +113,8 @@ def _uuid(value: Any, where: str) -> str | None:
 def _medium(form: Form, part: Mapping[str, Any], uuid: str | None, where: str, *, bare: bool) -> Medium:
     """`bare`: a URL may stand alone, without the dictionary around it."""
     payload = part.get(form.key)
-    if payload is None or (isinstance(payload, Mapping) and not payload):
-        value = None
-    elif form.form == "url":
-        value = _url(payload, form, where, bare=bare)
-    elif form.form == "sound":
-        value = _sound(payload, form, where, bare=bare)
-    elif form.form == "object":
-        if not isinstance(payload, Image.Image):
-            raise _wrong(form, where, f"got {type(payload).__name__}")
-        value = payload
-    else:
-        value = _embeds(payload, form, where)
+    empty = payload is None or (isinstance(payload, Mapping) and not payload)
+    value = None if empty else READ[form.form](payload, form, where, bare)
     if value is None and uuid is None:
         raise _wrong(form, where, "it is empty and has no `uuid` under which it was sent before")
     return Medium(form.kind, "url" if form.form == "sound" else form.form, value, uuid)
@@ -135,7 +125,7 @@ def _wrong(form: Form, where: str, found: str) -> RequestError:
     return RequestError(f"{where}: '{form.key}' cannot be read: {found}. Write {example}.", "bad_part")
 
 
-def _url(payload: Any, form: Form, where: str, *, bare: bool) -> str | None:
+def _url(payload: Any, form: Form, where: str, bare: bool) -> str | None:
     if isinstance(payload, Mapping):
         if payload.get("detail") not in (None, "auto"):
             log.warning("%s: 'detail' is ignored; the model's processor decides the resolution", where)
@@ -150,10 +140,10 @@ def _url(payload: Any, form: Form, where: str, *, bare: bool) -> str | None:
     return payload
 
 
-def _sound(payload: Any, form: Form, where: str, *, bare: bool) -> str | None:
+def _sound(payload: Any, form: Form, where: str, bare: bool) -> str | None:
     """Sound in base64 as a data: URL."""
     if isinstance(payload, str) and bare:
-        return _url(payload, form, where, bare=True)
+        return _url(payload, form, where, bare)
     if not isinstance(payload, Mapping):
         raise _wrong(form, where, f"got {type(payload).__name__}")
     data, name = payload.get("data"), payload.get("format", "wav")
@@ -166,7 +156,13 @@ def _sound(payload: Any, form: Form, where: str, *, bare: bool) -> str | None:
     return f"data:audio/{name};base64,{data}"
 
 
-def _embeds(payload: Any, form: Form, where: str) -> Any:
+def _object(payload: Any, form: Form, where: str, bare: bool) -> Image.Image:
+    if not isinstance(payload, Image.Image):
+        raise _wrong(form, where, f"got {type(payload).__name__}")
+    return payload
+
+
+def _embeds(payload: Any, form: Form, where: str, bare: bool) -> Any:
     """Base64, an array, or named ones of either; all fields None is None."""
     if isinstance(payload, Mapping):
         if all(value is None for value in payload.values()):
@@ -183,3 +179,11 @@ def _embeds(payload: Any, form: Form, where: str) -> Any:
 def _is_field(value: Any) -> bool:
     """Base64, an array, or a list: of numbers (sizes) or of arrays."""
     return (isinstance(value, str) and value != "") or is_array(value) or (isinstance(value, list) and bool(value))
+
+
+READ: Mapping[str, Callable[[Any, Form, str, bool], Any]] = {
+    "url": _url,
+    "sound": _sound,
+    "object": _object,
+    "embeds": _embeds,
+}
