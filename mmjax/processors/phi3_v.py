@@ -50,7 +50,9 @@ class Processor:
         """(height, width) of the resized image; its longer edge is a multiple of the crop's."""
         crops = pixel_count(kwargs, "num_crops") if "num_crops" in kwargs else self.crops
         if crops > MAX_CROPS:
-            raise RequestError(f"mm_processor_kwargs: num_crops must be at most {MAX_CROPS}, got {crops}.", "bad_kwargs")
+            raise RequestError(
+                f"mm_processor_kwargs: num_crops must be at most {MAX_CROPS}, got {crops}.", "bad_kwargs"
+            )
         short, long = sorted((height, width))
         ratio = long / short
         scale = max(s for s in range(1, crops + 1) if s == 1 or s * math.ceil(s / ratio) <= crops)
