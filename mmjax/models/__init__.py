@@ -21,6 +21,12 @@ FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here
     "Qwen2_5OmniThinkerForConditionalGeneration": "qwen2_5_omni",
     "Qwen3OmniMoeForConditionalGeneration": "qwen3_omni_moe",
     "Qwen3OmniMoeThinkerForConditionalGeneration": "qwen3_omni_moe",
+    "LlamaForCausalLM": "causal",
+    "MistralForCausalLM": "causal",
+    "Phi3ForCausalLM": "causal",
+    "Qwen2ForCausalLM": "causal",
+    "Qwen3ForCausalLM": "causal",
+    "Qwen3MoeForCausalLM": "causal",
 }
 
 
