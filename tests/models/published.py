@@ -27,12 +27,18 @@ from rendering import make_renderer, read_files
 
 MODELS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "llava": "LlavaForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "whisper": "WhisperForConditionalGeneration",
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
-FPS = {"qwen2_5_omni": 2.0}  # of the families on a clock: the frame rate of clips that name none
+PLACED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # by the rule below
+FPS = {"qwen2_5_omni": 2.0, "qwen3_omni_moe": 1.0}  # of the families on a clock: the frame rate of clips that name none
 RATE = 16000
 
 
@@ -73,9 +79,9 @@ class Published:
         self.model = load(directory, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
         if family == "whisper":
             self.prepare = transformers.WhisperFeatureExtractor.from_pretrained(directory)
-        else:
+        elif "preprocessor_config.json" in self.files:
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
-        if "feature_extractor_type" in self.files["preprocessor_config.json"]:
+        if "feature_extractor_type" in self.files.get("preprocessor_config.json", {}):
             self.ears = transformers.WhisperFeatureExtractor.from_pretrained(directory)
 
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
@@ -98,7 +104,7 @@ class Published:
     def _logits(self, tokens: list[int], media: Mapping[str, Any]) -> Any:
         """f32[T, V] of a prompt and what has been answered so far."""
         ids, extra = torch.tensor([tokens]), dict(media)
-        if self.family == "qwen2_vl" and media:
+        if self.family in PLACED and media:
             extra["position_ids"] = torch.from_numpy(self._positions(tokens, media))
         if self.family in FPS:
             extra["attention_mask"] = torch.ones_like(ids)  # it places its media by itself
@@ -137,29 +143,39 @@ class Published:
         return {name: np.asarray(value) for name, value in out.items()}
 
     def _hear(self, clips: Sequence[np.ndarray], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The frames of all clips, padded, and which are sound."""
-        heard = self.ears(clips, sampling_rate=RATE, padding="max_length", return_attention_mask=True)
-        together = np.asarray(kwargs.get("use_audio_in_video", False))
+        """The frames of all clips, each heard alone, and which are sound."""
+        padding = "max_length" if self.family == "qwen2_5_omni" else "do_not_pad"
+        options = {"sampling_rate": RATE, "padding": padding, "truncation": padding == "max_length"}
+        heard = [self.ears(clip, return_attention_mask=True, return_tensors="np", **options) for clip in clips]
+        longest = max(one["input_features"].shape[2] for one in heard)
+
+        def together(name: str) -> np.ndarray:
+            parts = [one[name][0] for one in heard]
+            return np.stack([np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in parts])
+
         return {
-            "input_features": heard["input_features"],
-            "feature_attention_mask": heard["attention_mask"],
-            "use_audio_in_video": together,
+            "input_features": together("input_features"),
+            "feature_attention_mask": together("attention_mask"),
+            "use_audio_in_video": np.asarray(kwargs.get("use_audio_in_video", False)),
         }
 
     def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
         """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""
         config = self.files["config.json"]
-        grids = {
-            config.get(f"{kind}_token_id"): iter(media[f"{kind}_grid_thw"].tolist())
-            for kind in ("image", "video")
-            if f"{kind}_grid_thw" in media
+        sizes = {
+            kind: media[f"{kind}_grid_thw"].tolist() for kind in ("image", "video") if f"{kind}_grid_thw" in media
         }
+        if self.family.startswith("qwen3") and "video" in sizes:  # frame by frame, each with its time in words before
+            sizes["video"] = [(1, h, w) for t, h, w in sizes["video"] for _ in range(t)]
+        grids = {config[f"{kind}_token_id"]: iter(size) for kind, size in sizes.items()}
         columns: list[np.ndarray] = []
         free = done = 0
         while done < len(ids):
             if ids[done] in grids:
                 t, h, w = next(grids[ids[done]])
-                block = np.stack(np.meshgrid(range(t), range(h // 2), range(w // 2), indexing="ij")).reshape(3, -1)
+                # Clips are taken to have 2 frames a second: Qwen2.5-VL counts 2 for the second that a pair lasts.
+                times = range(0, 2 * t, 2) if self.family == "qwen2_5_vl" else range(t)
+                block = np.stack(np.meshgrid(times, range(h // 2), range(w // 2), indexing="ij")).reshape(3, -1)
             else:
                 block = np.zeros((3, 1), np.int64)
             columns.append(block + free)

@@ -23,6 +23,11 @@ def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
     return np.stack([np.roll(still, 5 * frame, axis=1) for frame in range(frames)])
 
 
+def timed_clip(seed: int, frames: int, height: int, width: int) -> Any:
+    """The same with metadata: every third frame of a source that has 6 a second."""
+    return clip(seed, frames, height, width), {"fps": 6.0, "frames_indices": list(range(0, 3 * frames, 3))}
+
+
 def sound(seed: int, seconds: float) -> np.ndarray:
     """Three tones that come and go, over noise: f32[n] at 16 kHz."""
     rng = np.random.default_rng(seed)
@@ -50,13 +55,13 @@ def whisper(prompt: str | list[int], seed: int, seconds: float) -> Question:
     return {key: prompt, "multi_modal_data": {"audio": sound(seed, seconds)}}
 
 
-SEEN, SHOWN, HEARD = "<|vision_bos|><|IMAGE|><|vision_eos|>", "<|vision_bos|><|VIDEO|><|vision_eos|>", "<|AUDIO|>"
+SEEN, SHOWN = ("<|vision_bos|><|" + kind + "|><|vision_eos|>" for kind in ("IMAGE", "VIDEO"))
+HEARD, AUDIO = "<|audio_bos|><|AUDIO|><|audio_eos|>", "<|audio_start|><|audio_pad|><|audio_end|>"
 SMALL_CLIPS = {"videos_kwargs": {"min_pixels": 3136}}  # else every frame becomes 128 rows at least
 
 
 def omni(words: str, *, together: bool = False, **media: list[np.ndarray]) -> Question:
     """`together`: the sound of a video is among the audio."""
-    words = words.replace(HEARD, f"<|audio_bos|>{HEARD}<|audio_eos|>")
     kwargs = SMALL_CLIPS | ({"use_audio_in_video": True} if together else {})
     return {"prompt": text(words), "multi_modal_data": media, "mm_processor_kwargs": kwargs}
 
@@ -71,6 +76,38 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "image_and_video": lambda: qwen2_vl(
             f"{VIDEO}Is {IMAGE} in it?", image=[picture(6, 84, 28)], video=[clip(7, 4, 60, 30)]
         ),
+    },
+    "qwen2_5_vl": {
+        "text": lambda: qwen2_vl("Where is the station?"),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1, 120, 190)]),
+        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]),
+        "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[clip(4, 5, 84, 84)]),
+        "long_video": lambda: qwen2_vl(VIDEO + "Who is it?", video=[clip(8, 16, 56, 84)]),
+        "image_and_video": lambda: qwen2_vl(
+            f"{VIDEO}Is {IMAGE} in it?", image=[picture(6, 84, 28)], video=[clip(7, 4, 60, 130)]
+        ),
+    },
+    "qwen3_vl": {
+        "text": lambda: qwen2_vl("Where is the station?"),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1, 120, 190)]),
+        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]),
+        "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[timed_clip(4, 5, 64, 96)]),
+        "image_and_videos": lambda: qwen2_vl(
+            f"{VIDEO}Is {IMAGE} in {VIDEO}?",
+            image=[picture(6, 84, 32)],
+            video=[timed_clip(7, 4, 60, 70), timed_clip(8, 2, 64, 64)],
+        ),
+    },
+    "qwen3_vl_moe": {
+        "text": lambda: qwen2_vl("Where is the station?"),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1, 120, 190)]),
+        "image_and_video": lambda: qwen2_vl(
+            f"{VIDEO}Is {IMAGE} in it?", image=[picture(6, 84, 32)], video=[timed_clip(7, 4, 60, 70)]
+        ),
+    },
+    "qwen3_moe": {
+        "question": lambda: {"prompt": text("Where is the station?")},
+        "words": lambda: {"prompt": "The station is in the town, and the sea is near. " * 3},
     },
     "llava": {
         "text": lambda: llava("Where is the station?"),
@@ -124,6 +161,29 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
             image=[picture(9, 56, 56)],
             video=[clip(9, 6, 30, 60)],
             audio=[sound(7, 0.4), sound(8, 1.1)],
+        ),
+    },
+    "qwen3_omni_moe": {
+        "text": lambda: omni("Where is the station?"),
+        "image": lambda: omni(IMAGE + "What is this?", image=[picture(1, 97, 141)]),
+        "short_sound": lambda: omni(AUDIO + "Who speaks?", audio=[sound(3, 0.33)]),
+        "sounds": lambda: omni(f"{AUDIO}One. {AUDIO}Two.", audio=[sound(1, 2.345), sound(2, 1.01)]),
+        "video": lambda: omni(VIDEO + "Who wins?", video=[clip(4, 5, 64, 160)]),
+        "everything": lambda: omni(
+            f"{AUDIO}Is {IMAGE} in {VIDEO}?",
+            image=[picture(6, 84, 28)],
+            video=[clip(7, 4, 60, 30)],
+            audio=[sound(5, 0.7)],
+        ),
+        "sound_of_video": lambda: omni(
+            VIDEO + "What happens?", together=True, video=[clip(8, 10, 64, 96)], audio=[sound(6, 7.63)]
+        ),
+        "sound_of_one_of_two": lambda: omni(
+            f"{AUDIO}{VIDEO}{IMAGE}What happens?",
+            together=True,
+            image=[picture(9, 64, 64)],
+            video=[clip(9, 6, 32, 64)],
+            audio=[sound(7, 1.4), sound(8, 2.1)],
         ),
     },
 }
