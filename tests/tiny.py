@@ -133,7 +133,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return noise * EMBED_STD
     if len(shape) == 1:
         return noise * np.float32(0.1) + np.float32(name.endswith("weight"))
-    return noise * np.float32(GAIN / np.prod(shape[1:]) ** 0.5)
+    fan_in = shape[1] if ".experts." in name and len(shape) == 3 else np.prod(shape[1:])
+    return noise * np.float32(GAIN / fan_in**0.5)
 
 
 def sinusoids(length: int, width: int) -> np.ndarray:
