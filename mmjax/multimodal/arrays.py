@@ -30,7 +30,7 @@ def to_numpy(value: Any) -> np.ndarray:
             value = value.float()
     try:
         array = np.asarray(value) if hasattr(value, "__array__") else np.from_dlpack(value)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+    except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
         raise RequestError(
             f"Cannot read a {type(value).__name__} as an array; pass a NumPy array.", "bad_media"
         ) from error

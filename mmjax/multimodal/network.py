@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import ipaddress
 import os
+import re
 import threading
 import zlib
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +25,9 @@ from mmjax.types import RequestError
 
 T = TypeVar("T")
 
+# what programs read differently: backslashes, control characters
+UNREADABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+", re.IGNORECASE)
 MAX_HOPS = 10
 MAX_ADDRESSES = 4  # tried of one host
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -97,12 +101,18 @@ def shown(url: httpx.URL) -> str:
 
 def parse(url: str | httpx.URL, policy: Policy) -> httpx.URL:
     """A URL that may be asked for. RequestError if it cannot be read or its host is not among the allowed ones."""
+    malformed = RequestError("The media URL is malformed.", "bad_url")
     try:
+        if UNREADABLE.search(str(url)):
+            raise malformed
         parsed = httpx.URL(url)
-    except (httpx.InvalidURL, UnicodeError, ValueError) as error:
-        raise RequestError("The media URL is malformed.", "bad_url") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+        host = parsed.raw_host.decode("ascii")
+    except (httpx.InvalidURL, UnicodeError, ValueError, TypeError) as error:
+        raise malformed from error
+    if parsed.scheme not in ("http", "https") or not host:
         raise RequestError("The URL must be either a HTTP, data or file URL.", "bad_url")
+    if not HOST.fullmatch(host) or (parsed.port or 0) > 65535:
+        raise malformed
     if policy.domains and not _named(parsed, policy):
         raise RequestError(
             f"The URL must be from one of the allowed domains: {sorted(policy.domains)}. Input URL domain: "
@@ -170,6 +180,8 @@ async def _get(url: httpx.URL, policy: Policy, timeout_s: float) -> bytes | str:
             failure = error
         except httpx.TimeoutException:
             raise
+        except httpx.InvalidURL as error:
+            raise RequestError(f"{shown(url)} redirects to a malformed URL.", "bad_url") from error
         except httpx.HTTPError as error:
             raise _Again(
                 RequestError(f"The connection to {shown(url)} failed ({type(error).__name__}).", "fetch_failed")

@@ -93,14 +93,17 @@ def read_file_url(url: str, allowed: Path | None, limits: Limits = DEFAULT) -> b
         if isinstance(error, RequestError):
             raise
         raise unreadable from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
             raise RequestError(f"The file {path} is not a regular file.", "bad_path")
         if not _opened(handle).is_relative_to(allowed):
             raise outside
         limit = limits.source_bytes or about.st_size
-        data = file.read(limit + 1)
+        with open(handle, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(handle)
     if len(data) > limit:
         raise RequestError(
             f"The file {path} is larger than the {limit} bytes that are read. Use a smaller one, or raise "

@@ -162,7 +162,8 @@ def _read_zip(data: bytes, limits: Limits) -> np.ndarray:
     if math.prod(view.shape) == 0:
         return np.zeros(view.shape, view.storage.dtype)
     strides = [step * numbers.itemsize for step in view.strides]
-    return np.array(np.lib.stride_tricks.as_strided(numbers[view.offset :], view.shape, strides, writeable=False))
+    seen = np.lib.stride_tricks.as_strided(numbers[view.offset :], view.shape, strides, writeable=False)
+    return np.array(seen, order="C")
 
 
 def _check(view: View, limits: Limits) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from mmjax.config import env
 from mmjax.multimodal import image, sources, video
@@ -88,5 +89,5 @@ class VideoMediaIO(MediaIO[Frames]):
         if video_format != "JPEG":
             raise RequestError("Only JPEG is supported as video_format.", "bad_media_kwargs")
         frames = video.decode(media, limits=self.limits).frames
-        pictures = (image.from_array(frame) for frame in frames)
+        pictures = map(Image.fromarray, frames)
         return ",".join(self.image_io.encode_base64(picture, image_format="JPEG") for picture in pictures)

@@ -1,0 +1,19 @@
+"""One web server for the tests of this folder, with nothing on it but an image when a test begins."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from web import Site, png, running
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Site]:
+    with running() as made:
+        yield made
+
+
+@pytest.fixture
+def site(server: Site) -> Site:
+    server.pages, server.seen = {"/a.png": png()}, []
+    return server
