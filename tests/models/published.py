@@ -162,9 +162,7 @@ class Published:
     def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
         """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""
         config = self.files["config.json"]
-        sizes = {
-            kind: media[f"{kind}_grid_thw"].tolist() for kind in ("image", "video") if f"{kind}_grid_thw" in media
-        }
+        sizes = {kind: media[f"{kind}_grid_thw"].tolist() for kind in ("image", "video") if f"{kind}_grid_thw" in media}
         if self.family.startswith("qwen3") and "video" in sizes:  # frame by frame, each with its time in words before
             sizes["video"] = [(1, h, w) for t, h, w in sizes["video"] for _ in range(t)]
         grids = {config[f"{kind}_token_id"]: iter(size) for kind, size in sizes.items()}

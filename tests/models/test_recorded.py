@@ -24,7 +24,15 @@ LOGPROBS = 2e-4
 
 # Qwen2-VL's are those of tests/engine, whose programs the compile cache then has.
 SMALL = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4}
-SEQS = {"qwen3_omni_moe": 1, "llava": 1, "whisper": 2, "llava_onevision": 1, "minicpmv": 2}  # fewer buckets to compile
+SEQS = {
+    "qwen3_omni_moe": 1,
+    "llava": 1,
+    "whisper": 2,
+    "llava_onevision": 1,
+    "minicpmv": 2,
+    "qwen3_vl": 1,
+    "qwen3_moe": 2,
+}  # fewer buckets to compile
 
 
 @pytest.fixture(scope="module")
