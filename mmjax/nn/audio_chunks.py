@@ -191,9 +191,7 @@ def cut(x: jax.Array, length: jax.Array) -> jax.Array:
 
 def halved(length: Any, times: int) -> Any:
     """Steps that convolutions of stride 2, kernel 3 and padding 1 leave of so many."""
-    for _ in range(times):
-        length = (length + 1) // 2
-    return length
+    return -(-length // 2**times)
 
 
 def inside(length: jax.Array, steps: int) -> jax.Array:

@@ -87,6 +87,4 @@ class Processor(OmniProcessor):
 
 def _eighth(frames: int) -> int:
     """Steps that three convolutions of stride 2 leave."""
-    for _ in range(3):
-        frames = (frames + 1) // 2
-    return frames
+    return -(-frames // 8)
