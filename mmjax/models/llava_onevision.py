@@ -7,6 +7,7 @@ tower, lines end with a newline. So each row says which patches it is made from,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,14 +39,14 @@ FRAMES = 64  # of a video that always fit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes. crops: of the largest picture, without the view of the whole; most: crops that it is scaled down to."""
+    """Sizes. crops: of the largest picture, without the view of the whole; largest: rows of the largest picture."""
 
     text: DecoderConfig
     vision: SiglipConfig
     act: str
     pixels: Pixels
     crops: int
-    most: int
+    largest: int
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -57,14 +58,16 @@ class Config:
                 "one layer with 'full' is"
             )
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=False)
-        cells = [(height // vision.image) * (width // vision.image) for height, width in config["image_grid_pinpoints"]]
+        patches, aspect = vision.side**2, config.get("vision_aspect_ratio", "anyres_max_9")
+        kept = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # what is larger is scaled down
+        grids = [(height // vision.image, width // vision.image) for height, width in config["image_grid_pinpoints"]]
         return cls(
             text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tied=tied),
             vision=vision,
             act=config.get("projector_hidden_act", "gelu"),
             pixels=Pixels.from_hf(files["preprocessor_config.json"]),
-            crops=max(cells),
-            most=int(config.get("vision_aspect_ratio", "anyres_max_9").removeprefix("anyres_max_")),
+            crops=max(math.prod(grid) for grid in grids),
+            largest=patches + max(min(math.prod(grid) * patches, kept) + grid[0] * vision.side for grid in grids),
         )
 
     @property
@@ -80,8 +83,6 @@ class Config:
             based={"index": patches},
             largest=max(self.crops + 1, FRAMES),
         )
-        lines = self.crops * side  # all crops below each other
-        kept = min(self.crops * patches, int(SLACK**2 * self.most * patches))
         return Shape(
             layers=t.depth,
             kv_heads=t.kv_heads,
@@ -91,7 +92,7 @@ class Config:
             max_len=t.max_len,
             slab_width=t.width,
             encoders={"vision": encoder},
-            largest_item=patches + kept + min(lines, kept),
+            largest_item=self.largest,
         )
 
     def split(self, ways: int) -> Config:
