@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmjax.async_llm import AsyncLLM
+    from mmjax.async_llm import AsyncLLM, Delta, EngineDeadError
     from mmjax.config import EngineArgs
     from mmjax.llm import LLM
     from mmjax.types import (
@@ -28,8 +28,10 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "Delta",
     "EmbeddingRequestOutput",
     "EngineArgs",
+    "EngineDeadError",
     "PoolingParams",
     "RequestError",
     "RequestOutput",
@@ -44,7 +46,13 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-_HOMES = {"LLM": "mmjax.llm", "AsyncLLM": "mmjax.async_llm", "EngineArgs": "mmjax.config"}
+_HOMES = {
+    "LLM": "mmjax.llm",
+    "AsyncLLM": "mmjax.async_llm",
+    "Delta": "mmjax.async_llm",
+    "EngineDeadError": "mmjax.async_llm",
+    "EngineArgs": "mmjax.config",
+}
 
 
 def __getattr__(name: str) -> object:

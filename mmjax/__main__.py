@@ -1,4 +1,4 @@
-"""The command line: `mmjax convert|inspect|bench|version`. Nothing heavy is imported before a command is chosen."""
+"""The command line: `mmjax serve|convert|inspect|bench|version`. Nothing heavy is imported before a command is chosen."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mmjax
 from mmjax import flags
@@ -32,6 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    _add_serve(commands)
+
     convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
     convert.add_argument("source", help="model directory or hub id (safetensors)")
     convert.add_argument("destination", type=Path, help="directory to create")
@@ -53,6 +56,34 @@ def _parser() -> argparse.ArgumentParser:
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=_version)
     return parser
+
+
+def _add_serve(commands: Any) -> None:
+    """`mmjax serve`; its flags are read only when it is asked for, since they bring the web framework."""
+    serve = commands.add_parser(
+        "serve", help="answer HTTP requests as OpenAI's API does", allow_abbrev=False, add_help=False
+    )
+    serve.add_argument("rest", nargs=argparse.REMAINDER)
+    serve.set_defaults(command=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from mmjax.config import env, env_flag, env_number
+    from mmjax.serve import command
+
+    parser = argparse.ArgumentParser("mmjax serve", allow_abbrev=False)
+    parser.add_argument("model", help="model directory, hub id, or `demo`")
+    command.add_flags(parser)
+    flags.add_engine_flags(parser)
+    given = parser.parse_args(arguments.rest)
+    key = env("API_KEY", "")
+    chosen = command.settings(
+        given,
+        keys=(key,) if key else (),
+        audio_mb=env_number("MAX_AUDIO_CLIP_FILESIZE_MB", 25),
+        development=env_flag("SERVER_DEV_MODE", False),
+    )
+    command.run(given, flags.engine_kwargs(given), chosen, int(env_number("HTTP_TIMEOUT_KEEP_ALIVE", 5)))
 
 
 def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:

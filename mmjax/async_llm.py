@@ -14,7 +14,7 @@ from mmjax.chat import ChatOptions
 from mmjax.llm import LLM
 from mmjax.render import Rendered
 from mmjax.run import Run
-from mmjax.types import Logprob, RequestOutput, SamplingParams
+from mmjax.types import Logprob, RequestError, RequestOutput, SamplingParams, ValidationError
 
 logger = logging.getLogger(__name__)
 Out = TypeVar("Out")
@@ -115,14 +115,51 @@ class AsyncLLM:
         return await self._on_thread(lambda: renderer.render(renderer.parse(prompt), tokenization_kwargs))
 
     async def prepare_chat(
-        self, messages: Any, options: ChatOptions, tokenization_kwargs: Mapping[str, Any] | None = None
+        self, messages: Any, tokenization_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> Rendered:
-        """Render one conversation as `LLM.chat` takes it; its media are fetched without holding a thread."""
+        """Render one conversation as `LLM.chat` takes it; its media are fetched without holding a thread.
+
+        options: fields of `mmjax.chat.ChatOptions`.
+        """
         chat, renderer = self.llm.parts.chat, self.llm.parts.renderer
-        draft = await self._on_thread(lambda: chat.draft(messages, options))
+        draft = await self._on_thread(lambda: chat.draft(messages, ChatOptions(**options)))
         prompt = await chat.fetch_async(draft)
         tokenization = {"add_special_tokens": False, **(tokenization_kwargs or {})}  # the template has printed them
         return await self._on_thread(lambda: renderer.render(renderer.parse(prompt), tokenization))
+
+    async def prepare_by_url(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> Rendered:
+        """Render a prompt whose media are URLs (http, https, data, file), and embeddings tensors in base64."""
+        if isinstance(prompt, Mapping) and isinstance(prompt.get("multi_modal_data"), Mapping):
+            connector = self.llm.parts.chat.connect({})
+            fetched = {
+                kind: await _fetch(connector, str(kind), value) for kind, value in prompt["multi_modal_data"].items()
+            }
+            prompt = {**prompt, "multi_modal_data": fetched}
+        return await self.prepare(prompt, tokenization_kwargs)
+
+    async def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids of a text; `special`: with what the tokenizer puts around it."""
+        tokenizer = self.llm.parts.tokenizer
+        if tokenizer is None:
+            raise RequestError("There is no tokenizer (skip_tokenizer_init).", "no_tokenizer")
+        return await self._on_thread(lambda: tokenizer.encode(text, special))
+
+    async def between_steps(self, work: Callable[[], Out]) -> Out:
+        """Run something on the engine's thread, between two of its steps."""
+        self.check()
+        done: asyncio.Future[Out] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            try:
+                found = work()
+            except Exception as error:
+                loop.call_soon_threadsafe(_settle, done, None, error)
+            else:
+                loop.call_soon_threadsafe(_settle, done, found, None)
+
+        self._inbox.put(run)
+        return await done
 
     async def _on_thread(self, work: Callable[[], Out]) -> Out:
         """Run host work on the LLM's threads."""
@@ -146,6 +183,32 @@ class AsyncLLM:
                 yield delta
         finally:
             self.drop(ticket)
+
+    def check_length(self, rendered: Rendered, params: SamplingParams) -> None:
+        """ValidationError when the prompt leaves no room for the tokens asked for."""
+        longest, length = self.llm.parts.max_model_len, len(rendered.tokens)
+        if params.max_tokens is not None and length + params.max_tokens > longest:
+            raise ValidationError(
+                f"This model's maximum context length is {longest} tokens, but {length + params.max_tokens} were asked "
+                f"for: {length} of the prompt and {params.max_tokens} of the answer. Shorten either.",
+                parameter="max_tokens",
+                value=params.max_tokens,
+            )
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special ones included. RequestError without a tokenizer."""
+        tokenizer = self.llm.parts.tokenizer
+        if tokenizer is None:
+            raise RequestError("There is no tokenizer (skip_tokenizer_init).", "no_tokenizer")
+        return tokenizer.decode([int(token) for token in tokens], False)
+
+    def load(self) -> tuple[int, int, float]:
+        """(answers on the device, answers that wait, share of the cache's pages in use), as they stand."""
+        engines = self.llm.parts.engines
+        running = sum(len(engine.scheduler.running) for engine in engines)
+        waiting = sum(len(engine.scheduler.waiting) for engine in engines)
+        used = [1 - engine.pages.free / max(engine.pages.count - 1, 1) for engine in engines]
+        return running, waiting, max(used)
 
     def submit(self, rendered: Rendered, params: SamplingParams, *, streaming: bool) -> Ticket:
         """Queue a rendered prompt. The caller must `drop` the ticket when it wants no more of it.
@@ -252,3 +315,31 @@ class AsyncLLM:
                 self._forget(run)
                 ticket.output = run.output()
                 ticket.tell(None)
+
+
+def _settle(done: asyncio.Future[Any], found: Any, error: Exception | None) -> None:
+    if done.done():  # whoever asked has gone
+        return
+    if error is None:
+        done.set_result(found)
+    else:
+        done.set_exception(error)
+
+
+async def _fetch(connector: Any, kind: str, value: Any) -> Any:
+    """One entry of multi_modal_data with its URLs followed."""
+    if isinstance(value, (list, tuple)):
+        return [await _fetch(connector, kind, entry) for entry in value]
+    if isinstance(value, str):
+        fetch = getattr(connector, f"fetch_{kind}_async", None)
+        if fetch is None:
+            raise RequestError(f"Unsupported modality: {kind}.", "bad_modality")
+        return await fetch(value)
+    if isinstance(value, Mapping):  # embeddings and what belongs to them
+        return {
+            name: connector.fetch_image_embedding(entry) if isinstance(entry, str) else entry
+            for name, entry in value.items()
+        }
+    if value is None:
+        return None
+    raise RequestError(f"multi_modal_data[{kind!r}]: write media as URLs, got {type(value).__name__}.", "bad_media")

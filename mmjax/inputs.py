@@ -16,7 +16,6 @@ from mmjax.multimodal.image import unwrap
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
 
-
 MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
 
 

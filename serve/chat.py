@@ -1,0 +1,204 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from mmjax.serve.context import Context, event_stream, finite, token_text, unless_gone, usage
+from mmjax.serve.schema import ChatRequest, sampling
+from mmjax.serve.tools import Call, Reader
+
+from mmjax import CompletionOutput, Delta, RequestOutput, SamplingParams
+
+Json = dict[str, Any]
+
+
+def router(context: Context) -> APIRouter:
+    """The chat route."""
+    routes = APIRouter()
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> Response | Json:
+        """Answer a conversation: text, image, video and audio parts; streamed on request."""
+        context.check_model(body.model)
+        conversation = Conversation(context, body)
+        if body.stream:
+            await unless_gone(request, conversation.prepare())
+            return event_stream(conversation.events())
+        return await unless_gone(request, conversation.answer())
+
+    return routes
+
+
+class Conversation:
+    """One request on its way to an answer."""
+
+    def __init__(self, context: Context, body: ChatRequest) -> None:
+        self.context = context
+        self.body = body
+        self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.prepared: tuple[Any, SamplingParams] | None = None
+
+    async def prepare(self) -> tuple[Any, SamplingParams]:
+        """(rendered prompt, sampling parameters). Whatever is wrong with the request is raised here."""
+        settings, engine, body = self.context.settings, self.context.engine, self.body
+        options = body.options()
+        if options["chat_template"] is not None and not settings.template_from_requests:
+            raise ValueError(
+                "Chat template is passed with request, but the server does not trust those: start it with "
+                "`--trust-request-chat-template`."
+            )
+        options["chat_template_kwargs"] = {**settings.template_kwargs, **(options["chat_template_kwargs"] or {})}
+        options["chat_template_content_format"] = settings.content_format
+        params = sampling(body.fields(), engine.llm.get_default_sampling_params())
+        engine.llm.verify(params)
+        async with self.context.admitted():
+            rendered = await engine.prepare_chat(body.messages, body.tokenization(), **options)
+        engine.check_length(rendered, params)
+        self.prepared = rendered, params
+        return self.prepared
+
+    async def answer(self) -> Json:
+        """The whole answer."""
+        rendered, params = await self.prepare()
+        async with self.context.admitted():
+            output = await self.context.engine.generate(rendered, params)
+        self.context.metrics.note(output)
+        body = {
+            **self._head("chat.completion"),
+            "choices": [self._choice(answer) for answer in output.outputs],
+            "usage": self._usage(output),
+            "prompt_logprobs": _prompt_logprobs(output),
+        }
+        if self.body.return_token_ids:
+            body["prompt_token_ids"] = list(output.prompt_token_ids or ())
+        return body
+
+    async def events(self) -> AsyncIterator[Json]:
+        """The answer in chunks."""
+        assert self.prepared is not None
+        rendered, params = self.prepared
+        options = self.body.stream_options
+        always = options is not None and options.continuous_usage_stats
+        want = self.context.settings.always_usage or (options is not None and options.include_usage)
+        readers = {index: self._reader() for index in range(params.n)}
+        made = dict.fromkeys(readers, 0)
+        async with self.context.admitted():
+            ticket = self.context.engine.submit(rendered, params, streaming=True)
+            for index in readers:
+                yield self._chunk(index, {"role": self.context.settings.role, "content": ""})
+            async for delta in self.context.engine.stream(ticket):
+                made[delta.index] += len(delta.token_ids)
+                for chunk in self._chunks(delta, readers[delta.index]):
+                    if always:
+                        chunk["usage"] = usage(len(rendered.tokens), sum(made.values()))
+                    yield chunk
+        assert ticket.output is not None
+        self.context.metrics.note(ticket.output)
+        if want:
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(ticket.output)}
+
+    def _chunks(self, delta: Delta, reader: Reader | None) -> list[Json]:
+        """The chunks of one gain."""
+        ended = delta.finish_reason is not None
+        pieces: list[str | Call] = [delta.text]
+        if reader is not None:
+            pieces = list(reader.feed(delta.text, last=ended))
+        chunks = []
+        for piece in pieces:
+            if isinstance(piece, Call):
+                assert reader is not None
+                call = {"index": reader.calls, **piece.as_json()}
+                reader.calls += 1
+                chunks.append(self._chunk(delta.index, {"tool_calls": [call]}))
+            elif piece:
+                chunks.append(self._chunk(delta.index, {"content": piece}))
+        if not chunks and (ended or delta.logprobs):
+            chunks.append(self._chunk(delta.index, {"content": ""}))
+        if chunks:
+            last = chunks[-1]["choices"][0]
+            if self.body.logprobs and delta.logprobs is not None:
+                last["logprobs"] = {"content": self._logprobs(delta.token_ids, delta.logprobs)}
+            if ended:
+                called = reader is not None and reader.calls > 0 and delta.finish_reason == "stop"
+                last["finish_reason"] = "tool_calls" if called else delta.finish_reason
+                last["stop_reason"] = delta.stop_reason
+            if self.body.return_token_ids:
+                last["token_ids"] = delta.token_ids
+        return chunks
+
+    def _reader(self) -> Reader | None:
+        """What looks for tool calls, when there may be any."""
+        asked = self.body.tools and self.body.tool_choice != "none"
+        return Reader() if asked and self.context.settings.tool_parser else None
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.context.name}
+
+    def _chunk(self, index: int, delta: Json) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _choice(self, answer: CompletionOutput) -> Json:
+        said, calls = answer.text, []
+        reader = self._reader()
+        if reader is not None:
+            said, calls = reader.read(answer.text)
+        called = bool(calls) and answer.finish_reason == "stop"
+        logprobs = None
+        if self.body.logprobs and answer.logprobs is not None:
+            logprobs = {"content": self._logprobs(answer.token_ids, answer.logprobs)}
+        message = {
+            "role": self.context.settings.role,
+            "content": said if said or not calls else None,
+            "refusal": None,
+            "tool_calls": [call.as_json() for call in calls],
+        }
+        return {
+            "index": answer.index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": "tool_calls" if called else answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+            "token_ids": list(answer.token_ids) if self.body.return_token_ids else None,
+        }
+
+    def _usage(self, output: RequestOutput) -> Json:
+        cached = (output.num_cached_tokens or 0) if self.context.settings.prompt_details else None
+        made = sum(len(answer.token_ids) for answer in output.outputs)
+        return usage(len(output.prompt_token_ids or ()), made, cached)
+
+    def _logprobs(self, tokens: Sequence[int], reported: Sequence[dict[int, Any]]) -> list[Json]:
+        """OpenAI's report on each token and its best rivals."""
+        as_ids, count = self.body.return_tokens_as_token_ids, self.body.top_logprobs or 0
+
+        def entry(token: int, report: Any) -> Json:
+            text = token_text(token, report, as_ids)
+            return {"token": text, "logprob": finite(report.logprob), "bytes": list(text.encode())}
+
+        out = []
+        for token, rivals in zip(tokens, reported, strict=True):
+            best = sorted(rivals.items(), key=lambda item: -item[1].logprob)
+            best = best if count == -1 else best[:count]
+            out.append(entry(token, rivals[token]) | {"top_logprobs": [entry(*rival) for rival in best]})
+        return out
+
+
+def _prompt_logprobs(output: RequestOutput) -> list[Json | None] | None:
+    if output.prompt_logprobs is None:
+        return None
+    return [
+        None
+        if rivals is None
+        else {
+            str(token): {"logprob": finite(e.logprob), "rank": e.rank, "decoded_token": e.decoded_token}
+            for token, e in rivals.items()
+        }
+        for rivals in output.prompt_logprobs
+    ]

@@ -1,0 +1,103 @@
+"""`mmjax serve`: its flags, and a server from start to a clean end."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import uvicorn
+from mmjax.serve.app import create_app
+from mmjax.serve.context import Settings
+
+from mmjax import LLM, AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The server's own flags; those of the engine are added beside them."""
+    group = parser.add_argument_group("server")
+    yes = argparse.BooleanOptionalAction
+    group.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    group.add_argument("--uds", help="listen on this Unix socket instead")
+    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names of the model; the first is told")
+    group.add_argument("--api-key", nargs="+", metavar="KEY", help="keys that open /v1 (or MMJAX_API_KEY)")
+    group.add_argument("--response-role", default="assistant", help="role of answers (default: assistant)")
+    group.add_argument("--chat-template-content-format", choices=("auto", "string", "openai"), default="auto")
+    group.add_argument("--default-chat-template-kwargs", type=_json, metavar="JSON", default={})
+    group.add_argument("--trust-request-chat-template", action=yes, default=False)
+    group.add_argument("--tool-call-parser", choices=("hermes", "none"), default="hermes", help="how calls are written")
+    group.add_argument("--enable-auto-tool-choice", action="store_true", help="accepted; tools are on when sent")
+    group.add_argument("--enable-prompt-tokens-details", action=yes, default=False, help="usage tells cached tokens")
+    group.add_argument("--enable-force-include-usage", action=yes, default=False, help="streams end with their usage")
+    group.add_argument("--enable-request-id-headers", action=yes, default=False, help="answers carry X-Request-Id")
+    group.add_argument("--max-queue", type=int, default=1024, help="requests under way at once; more get 429")
+    group.add_argument("--max-body-mb", type=float, default=256.0, help="largest request in MiB; larger get 413")
+    group.add_argument("--drain-timeout", type=int, default=30, help="seconds that a stop waits for running requests")
+    group.add_argument("--allowed-origins", type=_json, metavar="JSON", default=["*"])
+    group.add_argument("--allowed-methods", type=_json, metavar="JSON", default=["*"])
+    group.add_argument("--allowed-headers", type=_json, metavar="JSON", default=["*"])
+    group.add_argument("--allow-credentials", action=yes, default=False)
+    group.add_argument("--root-path", default="", help="path prefix that a proxy strips")
+    group.add_argument("--ssl-keyfile")
+    group.add_argument("--ssl-certfile")
+    group.add_argument("--ssl-ca-certs")
+    group.add_argument("--ssl-cert-reqs", type=int, default=0)
+    levels = ("critical", "error", "warning", "info", "debug", "trace")
+    group.add_argument("--uvicorn-log-level", choices=levels, default="info")
+
+
+def _json(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not JSON: {text!r}") from None
+
+
+def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], audio_mb: float, development: bool) -> Settings:
+    """What the flags say. keys, audio_mb and development: of the environment, where no flag says otherwise."""
+    return Settings(
+        names=tuple(arguments.served_model_name or (arguments.model,)),
+        keys=tuple(arguments.api_key or keys),
+        role=arguments.response_role,
+        max_queue=arguments.max_queue,
+        max_body_mb=arguments.max_body_mb,
+        audio_mb=audio_mb,
+        template_from_requests=arguments.trust_request_chat_template,
+        content_format=arguments.chat_template_content_format,
+        template_kwargs=dict(arguments.default_chat_template_kwargs),
+        prompt_details=arguments.enable_prompt_tokens_details,
+        always_usage=arguments.enable_force_include_usage,
+        tell_ids=arguments.enable_request_id_headers,
+        origins=tuple(arguments.allowed_origins),
+        origin_methods=tuple(arguments.allowed_methods),
+        origin_headers=tuple(arguments.allowed_headers),
+        credentials=arguments.allow_credentials,
+        root_path=arguments.root_path,
+        tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
+        development=development,
+    )
+
+
+def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settings, keep_alive: int) -> None:
+    """Load the model and serve it until the process is told to stop; running requests then have time to end."""
+    llm = LLM(arguments.model, **engine)
+    app = create_app(AsyncLLM(llm), chosen)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        uds=arguments.uds,
+        log_level=arguments.uvicorn_log_level,
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=arguments.drain_timeout,
+        ssl_keyfile=arguments.ssl_keyfile,
+        ssl_certfile=arguments.ssl_certfile,
+        ssl_ca_certs=arguments.ssl_ca_certs,
+        ssl_cert_reqs=arguments.ssl_cert_reqs,
+    )

@@ -1,0 +1,155 @@
+"""What every route needs: the engine, what is served under which limits, the way from a request to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from mmjax.serve import errors
+from mmjax.serve.metrics import Metrics
+
+from mmjax import AsyncLLM
+
+Out = TypeVar("Out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the operator chose.
+
+    names: under which the model is served, the first being the one that answers carry. max_queue: requests under way
+    at once, those beyond are refused with 429. max_body_mb: of one request, in MiB. template_from_requests: whether a
+    client may bring a chat template of its own. prompt_details: whether usage tells cached tokens. always_usage:
+    whether every stream ends with its usage. audio_mb: largest upload of speech, in MB.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    role: str = "assistant"
+    max_queue: int = 1024
+    max_body_mb: float = 256.0
+    audio_mb: float = 25.0
+    template_from_requests: bool = False
+    content_format: str = "auto"
+    template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prompt_details: bool = False
+    always_usage: bool = False
+    tell_ids: bool = False
+    origins: tuple[str, ...] = ("*",)
+    origin_methods: tuple[str, ...] = ("*",)
+    origin_headers: tuple[str, ...] = ("*",)
+    credentials: bool = False
+    root_path: str = ""
+    tool_parser: str | None = "hermes"
+    development: bool = False
+
+
+class Context:
+    """Shared by all routes of one server."""
+
+    def __init__(self, engine: AsyncLLM, settings: Settings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = Metrics(engine, settings.names[0])
+        self.started = int(time.time())
+        self.open = 0
+
+    @property
+    def name(self) -> str:
+        return self.settings.names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """NoSuchModel for a name that is not served; none means the one that is."""
+        if name and name not in self.settings.names:
+            raise errors.NoSuchModel(name)
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[None]:
+        """Count a request in. TooBusy when the queue is full, EngineDeadError when nothing can run."""
+        self.engine.check()
+        if self.open >= self.settings.max_queue:
+            raise errors.TooBusy(
+                f"{self.open} requests are under way, as many as `--max-queue` allows. Try again in a moment."
+            )
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Out]) -> Out:
+    """Do the work, unless the client leaves first: then it is cancelled, and what it holds freed."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise errors.ClientGone
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def together(*work: Coroutine[Any, Any, Out]) -> list[Out]:
+    """All results in order; when one fails, the others are cancelled."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(each) for each in work]
+    return [task.result() for task in tasks]
+
+
+def event_stream(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+    """Server-sent events, ended by [DONE]. What fails after the start is told as an event."""
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(errors.describe(error)[1])}\n\n"
+        yield "data: [DONE]\n\n"
+
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:
+    """OpenAI's count of tokens; `cached` is told when asked for."""
+    counts: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    if cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached}
+    return counts
+
+
+def token_text(token: int, entry: Any, as_ids: bool) -> str:
+    """How a token is written in reports of log-probabilities."""
+    return f"token_id:{token}" if as_ids or entry.decoded_token is None else str(entry.decoded_token)
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; clients of the known server expect this number."""
+    return max(logprob, -9999.0)
+
+
+def merged(parts: Sequence[list[Any]]) -> list[Any]:
+    """One list of many."""
+    return [entry for part in parts for entry in part]

@@ -1,0 +1,95 @@
+"""What stands before every route: keys, sizes, content types, request ids and the count of what is under way."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import uuid
+from collections.abc import Sequence
+
+from mmjax.serve import errors
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+class Gate:
+    """ASGI middleware. keys: any of them opens /v1; none needed when empty. max_body: bytes.
+
+    Bodies are counted as they arrive, whatever Content-Length says, and refused at the limit.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_body: int, tell_id: bool) -> None:
+        self.app = app
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self.max_body = max_body
+        self.tell_id = tell_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        scope.setdefault("state", {})["request_id"] = given if _tellable(given) else uuid.uuid4().hex
+        refusal = self._refuse(scope, headers)
+        if refusal is not None:
+            await _answer(send, *refusal)
+            return
+
+        async def named(message: Message) -> None:
+            if self.tell_id and message["type"] == "http.response.start":
+                name = scope["state"]["request_id"].encode("latin-1")
+                message.setdefault("headers", []).append((b"x-request-id", name))
+            await send(message)
+
+        await self.app(scope, self._counted(receive), named)
+
+    def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, object] | None:
+        """(status, body) when the request goes no further."""
+        path, method = scope["path"], scope["method"]
+        if method == "OPTIONS":
+            return None
+        if self.digests and path.startswith("/v1") and not self._opens(headers.get(b"authorization", b"")):
+            return 401, {"error": "Unauthorized"}
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_body:
+            return 413, errors.body(self._too_large(), "Request Entity Too Large", 413)
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        if method == "POST" and "/audio/" not in path and kind != b"application/json" and length != b"0":
+            return 400, errors.body("Unsupported Media Type: Only 'application/json' is allowed", "Bad Request", 400)
+        return None
+
+    def _opens(self, authorization: bytes) -> bool:
+        scheme, _, key = authorization.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # Every key is compared: how long it takes must not tell which came close.
+        matches = [hmac.compare_digest(digest, known) for known in self.digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+    def _too_large(self) -> str:
+        return f"The body exceeds the limit of {self.max_body} bytes. Send media as URLs, or raise `--max-body-mb`."
+
+    def _counted(self, receive: Receive) -> Receive:
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self.max_body:
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return counted
+
+
+def _tellable(name: str) -> bool:
+    return 0 < len(name) <= 200 and name.isascii() and name.isprintable()
+
+
+async def _answer(send: Send, status: int, content: object) -> None:
+    text = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text})

@@ -1,0 +1,169 @@
+"""The routes that answer at once: models, health, figures, tokens; and POST /generate, the offline call as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from mmjax.serve.context import Context, together, unless_gone
+from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
+
+from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
+
+Json = dict[str, Any]
+
+
+def router(context: Context) -> APIRouter:
+    """Models, health, metrics, version, load."""
+    routes = APIRouter()
+
+    @routes.get("/v1/models")
+    async def models() -> Json:
+        """What is served, under each of its names."""
+        limit = context.engine.llm.parts.max_model_len
+        cards = [
+            {
+                "id": name, "object": "model", "created": context.started, "owned_by": "mmjax",
+                "root": context.engine.llm.args.model, "parent": None, "max_model_len": limit, "permission": [],
+            }
+            for name in context.settings.names
+        ]  # fmt: skip
+        return {"object": "list", "data": cards}
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> Json:
+        """One model."""
+        context.check_model(name)
+        return {**(await models())["data"][0], "id": name}
+
+    @routes.get("/health")
+    @routes.get("/ping")
+    @routes.post("/ping")
+    async def health() -> Response:
+        """200 while requests can be served, else 503."""
+        try:
+            context.engine.check()
+        except EngineDeadError:
+            return Response(status_code=503)
+        return Response()
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/version")
+    async def version() -> Json:
+        """The version of mmjax."""
+        return {"version": __version__}
+
+    @routes.get("/load")
+    async def load() -> Json:
+        """Requests under way."""
+        return {"server_load": context.open}
+
+    if context.settings.development:
+
+        @routes.post("/reset_mm_cache")
+        async def reset_mm_cache() -> Response:
+            """Forget processed media."""
+            await context.engine.between_steps(context.engine.llm.reset_mm_cache)
+            return Response()
+
+        @routes.post("/reset_prefix_cache")
+        async def reset_prefix_cache() -> Json:
+            """Forget cached prefixes, if nothing runs."""
+            return {"done": await context.engine.between_steps(context.engine.llm.reset_prefix_cache)}
+
+    return routes
+
+
+def tokens_router(context: Context) -> APIRouter:
+    """Tokenize and detokenize."""
+    routes = APIRouter()
+
+    @routes.post("/tokenize")
+    async def tokenize(body: TokenizeRequest, request: Request) -> Json:
+        """Token ids of a text or of a conversation, media expanded."""
+        context.check_model(body.model)
+        engine = context.engine
+        if body.messages is None:
+            tokens = await engine.encode(body.prompt or "", special=body.add_special_tokens is not False)
+        else:
+            options = body.options()
+            if options["chat_template"] is not None and not context.settings.template_from_requests:
+                raise ValueError("chat_template: not trusted here; start the server with --trust-request-chat-template")
+            special = {"add_special_tokens": bool(body.add_special_tokens)}
+            rendered = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
+            tokens = rendered.tokens.tolist()
+        strings = [engine.decode([token]) for token in tokens] if body.return_token_strs else None
+        limit = engine.llm.parts.max_model_len
+        return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings}
+
+    @routes.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Json:
+        """The text of token ids."""
+        context.check_model(body.model)
+        vocab = context.engine.llm.parts.vocab_size
+        for token in body.tokens:
+            if token >= vocab:
+                raise ValueError(f"Token id {token} is out of vocabulary")
+        return {"prompt": context.engine.decode(body.tokens)}
+
+    return routes
+
+
+def generate_router(context: Context) -> APIRouter:
+    """POST /generate."""
+    routes = APIRouter()
+
+    @routes.post("/generate")
+    async def generate(body: GenerateRequest, request: Request) -> JSONResponse:
+        """`LLM.generate` as JSON: prompts as dictionaries, their media as URLs; outputs in the prompts' order."""
+        engine = context.engine
+        fields = body.sampling_params
+        defaults = engine.llm.get_default_sampling_params()
+        params = defaults if fields is None else sampling({"max_tokens": 16, **_known(fields)}, defaults)
+        engine.llm.verify(params)
+        many = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
+        prompts = body.prompts if many else [body.prompts]
+
+        async def one(prompt: Any) -> RequestOutput:
+            async with context.admitted():
+                rendered = await engine.prepare_by_url(prompt, body.tokenization_kwargs)
+                output = await engine.generate(rendered, params)
+            context.metrics.note(output)
+            return output
+
+        outputs = await unless_gone(request, together(*map(one, prompts)))
+        return JSONResponse([_plain(output) for output in outputs])
+
+    return routes
+
+
+def _known(fields: Mapping[str, Any]) -> Json:
+    known = {field.name for field in dataclasses.fields(SamplingParams)} - {"output_kind"}
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(known))}")
+    bias = fields.get("logit_bias")
+    if isinstance(bias, Mapping):
+        return {**fields, "logit_bias": {int(token): value for token, value in bias.items()}}
+    return dict(fields)
+
+
+def _plain(value: Any) -> Any:
+    """Outputs as JSON: dataclasses by field, numbers finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else math.copysign(9999.0, value)
+    return value

@@ -1,0 +1,273 @@
+"""What clients may send: the fields of OpenAI's requests and those that users of the best-known GPU engine add.
+
+Unknown fields are ignored. What a field means to the model is checked where it is used; here only its form is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mmjax import SamplingParams
+
+Json = dict[str, Any]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class Form(BaseModel):
+    """A JSON body. Numbers are finite, and nothing is coerced that a client did not mean."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(Form):
+    """`include_usage`: a last chunk with the usage; `continuous_usage_stats`: usage in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampling(Form):
+    """The sampling fields that all generating routes share. None: the model's default."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: Seed | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: Json | None = None
+    response_format: Json | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:-]+$")] | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    use_beam_search: Literal[False] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _streaming(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("Stream options can only be defined when `stream=True`.")
+        if self.prompt_logprobs is not None:
+            if self.prompt_logprobs < -1:
+                raise ValueError("`prompt_logprobs` must be -1 or at least 0.")
+            if self.stream and self.prompt_logprobs != 0:
+                raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
+        return self
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop strings, got {len(stop)}")
+        return stop
+
+    def fields(self) -> Json:
+        """The given fields that `SamplingParams` knows by the same name."""
+        names = SAMPLED & type(self).model_fields.keys()
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.logit_bias is not None:
+            given["logit_bias"] = _by_token(self.logit_bias)
+        if (structured := structure(self.structured_outputs, self.response_format)) is not None:
+            given["structured_outputs"] = structured
+        return given
+
+
+MAX_STOPS = 64
+SAMPLED = frozenset(
+    {
+        "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
+        "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "bad_words", "allowed_token_ids",
+        "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
+        "prompt_logprobs",
+    }
+)  # fmt: skip
+
+
+def _by_token(bias: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise ValueError("logit_bias: the keys must be token ids") from None
+
+
+def structure(structured: Json | None, response_format: Json | None) -> Json | None:
+    """The constraint that `structured_outputs` or OpenAI's `response_format` asks for, in the former's words."""
+    if response_format is None:
+        return structured
+    kind = response_format.get("type")
+    if kind == "text":
+        return structured
+    if structured is not None:
+        raise ValueError("give response_format or structured_outputs, not both")
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        schema = response_format.get("json_schema")
+        if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
+            raise ValueError("When using `json_schema` response format, `json_schema.schema` is required.")
+        return {"json": schema["schema"]}
+    raise ValueError(f"response_format: unknown type {kind!r}; known are text, json_object, json_schema")
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: list[Json]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=-1)] | None = None
+    tools: list[Json] | None = None
+    tool_choice: str | Json | None = None
+    parallel_tool_calls: bool | None = None
+    documents: list[Json] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Json | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    mm_processor_kwargs: Json | None = None
+    media_io_kwargs: dict[str, Json] | None = None
+    reasoning_effort: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("when using `top_logprobs`, `logprobs` must be set to true.")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("When using `tool_choice`, `tools` must be set.")
+        return self
+
+    def fields(self) -> Json:
+        given = super().fields()
+        if self.max_completion_tokens is not None:
+            given["max_tokens"] = self.max_completion_tokens
+        if self.logprobs:
+            given["logprobs"] = self.top_logprobs or 0
+        return given
+
+    def options(self) -> Json:
+        """The keywords of `AsyncLLM.prepare_chat`."""
+        names = (
+            "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "documents",
+            "mm_processor_kwargs", "media_io_kwargs", "cache_salt",
+        )  # fmt: skip
+        tools = None if self.tool_choice == "none" else self.tools
+        return {name: getattr(self, name) for name in names} | {"tools": tools}
+
+    def tokenization(self) -> Json:
+        return tokenization(self.truncate_prompt_tokens) | {"add_special_tokens": self.add_special_tokens}
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions: text without media."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    logprobs: Annotated[int, Field(ge=-1)] | None = None
+    echo: bool = False
+    suffix: None = None
+    add_special_tokens: bool = True
+
+    def prompts(self) -> list[str | list[int]]:
+        """One prompt each."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def fields(self) -> Json:
+        given = super().fields()
+        if self.logprobs is not None:
+            given["logprobs"] = self.logprobs
+            if self.echo and "prompt_logprobs" not in given:
+                given["prompt_logprobs"] = self.logprobs
+        return given
+
+
+class GenerateRequest(Form):
+    """POST /generate: one prompt or a list of them as `LLM.generate` takes them, their media as URLs (http, https,
+    data, file)."""
+
+    prompts: Json | str | list[Json | str | list[int]]
+    sampling_params: Json | None = None
+    tokenization_kwargs: Json | None = None
+
+
+class TokenizeRequest(Form):
+    """POST /tokenize: a prompt, or messages as for a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Json] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Json] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Json | None = None
+    mm_processor_kwargs: Json | None = None
+    media_io_kwargs: dict[str, Json] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either `prompt` or `messages`")
+        return self
+
+    def options(self) -> Json:
+        """The keywords of `AsyncLLM.prepare_chat`."""
+        names = (
+            "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "tools",
+            "mm_processor_kwargs", "media_io_kwargs",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+class DetokenizeRequest(Form):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def tokenization(truncate: int | None) -> Json:
+    """tokenization_kwargs of a request."""
+    return {} if truncate is None else {"truncate_prompt_tokens": truncate}
+
+
+def sampling(given: Json, defaults: SamplingParams) -> SamplingParams:
+    """Sampling parameters of the given fields over the model's defaults. ValidationError for values that cannot be."""
+    kept = {name: getattr(defaults, name) for name in DEFAULTED}
+    if given.get("temperature", kept["temperature"]) == 0:
+        kept |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return SamplingParams(**{**kept, "max_tokens": None, **given})
+
+
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

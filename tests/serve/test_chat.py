@@ -1,0 +1,129 @@
+"""Chat completions: what clients send, what comes back, whole and streamed."""
+
+import base64
+import io
+import json
+from typing import Any
+
+from fastapi.testclient import TestClient
+from PIL import Image
+
+HELLO = [{"role": "user", "content": "Hello there"}]
+
+
+def picture() -> str:
+    """A small PNG as a data: URL."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (56, 56), (200, 30, 30)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def chat(client: TestClient, **body: Any) -> Any:
+    given = {"messages": HELLO, "temperature": 0, "max_tokens": 8, "ignore_eos": True, **body}
+    return client.post("/v1/chat/completions", json=given)
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_answer(client: TestClient) -> None:
+    answer = chat(client).json()
+    assert answer["object"] == "chat.completion" and answer["model"] == "tiny"
+    [choice] = answer["choices"]
+    assert choice["message"]["role"] == "assistant" and choice["message"]["tool_calls"] == []
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["usage"]["total_tokens"] == answer["usage"]["prompt_tokens"] + 8
+    assert chat(client, model="alias").json()["choices"][0]["message"] == choice["message"]
+
+
+def test_stream_says_the_same(client: TestClient) -> None:
+    whole = chat(client, max_tokens=20).json()
+    response = chat(client, max_tokens=20, stream=True, stream_options={"include_usage": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    chunks = events(response)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == whole["usage"]
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1])
+    assert text == whole["choices"][0]["message"]["content"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]][-1] == "length"
+    assert len(chunks) > 4
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_several_choices_and_log_probabilities(client: TestClient) -> None:
+    body = {
+        "n": 3,
+        "temperature": 1.5,
+        "top_k": -1,
+        "top_p": 1.0,
+        "seed": 5,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "max_tokens": 6,
+    }
+    whole = chat(client, **body).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert len({choice["message"]["content"] for choice in whole["choices"]}) > 1
+    for choice in whole["choices"]:
+        reports = choice["logprobs"]["content"]
+        assert len(reports) == 6 and all(len(report["top_logprobs"]) == 2 for report in reports)
+        best = reports[0]["top_logprobs"]
+        assert best[0]["logprob"] >= best[1]["logprob"]
+    texts = {0: "", 1: "", 2: ""}
+    counts = dict.fromkeys(texts, 0)
+    for chunk in events(chat(client, **body, stream=True)):
+        [choice] = chunk["choices"]
+        texts[choice["index"]] += choice["delta"]["content"]
+        counts[choice["index"]] += len((choice["logprobs"] or {"content": []})["content"])
+    assert list(texts.values()) == [choice["message"]["content"] for choice in whole["choices"]]
+    assert set(counts.values()) == {6}
+
+
+def test_pictures(client: TestClient) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "What is this?"}]
+    seen = chat(client, messages=[{"role": "user", "content": parts}]).json()
+    unseen = chat(client, messages=[{"role": "user", "content": "What is this?"}]).json()
+    assert seen["usage"]["prompt_tokens"] > unseen["usage"]["prompt_tokens"]
+
+
+def test_refusals_leave_it_serving(client: TestClient) -> None:
+    good = chat(client).json()["choices"]
+    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    cases: list[tuple[dict[str, Any], int, str]] = [
+        ({"model": "gpt-4"}, 404, "does not exist"),
+        ({"messages": "hi"}, 400, "messages"),
+        ({"messages": []}, 400, ""),
+        ({"messages": [{"role": "user", "content": [broken]}]}, 400, "image"),
+        ({"messages": [{"role": "user", "content": [{"type": "hologram", "hologram": 1}]}]}, 501, "hologram"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream=True"),
+        ({"top_logprobs": 3}, 400, "logprobs"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"temperature": 0, "n": 2}, 400, "n must be 1"),
+        ({"max_tokens": 100_000}, 400, "maximum context length"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
+        ({"chat_template": "{{ 1 }}"}, 400, "--trust-request-chat-template"),
+        ({"tool_choice": "required"}, 400, "tools"),
+        ({"response_format": {"type": "json_schema"}}, 400, "json_schema"),
+        ({"cache_salt": ""}, 400, "cache_salt"),
+        ({"stop": ["a"] * 100}, 400, "stop"),
+        ({"mm_processor_kwargs": 3}, 400, "mm_processor_kwargs"),
+        ({"messages": [{"role": "user", "content": "long " * 3000}]}, 400, "maximum context length"),
+    ]
+    for change, status, words in cases:
+        for stream in (False, True):
+            change = {**change, "stream": stream} if "stream_options" not in change else change
+            response = chat(client, **change)
+            assert response.status_code == status, (change, response.text)
+            error = response.json()["error"]
+            assert error["code"] == status and words in error["message"], error
+    assert (
+        client.post("/v1/chat/completions", content="{", headers={"content-type": "application/json"}).status_code
+        == 400
+    )
+    assert chat(client).json()["choices"] == good
