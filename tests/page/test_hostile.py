@@ -18,7 +18,11 @@ PNG = "data:image/png;base64,"
 
 
 def embeds(rows: Any, grid: Any = GRID, **more: Any) -> dict[str, Any]:
-    return {"prompt": text(IMAGE), "multi_modal_data": {"image": {"image_embeds": rows, "image_grid_thw": grid}}, **more}
+    return {
+        "prompt": text(IMAGE),
+        "multi_modal_data": {"image": {"image_embeds": rows, "image_grid_thw": grid}},
+        **more,
+    }
 
 
 def image(value: Any, **more: Any) -> dict[str, Any]:
