@@ -14,8 +14,7 @@ from mmjax.models.family import Encoder, Shape
 from mmjax.nn.clip import Clip, ClipConfig
 from mmjax.nn.decoder import Decoder, DecoderConfig
 from mmjax.nn.pixels import Pixels
-from mmjax.nn.tower import ACTIVATIONS
-from mmjax.nn.weight import weight
+from mmjax.nn.projector import Projector
 
 LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it out
     "hidden_size": 4096,
@@ -26,6 +25,7 @@ LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it 
     "rms_norm_eps": 1e-6,
     "vocab_size": 32000,
 }
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -74,28 +74,13 @@ class Config:
         return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
 
 
-class Projector(nnx.Module):
-    """Two dense layers from the tower's width to the language model's."""
-
-    def __init__(self, c: Config) -> None:
-        self.fc1 = weight(c.vision.tower.width, c.text.width, axes=("embed", "embed_out"))
-        self.fc1_bias = weight(c.text.width, axes=("embed_out",))
-        self.fc2 = weight(c.text.width, c.text.width, axes=("embed", "embed_out"))
-        self.fc2_bias = weight(c.text.width, axes=("embed_out",))
-        self.act = c.act
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., C] to [..., D]."""
-        return ACTIVATIONS[self.act](x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]
-
-
 class Model(nnx.Module):
     """See `mmjax.models.family.Model`."""
 
     def __init__(self, c: Config) -> None:
         self.text = Decoder(c.text)
         self.vision = Clip(c.vision)
-        self.projector = Projector(c)
+        self.projector = Projector(c.vision.tower.width, c.text.width, c.act)
         self.c = c
 
     def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:

@@ -79,8 +79,8 @@ class Config:
             features={"pixels": ((3, image, image), "uint8", 0)},
             kinds=("image", "video"),
             rows=patches + side,  # a crop above all others still adds one newline per line
-            picks={"index": ((4,), "int32", -1), "share": ((4,), "float32", 0)},
-            based={"index": patches},
+            picks={"source": ((4,), "int32", -1), "share": ((4,), "float32", 0)},
+            based={"source": patches},
             largest=max(self.crops + 1, FRAMES),
         )
         return Shape(
@@ -117,11 +117,11 @@ class Model(nnx.Module):
         return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        """index i32[R, 4] and share f32[R, 4]: a row is the weighted sum of four patches; of -1 it is the newline."""
-        index, share = features["index"], features["share"]
+        """source i32[R, 4] and share f32[R, 4]: a row is the weighted sum of four patches; of -1 it is the newline."""
+        source, share = features["source"], features["share"]
         x = self.projector(self.vision.squares(self.c.pixels.normalise(features["pixels"], axis=1)))
         total = jnp.zeros((), jnp.float32)
         for corner in range(4):  # one after the other: four times the rows at once would be the largest array by far
-            part = jnp.take(x, index[:, corner], axis=0, mode="clip").astype(jnp.float32)
+            part = jnp.take(x, source[:, corner], axis=0, mode="clip").astype(jnp.float32)
             total = total + part * share[:, corner, None]
-        return jnp.where(index[:, :1] < 0, self.newline[...], total.astype(x.dtype))
+        return jnp.where(source[:, :1] < 0, self.newline[...], total.astype(x.dtype))

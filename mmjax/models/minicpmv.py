@@ -28,6 +28,7 @@ EPS = 1e-6  # of the resampler's norms; the config does not name it
 HEAD_DIM = 128  # of the resampler; its heads follow from the width
 FRAMES = 64  # of a video that always fit
 FAR = np.iinfo(np.int32).max
+LOW = float(np.finfo(np.float32).min)  # not infinity: a slot without a slice has no finite score at all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ class Resampler(nnx.Module):
             number, start = at
             mine, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, window) for a in (segment, k, v))
             score = jnp.einsum("qnh,unh->nqu", q, keys, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
-            score = jnp.where(mine == number, score, jnp.finfo(jnp.float32).min)
+            score = jnp.where(mine == number, score, LOW)
             return jnp.einsum("nqu,unh->qnh", jax.nn.softmax(score).astype(values.dtype), values)
 
         found = jax.lax.map(one, (jnp.arange(slices, dtype=segment.dtype), first))

@@ -62,13 +62,15 @@ class Processor:
         most = self._most(kwargs)
         if most is None:
             return self.side**2 + 1
-        height, width = self._scaled(self._kept(*size[-2:], self._canvas(*size[-2:])), most)
+        height, width = size[-2:]
+        height, width = self._scaled(self._kept(height, width, self._canvas(height, width)), most)
         return self.side**2 + height * (width + 1)
 
     def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
-        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, 3, S, S], index i32[rows, 4], share f32[rows, 4].
+        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, 3, S, S], source i32[rows, 4], share
+        f32[rows, 4].
 
-        Row r is the sum over j of share[r, j] times patch index[r, j] of the item; where that is -1, the newline.
+        Row r is the sum over j of share[r, j] times patch source[r, j] of the item; where that is -1, the newline.
         """
         if isinstance(media, Video):
             crops = [resize(frame, self.size, self.size) for frame in media.frames]
@@ -78,7 +80,7 @@ class Processor:
         else:
             crops, picks = self._crops(media), self._lines(image_size(media), most)
         pixels = np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
-        return Item(kind, {"pixels": pixels, **picks._asdict()}, units=len(crops), rows=len(picks.index))
+        return Item(kind, {"pixels": pixels, **picks._asdict()}, units=len(crops), rows=len(picks.source))
 
     # --- pixels
 
@@ -161,13 +163,13 @@ class Processor:
         top, left = (len(patches) - lines) // 2, (len(patches[0]) - columns) // 2
         kept = patches[top : top + lines, left : left + columns]
         scaled = resampled(kept, *self._scaled((lines, columns), most))
-        return joined([self._first, joined([scaled, newlines(len(scaled.index), 1)], axis=1).flat()])
+        return joined([self._first, joined([scaled, newlines(len(scaled.source), 1)], axis=1).flat()])
 
     def _frames(self, count: int) -> Picks:
         """The rows of a video: every frame at half its lines and columns, and a newline."""
         half, patches = math.ceil(self.side / 2), self.side**2
         frame = resampled(np.arange(patches).reshape(self.side, self.side), half, half).flat()
-        frames = [Picks(frame.index + first, frame.share) for first in range(0, count * patches, patches)]
+        frames = [Picks(frame.source + first, frame.share) for first in range(0, count * patches, patches)]
         return joined([*frames, newlines(1)])
 
     def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:

@@ -75,7 +75,7 @@ class Processor:
         """Placeholder tokens of an image (height, width) or a video (frames, height, width)."""
         if kind == "video":
             return size[0] * self.queries
-        grid = self.slicer.grid(*size[-2:], self._most(kwargs))
+        grid = self.slicer.grid(size[-2], size[-1], self._most(kwargs))
         return self.queries * (1 + (math.prod(grid) if grid else 0))
 
     def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:

@@ -9,14 +9,14 @@ NEWLINE = -1  # in place of a patch: the row is the model's newline
 
 
 class Picks(NamedTuple):
-    """Row r is the sum over j of share[r, j] times patch index[r, j] of its item. Any axes may lead."""
+    """Row r is the sum over j of share[r, j] times patch source[r, j] of its item. Any axes may lead."""
 
-    index: np.ndarray  # int32 [..., 4]
+    source: np.ndarray  # int32 [..., 4]
     share: np.ndarray  # float32 [..., 4]
 
     def flat(self) -> "Picks":
         """One leading axis."""
-        return Picks(self.index.reshape(-1, 4), self.share.reshape(-1, 4))
+        return Picks(self.source.reshape(-1, 4), self.share.reshape(-1, 4))
 
 
 def joined(parts: Sequence[Picks], axis: int = 0) -> Picks:
@@ -26,10 +26,10 @@ def joined(parts: Sequence[Picks], axis: int = 0) -> Picks:
 
 def whole(patches: np.ndarray) -> Picks:
     """Patches as they are: int [...] to picks [..., 4]."""
-    index = np.repeat(patches.astype(np.int32)[..., None], 4, axis=-1)
-    share = np.zeros(index.shape, np.float32)
+    source = np.repeat(patches.astype(np.int32)[..., None], 4, axis=-1)
+    share = np.zeros(source.shape, np.float32)
     share[..., 0] = 1
-    return Picks(index, share)
+    return Picks(source, share)
 
 
 def newlines(*shape: int) -> Picks:
@@ -45,9 +45,9 @@ def resampled(patches: np.ndarray, lines: int, columns: int) -> Picks:
     (top, low), (left, right) = _neighbours(patches.shape[0], lines), _neighbours(patches.shape[1], columns)
     rows = [at for at, _ in (top, top, low, low)]
     across = [at for at, _ in (left, right, left, right)]
-    index = np.stack([patches[np.ix_(y, x)] for y, x in zip(rows, across, strict=True)], axis=-1)
+    source = np.stack([patches[np.ix_(y, x)] for y, x in zip(rows, across, strict=True)], axis=-1)
     share = [np.outer(y, x) for y, x in ((top[1], left[1]), (top[1], right[1]), (low[1], left[1]), (low[1], right[1]))]
-    return Picks(index.astype(np.int32), np.stack(share, axis=-1).astype(np.float32))
+    return Picks(source.astype(np.int32), np.stack(share, axis=-1).astype(np.float32))
 
 
 def _neighbours(have: int, want: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:

@@ -58,20 +58,20 @@ def test_token_count_of_a_video(full: Processor, small: Processor) -> None:
     assert full.item_rows("video", (32, 480, 640), {}) == 32 * 196 + 1
     item = small.item("video", Video(np.zeros((3, 20, 30, 3), np.uint8), {}), {})
     assert (item.units, item.rows) == (3, 3 * 4 + 1) and small.item_rows("video", (3, 20, 30), {}) == 13
-    np.testing.assert_array_equal(item.features["index"][-1], -1)
+    np.testing.assert_array_equal(item.features["source"][-1], -1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (56, 56), (100, 60), (60, 100), (210, 224), (224, 210), (20, 133), (3, 900)])
 def test_rows_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
     """Every row is made of patches of the item's own crops, with shares that sum to one; every line ends once."""
     item = small.item("image", np.zeros((*size, 3), np.uint8), {})
-    index, share = item.features["index"], item.features["share"]
-    assert item.rows == small.item_rows("image", size, {}) == len(index) == len(share)
-    assert index.max() < 16 * item.units == 16 * len(item.features["pixels"])
+    source, share = item.features["source"], item.features["share"]
+    assert item.rows == small.item_rows("image", size, {}) == len(source) == len(share)
+    assert source.max() < 16 * item.units == 16 * len(item.features["pixels"])
     np.testing.assert_allclose(share.sum(axis=-1), 1, atol=1e-6)
-    np.testing.assert_array_equal(index[:16, 0], range(16))
-    ends = np.flatnonzero(index[:, 0] == -1)
-    assert len(set(np.diff([15, *ends]))) <= 1 and (not len(ends) or ends[-1] == len(index) - 1)
+    np.testing.assert_array_equal(source[:16, 0], range(16))
+    ends = np.flatnonzero(source[:, 0] == -1)
+    assert len(set(np.diff([15, *ends]))) <= 1 and (not len(ends) or ends[-1] == len(source) - 1)
 
 
 def test_crops_put_together_are_the_picture(small: Processor) -> None:
@@ -80,7 +80,7 @@ def test_crops_put_together_are_the_picture(small: Processor) -> None:
     item = small.item("image", picture, {})
     assert item.units == 7
     patches = item.features["pixels"].reshape(7, 3, 4, 14, 4, 14).transpose(0, 2, 4, 3, 5, 1).reshape(-1, 14, 14, 3)
-    rows = item.features["index"][16:, 0].reshape(8, 13)
+    rows = item.features["source"][16:, 0].reshape(8, 13)
     assert (rows[:, -1] == -1).all()
     shown = patches[rows[:, :-1]].swapaxes(1, 2).reshape(112, 168, 3)
     np.testing.assert_array_equal(shown, picture)
@@ -107,7 +107,7 @@ def test_crops_of_another_checkpoint(files: dict[str, dict[str, Any]]) -> None:
 
 def test_resampling_takes_the_centres_of_cells() -> None:
     picks = resampled(np.arange(12).reshape(3, 4), 3, 2)
-    np.testing.assert_allclose((picks.index * picks.share).sum(axis=-1), [[0.5, 2.5], [4.5, 6.5], [8.5, 10.5]])
+    np.testing.assert_allclose((picks.source * picks.share).sum(axis=-1), [[0.5, 2.5], [4.5, 6.5], [8.5, 10.5]])
 
 
 @pytest.mark.parity
