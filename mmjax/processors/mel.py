@@ -35,8 +35,12 @@ class LogMel:
         return self._scale(mel)
 
     def before_silence(self, audio: np.ndarray) -> np.ndarray:
-        """float32 [n] -> float32 [bins, ceil(n / hop)]: the frames of an endless window that begin within the clip."""
+        """float32 [n] -> float32 [bins, ceil(n / hop)]: as in the full window, but only frames that begin within the
+        clip, at the cost of its length."""
+        audio = audio[: self.samples]
         half, frames = self.window // 2, -(-len(audio) // self.hop)
+        if len(audio) + half > self.samples:  # the window's end is mirrored
+            return self(audio)[:, :frames]
         live = -(-(len(audio) + half) // self.hop)  # the last may be louder than any before
         padded = np.zeros(max(live * self.hop, self.window) + 2 * half, np.float32)
         padded[half : half + len(audio)] = audio

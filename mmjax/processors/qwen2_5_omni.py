@@ -49,7 +49,7 @@ class Processor(OmniProcessor, WindowProcessor):
                 len(audio) / self.mel.rate,
                 self.mel.samples / self.mel.rate,
             )
-        mel = self.mel.before_silence(audio[: self.mel.samples])
+        mel = self.mel.before_silence(audio)
         frames, rows = mel.shape[1], self.heard(len(audio))
         units = -(-frames // self.chunk)
         padded = np.zeros((units * self.chunk, len(mel)), np.float32)

@@ -13,7 +13,21 @@ from mmjax import LLM
 from mmjax.__main__ import main
 from models import variants
 from models.bare import Bare
-from models.questions import HOMELESS, IMAGE, PICTURE, QUESTIONS, Question, chatml, llava, qwen2_vl, sound, whisper
+from models.questions import (
+    AUDIO,
+    HEARD,
+    HOMELESS,
+    IMAGE,
+    PICTURE,
+    QUESTIONS,
+    Question,
+    chatml,
+    llava,
+    omni,
+    qwen2_vl,
+    sound,
+    whisper,
+)
 from models.tables import answer_table, close, log_softmax, prompt_table
 from models.test_recorded import RECORDED
 from small import greedy, ids, picture
@@ -37,6 +51,8 @@ EXTRA: Mapping[str, list[Question]] = {
     "llava": [llava(f"{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
     "llava_onevision": [chatml(f"<image>{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
     "minicpmv": [qwen2_vl(f"{PICTURE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "qwen2_5_omni": [omni(HEARD + "How long?", audio=[sound(9, seconds)]) for seconds in (0.03, 0.51, 1.0, 2.01)],
+    "qwen3_omni_moe": [omni(AUDIO + "How long?", audio=[sound(9, seconds)]) for seconds in (0.02, 0.51, 1.0, 4.01)],
     "whisper": [whisper("<|startoftranscript|><|fr|>", seed, seconds) for seed, seconds in ((6, 0.05), (7, 3.99))],
 }
 
@@ -161,7 +177,8 @@ def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path) -> None:
     half = published(family, source, dtype="bfloat16")
     directory = variants.save(half, source, tmp_path / "half")
     model = published(family, directory)
-    units = {"whisper": 1, "llava": 2, "qwen2_vl": 256, "llava_onevision": 17}[family]
+    units: Any = {"whisper": 1, "llava": 2, "qwen2_vl": 256, "llava_onevision": 17}.get(family)
+    units = units or {"vision": 256, "audio": 16}
     bare = Bare(directory, tokens=256, units=units, dtype="bfloat16")
     for question in questions(family):
         exact, theirs = model.ask(question, 1).logits, half.ask(question, 1).logits

@@ -87,6 +87,24 @@ def whisper_128_bins(files: Files, weights: Weights) -> None:
     redraw(weights, "model.encoder.conv1.weight", len(weights["model.encoder.conv1.weight"]), 128, 3)
 
 
+def omni_chunks(files: Files, weights: Weights) -> None:
+    """Chunks of an even number of frames that leave an odd number of steps, other turns, a faster clock."""
+    thinker = files["config.json"]["thinker_config"]
+    thinker |= {"position_id_per_seconds": 26, "seconds_per_chunk": 1}
+    thinker["audio_config"] |= {"n_window": 17, "encoder_attention_heads": 2}
+    thinker["vision_config"] |= {"fullatt_block_indexes": [0], "window_size": 56}
+
+
+def omni_taps(files: Files, weights: Weights) -> None:
+    """Inner rows after the last block too, experts whose shares do not sum to one, windows of three chunks."""
+    thinker = files["config.json"]["thinker_config"]
+    thinker["vision_config"] |= {"deepstack_visual_indexes": [1, 2]}
+    thinker["text_config"] |= {"norm_topk_prob": False}
+    thinker["audio_config"] |= {"n_window_infer": 300}
+    for name in [name for name in weights if "merger_list.0." in name]:
+        redraw(weights, name.replace("merger_list.0.", "merger_list.1."), *weights[name].shape)
+
+
 ODD = {"layers": 3, "width": 48, "heads": 3, "mlp": 80, "tower_layers": 2, "tower_width": 24, "tower_mlp": 48}
 VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], None] | None]] = {
     "qwen2_vl: one kv head, untied": ("qwen2_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen_untied),
@@ -106,6 +124,12 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
         "minicpmv",
         {"width": 32, "heads": 4, "kv_heads": 4, "tower_width": 24, "tower_heads": 2, "tower_layers": 2},
         None,
+    ),
+    "qwen2_5_omni: odd heads, odd chunks": ("qwen2_5_omni", ODD | {"kv_heads": 1, "tower_heads": 3}, omni_chunks),
+    "qwen3_omni_moe: two taps, wide windows": (
+        "qwen3_omni_moe",
+        {"layers": 3, "kv_heads": 1, "tower_width": 24, "tower_heads": 2, "tower_mlp": 40},
+        omni_taps,
     ),
     "whisper: 128 bins": ("whisper", ODD | {"tower_layers": 1}, whisper_128_bins),
     "whisper: deep encoder": ("whisper", {"layers": 1, "tower_layers": 4, "heads": 1, "mlp": 96}, None),
@@ -136,6 +160,8 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {  # published names -> tho
         ("image_newline", "model.image_newline"),
     ),
     "whisper": (("model.", ""),),
+    "qwen2_5_omni": (("thinker.", ""),),
+    "qwen3_omni_moe": (("thinker.", ""),),
 }
 
 
@@ -155,6 +181,10 @@ def save(model: "Published", source: Path, directory: Path) -> Path:
     """The same checkpoint as transformers itself saves it: tensors, config.json, preprocessor_config.json."""
     model.model.save_pretrained(directory)
     model.prepare.save_pretrained(directory)
+    if hasattr(model, "ears"):  # the hub has one file for both
+        seen = json.loads((directory / "preprocessor_config.json").read_text())
+        heard = json.loads(model.ears.to_json_string())
+        (directory / "preprocessor_config.json").write_text(json.dumps(heard | seen))
     for name in HOST_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
