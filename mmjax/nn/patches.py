@@ -21,6 +21,7 @@ from mmjax.nn.pixels import Pixels
 from mmjax.nn.rope import Rope, rotate
 from mmjax.nn.tower import ACTIVATIONS, Blocks, TowerConfig, gelu
 from mmjax.nn.weight import weight
+from mmjax.sharding import up
 
 EPS = 1e-6  # of all norms; no config names it
 THETA = 10000.0
@@ -34,7 +35,8 @@ class PatchConfig:
 
     gated: RMS norms and a gated feed-forward. full: the blocks that attend to a whole frame while all others attend
     within windows; None when every block sees its frame. side: of the square table of learned positions, 0 without.
-    taps: blocks after which a row is taken too. bias: whether the patch embedding has one.
+    taps: blocks after which a row is taken too. bias: whether the patch embedding has one. padding: what is added to
+    the inside of the mergers so that it divides over devices.
     """
 
     tower: TowerConfig
@@ -48,6 +50,7 @@ class PatchConfig:
     side: int = 0
     taps: tuple[int, ...] = ()
     bias: bool = False
+    padding: int = 0
 
     @classmethod
     def first(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> PatchConfig:
@@ -131,7 +134,8 @@ class PatchConfig:
 
     def split(self, ways: int) -> PatchConfig:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, tower=self.tower.split(ways))
+        square = self.grain * self.tower.width
+        return dataclasses.replace(self, tower=self.tower.split(ways), padding=up(square, ways) - square)
 
 
 def _tower(vision: Mapping[str, Any], width: int, mlp: int, act: str) -> TowerConfig:
@@ -184,13 +188,14 @@ class Merge(nnx.Module):
     def __init__(self, c: PatchConfig, levels: int = 0) -> None:
         width = c.tower.width
         square = c.grain * width
+        inside = square + c.padding
         stack, axis = ((levels,), ("depth",)) if levels else ((), ())
         seen = square if levels else width
         self.norm = weight(*stack, seen, axes=(*axis, "embed"))
         self.norm_bias = None if c.gated else weight(*stack, seen, axes=(*axis, "embed"))
-        self.fc1 = weight(*stack, square, square, axes=(*axis, "embed", "mlp"))
-        self.fc1_bias = weight(*stack, square, axes=(*axis, "mlp"))
-        self.fc2 = weight(*stack, square, c.out, axes=(*axis, "mlp", "embed"))
+        self.fc1 = weight(*stack, square, inside, axes=(*axis, "embed", "mlp"))
+        self.fc1_bias = weight(*stack, inside, axes=(*axis, "mlp"))
+        self.fc2 = weight(*stack, inside, c.out, axes=(*axis, "mlp", "embed"))
         self.fc2_bias = weight(*stack, c.out, axes=(*axis, "embed"))
         self.square = square
 

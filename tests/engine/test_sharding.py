@@ -19,14 +19,20 @@ LLAVA = [
 
 @pytest.fixture(scope="module")
 def one_device(shared_llm) -> dict[str, list[list[int]]]:
-    prompts = {"qwen2_vl": QWEN, "whisper": WHISPER, "llava": LLAVA}
+    prompts = {"qwen2_vl": QWEN, "qwen3_vl_moe": QWEN, "whisper": WHISPER, "llava": LLAVA}
     return {family: ids(shared_llm(family).generate(p, greedy(), use_tqdm=False)) for family, p in prompts.items()}
 
 
 # Two ways split the heads, four also repeat (Qwen2-VL) or pad them.
 @pytest.mark.parametrize(
     ("family", "prompts", "ways"),
-    [("qwen2_vl", QWEN, 2), ("qwen2_vl", QWEN, 4), ("whisper", WHISPER, 4), ("llava", LLAVA, 2)],
+    [
+        ("qwen2_vl", QWEN, 2),
+        ("qwen2_vl", QWEN, 4),
+        ("qwen3_vl_moe", QWEN, 4),  # six experts
+        ("whisper", WHISPER, 4),
+        ("llava", LLAVA, 2),
+    ],
 )
 def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, prompts: list, ways: int) -> None:
     llm: LLM = make_llm(family, tensor_parallel_size=ways)

@@ -1,0 +1,100 @@
+"""Experts against the definition, token by token, on one device and on several."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax import sharding
+from mmjax.nn.moe import Experts, Grouped, MoeConfig, block_rows, by_blocks, by_ragged_dot, mix
+
+D, F, E, TOP = 12, 10, 7, 3
+
+
+def weights(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal(s).astype(np.float32) / 3 for s in ((E, D, 2, F), (E, F, D)))  # type: ignore[return-value]
+
+
+def plainly(x: np.ndarray, share: np.ndarray, chosen: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(x, np.float64)
+    for t, j in np.ndindex(chosen.shape):
+        if 0 <= (e := chosen[t, j]) < len(down):
+            gate, up = x[t].astype(np.float64) @ gate_up[e, :, 0], x[t].astype(np.float64) @ gate_up[e, :, 1]
+            out[t] += share[t, j] * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
+    return out
+
+
+def spread(kind: str, tokens: int) -> np.ndarray:
+    rng = np.random.default_rng(tokens)
+    if kind == "one expert":
+        return np.full((tokens, TOP), 4, np.int32)
+    if kind == "elsewhere":  # some on the device before, some on the one after
+        return rng.integers(-E, 2 * E, (tokens, TOP)).astype(np.int32)
+    if kind == "nowhere":
+        return np.full((tokens, TOP), E, np.int32)
+    return np.stack([rng.permutation(E)[:TOP] for _ in range(tokens)]).astype(np.int32)
+
+
+@pytest.mark.parametrize("kind", ["even", "one expert", "elsewhere", "nowhere"])
+@pytest.mark.parametrize(
+    ("grouped", "tokens", "block"), [(by_blocks, 1, 1), (by_blocks, 33, 8), (by_blocks, 5, 128), (by_ragged_dot, 33, 8)]
+)
+def test_mix(grouped: Grouped, kind: str, tokens: int, block: int) -> None:
+    rng = np.random.default_rng(1)
+    x, share = rng.standard_normal((tokens, D)).astype(np.float32), rng.random((tokens, TOP)).astype(np.float32)
+    chosen, (gate_up, down) = spread(kind, tokens), weights()
+    found = jax.jit(functools.partial(mix, block=block, grouped=grouped))(x, share, chosen, gate_up, down)
+    np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
+
+
+def test_accelerators_take_a_fixed_number_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is enough however the tokens are spread, and those too many leave no trace."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for kind in ("even", "one expert", "nowhere"):
+        test_mix(by_blocks, kind, 33, 8)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 4])
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_router_and_shards(ways: int, renormalise: bool) -> None:
+    """Seven experts on four devices: the eighth is padding, and nobody is sent there."""
+    config = MoeConfig(E, TOP, F, renormalise, E).split(ways)
+    graph, _ = nnx.split(Experts(D, config))
+    rng = np.random.default_rng(2)
+    x, router = rng.standard_normal((9, D)).astype(np.float32), rng.standard_normal((D, E)).astype(np.float32)
+    gate_up, down = (np.pad(w, [(0, config.stored - E)] + [(0, 0)] * (w.ndim - 1)) for w in weights())
+    chance = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
+    chosen = np.argsort(-chance, axis=1)[:, :TOP].astype(np.int32)
+    share = np.take_along_axis(chance, chosen, axis=1)
+    share = share / share.sum(1, keepdims=True) if renormalise else share
+
+    mesh = sharding.mesh(jax.devices()[:ways])
+    axes = {"router": ("embed", "route"), "gate_up": ("experts", "embed", "pair", "expert_mlp")}
+    axes["down"] = ("experts", "expert_mlp", "embed")
+    params = {
+        name: jax.device_put(value, sharding.place(mesh, axes[name]))
+        for name, value in (("router", router), ("gate_up", gate_up), ("down", down))
+    }
+    assert params["down"].addressable_shards[0].data.shape[0] == config.stored // ways
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, jnp.asarray(x))
+    np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
+
+
+def test_block_rows() -> None:
+    assert block_rows(8, 128) == 1  # one token: as many experts as rows
+    assert block_rows(128, 128) == 4
+    assert block_rows(2048 * 8, 128) == 128
+    assert block_rows(3, 2) == 8
+
+
+def test_layers_without_experts() -> None:
+    text = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 6}
+    assert MoeConfig.from_hf({**text, "num_experts": 0}) is None and MoeConfig.from_hf({}) is None
+    found = MoeConfig.from_hf({**text, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert found is not None and found.dense == (0, 2, 3, 4) and not found.renormalise
+    assert MoeConfig.from_hf(text, renormalise=True) == MoeConfig(4, 2, 8, True, 4)
