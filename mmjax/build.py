@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mmjax.chat import Chat, Stored, load_template
 from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
 from mmjax.engine.engine import Engine
+from mmjax.engine.grammar import Vocabulary
 from mmjax.engine.pack import Sizes
 from mmjax.load import Checkpoint, declare, find, load_params
 from mmjax.models.family import Shape
@@ -45,6 +46,7 @@ class Parts:
     renderer: Renderer
     chat: Chat
     tokenizer: Tokenizer | None
+    vocabulary: Vocabulary
     shape: Shape
     sizes: Sizes
     generation: dict[str, Any]
@@ -109,7 +111,22 @@ def build(args: EngineArgs) -> Parts:
     logger.info("ready in %.1f s, of which %.1f s compiling", startup, compile_s)
     seeds = (args.seed * 1_000_003 + n for n in itertools.count())
     chat = _chat(args, checkpoint, renderer)
-    return Parts(engines, renderer, chat, tokenizer, shape, sizes, generation, eos, max_len, startup, compile_s, seeds)
+    vocabulary = Vocabulary(tokenizer, shape.vocab, eos)
+    return Parts(
+        engines,
+        renderer,
+        chat,
+        tokenizer,
+        vocabulary,
+        shape,
+        sizes,
+        generation,
+        eos,
+        max_len,
+        startup,
+        compile_s,
+        seeds,
+    )
 
 
 def _chat(args: EngineArgs, checkpoint: Checkpoint, renderer: Renderer) -> Chat:

@@ -14,6 +14,7 @@ from mmjax.build import Parts
 from mmjax.engine.answer import Answer
 from mmjax.engine.constraints import Constraints
 from mmjax.engine.engine import Engine
+from mmjax.engine.grammar import Grammar
 from mmjax.engine.sequence import MediaSpan, Prompt
 from mmjax.engine.sequence import Sequence as EngineSequence
 from mmjax.render import Rendered
@@ -41,6 +42,10 @@ class Run:
             )
         prompt = _prompt(rendered, parts.shape.cross)
         constraints = Constraints(params, parts.vocab_size, parts.tokenizer)
+        wanted = params.structured_outputs
+        grammars = (
+            [Grammar(parts.vocabulary, wanted, constraints) for _ in range(params.n)] if wanted is not None else []
+        )
         seed = params.seed if params.seed is not None else parts.next_seed()
         eos = parts.eos[0] if parts.eos else None
         self.answers = []
@@ -53,7 +58,7 @@ class Run:
                 seed=seed + index,
                 stops=stops,
                 max_len=parts.max_model_len,
-                constraints=constraints,
+                constraints=grammars[index] if grammars else constraints,
             )
             answer = Answer(seq, parts.tokenizer, eos)
             self.answers.append(answer)

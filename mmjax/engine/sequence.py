@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmjax.engine.constraints import Constraints
+from mmjax.engine.grammar import Grammar
 from mmjax.engine.pages import page_key
 from mmjax.processors.base import Item
 from mmjax.types import SamplingParams
@@ -59,7 +60,7 @@ class Sequence:
         seed: int,
         stops: Seq[int],
         max_len: int,
-        constraints: Constraints,
+        constraints: Constraints | Grammar,
     ) -> None:
         self.number = next(_numbers)
         self.request_id = request_id
