@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmjax.multimodal.arrays import is_array, is_tensor
+from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
@@ -202,7 +202,7 @@ def split_items(kind: str, data: Any, embeds: EmbedReader | None = None) -> list
         if data.ndim == axes + 1:
             if data.shape[0] > MOST_ITEMS:
                 raise RequestError(f"An array of shape {tuple(data.shape)} is too many {kind}s.", "too_many_items")
-            return list(data)
+            return list(data if hasattr(data, "__getitem__") else to_numpy(data))
         raise RequestError(
             f"An array of shape {tuple(data.shape)} is no {kind}: one {kind} has {axes} axes, several have {axes + 1}.",
             "bad_media",

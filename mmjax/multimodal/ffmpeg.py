@@ -92,7 +92,7 @@ def probe_video(file: Path) -> Stream:
     rate = float(told[1].replace("k", "e3")) if told else 0.0
     packets.sort()
     stamps = [stamp for stamp, _ in packets]
-    timed = len(set(stamps)) == len(stamps) and stamps[:1] != [UNTIMED]
+    timed = 0 < len(set(stamps)) == len(stamps) and stamps[0] != UNTIMED
     if timed:
         seconds = (packets[-1][0] - packets[0][0] + packets[-1][1]) * unit
         rate = float((len(packets) / seconds).limit_denominator(1001)) if seconds > 0 else rate

@@ -53,6 +53,8 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
         _feed_image(digest, value)
     elif is_array(value):
         array = to_numpy(value)
+        if array.dtype.hasobject:
+            raise RequestError(f"An array of media cannot hold {array.dtype}; use uint8 or float32.", "bad_media")
         _leaf(digest, b"A", f"{array.dtype.str}{array.shape}".encode())
         _count(digest, b"D", array.nbytes)
         _feed_numbers(digest, array)

@@ -90,13 +90,27 @@ def load(
             raise _failed(error.strerror or type(error).__name__) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # size warnings: the check in upright decides
-        try:
-            image = Image.open(io.BytesIO(source), formats=_formats())
-        except UnidentifiedImageError as error:
-            raise _failed(f"not an image in a supported format ({', '.join(FORMATS)})") from error
-        except BROKEN as error:
-            raise _failed(error) from error
+        image = _opened(source, limits)
         return convert_image_mode(upright(image, limits), mode, background=background)
+
+
+def _opened(source: bytes, limits: Limits) -> Image.Image:
+    """The image of a file, its pixels still unread."""
+    try:
+        return Image.open(io.BytesIO(source), formats=_formats())
+    except UnidentifiedImageError as error:
+        raise _failed(f"not an image in a supported format ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:
+        if Image.MAX_IMAGE_PIXELS is None or 0 < limits.image_pixels <= 2 * Image.MAX_IMAGE_PIXELS:
+            raise _too_large(None, limits) from error
+    except BROKEN as error:
+        raise _failed(error) from error
+    with _loading:  # the operator allows more than Pillow does, which has but one limit for everybody
+        usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(source), formats=_formats())
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image | np.ndarray:
@@ -252,8 +266,8 @@ def _scale_down(deep: np.ndarray) -> np.ndarray:
     return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _too_large(shape: tuple[int, ...], limits: Limits) -> RequestError:
-    size = "x".join(map(str, shape))
+def _too_large(shape: tuple[int, ...] | None, limits: Limits) -> RequestError:
+    size = "it" if shape is None else "x".join(map(str, shape))
     return RequestError(
         f"Failed to load image: {size} exceeds the limit of {limits.image_pixels} pixels. Scale the image down.",
         "media_too_large",

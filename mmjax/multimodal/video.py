@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import math
+import numbers
+import operator
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -36,6 +38,12 @@ def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits 
     frames, metadata = media if isinstance(media, tuple) and len(media) == 2 else (media, {})
     if not isinstance(metadata, Mapping):
         raise RequestError(f"Video metadata must be a dictionary, got {type(metadata).__name__}.", "bad_media")
+    stacked = _frames(frames, background, limits)
+    return Video(stacked, _checked(metadata, len(stacked)))
+
+
+def _frames(frames: Any, background: image.Color, limits: Limits) -> np.ndarray:
+    """uint8 [T, H, W, 3]."""
     if is_array(frames):
         array = to_numpy(frames)
         if array.ndim != 4:
@@ -44,7 +52,7 @@ def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits 
                 f"shape {array.shape}.",
                 "bad_media",
             )
-        return Video(image.frames_from_array(array, "video", background=background), dict(metadata))
+        return image.frames_from_array(array, "video", background=background)
     if not isinstance(frames, (list, tuple)) or not frames:
         raise RequestError(
             "A video must be an array, or a non-empty list of PIL images or of 3-D arrays (its frames), got "
@@ -55,10 +63,37 @@ def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits 
         arrays = [to_numpy(frame) for frame in frames]
         _same_size([array.shape for array in arrays])
         if arrays[0].ndim == 3:
-            return Video(image.frames_from_array(np.stack(arrays), "video", background=background), dict(metadata))
+            return image.frames_from_array(np.stack(arrays), "video", background=background)
     pictures = [np.asarray(image.decode(frame, background=background, limits=limits)) for frame in frames]
     _same_size([picture.shape for picture in pictures])
-    return Video(np.stack(pictures), dict(metadata))
+    return np.stack(pictures)
+
+
+def _checked(metadata: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Metadata whose known values are what processors may rely on: positive rates, one frame number for each frame."""
+    made = dict(metadata)
+    for name in ("fps", "duration", "total_num_frames"):
+        value = made.get(name)
+        least = 0 if name == "duration" else math.ulp(0.0)
+        if value is not None and not (_is_number(value) and least <= value < math.inf):
+            raise RequestError(f"Video metadata: {name} must be a positive number, got {value!r}.", "bad_media")
+    indices = made.get("frames_indices")
+    if indices is not None:
+        try:
+            given = to_numpy(indices).tolist() if is_array(indices) else indices
+            made["frames_indices"] = [operator.index(index) for index in given]
+        except TypeError as error:
+            raise RequestError("Video metadata: frames_indices must be a list of integers.", "bad_media") from error
+        if len(made["frames_indices"]) != count or min(made["frames_indices"]) < 0:
+            raise RequestError(
+                f"Video metadata: frames_indices must number each of the {count} frames that are given, from 0 up.",
+                "bad_media",
+            )
+    return made
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _same_size(shapes: list[tuple[int, ...]]) -> None:
@@ -151,12 +186,12 @@ def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: Limit
         _stack([found[index] for index in kept]),
         {
             "total_num_frames": total,
-            "fps": rate,
             "duration": total / rate if rate else 0,
             "video_backend": sampling.video_backend,
             "frames_indices": kept,
             "do_sample_frames": len(kept) == total,
-        },
+        }
+        | ({"fps": rate} if rate else {}),
     )
 
 

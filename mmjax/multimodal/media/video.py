@@ -74,11 +74,11 @@ class VideoMediaIO(MediaIO[Frames]):
                 words = f"The frames of the video need more than {self.limits.video_bytes} bytes. Send fewer."
                 raise RequestError(words, "media_too_large")
         made = video.decode(pictures, limits=self.limits)
-        rate = 1.0 if self.sampling.fps is None else float(self.sampling.fps)
+        rate = float(max(self.sampling.fps or 0, 0)) or 1.0
         return made.frames, {
             "total_num_frames": len(pictures),
             "fps": rate,
-            "duration": len(pictures) / rate if rate > 0 else 0,
+            "duration": len(pictures) / rate,
             "video_backend": "jpeg_sequence",
             "frames_indices": list(range(len(pictures))),
             "do_sample_frames": False,
