@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal.arrays import is_array, to_numpy
+from mmjax.processors import listened
 from mmjax.processors.base import Item, Kwargs, Processor
 from mmjax.types import RequestError
 
@@ -68,6 +69,8 @@ class EmbedReader:
         fields = data if isinstance(data, Mapping) else {names[0]: data}
         _require(names, fields)
         rows = fields[names[0]]
+        if names[0] == listened.FEATURES:
+            return [Embeds(clip) for clip in listened.clips(fields)]
         if len(names) == 1:
             return [Embeds({names[0]: part}) for part in (rows if _is_many(rows) else [rows])]
         sizes = np.atleast_2d(_sizes(fields[names[1]], names[1]))
@@ -97,6 +100,8 @@ class EmbedReader:
     def item(self, kind: str, index: int, embeds: Embeds, kwargs: Kwargs) -> Item:
         """The item, its rows checked and copied to float32 [n, W]."""
         names = self.names(kind)
+        if isinstance(self.processor, listened.Listener) and names[0] == listened.FEATURES:
+            return listened.item(self.processor, index, embeds.fields)
         rows = self._rows(kind, index, names[0], embeds.fields[names[0]])
         if len(names) == 1:
             return dataclasses.replace(self.processor.outline(kind, (len(rows),), kwargs), ready=rows)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders
+from mmjax.processors.listened import FEATURES, LENGTHS
 from mmjax.processors.mel import LogMel
 from mmjax.processors.patches import PatchProcessor, area_bounds
 from mmjax.processors.soundtrack import Items, Soundtracks, Turn
@@ -27,6 +28,7 @@ class OmniProcessor(PatchProcessor):
 
     kinds: Mapping[str, int | None] = {"image": None, "video": None, "audio": None}
     accepts = PatchProcessor.accepts | {"fps", "images_kwargs", "videos_kwargs", *WITH_SOUND}
+    embeds: Mapping[str, tuple[str, ...]] = {**PatchProcessor.embeds, "audio": (FEATURES, LENGTHS)}
     fps: float
     one_bos: bool
 
@@ -54,6 +56,15 @@ class OmniProcessor(PatchProcessor):
     def hear(self, audio: np.ndarray) -> Item:
         """Mono float32 [n] at the model's rate -> an audio item."""
         raise NotImplementedError
+
+    def from_mel(self, mel: np.ndarray) -> Item:
+        """float32 [bins, frames] -> an audio item."""
+        raise NotImplementedError
+
+    @property
+    def bins(self) -> int:
+        """Of the log-mel features."""
+        return len(self.mel.filters)
 
     def heard(self, samples: int) -> int:
         """Rows of a clip of so many samples; 0 or less when it is too short to be heard."""

@@ -37,20 +37,25 @@ class Processor(OmniProcessor, WindowProcessor):
 
     def heard(self, samples: int) -> int:
         """Two convolution steps per row, two frames per step."""
-        frames = -(-min(samples, self.mel.samples) // self.mel.hop)
+        return self._rows(-(-min(samples, self.mel.samples) // self.mel.hop))
+
+    def _rows(self, frames: int) -> int:
         return (frames + 1) // 2 // 2
 
     def hear(self, audio: np.ndarray) -> Item:
-        """Mono float32 [n] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, step i32[rows]: the first
-        of the two steps that make a row. The last chunk may be short; longer audio than the window is cut."""
+        """See `from_mel`; longer audio than the window is cut."""
         if len(audio) > self.mel.samples:
             log.warning(
                 "audio of %.1f s is cut to the model's window of %.1f s",
                 len(audio) / self.mel.rate,
                 self.mel.samples / self.mel.rate,
             )
-        mel = self.mel.before_silence(audio)
-        frames, rows = mel.shape[1], self.heard(len(audio))
+        return self.from_mel(self.mel.before_silence(audio))
+
+    def from_mel(self, mel: np.ndarray) -> Item:
+        """float32 [bins, frames] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, step i32[rows]: the
+        first of the two steps that make a row. The last chunk may be short."""
+        frames, rows = mel.shape[1], self._rows(mel.shape[1])
         units = -(-frames // self.chunk)
         padded = np.zeros((units * self.chunk, len(mel)), np.float32)
         padded[:frames] = mel.T

@@ -46,14 +46,20 @@ class Processor(OmniProcessor):
         """An eighth of the frames, chunk by chunk; none where there is too little to be mirrored at the end."""
         if samples <= self.mel.window // 2:
             return 0
-        chunks, rest = divmod(samples // self.mel.hop, self.chunk)
+        return self._rows(samples // self.mel.hop)
+
+    def _rows(self, frames: int) -> int:
+        chunks, rest = divmod(frames, self.chunk)
         return chunks * _eighth(self.chunk) + _eighth(rest)
 
     def hear(self, audio: np.ndarray) -> Item:
-        """Mono float32 [n] -> mel f32[chunks, frames, bins]; length and extent i32[chunks]: the frames that are sound,
-        and those that the convolutions see; window i32[chunks]; step i32[rows]. Clips may be of any length."""
-        mel = self.mel.alone(audio)
-        frames, rows = mel.shape[1], self.heard(len(audio))
+        """See `from_mel`. Clips may be of any length."""
+        return self.from_mel(self.mel.alone(audio))
+
+    def from_mel(self, mel: np.ndarray) -> Item:
+        """float32 [bins, frames] -> mel f32[chunks, frames, bins]; length and extent i32[chunks]: the frames that are
+        sound, and those that the convolutions see; window i32[chunks]; step i32[rows]."""
+        frames, rows = mel.shape[1], self._rows(mel.shape[1])
         units = -(-frames // self.chunk)
         padded = np.zeros((units * self.chunk, len(mel)), np.float32)
         padded[:frames] = mel.T

@@ -97,6 +97,37 @@ def test_rows_with_sizes(shared_llm: Shared) -> None:
     assert same(answer(llm, clip), answer(llm, {**clip, "multi_modal_data": {"video": {"video_embeds": rows}}}))
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_omni"])
+def test_audio_features(family: str, shared_llm: Shared) -> None:
+    """Omni: `input_audio_features` with `audio_feature_lengths` are what the encoder would have been given."""
+    llm = shared_llm(family)
+    mark = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    sounds = [tone(1), tone(2, 0.9)]
+    asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"audio": [(sound, 16000) for sound in sounds]}}
+    mel = [llm.parts.renderer.processor.mel.before_silence(sound) for sound in sounds]  # type: ignore[union-attr]
+    lengths = [m.shape[1] for m in mel]
+    padded = np.stack([np.pad(m, [(0, 0), (0, max(lengths) - m.shape[1])]) for m in mel])
+    items = [{"input_audio_features": m, "audio_feature_lengths": n} for m, n in zip(mel, lengths, strict=True)]
+    raw = answer(llm, asked)
+    for form in (
+        {"input_audio_features": np.concatenate(mel, axis=1), "audio_feature_lengths": np.array(lengths)},
+        {"input_audio_features": padded, "audio_feature_lengths": lengths},
+        items,
+        [(sounds[0], 16000), items[1]],
+    ):
+        assert same(raw, answer(llm, {**asked, "multi_modal_data": {"audio": form}}))
+    for wrong in (
+        {"input_audio_features": mel[0][:9], "audio_feature_lengths": [lengths[0]]},
+        {"input_audio_features": mel[0], "audio_feature_lengths": [10**6]},
+        {"input_audio_features": mel[0], "audio_feature_lengths": [1.5]},
+        {"input_audio_features": mel[0] * np.nan, "audio_feature_lengths": [lengths[0]]},
+        {"input_audio_features": mel[0], "audio_feature_lengths": [1]},
+    ):
+        with pytest.raises(ValueError, match=r"input_audio_features|audio_feature_lengths|too short"):
+            answer(llm, {"prompt": mark, "multi_modal_data": {"audio": wrong}})
+    assert same(raw, answer(llm, asked))
+
+
 def test_parts_with_rows(qwen: LLM) -> None:
     """`image_embeds` parts: arrays, base64 of a tensor file, and from the cache under their `uuid`."""
     raw = reply(qwen, user({"type": "image_pil", "image_pil": pil(1)}, "What?"))
