@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("llguidance")
 
-from mmjax import LLM, SamplingParams  # noqa: E402
+from mmjax import LLM, SamplingParams
 
 SCHEMA = {
     "type": "object",
@@ -33,14 +33,14 @@ def test_every_kind_beside_free_neighbours(qwen: LLM) -> None:
     schema, regex, choice, grammar, beside = texts(
         qwen,
         structured(json=SCHEMA, disable_any_whitespace=True),
-        structured(regex=r"[a-c]{3}-\d{2}"),
+        structured(regex=r"[a-c]{3}-[0-9]{2}"),
         structured(choice=["red", "green apple"]),
         structured(grammar='start: "x" /[yz]/ "!"'),
         free,
     )
     value = json.loads(schema)
     assert set(value) == {"n", "ok"} and 0 <= value["n"] <= 99 and isinstance(value["ok"], bool)
-    assert re.fullmatch(r"[a-c]{3}-\d{2}", regex)
+    assert re.fullmatch(r"[a-c]{3}-[0-9]{2}", regex)
     assert choice in ("red", "green apple")
     assert re.fullmatch(r"x[yz]!", grammar)
     assert beside == alone
