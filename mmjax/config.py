@@ -91,6 +91,7 @@ class EngineArgs:
     interleave_mm_strings: bool = False
     mm_processor_cache_gb: float = 4.0
     enable_prefix_caching: bool | None = None
+    mm_processor_cache_type: str = "lru"
     language_model_only: bool = False
     max_logprobs: int = 20
     generation_config: str = "auto"
@@ -131,6 +132,8 @@ class EngineArgs:
         _require(self.quantization is None, "quantization", self.quantization, "None: no method is available yet")
         _require(self.runner in ("auto", "generate"), "runner", self.runner, "'auto' or 'generate'")
         _require(
+        cache = self.mm_processor_cache_type
+        _require(cache in ("lru", "shm"), "mm_processor_cache_type", cache, "'lru' or 'shm'")
             self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'"
         )
 

@@ -63,6 +63,7 @@ MEANINGS = {
     "enable_mm_embeds": "take embeddings in place of media",
     "interleave_mm_strings": "keep media where they stand among the text of a chat message",
     "mm_processor_cache_gb": "GiB of processed media to keep; 0 keeps none",
+    "mm_processor_cache_type": "accepted: `lru` or `shm`; everything is in one process, so both are the same",
     "enable_prefix_caching": "share the pages of equal prefixes; unset: on for decoder-only models",
     "language_model_only": "take no media at all",
     "max_logprobs": "most log-probabilities per token; -1 is the vocabulary",

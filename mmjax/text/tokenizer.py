@@ -75,17 +75,6 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property
-    def chat_template(self) -> str | None:
-        """Raw Jinja text, from the first of chat_template.jinja, chat_template.json and tokenizer_config.json."""
-        jinja = self.directory / "chat_template.jinja"
-        if jinja.is_file():
-            return jinja.read_text(encoding="utf-8")
-        found = _read_json(self.directory / "chat_template.json").get("chat_template", self.config.get("chat_template"))
-        if isinstance(found, list):  # several named templates
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        return found
-
-    @functools.cached_property
     def hf(self) -> Any:
         """The same tokenizer.json as a Hugging Face tokenizer object; imports transformers on first use (seconds)."""
         from transformers import PreTrainedTokenizerFast

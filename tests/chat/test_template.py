@@ -50,6 +50,12 @@ def test_reading_a_directory(tmp_path: Path, tiny_dir: Any) -> None:
     stored = Stored.read(tmp_path, tokenizer, "llava")
     assert stored.special["bos_token"] == "<s>" and stored.special["pad_token"] == "<pad>"
     assert stored.resolve(None, tools=False) == tokenizer.config["chat_template"] and stored.fallback is None
+    tokenizer.config["chat_template"] = [
+        {"name": "default", "template": "D{}"},
+        {"name": "tool_use", "template": "U{}"},
+    ]
+    named = Stored.read(tmp_path, tokenizer, None)
+    assert named.resolve(None, tools=False) == "D{}" and named.resolve(None, tools=True) == "U{}"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "J{}"}))
     assert Stored.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "J{}"
     (tmp_path / "chat_template.jinja").write_text("X{}")

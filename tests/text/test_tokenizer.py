@@ -51,20 +51,6 @@ def test_missing_file_names_the_fix(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
-def test_chat_template_from_each_home(tiny_dir: Make, tmp_path: Path) -> None:
-    copy(tiny_dir("llava"), tmp_path)
-    assert Tokenizer(tmp_path).chat_template is None
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    copy(tiny_dir("llava"), tmp_path, chat_template=named)
-    assert Tokenizer(tmp_path).chat_template == "D"
-    copy(tiny_dir("llava"), tmp_path, chat_template="config")
-    assert Tokenizer(tmp_path).chat_template == "config"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "json"}))
-    assert Tokenizer(tmp_path).chat_template == "json"
-    (tmp_path / "chat_template.jinja").write_text("jinja")
-    assert Tokenizer(tmp_path).chat_template == "jinja"
-
-
 def test_roles_spelt_as_serialised_tokens(tiny_dir: Make, tmp_path: Path) -> None:
     copy(tiny_dir("llava"), tmp_path, eos_token={"__type": "AddedToken", "content": "</s>"}, bos_token=None)
     tokenizer = Tokenizer(tmp_path)
