@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve.context import Context, event_stream, finite, token_text, unless_gone, usage
 from mmjax.serve.schema import ChatRequest, sampling
-from mmjax.serve.tools import Call, Reader
+from mmjax.serve.tools import Call, Forced, Reader, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestOutput, SamplingParams
 
@@ -44,6 +44,9 @@ class Conversation:
         self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
         self.created = int(time.time())
         self.prepared: tuple[Any, SamplingParams] | None = None
+        self.schema, self.function = None, None
+        if body.tool_choice not in (None, "none", "auto"):
+            self.schema, self.function = schema_of(body.tools or [], body.tool_choice)
 
     async def prepare(self) -> tuple[Any, SamplingParams]:
         """(rendered prompt, sampling parameters). Whatever is wrong with the request is raised here."""
@@ -56,7 +59,12 @@ class Conversation:
             )
         options["chat_template_kwargs"] = {**settings.template_kwargs, **(options["chat_template_kwargs"] or {})}
         options["chat_template_content_format"] = settings.content_format
-        params = sampling(body.fields(), engine.llm.get_default_sampling_params())
+        fields = body.fields()
+        if self.schema is not None:
+            if "structured_outputs" in fields:
+                raise ValueError("tool_choice and a response format cannot both say what the answer looks like")
+            fields["structured_outputs"] = {"json": self.schema, "disable_any_whitespace": True}
+        params = sampling(fields, engine.llm.get_default_sampling_params())
         engine.llm.verify(params)
         async with self.context.admitted():
             rendered = await engine.prepare_chat(body.messages, body.tokenization(), **options)
@@ -104,7 +112,7 @@ class Conversation:
         if want:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(ticket.output)}
 
-    def _chunks(self, delta: Delta, reader: Reader | None) -> list[Json]:
+    def _chunks(self, delta: Delta, reader: Reader | Forced | None) -> list[Json]:
         """The chunks of one gain."""
         ended = delta.finish_reason is not None
         pieces: list[str | Call] = [delta.text]
@@ -133,8 +141,10 @@ class Conversation:
                 last["token_ids"] = delta.token_ids
         return chunks
 
-    def _reader(self) -> Reader | None:
+    def _reader(self) -> Reader | Forced | None:
         """What looks for tool calls, when there may be any."""
+        if self.schema is not None:
+            return Forced(self.function)
         asked = self.body.tools and self.body.tool_choice != "none"
         return Reader() if asked and self.context.settings.tool_parser else None
 

@@ -1,4 +1,5 @@
-"""Tool calls in the text of Qwen and Hermes models: <tool_call>{"name": ..., "arguments": {...}}</tool_call>."""
+"""Tool calls: as Qwen and Hermes models write them, <tool_call>{"name": ..., "arguments": {...}}</tool_call>, and those
+that a client insists on, for which the answer is held to JSON."""
 
 from __future__ import annotations
 
@@ -33,11 +34,15 @@ class Reader:
     def __init__(self) -> None:
         self.calls = 0
         self._held = ""
+        self._called = False  # the last piece was a call: a line break after it belongs to it
 
     def feed(self, text: str, *, last: bool = False) -> Iterator[str | Call]:
         """More of the answer: pieces of text and calls, in their order. `last`: nothing is held back any more."""
         self._held += text
         while self._held:
+            if self._called:
+                self._held, self._called = self._held.removeprefix("\n"), False
+                continue
             at = self._held.find(OPEN)
             if at < 0:
                 keep = 0 if last else _overlap(self._held, OPEN)
@@ -57,7 +62,7 @@ class Reader:
                 continue
             whole, self._held = self._held[: end + len(CLOSE)], self._held[end + len(CLOSE) :]
             call = read_call(whole[len(OPEN) : -len(CLOSE)])
-            self._held = self._held.removeprefix("\n") if call else self._held
+            self._called = call is not None
             yield call or whole
 
     def read(self, text: str) -> tuple[str, list[Call]]:
@@ -66,6 +71,70 @@ class Reader:
         said = "".join(piece for piece in pieces if isinstance(piece, str))
         calls = [piece for piece in pieces if isinstance(piece, Call)]
         return said.strip() if calls else said, calls
+
+
+class Forced:
+    """Reads an answer that can be nothing but calls: the arguments of `name`, or without one a list of calls."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+        self.calls = 0
+        self._held = ""
+
+    def feed(self, text: str, *, last: bool = False) -> Iterator[str | Call]:
+        """As `Reader.feed`; all of it comes at the end."""
+        self._held += text
+        if last:
+            found = self._calls()
+            yield from found or [self._held]
+
+    def read(self, text: str) -> tuple[str, list[Call]]:
+        """As `Reader.read`. An answer that was cut short is text."""
+        self._held = text
+        calls = self._calls()
+        return ("" if calls else text), calls
+
+    def _calls(self) -> list[Call]:
+        try:
+            value = json.loads(self._held)
+        except ValueError:
+            return []
+        if self.name is not None:
+            return [Call(self.name, json.dumps(value, ensure_ascii=False))]
+        entries = value if isinstance(value, list) else []
+        calls = [read_call(json.dumps(entry, ensure_ascii=False)) for entry in entries]
+        return [call for call in calls if call is not None]
+
+
+def schema_of(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """(JSON schema of the answer, name of the one function) that `tool_choice` insists on. ValueError for a bad one."""
+    functions = {}
+    for tool in tools:
+        function = tool.get("function")
+        if (
+            tool.get("type") != "function"
+            or not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+        ):
+            raise ValueError("tools: each must be {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
+        functions[function["name"]] = function.get("parameters") or {"type": "object"}
+    if isinstance(choice, dict):
+        name = (choice.get("function") or {}).get("name")
+        if name not in functions:
+            raise ValueError(f"tool_choice: {name!r} is none of the tools, {', '.join(functions)}")
+        return functions[name], name
+    if choice != "required":
+        raise ValueError(f"tool_choice: {choice!r} is none of none, auto, required and a function")
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "parameters": parameters},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for name, parameters in functions.items()
+    ]
+    return {"type": "array", "minItems": 1, "items": {"anyOf": calls}}, None
 
 
 def read_call(text: str) -> Call | None:

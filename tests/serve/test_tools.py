@@ -1,0 +1,83 @@
+"""Tool calls found in text, whole and in pieces, and calls that a client insists on."""
+
+import json
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from mmjax.serve.tools import Call, Forced, Reader, schema_of
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Bern", "Wien"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "additionalProperties": False}}},
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize(
+    ("text", "said", "names"),
+    [
+        ("no call at all", "no call at all", []),
+        (CALL, "", ["weather"]),
+        (f"Let me see.\n{CALL}\n{CALL}", "Let me see.\n", ["weather", "weather"]),
+        ("a < b and <tool", "a < b and <tool", []),
+        ("<tool_call>not json</tool_call> after", "<tool_call>not json</tool_call> after", []),
+        ('<tool_call>{"name": "now"}', "", ["now"]),
+        ('<tool_call>{"name": "no', '<tool_call>{"name": "no', []),
+    ],
+)
+def test_reading_in_pieces(text: str, said: str, names: list[str], size: int) -> None:
+    reader, pieces = Reader(), []
+    for at in range(0, len(text), size):
+        pieces += reader.feed(text[at : at + size])
+    pieces += reader.feed("", last=True)
+    assert "".join(piece for piece in pieces if isinstance(piece, str)) == said
+    assert [piece.name for piece in pieces if isinstance(piece, Call)] == names
+    assert [call.name for call in Reader().read(text)[1]] == names
+
+
+def test_arguments_are_json_text() -> None:
+    [call] = Reader().read(CALL)[1]
+    assert json.loads(call.arguments) == {"city": "Zürich"}
+    assert call.as_json()["type"] == "function" and call.id.startswith("chatcmpl-tool-")
+
+
+def test_forced_answers() -> None:
+    assert [call.name for call in Forced(None).read('[{"name": "now", "parameters": {}}]')[1]] == ["now"]
+    assert Forced("weather").read('{"city": "Bern"')[1] == [], "an answer that was cut short is no call"
+    for choice, words in ((("sometimes"), "none of none"), ({"function": {"name": "fly"}}, "fly")):
+        with pytest.raises(ValueError, match=words):
+            schema_of(TOOLS, choice)  # type: ignore[arg-type]
+
+
+def test_a_client_insists(client: TestClient) -> None:
+    pytest.importorskip("llguidance")
+
+    def ask(**body: Any) -> Any:
+        given = {"messages": [{"role": "user", "content": "Weather?"}], "temperature": 0, "max_tokens": 120}
+        return client.post("/v1/chat/completions", json={**given, "tools": TOOLS, **body})
+
+    named = {"type": "function", "function": {"name": "weather"}}
+    [choice] = ask(tool_choice=named).json()["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert json.loads(call["function"]["arguments"])["city"] in ("Bern", "Wien")
+    lines = ask(tool_choice=named, stream=True).text.split("\n\n")
+    deltas = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    [streamed] = [delta["delta"]["tool_calls"][0] for delta in deltas if "tool_calls" in delta["delta"]]
+    assert streamed["index"] == 0 and streamed["function"] == call["function"]
+    assert deltas[-1]["finish_reason"] == "tool_calls"
+    assert ask(tool_choice={"type": "function", "function": {"name": "fly"}}).status_code == 400
+    assert ask(tool_choice="sometimes").status_code == 400
