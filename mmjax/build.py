@@ -201,6 +201,9 @@ def _engine(
     mesh = sharding.mesh(devices)
     # XLA:CPU emulates half precision: a decode step took 10 times as long.
     held = "float32" if platform == "cpu" else dtype
+    encoders = {
+        name for name, encoder in config.shape.encoders.items() if any(limits.get(kind, 0) for kind in encoder.kinds)
+    }
     graph, split, params = load_params(
         checkpoint,
         config,
@@ -209,14 +212,16 @@ def _engine(
         held,
         dummy=args.load_format == "dummy",
         seed=args.seed,
+        text_only=not encoders and not config.shape.cross,
         progress=_bar("Loading weights"),
     )
     shape: Shape = split.shape
-    encoders = {
-        name: encoder for name, encoder in shape.encoders.items() if any(limits.get(kind, 0) for kind in encoder.kinds)
-    }
     taking = bool(encoders) or args.enable_mm_embeds
-    shape = dataclasses.replace(shape, encoders=encoders, slab_width=shape.slab_width if taking else 0)
+    shape = dataclasses.replace(
+        shape,
+        encoders={name: encoder for name, encoder in shape.encoders.items() if name in encoders},
+        slab_width=shape.slab_width if taking else 0,
+    )
     page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)

@@ -23,6 +23,7 @@ from mmjax.models import Family
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HEAD = "lm_head.weight"
+TEXT = "text."  # where every family keeps its language model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,22 +147,29 @@ def load_params(
     *,
     dummy: bool = False,
     seed: int = 0,
+    text_only: bool = False,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
 ) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array]]:
     """(graph, configuration as split over the mesh, parameters by path on the mesh).
 
-    dtype: what the values are rounded to. held: the dtype they are then kept and computed in.
+    dtype: what the values are rounded to. held: the dtype they are then kept and computed in. text_only: whatever
+    belongs to no language model stays off the devices; no program may use it.
     """
     ways = sharding.ways(mesh)
     split = config.split(ways)
     graph, leaves = declare(checkpoint.family, split)
     if dummy:
         make = progress(iter(leaves.items()), len(leaves))
-        return graph, split, {path: random_leaf(path, leaf, mesh, held, seed) for path, leaf in make}
+        none = Leaf((0,), ("one",))
+        kept = ((path, none if text_only and not path.startswith(TEXT) else leaf) for path, leaf in make)
+        return graph, split, {path: random_leaf(path, leaf, mesh, held, seed) for path, leaf in kept}
     _, stored = declare(checkpoint.family, config)
     params = {}
     for path, value in progress(checkpoint.values(stored), len(stored)):
         leaf = leaves[path]
+        if text_only and not path.startswith(TEXT):
+            params[path] = jnp.zeros((0,), jnp.dtype(held), device=sharding.place(mesh, ("one",)))
+            continue
         array = fit(value, stored[path], leaf).astype(jnp.dtype(dtype), copy=False).astype(jnp.dtype(held), copy=False)
         params[path] = jax.device_put(array, sharding.place(mesh, leaf.axes))
     return graph, split, params

@@ -190,6 +190,8 @@ def test_embeds_only(make_llm: Callable[..., LLM], qwen: LLM) -> None:
     with pytest.raises(ValueError, match=r"At most 0 image\(s\)"):
         reply(llm, user({"type": "image_pil", "image_pil": pil(1)}))
     assert llm.get_metrics()["compiles_after_warmup"] == 0
+    runner = llm.parts.engines[0].runner  # the tower stays off the device
+    assert all(leaf.size == 0 for path, leaf in zip(runner.paths, runner.leaves, strict=True) if path[:5] != "text.")
 
 
 def test_embeds_must_be_allowed(make_llm: Callable[..., LLM], shared_llm: Shared) -> None:
