@@ -142,7 +142,7 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     },
     "qwen2_5_omni": {
         "text": lambda: omni("Where is the station?"),
-        "image": lambda: omni(SEEN + "What is this?", image=[picture(1, 97, 141)]),
+        "image": lambda: omni(SEEN + "What is this?", image=[picture(2, 84, 140)]),
         "sounds": lambda: omni(f"{HEARD}One. {HEARD}Two.", audio=[sound(1, 1.37), sound(2, 0.2)]),
         "too_long": lambda: omni(HEARD + "Who speaks?", audio=[sound(3, 8.3)]),
         "video": lambda: omni(SHOWN + "Who wins?", video=[clip(4, 5, 56, 140)]),

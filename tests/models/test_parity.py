@@ -48,6 +48,10 @@ ONE = {"max_num_seqs": 1, "max_num_batched_tokens": 128, "num_decode_steps": 4, 
 SHAPES = [(28, 28), (29, 200), (57, 83), (112, 112)]  # smallest, thin, odd, exact
 EXTRA: Mapping[str, list[Question]] = {
     "qwen2_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "qwen2_5_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "qwen3_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "qwen3_vl_moe": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "qwen3_moe": [],
     "llava": [llava(f"{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
     "llava_onevision": [chatml(f"<image>{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
     "minicpmv": [qwen2_vl(f"{PICTURE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
@@ -180,15 +184,20 @@ def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path) -> None:
     units: Any = {"whisper": 1, "llava": 2, "qwen2_vl": 256, "llava_onevision": 17}.get(family)
     units = units or {"vision": 256, "audio": 16}
     bare = Bare(directory, tokens=256, units=units, dtype="bfloat16")
+    errors = []
     for question in questions(family):
         exact, theirs = model.ask(question, 1).logits, half.ask(question, 1).logits
         ours = bare.logits(model.renderer.render(model.renderer.parse(question)))
         error, allowed = (np.sqrt(np.square(x - exact).mean()) for x in (ours, theirs))
         print(f"{family}: off by {error:.3f}, transformers by {allowed:.3f}")
-        assert error < 2 * allowed
+        errors.append((error, allowed))
+        assert error < 2 * allowed or "moe" in family  # an expert more or less is a leap: there the mean counts
         best = np.sort(exact, axis=-1)
         clear = best[:, -1] - best[:, -2] > CLEAR
-        np.testing.assert_array_equal(ours.argmax(axis=-1)[clear], exact.argmax(axis=-1)[clear])
+        agree = ours.argmax(axis=-1)[clear] == exact.argmax(axis=-1)[clear]
+        assert agree.all() or ("moe" in family and agree.mean() > 0.9)
+    mine, others = np.square(errors).mean(axis=0)
+    assert mine < others * 2
 
 
 def test_stereo_and_other_rates_reach_whisper_as_mono(tiny_dir: Callable[[str], Path]) -> None:
