@@ -212,6 +212,7 @@ def _engine(
         held,
         dummy=args.load_format == "dummy",
         seed=args.seed,
+        int8=args.quantization == "int8",
         text_only=not encoders and not config.shape.cross,
         progress=_bar("Loading weights"),
     )

@@ -54,8 +54,9 @@ class EngineArgs:
     gpu_memory_utilization: share of the accelerator's memory to use; on the CPU `kv_cache_memory_bytes` (default
     1 GiB, at most what max_num_seqs sequences can fill) bounds the cache. num_decode_steps: decode steps per dispatch
     where no row needs the host. enable_prefix_caching: None = on for decoder-only models. limit_mm_per_prompt:
-    {"image": 2} or {"image": {"count": 2}}. generation_config: "auto" takes sampling defaults from the model's
-    generation_config.json, "vllm" takes neutral ones.
+    {"image": 2} or {"image": {"count": 2}}. quantization: "int8" keeps the language model's matrices in 8 bits, with
+    a scale per output channel, made when they are loaded; arithmetic stays in dtype. generation_config: "auto" takes
+    sampling defaults from the model's generation_config.json, "vllm" takes neutral ones.
     """
 
     model: str
@@ -90,8 +91,8 @@ class EngineArgs:
     enable_mm_embeds: bool = False
     interleave_mm_strings: bool = False
     mm_processor_cache_gb: float = 4.0
-    enable_prefix_caching: bool | None = None
     mm_processor_cache_type: str = "lru"
+    enable_prefix_caching: bool | None = None
     language_model_only: bool = False
     max_logprobs: int = 20
     generation_config: str = "auto"
@@ -129,11 +130,11 @@ class EngineArgs:
     def _check_choices(self) -> None:
         _require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
         _require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "'auto' or 'dummy'")
-        _require(self.quantization is None, "quantization", self.quantization, "None: no method is available yet")
+        _require(self.quantization in (None, "int8"), "quantization", self.quantization, "None or 'int8'")
         _require(self.runner in ("auto", "generate"), "runner", self.runner, "'auto' or 'generate'")
-        _require(
         cache = self.mm_processor_cache_type
         _require(cache in ("lru", "shm"), "mm_processor_cache_type", cache, "'lru' or 'shm'")
+        _require(
             self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'"
         )
 

@@ -42,7 +42,7 @@ MEANINGS = {
     "data_parallel_size": "copies of the model, each on its own devices",
     "dtype": "dtype to compute in; `auto` follows the checkpoint and the platform",
     "load_format": "`dummy` makes random weights and reads none",
-    "quantization": "no method is available yet",
+    "quantization": "`int8` keeps the language model in half the memory",
     "revision": "branch, tag or commit of the model on the hub",
     "tokenizer_revision": "the same for the tokenizer",
     "hf_token": "token for the hub",

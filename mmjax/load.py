@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 from mmjax import sharding
 from mmjax.converters.table import convert
 from mmjax.models import Family
+from mmjax.nn.weight import Quantised, inputs_of, quantise
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HEAD = "lm_head.weight"
-TEXT = "text."  # where every family keeps its language model
+TEXT, EMBEDDING = "text.", "text.embed"  # where every family keeps its language model, and that one's embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +148,15 @@ def load_params(
     *,
     dummy: bool = False,
     seed: int = 0,
+    int8: bool = False,
     text_only: bool = False,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
-) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array]]:
+) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array | Quantised]]:
     """(graph, configuration as split over the mesh, parameters by path on the mesh).
 
-    dtype: what the values are rounded to. held: the dtype they are then kept and computed in. text_only: whatever
-    belongs to no language model stays off the devices; no program may use it.
+    dtype: what the values are rounded to. held: the dtype they are then kept and computed in. int8: keep the matrices
+    of the language model in int8; one at a time is on the devices in both forms. text_only: whatever belongs to no
+    language model stays off the devices; no program may use it.
     """
     ways = sharding.ways(mesh)
     split = config.split(ways)
@@ -162,7 +165,8 @@ def load_params(
         make = progress(iter(leaves.items()), len(leaves))
         none = Leaf((0,), ("one",))
         kept = ((path, none if text_only and not path.startswith(TEXT) else leaf) for path, leaf in make)
-        return graph, split, {path: random_leaf(path, leaf, mesh, held, seed) for path, leaf in kept}
+        made = ((path, random_leaf(path, leaf, mesh, held, seed)) for path, leaf in kept)
+        return graph, split, {path: keep(path, leaves[path], array, mesh, int8=int8) for path, array in made}
     _, stored = declare(checkpoint.family, config)
     params = {}
     for path, value in progress(checkpoint.values(stored), len(stored)):
@@ -171,8 +175,26 @@ def load_params(
             params[path] = jnp.zeros((0,), jnp.dtype(held), device=sharding.place(mesh, ("one",)))
             continue
         array = fit(value, stored[path], leaf).astype(jnp.dtype(dtype), copy=False).astype(jnp.dtype(held), copy=False)
-        params[path] = jax.device_put(array, sharding.place(mesh, leaf.axes))
+        params[path] = keep(path, leaf, jax.device_put(array, sharding.place(mesh, leaf.axes)), mesh, int8=int8)
     return graph, split, params
+
+
+def keep(path: str, leaf: Leaf, array: jax.Array, mesh: Mesh, *, int8: bool) -> jax.Array | Quantised:
+    """A parameter in the form in which it stays: as it is, or a matrix of the language model in int8.
+
+    The embedding stays as it is: rows of it are looked up, and it may be the head as well.
+    """
+    inputs = inputs_of(leaf.axes) if int8 and path.startswith(TEXT) and path != EMBEDDING else ()
+    if not inputs:
+        return array
+    scale = tuple("one" if i in inputs else axis for i, axis in enumerate(leaf.axes))
+    kept = _quantiser(inputs, sharding.place(mesh, leaf.axes), sharding.place(mesh, scale))(array)
+    return jax.block_until_ready(kept)  # else the next ones would be sent before this one's first form is freed
+
+
+@functools.cache
+def _quantiser(inputs: tuple[int, ...], steps: Any, scale: Any) -> Callable[[jax.Array], Quantised]:
+    return jax.jit(lambda array: quantise(array, inputs), out_shardings=Quantised(steps, scale))
 
 
 def fit(value: np.ndarray, stored: Leaf, wanted: Leaf) -> np.ndarray:

@@ -24,6 +24,7 @@ from mmjax.engine.pack import SAMPLING, Sizes
 from mmjax.kernels import heads_first, pool_dtype, pool_head_dim, pool_kv_heads
 from mmjax.models.family import Shape
 from mmjax.nn.attention import pool_axes
+from mmjax.nn.weight import Kept, Quantised
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,12 @@ class Key(NamedTuple):
     name: str = ""
 
 
+# XLA:CPU takes weights out of int8 as a whole before it multiplies. It then orders its work for speed, which holds all
+# layers' copies at once, and moves them out of loops.
+FRUGAL = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+}
 SCORED = 128  # hidden states per block of prompt scoring: bounds the logits that exist at once
 
 
@@ -73,7 +80,7 @@ class Runner:
     def __init__(
         self,
         graph: nnx.GraphDef[Any],
-        params: Mapping[str, Array],
+        params: Mapping[str, Kept],
         shape: Shape,
         sizes: Sizes,
         mesh: Mesh,
@@ -102,6 +109,8 @@ class Runner:
         # On the CPU asking after each step whether any row is left costs nothing. On an accelerator it is a wait for
         # it, so there the host knows the loop's length (on an H100 both take the same 2.9 ms a step at batch 1).
         self.ends_early = platform == "cpu"
+        small = any(isinstance(leaf, Quantised) for leaf in self.leaves)
+        self.options: dict[str, Any] = FRUGAL if small and platform == "cpu" else {}
         self.state = State(
             pool=Pool(self._zeros(pool, kept, held), self._zeros(pool, kept, held)),
             slab=self._zeros((max(slab_rows, 1), max(shape.slab_width, 1)), self.dtype),
@@ -116,7 +125,7 @@ class Runner:
 
     # -- the programs ------------------------------------------------------------------------------------------------
 
-    def _model(self, leaves: list[Array]) -> Any:
+    def _model(self, leaves: list[Kept]) -> Any:
         return nnx.merge(self.graph, nest(dict(zip(self.paths, leaves, strict=True))))
 
     def _sample(
@@ -138,7 +147,7 @@ class Runner:
             sampled,
         )
 
-    def _prefill(self, leaves: list[Array], state: State, vector: Array, *, tokens: int) -> Any:
+    def _prefill(self, leaves: list[Kept], state: State, vector: Array, *, tokens: int) -> Any:
         """Run T tokens of prompts and sample for the rows whose prompt ends here. Also returns hidden [T, D]."""
         f = self.sizes.prefill(tokens).unpack(vector)
         page, block = self.sizes.page, self.sizes.block
@@ -164,7 +173,7 @@ class Runner:
         state, sampled = self._sample(model, ends, f, state, f["final"] >= 0)
         return state, sampled, hidden
 
-    def _decode(self, leaves: list[Array], state: State, vector: Array, *, seqs: int, steps: int) -> Any:
+    def _decode(self, leaves: list[Kept], state: State, vector: Array, *, seqs: int, steps: int) -> Any:
         """Up to `steps` tokens for each of S sequences, fed back on the device; -1 where a row had stopped."""
         sizes = self.sizes
         f = sizes.decode(seqs).unpack(vector)
@@ -220,7 +229,7 @@ class Runner:
         )
 
     def _encode(
-        self, leaves: list[Array], state: State, features: Mapping[str, Array], dest: Array, *, name: str
+        self, leaves: list[Kept], state: State, features: Mapping[str, Array], dest: Array, *, name: str
     ) -> State:
         """Encode media and put the rows where the batch will look for them."""
         model = self._model(leaves)
@@ -234,7 +243,7 @@ class Runner:
         """Put rows that need no encoder where the batch will look for them."""
         return dataclasses.replace(state, slab=state.slab.at[dest].set(rows.astype(state.slab.dtype), mode="drop"))
 
-    def _score(self, leaves: list[Array], hidden: Array, targets: Array) -> Any:
+    def _score(self, leaves: list[Kept], hidden: Array, targets: Array) -> Any:
         """Report on targets i32[T] under hidden [T, D], a block at a time."""
         model = self._model(leaves)
         block = min(SCORED, hidden.shape[0])
@@ -302,7 +311,7 @@ class Runner:
         if self.warm:
             self.compiles_after_warmup += 1
             logger.warning("compiling %s of size %d after warm-up", kind, size)
-        return lowered.compile()
+        return lowered.compile(compiler_options=self.options)
 
     def program(self, kind: str, size: int, steps: int = 0, name: str = "") -> Program:
         """The compiled program of a bucket, compiled now if it is not yet. steps: of a decode's loop."""

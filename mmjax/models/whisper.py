@@ -159,20 +159,20 @@ class Block(nnx.Module):
         """x [T, D] to [T, D] and the pool with this layer's keys written."""
         scale = self.c.head_dim**-0.5
         y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
-        qkv = jnp.einsum("td,dkgh->tkgh", y, self.qkv[...]) + self.qkv_bias[...]
+        qkv = self.qkv.einsum("td,dkgh->tkgh", y) + self.qkv_bias[...]
         y, pool = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], pool, batch, first, scale=scale)
-        x = x + jnp.einsum("tkgh,kghd->td", y, self.o[...]) + self.o_bias[...]
+        x = x + self.o.einsum("tkgh,kghd->td", y) + self.o_bias[...]
         y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
-        q = jnp.einsum("td,dkgh->tkgh", y, self.cross_q[...]) + self.cross_q_bias[...]
+        q = self.cross_q.einsum("td,dkgh->tkgh", y) + self.cross_q_bias[...]
         y = cross_attend(q, pool, batch, first, scale=scale)
-        x = x + jnp.einsum("tkgh,kghd->td", y, self.cross_o[...]) + self.cross_o_bias[...]
+        x = x + self.cross_o.einsum("tkgh,kghd->td", y) + self.cross_o_bias[...]
         y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
-        y = ACTIVATIONS[self.c.act](y @ self.fc1[...] + self.fc1_bias[...])
-        return x + y @ self.fc2[...] + self.fc2_bias[...], pool
+        y = ACTIVATIONS[self.c.act](self.fc1.einsum("td,df->tf", y) + self.fc1_bias[...])
+        return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], pool
 
     def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array, first: jax.Array) -> Pool:
         """Write the keys and values of encoded [U * frames, D] at this layer's slots."""
-        kv = jnp.einsum("td,dkph->tkph", encoded, self.cross_kv[...]) + self.cross_kv_bias[...]
+        kv = self.cross_kv.einsum("td,dkph->tkph", encoded) + self.cross_kv_bias[...]
         return store(kv[:, :, 0], kv[:, :, 1], pool, slot, first)
 
 

@@ -132,17 +132,17 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Pool]:
         """x [T, D] and f32[T, H/2] angles to [T, D] and the pool with this layer's keys written."""
         y = rms_norm(x, self.attn_norm[...], self.c.eps)
-        qkv = jnp.einsum("td,dkgh->tkgh", y, self.qkv[...])
+        qkv = self.qkv.einsum("td,dkgh->tkgh", y)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         turned = rotate(self._normed(qkv[:, :, :-1]), angles)
         y, pool = attend(turned[:, :, :-1], turned[:, :, -1], qkv[:, :, -1], pool, batch, first, scale=self.c.scale)
-        x = x + jnp.einsum("tkgh,kghd->td", y, self.o[...])
+        x = x + self.o.einsum("tkgh,kghd->td", y)
         y = rms_norm(x, self.mlp_norm[...], self.c.eps)
         if self.experts is not None:
             return x + self.experts(y), pool
-        y = jnp.einsum("td,dpf->tpf", y, self.gate_up[...])
-        return x + (jax.nn.silu(y[:, 0]) * y[:, 1]) @ self.down[...], pool
+        y = self.gate_up.einsum("td,dpf->tpf", y)
+        return x + self.down.einsum("tf,fd->td", jax.nn.silu(y[:, 0]) * y[:, 1]), pool
 
     def _normed(self, qk: jax.Array) -> jax.Array:
         """[T, K, G + 1, H] queries and key of each key head, normed over H if this model does so."""
@@ -186,5 +186,5 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[S, D] to f32[S, V] over the real vocabulary."""
         head = self.embed if self.head is None else self.head
-        out = jnp.einsum("sd,vd->sv", hidden, head[...], preferred_element_type=jnp.float32)
+        out = head.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
         return out[:, : self.c.vocab]

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.nn.weight import weight
+from mmjax.nn.weight import Kept, full, part, product, weight
 from mmjax.sharding import summed, up
 
 LARGEST_BLOCK = 128
 
 # (rows [A, D] sorted by expert, gate_up [n, D, 2, F], down [n, F, D], rows of each expert i32[n], rows per block)
-Grouped = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, int], jax.Array]
+Grouped = Callable[[jax.Array, Kept, Kept, jax.Array, int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Experts(nnx.Module):
         block = block_rows(chosen.size, self.c.experts)
         grouped = by_ragged_dot if jax.default_backend() == "tpu" else by_blocks
 
-        def run(shard: jax.Array, x: jax.Array, share: jax.Array, chosen: jax.Array, *weights: jax.Array) -> jax.Array:
+        def run(shard: jax.Array, x: jax.Array, share: jax.Array, chosen: jax.Array, *weights: Kept) -> jax.Array:
             mine = chosen - shard * weights[0].shape[0]
             return mix(x, share, mine, *weights, block=block, grouped=grouped)
 
         whole = (("place", "embed"), ("place", "route"), ("place", "route"))
         split = (("experts", "embed", "pair", "expert_mlp"), ("experts", "expert_mlp", "embed"))
-        return summed(run, (*whole, *split))(x, share, chosen.astype(jnp.int32), self.gate_up[...], self.down[...])
+        return summed(run, (*whole, *split))(x, share, chosen.astype(jnp.int32), self.gate_up.kept, self.down.kept)
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -88,8 +88,8 @@ def mix(
     x: jax.Array,
     share: jax.Array,
     chosen: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
+    gate_up: Kept,
+    down: Kept,
     *,
     block: int,
     grouped: Grouped,
@@ -110,7 +110,7 @@ def mix(
     return jnp.einsum("tkd,tk->td", out, share).astype(x.dtype)
 
 
-def by_blocks(rows: jax.Array, gate_up: jax.Array, down: jax.Array, counts: jax.Array, block: int) -> jax.Array:
+def by_blocks(rows: jax.Array, gate_up: Kept, down: Kept, counts: jax.Array, block: int) -> jax.Array:
     """Every expert's rows, `block` at a time; [A, D], zero past the last expert's rows.
 
     jax's own ragged_dot multiplies every row with every expert on CPUs and GPUs: 128 experts, 128 times the work.
@@ -126,8 +126,8 @@ def by_blocks(rows: jax.Array, gate_up: jax.Array, down: jax.Array, counts: jax.
         at = ends[expert] - counts[expert] + (i - last[expert] + blocks[expert]) * block
         at = jnp.where(i < last[-1], at, size)  # what is too much goes past the end
         y = jax.lax.dynamic_slice_in_dim(padded, at, block)
-        y = jnp.einsum("bd,dpf->bpf", y, jax.lax.dynamic_index_in_dim(gate_up, expert, keepdims=False))
-        y = (jax.nn.silu(y[:, 0]) * y[:, 1]) @ jax.lax.dynamic_index_in_dim(down, expert, keepdims=False)
+        y = product("bd,dpf->bpf", y, part(gate_up, expert))
+        y = product("bf,fd->bd", jax.nn.silu(y[:, 0]) * y[:, 1], part(down, expert))
         own = at + jnp.arange(block, dtype=jnp.int32) < ends[expert]
         # A block's last rows may be the next expert's, who comes later and writes them.
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], y, jnp.zeros_like(y)), at, 0)
@@ -138,8 +138,9 @@ def by_blocks(rows: jax.Array, gate_up: jax.Array, down: jax.Array, counts: jax.
     return jax.lax.fori_loop(0, turns, one, jnp.zeros_like(padded))[:size]
 
 
-def by_ragged_dot(rows: jax.Array, gate_up: jax.Array, down: jax.Array, counts: jax.Array, block: int) -> jax.Array:
+def by_ragged_dot(rows: jax.Array, gate_up: Kept, down: Kept, counts: jax.Array, block: int) -> jax.Array:
     """The same through XLA's ragged product, which is an instruction on TPUs."""
+    gate_up, down = full(gate_up), full(down)
     experts, width, _, mlp = gate_up.shape
     y = jax.lax.ragged_dot(rows, gate_up.reshape(experts, width, 2 * mlp), counts)
     y = jax.lax.ragged_dot(jax.nn.silu(y[:, :mlp]) * y[:, mlp:], down, counts)

@@ -63,7 +63,7 @@ class Processor:
         return -(-height // self.side), -(-width // self.side)
 
     def _rows(self, rows: int, columns: int) -> int:
-        """Tokens of a grid of crops: its own lines and those of the whole with a separator each, one between the two."""
+        """Tokens of a grid of crops: its lines and those of the whole, a separator after each, one between the two."""
         return (rows * columns + 1) * self.rows**2 + 1 + (rows + 1) * self.rows
 
     def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
