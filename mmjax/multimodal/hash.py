@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
+from mmjax.config import env
 from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.multimodal.image import exif_of, read
 from mmjax.types import RequestError
 
 PIECE = 1 << 24  # bytes
+# the last is the usual one of vLLM, for which Python has nothing: ids stay inside, so another serves as well
+ALGORITHMS = {"sha256": hashlib.sha256, "sha512": hashlib.sha512, "blake3": hashlib.sha256}
 
 
 def content_id(
@@ -41,7 +44,12 @@ def named_id(
 
 
 def _digest(*pieces: Any) -> str:
-    digest = hashlib.sha256()
+    name = env("MM_HASHER_ALGORITHM", "sha256").lower()
+    if name not in ALGORITHMS:
+        raise RequestError(
+            f"MMJAX_MM_HASHER_ALGORITHM must be one of {', '.join(ALGORITHMS)}, got {name!r}.", "bad_name"
+        )
+    digest = ALGORITHMS[name]()
     for piece in pieces:
         _feed(digest, piece)
     return digest.hexdigest()
@@ -80,7 +88,7 @@ def _feed_numbers(digest: "hashlib._Hash", array: np.ndarray) -> None:
         for row in array:
             _feed_numbers(digest, row)
     elif array.size:
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:

@@ -201,18 +201,18 @@ def _sample(
     """(frame by its number, frames of the stream, frames per second)."""
     wanted = sampling.indices(stream.frames, stream.rate)
     _check_amount(len(wanted), stream.frame_bytes, limits)
-    found, complaints = _read(file, stream, wanted, limits)
+    found = _read(file, stream, wanted, limits)
     missing = [index for index in wanted if index not in found]
-    if missing and stream.stamps:
-        good = ffmpeg.decodable(file)
-        if not complaints and good:  # nothing is damaged: those packets hold no frame of their own
-            stream = stream._replace(frames=len(good), stamps=good)
-            wanted = sampling.indices(stream.frames, stream.rate)
-            found, _ = _read(file, stream, wanted, limits)
-        elif sampling.frame_recovery:
-            number = {stamp: index for index, stamp in enumerate(stream.stamps)}
-            spare = replacements(wanted, missing, [number[stamp] for stamp in good if stamp in number])
-            found |= _read(file, stream, spare, limits)[0]
+    stamps = stream.stamps
+    if missing and stamps and not ffmpeg.is_damaged(file):  # those packets hold no frame of their own
+        stamps = ffmpeg.decodable(file)
+        stream = stream._replace(frames=len(stamps), stamps=stamps)
+        wanted = sampling.indices(stream.frames, stream.rate) if stamps else []
+        found = _read(file, stream, wanted, limits)
+    elif missing and stamps and sampling.frame_recovery:
+        number = {stamp: index for index, stamp in enumerate(stamps)}
+        good = [number[stamp] for stamp in ffmpeg.decodable(file) if stamp in number]
+        found |= _read(file, stream, replacements(wanted, missing, good), limits)
     if not found:
         raise RequestError("Could not open video stream: no frame could be decoded.", "bad_media")
     if len(found) < len(wanted):
@@ -256,10 +256,10 @@ def _check_amount(count: int, frame_bytes: int, limits: Limits) -> None:
         )
 
 
-def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: Limits) -> tuple[dict[int, np.ndarray], int]:
-    """(frame by its number, as far as the wanted ones decode; how many errors the decoder met)."""
+def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: Limits) -> dict[int, np.ndarray]:
+    """Frame by its number, as far as the wanted ones decode."""
     if not wanted:
-        return {}, 0
+        return {}
     stamps = stream.stamps
     names = [stamps[index] for index in wanted] if stamps else wanted  # as the filter knows the frames
     select: str | None = "+".join(f"eq({'pts' if stamps else 'n'},{name})" for name in names)
@@ -279,7 +279,7 @@ def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: Limits) 
                 _check_amount(len(found) + 1, frame.nbytes, limits)
             if len(found) == len(wanted):
                 break
-    return found, decoding.complaints
+    return found
 
 
 def _stack(frames: list[np.ndarray]) -> np.ndarray:

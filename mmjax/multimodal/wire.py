@@ -47,7 +47,7 @@ class Storage(NamedTuple):
 
     dtype: np.dtype
     key: str
-    count: int
+    length: int
 
 
 class View(NamedTuple):
@@ -154,9 +154,9 @@ def _read_zip(data: bytes, limits: Limits) -> np.ndarray:
             raise _refused("its byte order is unknown")
         _check(view, limits)
         stored = entries.get(f"{top}data/{view.storage.key}")
-        if stored is None or stored.file_size < view.storage.count * view.storage.dtype.itemsize:
+        if stored is None or stored.file_size < view.storage.length * view.storage.dtype.itemsize:
             raise _refused("its storage is missing or too short")
-        numbers = np.frombuffer(archive.read(stored), view.storage.dtype, view.storage.count)
+        numbers = np.frombuffer(archive.read(stored), view.storage.dtype, view.storage.length)
     if order == b"big" and view.storage.dtype.itemsize > 1:
         numbers = numbers.view(f"u{numbers.itemsize}").byteswap().view(numbers.dtype)
     if math.prod(view.shape) == 0:
@@ -168,16 +168,16 @@ def _read_zip(data: bytes, limits: Limits) -> np.ndarray:
 
 def _check(view: View, limits: Limits) -> None:
     """RequestError unless every element lies in the storage and the dense tensor is small enough."""
-    integers = (view.storage.count, view.offset, *view.shape, *view.strides)
+    integers = (view.storage.length, view.offset, *view.shape, *view.strides)
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in integers):
         raise _refused("its sizes must be integers of at least 0")
     if len(view.shape) > MOST_AXES or len(view.shape) != len(view.strides):
         raise _refused(f"it must have at most {MOST_AXES} axes, each with one stride")
     size = math.prod(view.shape)
-    if limits.tensor_bytes and max(size, view.storage.count) * view.storage.dtype.itemsize > limits.tensor_bytes:
+    if limits.tensor_bytes and max(size, view.storage.length) * view.storage.dtype.itemsize > limits.tensor_bytes:
         raise _too_large(limits)
     last = sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
-    if size and view.offset + last >= view.storage.count:
+    if size and view.offset + last >= view.storage.length:
         raise _refused("it reaches beyond its storage")
 
 
@@ -185,6 +185,7 @@ def parse_pickle(data: bytes) -> View:
     """The one tensor that a pickle describes. RequestError for whatever else it wants."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
         if name in CONSTANTS:

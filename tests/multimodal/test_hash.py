@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from mmjax.multimodal import hash as hash_module
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.types import RequestError
 
@@ -130,3 +131,20 @@ def test_jax_and_numpy_arrays_of_equal_content_are_equal() -> None:
 def test_what_has_no_identity() -> None:
     with pytest.raises(RequestError, match="Cannot identify a value of type object"):
         key(object())
+
+
+def test_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = key(PIXELS)
+    lengths = {"sha256": 64, "blake3": 64, "sha512": 128}
+    for name, length in lengths.items():
+        monkeypatch.setenv("VLLM_MM_HASHER_ALGORITHM", name)
+        assert len(key(PIXELS)) == length and (key(PIXELS) == usual) == (length == 64)
+    monkeypatch.setenv("MMJAX_MM_HASHER_ALGORITHM", "md5")
+    with pytest.raises(RequestError, match="MMJAX_MM_HASHER_ALGORITHM"):
+        key(PIXELS)
+
+
+def test_views_are_hashed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hash_module, "PIECE", 8)
+    for view in (PIXELS[::-1, ::2], np.broadcast_to(PIXELS[:1], (5, 6, 3)), np.asfortranarray(PIXELS)):
+        assert key(view) == key(view.copy(order="C"))
