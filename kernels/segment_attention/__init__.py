@@ -14,16 +14,22 @@ def segment_attention(
     *,
     scale: float,
     uniform: int | None = None,
+    seen: jax.Array | None = None,
     impl: str | None = None,
 ) -> jax.Array:
     """Unit u attends every unit of its own segment.
 
     q, k, v [U, N, H]; segment [U] int32: equal values are contiguous runs, -1 is padding at the tail (finite output) ->
     [U, N, H] in q's dtype. `uniform=n` promises that every segment, padding included, is n long and n divides U;
-    `segment` is then not read. Raises NotImplementedError where `impl` does not serve the shape.
+    `segment` is then not read. `seen` bool[U], without `uniform` only: units that attend but are not attended to are
+    False (a segment of none but such units gives any finite output). Raises NotImplementedError where `impl` does not
+    serve the shape.
     """
+    if uniform is not None and seen is not None:
+        raise ValueError("segment_attention: in segments of one length all units are seen")
     if uniform is not None and q.shape[0] % uniform:
         raise ValueError(f"segment_attention: {q.shape[0]} units are not whole segments of {uniform}")
     if impl is None and jax.default_backend() == "gpu" and serves(q, uniform):
         impl = "cudnn"  # 1.6 to 2.2 times the Triton kernel's speed on an H100, where it applies
-    return implementation("segment_attention", impl)(q, k, v, segment, scale=scale, uniform=uniform)
+    hidden = {} if seen is None else {"seen": seen}
+    return implementation("segment_attention", impl)(q, k, v, segment, scale=scale, uniform=uniform, **hidden)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+UNSEEN = -2  # a segment that no unit is of
+
 
 def whole_blocks(
     arrays: tuple[jax.Array, ...], segment: jax.Array, block: int, uniform: int | None
@@ -24,6 +26,14 @@ def whole_blocks(
     segment = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[:, None], (count, uniform))
     segment = jnp.pad(segment, ((0, 0), (0, pad)), constant_values=-1).reshape(-1)
     return tuple(map(stretch, arrays)), segment
+
+
+def as_keys(segment: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """The segment [U] of each unit as a key, given those of `whole_blocks` without `uniform`; `seen`, of the units
+    before they were padded, as for `segment_attention`."""
+    if seen is None:
+        return segment
+    return jnp.where(jnp.pad(seen, (0, segment.shape[0] - seen.shape[0])), segment, UNSEEN)
 
 
 def unpad(x: jax.Array, units: int, uniform: int | None) -> jax.Array:

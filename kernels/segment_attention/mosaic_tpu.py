@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from .. import online_softmax, tile, tpu
 from ..choose import refuse
-from .bounds import bounds, unpad, whole_blocks
+from .bounds import as_keys, bounds, unpad, whole_blocks
 
 BLOCK = 256
 
@@ -29,6 +29,7 @@ def run(
     *,
     scale: float,
     uniform: int | None = None,
+    seen: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `segment_attention`."""
@@ -66,7 +67,7 @@ def run(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="segment_attention",
-    )(first, last, query, key, value, segment[:, None], segment[None])
+    )(first, last, query, key, value, segment[:, None], as_keys(segment, seen)[None])
     return unpad(out.swapaxes(0, 1), U, uniform)
 
 

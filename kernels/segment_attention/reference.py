@@ -10,19 +10,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
-from .bounds import bounds, unpad, whole_blocks
+from .bounds import as_keys, bounds, unpad, whole_blocks
 
 QUERIES = 128
 KEYS = 128
 
 
 def run(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, *, scale: float, uniform: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array,
+    *,
+    scale: float,
+    uniform: int | None = None,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
     """See `segment_attention`."""
     if uniform is not None:
         return _uniform(q, k, v, uniform, scale)
-    return _ragged(q, k, v, segment, scale)
+    return _ragged(q, k, v, segment, seen, scale)
 
 
 def _uniform(q: jax.Array, k: jax.Array, v: jax.Array, n: int, scale: float) -> jax.Array:
@@ -41,12 +48,15 @@ def _uniform(q: jax.Array, k: jax.Array, v: jax.Array, n: int, scale: float) -> 
     return out.reshape(U // n, N, n, H).swapaxes(1, 2).reshape(U, N, H).astype(q.dtype)
 
 
-def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, scale: float) -> jax.Array:
+def _ragged(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, seen: jax.Array | None, scale: float
+) -> jax.Array:
     """Block of queries after block, each over the blocks of keys that its segments span."""
     U, N, H = q.shape
     block = min(QUERIES, U)
     padded, segment = whole_blocks((q, k, v), segment, block, None)
     low, high, _ = bounds(segment, block)
+    other = as_keys(segment, seen)
     query, key, value = (x.swapaxes(0, 1).astype(jnp.float32) for x in padded)
     query = query * scale
 
@@ -56,7 +66,7 @@ def _ragged(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, scale:
 
         def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
             scores = jnp.einsum("nqh,nkh->nqk", mine, lax.dynamic_slice_in_dim(key, c * block, block, 1))
-            same = own[:, None] == lax.dynamic_slice_in_dim(segment, c * block, block)[None]
+            same = own[:, None] == lax.dynamic_slice_in_dim(other, c * block, block)[None]
             values = lax.dynamic_slice_in_dim(value, c * block, block, 1)
             return online_softmax.fold(
                 state,

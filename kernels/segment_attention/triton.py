@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .. import gpu, online_softmax, tile
-from .bounds import bounds, unpad, whole_blocks
+from .bounds import as_keys, bounds, unpad, whole_blocks
 
 
 def run(
@@ -22,6 +22,7 @@ def run(
     *,
     scale: float,
     uniform: int | None = None,
+    seen: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `segment_attention`. Head dims other than powers of two are padded in a copy."""
@@ -31,17 +32,21 @@ def run(
     (q, k, v), segment = whole_blocks((q, k, v), segment, queries, uniform)
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, width - H))) for x in (q, k, v))
     low, high, single = bounds(segment, queries)
+    other = as_keys(segment, seen)
+    if seen is not None:  # blocks of keys without a mask are for segments that are seen as a whole
+        unseen = jnp.cumsum(jnp.pad(other != segment, (1, 0)), dtype=jnp.int32)
+        single = jnp.where(unseen[low] == unseen[high], single, 0)
     block = pl.BlockSpec((queries, None, width), lambda i, n: (i, n, 0))
     out = pl.pallas_call(
         functools.partial(_kernel, keys=gpu.key_block(queries, q.dtype), scale=scale * gpu.LOG2E),
         grid=(q.shape[0] // queries, N),
-        in_specs=[block, *[pl.no_block_spec] * 3, *[pl.no_block_spec] * 3],
+        in_specs=[block, *[pl.no_block_spec] * 3, *[pl.no_block_spec] * 4],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=gpu.warps(queries, width), num_stages=2),
         interpret=interpret,
         name="segment_attention",
-    )(query, key, value, segment, low, high, single)
+    )(query, key, value, segment, other, low, high, single)
     return unpad(out[:, :, :H], U, uniform)
 
 
@@ -50,6 +55,7 @@ def _kernel(
     k_ref: Any,
     v_ref: Any,
     segment_ref: Any,
+    other_ref: Any,
     low_ref: Any,
     high_ref: Any,
     single_ref: Any,
@@ -68,7 +74,7 @@ def _kernel(
         rows = pl.ds(c * keys, keys)
         x = tile.scores(query, k_ref[rows, n, :]) * scale
         if masked:
-            x = jnp.where(own[:, None] == segment_ref[rows][None], x, online_softmax.MASKED)
+            x = jnp.where(own[:, None] == other_ref[rows][None], x, online_softmax.MASKED)
         value = v_ref[rows, n, :]
         return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
 

@@ -71,10 +71,18 @@ def store(k: jax.Array, v: jax.Array, pool: Pool, slot: jax.Array, first: jax.Ar
 
 
 def within(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, *, scale: float, uniform: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array,
+    *,
+    scale: float,
+    uniform: int | None,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention among units of equal segment, q, k, v [U, N, H]; `uniform` when every segment has that many units."""
-    run = functools.partial(segment_attention, segment=segment, scale=scale, uniform=uniform)
+    """Attention among units of equal segment, q, k, v [U, N, H]; `uniform` when every segment has that many units;
+    `seen` bool[U] where some attend that are not attended to."""
+    run = functools.partial(segment_attention, segment=segment, scale=scale, uniform=uniform, seen=seen)
     return per_head(lambda q, k, v: run(q, k, v), (UNIT, UNIT, UNIT), UNIT)(q, k, v)
 
 

@@ -79,7 +79,14 @@ class Blocks(nnx.Module):
         self.fc2_bias = weight(n, d, axes=("depth", "embed"))
         self.c = c
 
-    def __call__(self, x: jax.Array, segment: jax.Array, angles: jax.Array | None, uniform: int | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        segment: jax.Array,
+        angles: jax.Array | None,
+        uniform: int | None,
+        seen: jax.Array | None = None,
+    ) -> jax.Array:
         """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
         c = self.c
         y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
@@ -87,7 +94,7 @@ class Blocks(nnx.Module):
         q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform)
+        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform, seen=seen)
         x = x + jnp.einsum("unh,nhd->ud", y, self.o[...]) + self.o_bias[...]
         y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
         y = ACTIVATIONS[c.act](y @ self.fc1[...] + self.fc1_bias[...])
@@ -107,11 +114,13 @@ class Tower(nnx.Module):
         *,
         angles: jax.Array | None = None,
         uniform: int | None = None,
+        seen: jax.Array | None = None,
     ) -> jax.Array:
-        """x [U, C] to [U, C]; units attend within equal `segment` i32[U]; `angles` f32[U, H/2] turn q and k."""
+        """x [U, C] to [U, C]; units attend within equal `segment` i32[U]; `angles` f32[U, H/2] turn q and k; `seen`
+        bool[U] where some attend that are not attended to."""
         graph, weights = nnx.split(self.blocks)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, layer)(x, segment, angles, uniform), None
+            return nnx.merge(graph, layer)(x, segment, angles, uniform, seen), None
 
         return jax.lax.scan(body, x, weights)[0]

@@ -58,6 +58,7 @@ class Segments:
     head_dim: int = 64
     uniform: int | None = None
     dtype: Any = jnp.float32
+    unseen: int = 0  # units at the end of each segment that attend, and are not attended to
 
 
 SEGMENTS = {
@@ -68,6 +69,7 @@ SEGMENTS = {
     "uniform": Segments((77,) * 3, uniform=77),
     "uniform_wide": Segments((130,) * 2, uniform=130, head_dim=128),
     "bfloat16": Segments((100, 28), dtype=jnp.bfloat16),
+    "onlookers": Segments((300, 20, 9, 130), tail=53, unseen=7),
 }
 
 
@@ -192,7 +194,12 @@ def test_segments(case: Segments, impl: str) -> None:
     ids = 3 + np.arange(len(case.lengths))  # any numbers do, as long as neighbours differ
     segment = np.concatenate([np.repeat(ids, case.lengths), np.full(case.tail, -1)]).astype(np.int32)
     run = program("segment_attention", impl, scale=scale, uniform=case.uniform)
-    out = run(*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment))
+    arrays = [*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment)]
+    if case.unseen:
+        seen = np.concatenate([np.arange(n) < n - case.unseen for n in case.lengths] + [np.ones(case.tail, bool)])
+        out = run(*arrays, seen=jnp.asarray(seen))
+    else:
+        out = run(*arrays)
     assert out.dtype == case.dtype
     got = np.asarray(out, np.float64)
     assert got.shape == q.shape
@@ -200,8 +207,9 @@ def test_segments(case: Segments, impl: str) -> None:
     at = 0
     for n in case.lengths:
         here = slice(at, at + n)
-        scores = np.einsum("qnh,knh->nqk", q[here], k[here], dtype=np.float64) * scale
+        keys = slice(at, at + n - case.unseen)
+        scores = np.einsum("qnh,knh->nqk", q[here], k[keys], dtype=np.float64) * scale
         weights = np.exp(scores - scores.max(-1, keepdims=True))
-        want = np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v[here], dtype=np.float64)
+        want = np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v[keys], dtype=np.float64)
         np.testing.assert_allclose(got[here], want, atol=bound(case.dtype), rtol=0)
         at += n

@@ -28,11 +28,15 @@ def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tu
         "causal": (functools.partial(kernels.paged_prefill, causal=True, **options), prefill),
         "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
         "segments": (functools.partial(kernels.segment_attention, **options), (units,) * 3 + (((1024,), I32),)),
+        "onlookers": (
+            lambda *arrays: kernels.segment_attention(*arrays[:4], seen=arrays[4], **options),
+            (units,) * 3 + (((1024,), I32), ((1024,), jnp.bool_)),
+        ),
     }
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["decode", "causal", "cross", "segments"])
+@pytest.mark.parametrize("name", ["decode", "causal", "cross", "segments", "onlookers"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_lowers(device: str, name: str) -> None:
     function, shapes = programs(*DEVICES[device])[name]
