@@ -1,4 +1,4 @@
-"""What of the Omni goldens cannot go through the whole path, because transformers prepares these media otherwise.
+"""The Omni families: on two devices, and with those goldens whose media transformers prepares otherwise.
 
 It resizes clips with torchvision, which now and then differs from PIL by a grey level or two. And it pads sounds passed
 together to the longest: the last frame of a shorter one then borders on silence instead of being mirrored, and a
@@ -6,18 +6,23 @@ clip shorter than a chunk is convolved with silence behind it. Here the model is
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mmjax import LLM
 from mmjax.processors.base import Item
 from mmjax.render import MediaItem
 from models.bare import Bare
+from models.questions import QUESTIONS
 from models.tables import close
 from models.test_goldens import APART, FEATURES, LOGITS, load
+from models.test_recorded import RECORDED
 from rendering import make_renderer, read_files
+from small import greedy, ids
 
 CASES = [(family, case) for family, cases in APART.items() for case in cases]
 
@@ -70,3 +75,19 @@ def test_stored_media_give_the_stored_logits(shared: Path, family: str, case: st
         close(model.encode([entry.item for entry in items])[:, : wanted.shape[1]], wanted, FEATURES, kind)
     logits = model.logits(dataclasses.replace(rendered, items=items))
     close(logits, arrays[f"{case}/logits"], LOGITS, case)
+
+
+def test_two_devices_and_cached_prefixes_give_the_recorded_answers(tiny_dir: Callable[[str], Path]) -> None:
+    """Sharded heads and experts. The second time frames and sound come out of the prefix cache; under another sound the
+    same frames do not."""
+    options = {"max_model_len": 384, "max_num_seqs": 1, "max_num_batched_tokens": 128, "num_decode_steps": 4}
+    llm = LLM(str(tiny_dir("qwen3_omni_moe")), tensor_parallel_size=2, enforce_eager=True, **options)
+    question = QUESTIONS["qwen3_omni_moe"]["sound_of_video"]()
+    for attempt in range(2):
+        output = llm.generate(question, greedy(12), use_tqdm=False)[0]
+        assert ids([output]) == [RECORDED["qwen3_omni_moe"]["sound_of_video"]["ids"]]
+        assert bool(output.num_cached_tokens) == bool(attempt)
+    media = question["multi_modal_data"]
+    other = question | {"multi_modal_data": media | {"audio": [media["audio"][0][::-1]]}}
+    fresh, again = (llm.generate(other, greedy(12), use_tqdm=False)[0] for _ in range(2))
+    assert ids([fresh]) == ids([again]) and (fresh.num_cached_tokens or 0) < (again.num_cached_tokens or 0)
