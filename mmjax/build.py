@@ -74,8 +74,7 @@ def build(args: EngineArgs) -> Parts:
     jax = _start_jax(args)
     replicas = _replicas(jax, args)
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(replicas[0][0].platform, replicas[0][0].platform)
-    dummy = args.load_format == "dummy"
-    config = checkpoint.model_config(dummy=dummy)
+    config = checkpoint.model_config(dummy=args.load_format == "dummy")
     dtype = resolve_dtype(args.dtype, _stored_dtype(checkpoint.config), platform)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation, eos = _generation(args, checkpoint, tokenizer)
@@ -87,7 +86,6 @@ def build(args: EngineArgs) -> Parts:
         engines.append(engine)
         compile_s += seconds
     assert sizes is not None and shape is not None
-    prefix_caching = engines[0].scheduler.prefix_caching
     renderer = Renderer(
         processor,
         tokenizer,
@@ -100,7 +98,7 @@ def build(args: EngineArgs) -> Parts:
         limits=Limits.from_env(),
         cache_gb=args.mm_processor_cache_gb,
         embed_width=shape.slab_width if args.enable_mm_embeds else None,
-        prefix_caching=prefix_caching,
+        prefix_caching=engines[0].scheduler.prefix_caching,
         encoder_decoder=shape.cross,
         max_item_rows=engines[0].slab.capacity or None,
         max_item_units={

@@ -31,7 +31,7 @@ class Processor:
         """None."""
         return 0
 
-    def outline(self, kind: str, size: tuple[int, ...]) -> Item:
+    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
         """RequestError, as for `item`."""
         return self.item(kind, None, {})
 

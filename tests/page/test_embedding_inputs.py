@@ -26,10 +26,16 @@ def file_of(array: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_onevision"])
-def test_plain_rows(family: str, shared_llm: Shared) -> None:
+def test_rows_of_many_sizes(shared_llm: Shared) -> None:
+    """LLaVA-OneVision: as many rows as an image's size asks for."""
+    llm = shared_llm("llava_onevision")
+    asked = {"prompt": "<image><image>Compare.", "multi_modal_data": {"image": [pil(1, 20, 30), pil(2, 30, 20)]}}
+    assert same(answer(llm, asked), answer(llm, {**asked, "multi_modal_data": {"image": rows_of(llm, asked)}}))
+
+
+def test_plain_rows(shared_llm: Shared) -> None:
     """A tensor (items, rows, hidden) of torch, JAX or NumPy; lists of (rows, hidden); one alone; a dictionary."""
-    llm = shared_llm(family)
+    llm = shared_llm("llava")
     mark = "<image>"
     asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"image": IMAGES}}
     raw, rows = answer(llm, asked), np.stack(rows_of(llm, asked))

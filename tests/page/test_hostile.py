@@ -1,5 +1,6 @@
 """Requests that cannot be served: each is refused in words that say what to change, and a good one follows."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -174,10 +175,11 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 }
 
 
-@pytest.fixture
-def good(qwen: LLM) -> tuple[LLM, Any]:
+@pytest.fixture(scope="module")
+def good(shared_llm: Callable[[str], LLM]) -> tuple[LLM, Any]:
     """The engine, and what it answers to a good question."""
-    return qwen, reply(qwen, TALK, 2)
+    llm = shared_llm("qwen2_vl")
+    return llm, reply(llm, TALK, 2)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
