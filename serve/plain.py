@@ -5,21 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from mmjax.serve.context import Context, together, unless_gone
 from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
 
 from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
 
 Json = dict[str, Any]
+PAGE = Path(__file__).parent / "page" / "index.html"
+POLICY = (
+    "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
+    "media-src blob: data:; frame-ancestors 'none'"
+)
 
 
 def router(context: Context) -> APIRouter:
     """Models, health, metrics, version, load."""
     routes = APIRouter()
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        """A page to try the model with. It asks nothing of any other host."""
+        return FileResponse(PAGE, media_type="text/html", headers={"Content-Security-Policy": POLICY})
 
     @routes.get("/v1/models")
     async def models() -> Json:
