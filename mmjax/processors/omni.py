@@ -17,6 +17,7 @@ from mmjax.processors.windows import frame_rate
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
+UNKNOWN = Video(np.empty((0, 0, 0, 3), np.uint8), {})  # a clip of which nothing is known
 WITH_SOUND = ("use_audio_in_video", "load_audio_from_video")
 
 
@@ -87,13 +88,19 @@ class OmniProcessor(PatchProcessor):
                 )
             return self.hear(media)
         own = _of_kind(kind, kwargs)
-        sound = kind == "video" and any(own.get(name) for name in WITH_SOUND)
-        return dataclasses.replace(super().item(kind, media, own), sound=sound)
+        return dataclasses.replace(super().item(kind, media, own), sound=_with_sound(kind, own))
+
+    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
+        """See `PatchProcessor.outline`; a clip is on the clock like any other, and may have its sound."""
+        own = _of_kind(kind, kwargs)
+        item = super().outline(kind, size, own)
+        times = self.times(UNKNOWN, item.grid[0], own) if kind == "video" else ()
+        return dataclasses.replace(item, times=times, sound=_with_sound(kind, own))
 
     def times(self, video: Video, steps: int, kwargs: Kwargs) -> tuple[float, ...]:
         """Seconds at which each step begins: by `fps`, or else the family's frame rate. The published processors do not
         look at a clip's metadata, and neither does this one."""
-        seconds = self.frames / frame_rate(dataclasses.replace(video, metadata={}), kwargs, self.fps)
+        seconds = self.frames / frame_rate(UNKNOWN, kwargs, self.fps)
         return tuple(step * seconds for step in range(steps))
 
     def clock(self, clip: Item) -> tuple[float, ...]:
@@ -147,6 +154,10 @@ class OmniProcessor(PatchProcessor):
             if item.grid[0] > 1:
                 whole[0] = np.array([math.floor(s * self.ticks) for s in self.clock(item)], np.int32)[whole[0]]
         return whole[:, span.first : span.first + span.length]
+
+
+def _with_sound(kind: str, kwargs: Kwargs) -> bool:
+    return kind == "video" and any(kwargs.get(name) for name in WITH_SOUND)
 
 
 def _of_kind(kind: str, kwargs: Kwargs) -> Kwargs:

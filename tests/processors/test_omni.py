@@ -205,6 +205,13 @@ def test_ordinary_media_lie_on_the_clock_too(omni: OmniProcessor) -> None:
     assert (np.diff(positions[:, 6:]) == 1).all() and delta == positions[0, -1] + 1 - len(expanded.tokens)
 
 
+def test_a_clip_of_embeddings_has_its_place_in_time_and_its_sound(omni: OmniProcessor) -> None:
+    for kwargs in ({}, {"use_audio_in_video": True}, {"fps": 4.0}):
+        seen = omni.item("video", Video(np.zeros((6, 64, 128, 3), np.uint8), {}), kwargs)
+        told = omni.outline("video", (seen.grid[0], 2 * seen.grid[1], 2 * seen.grid[2]), kwargs)
+        assert (told.rows, told.grid, told.times, told.sound) == (seen.rows, seen.grid, seen.times, seen.sound)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_goldens(shared: Path, family: str) -> None:
     directory = shared / "reference" / family
