@@ -74,7 +74,7 @@ def build(args: EngineArgs) -> Parts:
     jax = _start_jax(args)
     replicas = _replicas(jax, args)
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(replicas[0][0].platform, replicas[0][0].platform)
-    config = checkpoint.model_config(dummy=args.load_format == "dummy")
+    config = checkpoint.model_config(dummy=args.load_format == "dummy", headless=args.pooling)
     dtype = resolve_dtype(args.dtype, _stored_dtype(checkpoint.config), platform)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation, eos = _generation(args, checkpoint, tokenizer)
@@ -100,6 +100,7 @@ def build(args: EngineArgs) -> Parts:
         embed_width=shape.slab_width if args.enable_mm_embeds else None,
         prefix_caching=engines[0].scheduler.prefix_caching,
         encoder_decoder=shape.cross,
+        answers=not shape.pooling,
         max_item_rows=engines[0].slab.capacity or None,
         max_item_units={
             kind: sizes.units[name][-1] for name, encoder in shape.encoders.items() for kind in encoder.kinds
@@ -199,6 +200,8 @@ def _engine(
     mesh = sharding.mesh(devices)
     # XLA:CPU emulates half precision: a decode step took 10 times as long.
     held = "float32" if platform == "cpu" else dtype
+    if args.pooling and config.shape.cross:
+        raise ValueError("runner 'pooling' is for decoder-only models: an encoder-decoder has no vectors to give")
     encoders = {
         name for name, encoder in config.shape.encoders.items() if any(limits.get(kind, 0) for kind in encoder.kinds)
     }
@@ -220,6 +223,7 @@ def _engine(
         shape,
         encoders={name: encoder for name, encoder in shape.encoders.items() if name in encoders},
         slab_width=shape.slab_width if taking else 0,
+        pooling=args.pooling,
     )
     page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)

@@ -46,6 +46,7 @@ class EngineArgs:
     """Arguments of `mmjax.LLM`, with vLLM's names and meanings.
 
     model: a local directory (Hugging Face layout, or what `mmjax convert` wrote) or a hub id.
+    runner: "pooling" answers with vectors (`LLM.embed`), everything else with text; convert "embed" means the same.
     dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU, which has no
     fast half precision, it says what the weights are rounded to; they are held and computed with in float32.
     enforce_eager: compile each shape on first use instead of all at start. max_model_len: most tokens of a prompt and
@@ -61,6 +62,7 @@ class EngineArgs:
 
     model: str
     runner: str = "auto"
+    convert: str = "auto"
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
@@ -131,12 +133,26 @@ class EngineArgs:
         _require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
         _require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "'auto' or 'dummy'")
         _require(self.quantization in (None, "int8"), "quantization", self.quantization, "None or 'int8'")
-        _require(self.runner in ("auto", "generate"), "runner", self.runner, "'auto' or 'generate'")
+        _require(
+            self.runner in ("auto", "generate", "pooling"), "runner", self.runner, "'auto', 'generate' or 'pooling'"
+        )
+        _require(self.convert in ("auto", "none", "embed"), "convert", self.convert, "'auto', 'none' or 'embed'")
+        _require(
+            self.runner != "generate" or self.convert != "embed",
+            "convert",
+            self.convert,
+            "'auto' with runner='generate'",
+        )
         cache = self.mm_processor_cache_type
         _require(cache in ("lru", "shm"), "mm_processor_cache_type", cache, "'lru' or 'shm'")
         _require(
             self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'"
         )
+
+    @property
+    def pooling(self) -> bool:
+        """Whether prompts are answered with vectors."""
+        return self.runner == "pooling" or self.convert == "embed"
 
     def limits(self, kinds: Mapping[str, int | None]) -> dict[str, int]:
         """Most items per prompt of each modality a model has, its own hard maximum included."""

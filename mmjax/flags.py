@@ -32,7 +32,8 @@ MAPPINGS = frozenset(
 
 
 MEANINGS = {
-    "runner": "`generate`; `auto` finds out",
+    "runner": "`generate` answers with text, `pooling` with vectors; `auto` is `generate`",
+    "convert": "`embed` is runner `pooling`",
     "tokenizer": "directory of another tokenizer than the model's",
     "skip_tokenizer_init": "no tokenizer: prompts are token ids, outputs have no text",
     "trust_remote_code": "accepted; mmjax runs its own model code, never a checkpoint's",

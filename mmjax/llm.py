@@ -13,9 +13,17 @@ from mmjax import inputs
 from mmjax.build import Parts, build
 from mmjax.chat import ChatOptions, Draft, load_template, split
 from mmjax.config import EngineArgs
+from mmjax.embed import PoolingRun, as_embeddings, pooling_params
 from mmjax.render import Rendered
 from mmjax.run import Job, Progress, Run
-from mmjax.types import RequestError, RequestOutput, SamplingParams
+from mmjax.types import (
+    EmbeddingRequestOutput,
+    PoolingParams,
+    PoolingRequestOutput,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,16 +119,88 @@ class LLM:
 
         return self._answer([functools.partial(render, draft) for draft in drafts], params, use_tqdm)
 
+    # -- vectors -----------------------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: Any,
+        *,
+        use_tqdm: Progress = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """One vector per prompt, in their order: the final hidden state of the last token, of length 1.
+
+        Prompts are those of `generate`, media included. Raises as `generate` does, and ValueError unless the model was
+        loaded with runner="pooling".
+        """
+        self.check_pooling("embed")
+        return as_embeddings(
+            self.encode(
+                prompts,
+                pooling_params,
+                use_tqdm=use_tqdm,
+                lora_request=lora_request,
+                priority=priority,
+                pooling_task="embed",
+                tokenization_kwargs=tokenization_kwargs,
+            )
+        )
+
+    def encode(
+        self,
+        prompts: Any,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: Progress = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        pooling_task: str | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        """`embed` with NumPy arrays. pooling_task: "embed" (unless the parameters say otherwise), or "token_embed" for
+        the final hidden states of all tokens [T, D]."""
+        self.check_pooling("encode")
+        batch = inputs.batch(prompts)
+        params = self.pooling_params(pooling_params, len(batch), pooling_task)
+        self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
+        renderer = self.parts.renderer
+        requests = [renderer.parse(prompt) for prompt in batch]
+        work = [functools.partial(renderer.render, request, tokenization_kwargs) for request in requests]
+        return self._answer(work, params, use_tqdm, priority)
+
+    def check_pooling(self, method: str) -> None:
+        """ValueError unless this engine answers with vectors."""
+        if not self.args.pooling:
+            raise ValueError(
+                f"LLM.{method}() is only supported for pooling models. Try passing `--runner pooling` to use the model "
+                "as a pooling model."
+            )
+
+    def pooling_params(self, given: Any, count: int, task: str | None = None) -> list[PoolingParams]:
+        """One set of checked parameters per prompt; TypeError or ValueError for those this model cannot serve."""
+        return pooling_params(given, count, task, self.parts.shape.width)
+
+    def start_pooling(self, rendered: Rendered, params: PoolingParams) -> PoolingRun:
+        """Queue one rendered prompt that wants vectors."""
+        self._requests += 1
+        return PoolingRun(self.parts, str(self._requests - 1), rendered, params)
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
     def _answer(
         self,
         work: Sequence[Callable[[], Rendered]],
-        params: Sequence[SamplingParams],
+        params: Sequence[Any],
         use_tqdm: Progress,
         priority: Sequence[int] | None = None,
-    ) -> list[RequestOutput]:
+    ) -> list[Any]:
         """Run prompts, each still to be rendered, to their ends."""
         order = sorted(range(len(work)), key=lambda i: priority[i]) if priority is not None else range(len(work))
-        job = Job(self.parts, self.start, self.workers, use_tqdm, len(work))
+        start = self.start_pooling if self.args.pooling else self.start
+        job = Job(self.parts, start, self.workers, use_tqdm, len(work))
         try:
             for i in order:
                 job.submit(i, work[i], params[i])
@@ -157,6 +237,11 @@ class LLM:
 
     def verify(self, params: Any) -> None:
         """TypeError or ValueError for sampling parameters that this model cannot serve."""
+        if self.args.pooling:
+            raise ValueError(
+                "LLM.generate() is only supported for generative models. Try passing `--runner generate` to use the "
+                "model as a generative model."
+            )
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
         params.verify(self.parts.vocab_size, self.args.max_logprobs)

@@ -78,8 +78,11 @@ class Checkpoint:
         """Whether `mmjax convert` wrote this directory."""
         return (self.directory / "mmjax.json").is_file()
 
-    def model_config(self, *, dummy: bool = False) -> Any:
-        """The family's configuration. The head is tied when the config says so or when no head is stored."""
+    def model_config(self, *, dummy: bool = False, headless: bool = False) -> Any:
+        """The family's configuration. The head is tied when the config says so or when no head is stored.
+
+        headless: leave a head of its own out, for those who want no logits.
+        """
         flag = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
         if dummy:
             stored = not flag
@@ -87,7 +90,7 @@ class Checkpoint:
             stored = "text.head" in self.tensors
         else:
             stored = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
-        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or not stored)
+        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or headless or not stored)
 
     def values(self, leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter of `leaves`, one at a time. Raises ConversionError when the checkpoint does not fit."""

@@ -121,6 +121,7 @@ class Renderer:
         cache_gb: float = 4.0,
         prefix_caching: bool = True,
         encoder_decoder: bool = False,
+        answers: bool = True,
         max_item_rows: int | None = None,
         max_item_units: Mapping[str, int] | None = None,
         embed_width: int | None = None,
@@ -133,6 +134,7 @@ class Renderer:
         self.processor_kwargs = dict(mm_processor_kwargs or {})
         self.io_kwargs = {kind: dict(kwargs) for kind, kwargs in (media_io_kwargs or {}).items()}
         _background(self.io_kwargs)  # a bad colour is told at start
+        self.answers = answers
         self.encoder_decoder, self.limits = encoder_decoder, limits
         self.embeds = EmbedReader(processor, embed_width) if processor and embed_width is not None else None
         self.cache = ItemCache(int(cache_gb * 2**30))
@@ -266,7 +268,7 @@ class Renderer:
     def _check_length(self, length: int) -> None:
         if not length:
             raise RequestError("The decoder prompt cannot be empty", "empty_prompt")
-        if length >= self.max_model_len:  # equal leaves no room for one generated token
+        if length + self.answers > self.max_model_len:  # there must be room for one generated token
             raise RequestError(self._too_long(length), "prompt_too_long")
 
     def _too_long(self, length: int) -> str:

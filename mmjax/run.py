@@ -24,14 +24,41 @@ Progress = bool | Callable[..., Any]
 AHEAD = 32  # prompts rendered before the engine has taken them: bounds the decoded media held at once
 
 
-class Run:
-    """One request in the engine: its answers and its times."""
+class Request:
+    """A rendered prompt in the engine: what is made of it, on the least busy one, and its times."""
 
-    def __init__(self, parts: Parts, request_id: str, rendered: Rendered, params: SamplingParams) -> None:
+    answers: Any
+
+    def __init__(self, parts: Parts, request_id: str, rendered: Rendered) -> None:
         self.request_id = request_id
         self.rendered = rendered
         self.engine: Engine = min(parts.engines, key=lambda e: e.load)
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
+
+    def abort(self) -> None:
+        """End the request; its pages are free at once."""
+        self.engine.abort(self.answers)
+
+    @property
+    def finished(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    def note(self, answer: Any) -> None:
+        """Note the time at which one of the answers changed."""
+        now, metrics = time.monotonic(), self.metrics
+        if metrics.first_token_time is None and answer.seq.output_len:
+            metrics.first_token_time = now
+        metrics.first_scheduled_time = answer.seq.scheduled_time
+        metrics.last_token_time = now
+        if answer.finish_reason is not None:
+            metrics.finished_time = now
+
+
+class Run(Request):
+    """One request for text."""
+
+    def __init__(self, parts: Parts, request_id: str, rendered: Rendered, params: SamplingParams) -> None:
+        super().__init__(parts, request_id, rendered)
         stops = () if params.ignore_eos else parts.eos
         stops = tuple(dict.fromkeys([*stops, *(params.stop_token_ids or ())]))
         if len(stops) > parts.sizes.stops:
@@ -40,7 +67,7 @@ class Run:
                 f"at most {parts.sizes.stops} are supported.",
                 "too_many_stop_tokens",
             )
-        prompt = _prompt(rendered, parts.shape.cross)
+        prompt = engine_prompt(rendered, parts.shape.cross)
         constraints = Constraints(params, parts.vocab_size, parts.tokenizer)
         wanted = params.structured_outputs
         grammars = (
@@ -48,7 +75,7 @@ class Run:
         )
         seed = params.seed if params.seed is not None else parts.next_seed()
         eos = parts.eos[0] if parts.eos else None
-        self.answers = []
+        self.answers: list[Answer] = []
         for index in range(params.n):
             seq = EngineSequence(
                 request_id,
@@ -63,24 +90,6 @@ class Run:
             answer = Answer(seq, parts.tokenizer, eos)
             self.answers.append(answer)
             self.engine.add(answer)
-
-    def abort(self) -> None:
-        """End the request; its pages are free at once."""
-        self.engine.abort(self.answers)
-
-    @property
-    def finished(self) -> bool:
-        return all(answer.finish_reason is not None for answer in self.answers)
-
-    def note(self, answer: Answer) -> None:
-        """Note the time at which one of the answers changed."""
-        now, metrics = time.monotonic(), self.metrics
-        if metrics.first_token_time is None and answer.seq.output_len:
-            metrics.first_token_time = now
-        metrics.first_scheduled_time = answer.seq.scheduled_time
-        metrics.last_token_time = now
-        if answer.finish_reason is not None:
-            metrics.finished_time = now
 
     def output(self) -> RequestOutput:
         """The request's answers so far."""
@@ -99,7 +108,7 @@ class Run:
         )
 
 
-def _prompt(rendered: Rendered, cross: bool) -> Prompt:
+def engine_prompt(rendered: Rendered, cross: bool) -> Prompt:
     """A rendered prompt in the engine's own words."""
     items = rendered.items
     spans = (
@@ -116,12 +125,12 @@ def _prompt(rendered: Rendered, cross: bool) -> Prompt:
 
 
 class Job:
-    """One call of `generate`: prompts are rendered on threads, in order, while the engine already runs the first."""
+    """One call of `generate` or `embed`: prompts are rendered on threads, in order, while the engine already runs the first."""
 
     def __init__(
         self,
         parts: Parts,
-        start: Callable[[Rendered, SamplingParams], Run],
+        start: Callable[[Rendered, Any], Any],
         workers: concurrent.futures.Executor,
         use_tqdm: Progress,
         total: int,
@@ -129,17 +138,17 @@ class Job:
         self.parts = parts
         self.start = start
         self.workers = workers
-        self.unseen: deque[tuple[int, Callable[[], Rendered], SamplingParams]] = deque()
-        self.waiting: deque[tuple[int, concurrent.futures.Future[Rendered], SamplingParams]] = deque()
-        self.open: dict[int, tuple[int, Run]] = {}
-        self.runs: dict[int, Run] = {}
+        self.unseen: deque[tuple[int, Callable[[], Rendered], Any]] = deque()
+        self.waiting: deque[tuple[int, concurrent.futures.Future[Rendered], Any]] = deque()
+        self.open: dict[int, tuple[int, Any]] = {}
+        self.runs: dict[int, Any] = {}
         self.bars = [_bar(use_tqdm, total, name) for name in ("Rendering prompts", "Processed prompts")]
 
-    def submit(self, i: int, render: Callable[[], Rendered], params: SamplingParams) -> None:
+    def submit(self, i: int, render: Callable[[], Rendered], params: Any) -> None:
         """Queue prompt i, which `render` renders on a thread."""
         self.unseen.append((i, render, params))
 
-    def run(self) -> dict[int, RequestOutput]:
+    def run(self) -> dict[int, Any]:
         """Run everything to its end: outputs by index."""
         outputs = {}
         engines = self.parts.engines

@@ -16,6 +16,7 @@ from mmjax.engine.answer import Answer, Report
 from mmjax.engine.encoder_cache import EncoderCache
 from mmjax.engine.pack import RowTable, Sizes, pack_decode, pack_encode, pack_prefill, pack_ready
 from mmjax.engine.pages import Pages
+from mmjax.engine.pooled import Pooled
 from mmjax.engine.sample import history_row
 from mmjax.engine.scheduler import Limits, NeedsResults, Plan, Scheduler, Slice
 from mmjax.engine.sequence import Sequence
@@ -87,15 +88,15 @@ class Engine:
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._calls: list[Future[Any]] = []
         self.stats = Stats()
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, Any] = {}  # `Answer`s, or `Pooled` in an engine that pools
         self._flying: deque[Ticket] = deque()
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: Answer | Pooled) -> None:
         """Queue an answer."""
         self._answers[answer.seq.number] = answer
         self.scheduler.add(answer.seq)
 
-    def abort(self, answers: Seq[Answer]) -> None:
+    def abort(self, answers: Seq[Answer | Pooled]) -> None:
         """End answers now; their pages are free at once."""
         for answer in answers:
             if not answer.seq.finished:
@@ -112,7 +113,7 @@ class Engine:
         """Whether stepping would do anything."""
         return not self.scheduler.idle or bool(self._flying)
 
-    def step(self) -> list[Answer]:
+    def step(self) -> list[Any]:
         """Dispatch what can be, then read what has come back: the answers that changed."""
         begin, waited = time.perf_counter(), self.stats.wait_s
         unfed = not self._flying
@@ -154,6 +155,9 @@ class Engine:
         total, vector = pack_prefill(self.sizes, slices, self.rows, self.scheduler.tables, self.slab)
         done = self._run(self.runner.prefill, total, vector)
         members = [(piece.seq, s, 1) for s, piece in enumerate(slices) if piece.last]
+        self.stats.prefill_tokens += sum(piece.count for piece in slices)
+        if self.shape.pooling:
+            return Ticket(done, members, scored=self._wholes(slices))
         ticket = Ticket(self._run(lambda: done.result()[0]), members)
         targets, at = np.zeros(total, np.int32), 0
         for piece in slices:
@@ -165,8 +169,16 @@ class Engine:
             at += -(-piece.count // self.sizes.block) * self.sizes.block
         if ticket.scored:
             ticket.scores = self._run(lambda: self.runner.score(done.result()[1], targets))
-        self.stats.prefill_tokens += sum(piece.count for piece in slices)
         return ticket
+
+    def _wholes(self, slices: tuple[Slice, ...]) -> list[tuple[Sequence, int, int, int]]:
+        """(sequence, where its tokens lie in the dispatch, first token, tokens) of those that want every token."""
+        found, at = [], 0
+        for piece in slices:
+            if piece.seq.whole:
+                found.append((piece.seq, at, piece.start, piece.count))
+            at += -(-piece.count // self.sizes.block) * self.sizes.block
+        return found
 
     def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> Ticket:
         for seq, _ in chosen:
@@ -201,12 +213,14 @@ class Engine:
         if seq.penalised or bias is not None:
             self._run(self.runner.set_row, seq.row, seen, bias)
 
-    def _collect(self, ticket: Ticket) -> list[Answer]:
+    def _collect(self, ticket: Ticket) -> list[Any]:
         """Read one dispatch's results and let the answers take them."""
         begin = time.perf_counter()
         for call in ticket.calls:
             call.result()
         sampled = ticket.sampled.result()
+        if self.shape.pooling:
+            return self._collect_hidden(ticket, *sampled)
         tokens = np.asarray(sampled.token)
         self.stats.wait_s += time.perf_counter() - begin
         tokens = tokens.reshape(-1, tokens.shape[-1])
@@ -233,6 +247,27 @@ class Engine:
             changed.append(answer)
         return changed
 
+    def _collect_hidden(self, ticket: Ticket, ends: Any, hidden: Any) -> list[Any]:
+        """Hand out the hidden states f32[S, D] of last tokens and [T, D] of all."""
+        begin = time.perf_counter()
+        ends = np.asarray(ends)
+        rows = np.asarray(hidden).astype(np.float32) if ticket.scored else ends
+        self.stats.wait_s += time.perf_counter() - begin
+        for seq, at, _, count in ticket.scored:
+            if not seq.finished:
+                self._answers[seq.number].take(rows[at : at + count])
+        changed = []
+        for seq, column, _ in ticket.members:
+            if seq.finished:
+                continue
+            pooled = self._answers[seq.number]
+            if not seq.whole:
+                pooled.take(ends[column : column + 1])
+            pooled.finish("stop", None)
+            self._end(pooled)
+            changed.append(pooled)
+        return changed
+
     def _report(self, sampled: Any, column: int, tokens: np.ndarray) -> Report:
         n, s = len(tokens), sampled
 
@@ -242,6 +277,6 @@ class Engine:
 
         return Report(tokens, *map(column_of, (s.logprob, s.rank, s.top_ids, s.top_logprobs)))
 
-    def _end(self, answer: Answer) -> None:
+    def _end(self, answer: Answer | Pooled) -> None:
         self.scheduler.finish(answer.seq)
         del self._answers[answer.seq.number]

@@ -105,7 +105,7 @@ class Runner:
         page, kept = page_shape(shape, sizes.page, dtype, platform, sharding.ways(mesh))
         pool = (shape.layers * pages, *page)
         held = sharding.place(mesh, pool_axes())
-        rows, vocab = sizes.rows, shape.vocab
+        rows, vocab = sizes.rows, 0 if shape.pooling else shape.vocab
         # On the CPU asking after each step whether any row is left costs nothing. On an accelerator it is a wait for
         # it, so there the host knows the loop's length (on an H100 both take the same 2.9 ms a step at batch 1).
         self.ends_early = platform == "cpu"
@@ -148,7 +148,10 @@ class Runner:
         )
 
     def _prefill(self, leaves: list[Kept], state: State, vector: Array, *, tokens: int) -> Any:
-        """Run T tokens of prompts and sample for the rows whose prompt ends here. Also returns hidden [T, D]."""
+        """Run T tokens of prompts and sample for the rows whose prompt ends here. Also returns hidden [T, D].
+
+        A runner that pools returns f32[S, D] instead of samples, the hidden states where prompts end.
+        """
         f = self.sizes.prefill(tokens).unpack(vector)
         page, block = self.sizes.page, self.sizes.block
         model = self._model(leaves)
@@ -170,6 +173,8 @@ class Runner:
         hidden, pool = model(batch, state.pool, state.slab)
         ends = hidden[f["final"].clip(0)]
         state = dataclasses.replace(state, pool=pool)
+        if self.shape.pooling:
+            return state, ends.astype(jnp.float32), hidden
         state, sampled = self._sample(model, ends, f, state, f["final"] >= 0)
         return state, sampled, hidden
 
@@ -325,9 +330,13 @@ class Runner:
         sizes = self.sizes
         loops = {self._steps(1), self._steps(sizes.steps)}
         kinds = [Key("prefill", t) for t in reversed(sizes.tokens)]
-        kinds += [Key("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)]
         kinds += [Key("encode", u, 0, name) for name in self.shape.encoders for u in reversed(sizes.units[name])]
         kinds += [Key("put", sizes.ready)] if sizes.ready else []
+        if self.shape.pooling:
+            return kinds
+        kinds[len(sizes.tokens) : len(sizes.tokens)] = [
+            Key("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)
+        ]
         return [*kinds, *(Key("score", t) for t in sizes.tokens), Key("row", 0)]
 
     def _steps(self, most: int) -> int:
@@ -346,8 +355,8 @@ class Runner:
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def prefill(self, tokens: int, vector: np.ndarray) -> tuple[sampler.Sampled, Array]:
-        """Dispatch a prefill: (sampled [S], hidden [T, D])."""
+    def prefill(self, tokens: int, vector: np.ndarray) -> tuple[Any, Array]:
+        """Dispatch a prefill: (sampled [S], hidden [T, D]); where it pools, ([S, D], hidden)."""
         self.state, sampled, hidden = self.program("prefill", tokens)(self.leaves, self.state, vector)
         return sampled, hidden
 

@@ -220,7 +220,7 @@ class Scheduler:
         if not self.rows:
             return False
         found: list[int] = []
-        if self.prefix_caching and seq.params.prompt_logprobs is None:
+        if self.prefix_caching and not seq.whole:
             found = self.pages.match(seq.page_keys(self.pages.size, seq.known - 1))
         cross_keys = [self._cross_key(key, i) for key, _ in seq.prompt.audio for i in range(self._cross_need)]
         cross = self.pages.match(cross_keys)

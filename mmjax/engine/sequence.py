@@ -46,7 +46,7 @@ class Prompt:
 class Sequence:
     """One answer in the making.
 
-    `planned` tokens have their keys in pages once everything dispatched so far has run; `known` tokens have reached
+    `whole`: every token of the prompt must run, be it in the prefix cache or not. `planned` tokens have their keys in pages once everything dispatched so far has run; `known` tokens have reached
     the host. Between the two lies what is in flight.
     """
 
@@ -61,6 +61,7 @@ class Sequence:
         stops: Seq[int],
         max_len: int,
         constraints: Constraints | Grammar,
+        whole: bool = False,
     ) -> None:
         self.number = next(_numbers)
         self.request_id = request_id
@@ -70,6 +71,7 @@ class Sequence:
         self.seed_words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
         self.stops = tuple(stops)
         self.constraints = constraints
+        self.whole = whole or params.prompt_logprobs is not None
         self.prompt_len = len(prompt.tokens)
         longest = max_len - self.prompt_len
         self.max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)

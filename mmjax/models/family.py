@@ -46,7 +46,8 @@ class Shape:
     """Sizes from which the engine makes the pool, the slab and the step's programs.
 
     encoders: by a name of the family's choice. cross: whether the decoder reads the (one) encoder through cross
-    attention. largest_item: media rows of the largest item that the default preprocessing yields.
+    attention. largest_item: media rows of the largest item that the default preprocessing yields. pooling: whether
+    hidden states are wanted of it instead of tokens.
     """
 
     layers: int
@@ -60,6 +61,7 @@ class Shape:
     encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
     cross: bool = False
     largest_item: int = 0
+    pooling: bool = False
 
     @property
     def cross_keys(self) -> int:
