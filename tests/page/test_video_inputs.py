@@ -1,6 +1,8 @@
 """The page's section on video inputs, offline: arrays, tensors, frames with metadata, clips in messages."""
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -74,3 +76,19 @@ def test_clips_in_messages(qwen: LLM) -> None:
     two = reply(qwen, user(part, "What happens?"), media_io_kwargs={"video": {"num_frames": 2}})
     assert len(four.prompt_token_ids or []) - len(two.prompt_token_ids or []) == 6
     assert str(four.prompt).count("<|video_pad|>") == 1 and not same(four, two)
+
+
+def test_the_sound_of_a_clip(make_llm: Callable[..., LLM], shared: Path) -> None:
+    """`use_audio_in_video`: a video part brings its sound track, also from the cache; local files where allowed."""
+    folder = shared / "media" / "video"
+    io_kwargs = {"video": {"num_frames": 2}}
+    llm = make_llm("qwen2_5_omni", allowed_local_media_path=str(folder), media_io_kwargs=io_kwargs)
+    clip = {"type": "video_url", "video_url": {"url": f"file://{folder}/bunny_with_speech.mp4"}, "uuid": "clip"}
+    silent = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 4}
+    kwargs = {**silent, "use_audio_in_video": True}
+    heard = reply(llm, user(clip, "What?"), mm_processor_kwargs=kwargs)
+    again = reply(llm, user({**clip, "video_url": None}, "What?"), mm_processor_kwargs=kwargs)
+    seen = reply(llm, user(clip, "What?"), mm_processor_kwargs=silent)
+    sound = llm.parts.renderer.processor.markers["audio"]  # type: ignore[union-attr]
+    tokens = [(out.prompt_token_ids or []).count(sound) for out in (heard, seen)]
+    assert same(heard, again) and tokens[0] > 100 and tokens[1] == 0
