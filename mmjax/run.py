@@ -125,7 +125,7 @@ def engine_prompt(rendered: Rendered, cross: bool) -> Prompt:
 
 
 class Job:
-    """One call of `generate` or `embed`: prompts are rendered on threads, in order, while the engine already runs the first."""
+    """One call for answers: prompts are rendered on threads, in order, while the engine already runs the first."""
 
     def __init__(
         self,

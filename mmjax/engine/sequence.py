@@ -46,8 +46,9 @@ class Prompt:
 class Sequence:
     """One answer in the making.
 
-    `whole`: every token of the prompt must run, be it in the prefix cache or not. `planned` tokens have their keys in pages once everything dispatched so far has run; `known` tokens have reached
-    the host. Between the two lies what is in flight.
+    `whole`: every token of the prompt must run, be it in the prefix cache or not. `planned` tokens have their keys in
+    pages once everything dispatched so far has run; `known` tokens have reached the host. Between the two lies what is
+    in flight.
     """
 
     def __init__(
