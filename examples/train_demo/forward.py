@@ -1,0 +1,250 @@
+"""The Qwen2.5-Omni thinker of transformers, run on whole batches of equal items.
+
+transformers' own forward pass loops over the items of a batch; here the same submodules are called on arrays
+[items, tokens, width]. `python examples/train_demo/check.py` compares the two, features and positions included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from batches import Batch
+
+from mmjax.demo import paint
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Fast:
+    """Batch -> logits at the wanted tokens, and greedy answers."""
+
+    def __init__(self, model: Any, device: str, end: int) -> None:
+        self.model, self.device, self.end = model, device, end
+        self.config = model.config
+        home = model.model if hasattr(model.model, "visual") else model  # moved between versions of transformers
+        self.visual, self.audio_tower = home.visual, home.audio_tower
+        self.text = model.model.language_model if home is model.model else model.model
+        self.mean, self.std = (torch.tensor(v, device=device) for v in (MEAN, STD))
+        self.window = torch.hann_window(400, device=device)
+        self.mel = torch.from_numpy(_mel_filters()).to(device)
+        c = self.config
+        self.marks = {"image": c.image_token_id, "video": c.video_token_id, "audio": c.audio_token_id}
+
+    def put(self, array: np.ndarray) -> torch.Tensor:
+        """On the device, without waiting for what runs there."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor
+
+    # -- features: the formulas of transformers' processors ----------------------------------------------------------
+
+    def pixels(self, batch: Batch) -> torch.Tensor:
+        """[N, H, W, 3] in 0..1, rounded to bytes."""
+        _, rows, columns = batch.grid
+        assert batch.things is not None and batch.ground is not None and batch.noise is not None
+        things, ground, noise = (self.put(array) for array in (batch.things, batch.ground, batch.noise))
+        height, width = rows * 28, columns * 28
+        x, y = (
+            (torch.arange(count, device=self.device) + 0.5) / count * edge
+            for count, edge in zip((width, height), batch.edges, strict=True)
+        )
+        out = paint.paint(torch, things, ground, x, y)
+        out += torch.randn(out.shape, device=self.device) * noise[:, None, None, None]
+        return (out.clip(0, 1) * 255).round() / 255
+
+    def patches(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames [2N, H, W, 3] in 0..1 -> [N, patches in merge-block order, 1176]."""
+        frames = (frames - self.mean) / self.std
+        n, h, w, _ = frames.shape
+        cut = frames.reshape(n // 2, 2, h // 28, 2, 14, w // 28, 2, 14, 3)
+        return cut.permute(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(n // 2, h * w // 196, 1176)
+
+    def noisy(self, sounds: torch.Tensor) -> torch.Tensor:
+        """float32 [B, samples] with noise of its own in most rows, half of it mostly low."""
+        rows = (len(sounds), 1)
+        noise = torch.randn_like(sounds)
+        tilted = torch.fft.rfft(noise)
+        tilted /= torch.sqrt(torch.arange(tilted.shape[1], device=self.device) + 20)
+        low = torch.rand(rows, device=self.device) < 0.5
+        noise = torch.where(low, torch.fft.irfft(tilted, noise.shape[1]), noise)
+        level = 10 ** (-(8 + 32 * torch.rand(rows, device=self.device)) / 20)
+        level = level * (torch.rand(rows, device=self.device) > 0.35)
+        loud = sounds.square().mean(1, keepdim=True).sqrt()
+        return (sounds + noise * level * loud / (noise.std(1, keepdim=True) + 1e-9)).clip(-1, 1)
+
+    def spectrum(self, sounds: torch.Tensor) -> torch.Tensor:
+        """float32 [B, samples] -> log mel [B, 128, samples / 160], as if padded with silence at the end."""
+        padded = F.pad(sounds, (0, 480))
+        wave = torch.stft(padded, 400, 160, window=self.window, return_complex=True)
+        power = wave.abs() ** 2
+        log = torch.clamp(self.mel.T @ power, min=1e-10).log10()
+        log = torch.maximum(log, log.amax((1, 2), keepdim=True) - 8.0)
+        return ((log + 4.0) / 4.0)[:, :, : sounds.shape[1] // 160]
+
+    # -- towers ------------------------------------------------------------------------------------------------------
+
+    def see(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """[N, patches, 1176] of one grid (in tokens) -> [N, rows * columns, width]."""
+        tower = self.visual
+        grid = (
+            np.indices((2 * rows, 2 * columns)).reshape(2, rows, 2, columns, 2).transpose(0, 1, 3, 2, 4).reshape(2, -1)
+        )
+        places = self.put(np.ascontiguousarray(grid.T))
+        cos, sin = (part[None, :, None] for part in tower.rotary_pos_emb(patches, places))
+        span = tower.window_size // tower.patch_size
+        home = places[:, 0] // span * 1000 + places[:, 1] // span
+        near = None if max(rows, columns) * 2 <= span else home[:, None] == home[None]
+        x = F.linear(patches, tower.patch_embed.proj.weight.flatten(1)).float()
+        n, length, _ = x.shape
+        for index, block in enumerate(tower.blocks):
+            y = block.norm1(x)
+            a = block.attn
+            q, k, v = (part(y).view(n, length, a.num_heads, -1) for part in (a.q, a.k, a.v))
+            q, k = (_turn(part, cos, sin).to(v.dtype) for part in (q, k))
+            mask = None if index in tower.fullatt_block_indexes else near
+            y = F.scaled_dot_product_attention(*(p.transpose(1, 2) for p in (q, k, v)), attn_mask=mask)
+            x = x + a.proj(y.transpose(1, 2).reshape(n, length, -1))
+            x = x + block.mlp(block.norm2(x))
+        return tower.merger.mlp(tower.merger.ln_q(x).reshape(n, length // 4, -1))
+
+    def listen(self, mel: torch.Tensor) -> torch.Tensor:
+        """[B, 128, frames] -> [B, tokens, width]."""
+        tower = self.audio_tower
+        size = 2 * tower.n_window
+        count, bands, frames = mel.shape
+        whole = frames // size
+        parts = []
+        if whole:
+            chunks = mel[:, :, : whole * size].reshape(count, bands, whole, size).transpose(1, 2).flatten(0, 1)
+            parts.append(self._chunks(chunks).reshape(count, whole * tower.n_window, -1))
+        if frames % size:
+            parts.append(self._chunks(mel[:, :, whole * size :]))
+        x = torch.cat(parts, 1)
+        x = x[:, : x.shape[1] // 2 * 2]
+        x = (x[:, ::2] + x[:, 1::2]) / 2
+        return tower.proj(tower.ln_post(x))
+
+    def _chunks(self, mel: torch.Tensor) -> torch.Tensor:
+        tower = self.audio_tower
+        x = F.gelu(tower.conv2(F.gelu(tower.conv1(mel)))).transpose(1, 2)
+        x = x + tower.positional_embedding.positional_embedding[: x.shape[1]].to(self.device)
+        n, length, _ = x.shape
+        for layer in tower.layers:
+            y = layer.self_attn_layer_norm(x)
+            a = layer.self_attn
+            q, k, v = (p(y).view(n, length, a.num_heads, -1).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+            y = F.scaled_dot_product_attention(q, k, v)
+            x = x + a.out_proj(y.transpose(1, 2).reshape(n, length, -1))
+            x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+        return x
+
+    # -- the language model ------------------------------------------------------------------------------------------
+
+    def positions(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[3, B, T] rotary positions of rows whose items all have the batch's grid."""
+        place = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        if batch.kind in ("text", "audio"):
+            return place.expand(3, -1, -1)
+        t, h, w = batch.grid
+        places = np.indices((t, h, w)).reshape(3, -1)
+        places[0] = (np.arange(t, dtype=np.float32) * np.float32(batch.seconds) * 25).astype(np.int64).repeat(h * w)
+        each, extent, grid = t * h * w, int(places.max()) + 1, self.put(places)
+        media = tokens == self.marks[batch.kind]
+        before = media.cumsum(1) - media.long()
+        base = place - before + before // each * extent
+        return torch.where(media, base + grid[:, before % each], base)
+
+    def features(self, batch: Batch) -> torch.Tensor | None:
+        """What the towers give, in the order of the batch's tokens."""
+        if batch.kind == "text":
+            return None
+        if batch.sounds is not None:
+            with torch.no_grad():
+                sounds = self.put(batch.sounds).float() / 32767
+                mel = self.spectrum(sounds if batch.quiet else self.noisy(sounds))
+            return self.listen(mel)
+        with torch.no_grad():
+            frames = self.pixels(batch)
+            patches = self.patches(frames if batch.kind == "video" else frames.repeat_interleave(2, 0))
+        return self.see(patches, *batch.grid[1:])
+
+    def states(
+        self, tokens: torch.Tensor, batch: Batch, features: torch.Tensor | None, media: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, T, width] before the head. media: where `features` go, in the flattened tokens, if known."""
+        embeds = self.text.embed_tokens(tokens)
+        if features is not None:
+            if media is None:
+                media = (tokens.flatten() == self.marks[batch.kind]).nonzero().squeeze(1)
+            flat = embeds.flatten(0, 1).index_copy(0, media, features.flatten(0, 1).to(embeds.dtype))
+            embeds = flat.view_as(embeds)
+        out = self.text(inputs_embeds=embeds, position_ids=self.positions(tokens, batch), use_cache=False)
+        return out.last_hidden_state
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross entropy of the wanted tokens, and the share predicted right."""
+        tokens = self.put(batch.tokens)
+        wanted = np.flatnonzero(batch.wanted)  # a row never starts with one
+        targets = self.put(batch.tokens.ravel()[wanted])
+        known = batch.kind != "text"
+        media = self.put(np.flatnonzero(batch.tokens == self.marks[batch.kind])) if known else None
+        hidden = self.states(tokens, batch, self.features(batch), media)
+        logits = self.model.lm_head(hidden.flatten(0, 1)[self.put(wanted - 1)]).float()
+        return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, most: int = 32) -> list[list[int]]:
+        """Greedy tokens of every row after its question, without the end mark."""
+        starts = torch.from_numpy(batch.wanted.argmax(1)).to(self.device)
+        room = int(starts.max()) + most
+        tokens = torch.zeros((len(starts), room), dtype=torch.long, device=self.device)
+        given = torch.from_numpy(batch.tokens).to(self.device)[:, :room]
+        tokens[:, : given.shape[1]] = given
+        tokens[torch.arange(room, device=self.device)[None] >= starts[:, None]] = 0
+        features = self.features(batch)
+        end = self.end
+        rows = torch.arange(len(starts), device=self.device)
+        for step in range(most):
+            hidden = self.states(tokens, batch, features)
+            logits = self.model.lm_head(hidden[rows, starts + step - 1])
+            logits[:, list(self.marks.values())] = -torch.inf  # would be taken for one more item
+            tokens[rows, starts + step] = logits.argmax(-1)
+            if bool(((tokens == end) & (torch.arange(room, device=self.device)[None] >= starts[:, None])).any(1).all()):
+                break
+        out = []
+        for row, start in zip(tokens.tolist(), starts.tolist(), strict=True):
+            said = row[start : start + most]
+            out.append(said[: said.index(end)] if end in said else said)
+        return out
+
+
+def published(name: str) -> str:
+    """A parameter's name in published checkpoints, whatever this version of transformers calls it."""
+    for prefix, other in (("visual.", "visual."), ("audio_tower.", "audio_tower."), ("language_model.", "model.")):
+        if name.startswith(f"model.{prefix}"):
+            name = other + name.removeprefix(f"model.{prefix}")
+            break
+    return f"thinker.{name}"
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x = x.float()
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def _mel_filters() -> np.ndarray:
+    """float32 [201, 128]: Slaney's triangles from 0 to 8 kHz, of equal area."""
+
+    def hertz(mel: np.ndarray) -> np.ndarray:
+        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp(np.log(6.4) / 27 * (mel - 15)))
+
+    top = 15 + 27 * np.log(8) / np.log(6.4)
+    edges = hertz(np.linspace(0, top, 130))
+    bins = np.linspace(0, 8000, 201)
+    down = -(edges[None, :-2] - bins[:, None]) / np.diff(edges)[None, :-1]
+    up = (edges[None, 2:] - bins[:, None]) / np.diff(edges)[None, 1:]
+    return (np.maximum(0, np.minimum(down, up)) * 2 / (edges[2:] - edges[:-2])).astype(np.float32)

@@ -1,0 +1,237 @@
+"""Trains the model that ships with mmjax. From the repository root, on one GPU:
+
+    python3 examples/train_demo/train.py --out runs/demo --minutes 9 --total-minutes 16
+    python3 examples/train_demo/train.py --out runs/demo2 --minutes 7 --total-minutes 16 --resume runs/demo
+
+Needs torch, transformers and espeak-ng (installed, or a folder with its library and data: --espeak). The learning rate
+follows the share of --total-minutes gone by, so stop and resume as needed. Writes model.safetensors (half precision),
+what resuming needs, and log.txt; everything else of the checkpoint lies in mmjax/demo/model already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from batches import Batch, Makers, Rows, talk, tests  # noqa: E402
+from espeak import Espeak  # noqa: E402
+from forward import Fast, published  # noqa: E402
+
+from mmjax.demo import DIRECTORY, ask  # noqa: E402
+
+KINDS = ("image", "video", "audio")
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True, help="of this run, all included")
+    parser.add_argument("--total-minutes", type=float, help="of all runs together (default: --minutes)")
+    parser.add_argument("--resume", type=Path, help="the --out of an earlier run")
+    parser.add_argument("--espeak", type=Path, default=Path(__file__).parent / "espeak", help="folder of the library")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--size", type=float, default=1.0, help="batch sizes relative to the published ones")
+    parser.add_argument("--rate", type=float, default=1.2e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, help="stop after so many")
+    parser.add_argument("--test-size", type=int, default=128, help="rows of a test batch; two per skill")
+    parser.add_argument("--test-minutes", type=float, default=2.0, help="between tests")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    return parser.parse_args()
+
+
+def build(device: str) -> Any:
+    """The thinker of mmjax/demo/model's configuration, with fresh weights that start well at this width."""
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    config = Qwen2_5OmniThinkerConfig(**json.loads((DIRECTORY / "config.json").read_text())["thinker_config"])
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    model = Qwen2_5OmniThinkerForConditionalGeneration(config).float()
+    depth = 4  # of every stack
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim < 2:
+                continue
+            if "embed_tokens" in name or "bos_eos" in name:
+                value.normal_(std=0.3)
+                continue
+            std = 0.9 / math.sqrt(value[0].numel())
+            if name.endswith(
+                ("o_proj.weight", "down_proj.weight", "attn.proj.weight", "out_proj.weight", "fc2.weight")
+            ):
+                std /= math.sqrt(2 * depth)
+            value.normal_(std=std)
+    return model.to(device)
+
+
+class Training:
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.start = time.monotonic()
+        args.out.mkdir(parents=True, exist_ok=True)
+        self.log = (args.out / "log.txt").open("a")
+        self.before, self.step = 0.0, 0  # minutes and steps of earlier runs
+        state = json.loads((args.resume / "state.json").read_text()) if args.resume else {"minutes": 0.0, "step": 0}
+        self.before, self.step = state["minutes"], state["step"]
+        self.total = args.total_minutes or args.minutes + self.before
+        sizes = {"image": round(224 * args.size), "video": round(256 * args.size), "audio": round(24000 * args.size)}
+        sizes = {kind: size for kind, size in sizes.items() if kind in args.kinds}
+        speaks = "audio" in sizes
+        self.makers = Makers(self.step, args.workers, sizes, args.espeak)  # before anything touches the GPU
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.tests = tests(Espeak(args.espeak) if speaks else None, args.test_size) if args.test_size else []
+        self.rows = Rows()
+        self.model = build(self.device)
+        self.names = [published(name) for name, _ in self.model.named_parameters()]
+        self.values = list(self.model.parameters())
+        decayed = [p for p in self.values if p.ndim > 1]
+        groups = [
+            {"params": decayed, "weight_decay": 0.05},
+            {"params": [p for p in self.values if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.98), fused=self.device == "cuda")
+        if args.resume:
+            self.load(args.resume)
+        self.fast = Fast(self.model, self.device, self.rows.encode("<|im_end|>")[0])
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        count = sum(p.numel() for p in self.values)
+        self.say(f"{count / 1e6:.2f} M parameters on {self.device}, from step {self.step}, {self.before:.1f} minutes")
+
+    def say(self, text: str) -> None:
+        line = f"[{self.minutes():6.2f}] {text}"
+        print(line, flush=True)
+        self.log.write(line + "\n")
+        self.log.flush()
+
+    def minutes(self) -> float:
+        """Of this run so far."""
+        return (time.monotonic() - self.start) / 60
+
+    def rate(self, done: int) -> float:
+        """Learning rate: up over the first 300 steps of all (100 of a resumed run), then down along a cosine."""
+        gone = min(1.0, (self.before + self.minutes()) / self.total)
+        warm = min(1.0, (self.step + 1) / 300, (done + 1) / 100 if self.args.resume else 1.0)
+        return self.args.rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * gone)) / 2)
+
+    def run(self) -> None:
+        import numpy as np
+
+        rng = np.random.default_rng([7, self.step])
+        done, tested, told = 0, self.minutes(), time.monotonic()
+        sums: dict[str, Any] = {}
+        waited = 0.0
+        every = 100 if self.device == "cuda" else 10
+        reserve = 0.5 if self.args.minutes > 2 else 0.1
+        while self.minutes() < self.args.minutes - reserve and done != self.args.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(done)
+            self.optimizer.zero_grad(set_to_none=True)
+            for kind in self.args.kinds:
+                begin = time.monotonic()
+                batch = self.makers.take(kind)
+                waited += time.monotonic() - begin
+                self.learn(batch, sums)
+            if done % 10 == 0:
+                self.learn(talk(rng, self.rows, 16), sums, 0.2)
+            torch.nn.utils.clip_grad_norm_(self.values, 1.0)
+            self.optimizer.step()
+            done += 1
+            self.step += 1
+            if done % every == 0 or done == self.args.steps:
+                now = time.monotonic()
+                parts = [f"{k} {float(loss) / n:.3f}/{float(right) / n:.3f}" for k, (loss, right, n) in sums.items()]
+                speed = f"{(now - told) / every * 1000:.0f} ms/step, {waited / (now - told):.0%} waiting"
+                lr = f"lr {self.rate(done):.1e}, {self.makers.again} sounds again"
+                self.say(f"step {self.step} loss/right: {', '.join(parts)}; {speed}, {lr}")
+                sums, waited, told = {}, 0.0, now
+            if self.minutes() - tested > self.args.test_minutes:
+                self.save(self.args.out)
+                self.test()
+                tested = self.minutes()
+                told = time.monotonic()
+        self.makers.stop()
+        self.save(self.args.out)
+        self.test()
+        self.say("done")
+
+    def learn(self, batch: Batch, sums: dict[str, Any], weight: float = 1.0) -> None:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            loss, right = self.fast.loss(batch)
+        (loss * weight).backward()
+        a, b, n = sums.get(batch.kind, (0.0, 0.0, 0))
+        sums[batch.kind] = (a + loss.detach(), b + right, n + 1)
+
+    def test(self) -> None:
+        """Right answers per skill and word error rate on the held-out sets."""
+        self.model.eval()
+        right: dict[str, list[bool]] = {}
+        wrong: list[str] = []
+        errors = words = 0
+        for batch in self.tests:
+            if batch.kind not in self.args.kinds:
+                continue
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+                answers = self.fast.answer(batch)
+            for asked, ids in zip(batch.asked, answers, strict=True):
+                told = self.rows.backend.decode(ids)
+                good = ask.correct(asked, told)
+                right.setdefault(asked.skill, []).append(good)
+                if not good and len(wrong) < 400 and sum(line.startswith(asked.skill) for line in wrong) < 3:
+                    wrong.append(f"{asked.skill}: {asked.question} -> {told!r}, not {asked.answer!r}")
+                if asked.skill == "digits" and asked.answer.split()[0] in ask.DIGITS:
+                    errors += ask.word_errors(asked.answer, told)
+                    words += len(asked.answer.split())
+        self.model.train()
+        parts = [f"{skill} {sum(hits) / len(hits):.1%}" for skill, hits in right.items()]
+        self.say(f"HELD OUT: {', '.join(parts)}" + (f"; digit WER {errors / words:.1%}" if words else ""))
+        for line in wrong:
+            self.say(f"  {line}")
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, directory: Path) -> None:
+        """model.safetensors in half precision; weights-*.safetensors, moments-*.safetensors, state.json to resume."""
+        from safetensors.torch import save_file
+
+        full = {name: value.detach().cpu() for name, value in zip(self.names, self.values, strict=True)}
+        half = {name: value.half() for name, value in full.items()}
+        save_file(half, directory / "model.safetensors", metadata={"format": "pt"})
+        cut = len(full) // 2
+        for part, names in enumerate((self.names[:cut], self.names[cut:])):
+            save_file({name: full[name] for name in names}, directory / f"weights-{part}.safetensors")
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = {
+                name: self.optimizer.state[value][key].bfloat16().cpu()
+                for name, value in zip(self.names, self.values, strict=True)
+                if value in self.optimizer.state
+            }
+            save_file(moments, directory / f"moments-{key}.safetensors")
+        state = {"minutes": self.before + self.minutes(), "step": self.step}
+        (directory / "state.json").write_text(json.dumps(state) + "\n")
+
+    def load(self, directory: Path) -> None:
+        from safetensors.torch import load_file
+
+        full = {n: v for part in (0, 1) for n, v in load_file(directory / f"weights-{part}.safetensors").items()}
+        moments = {key: load_file(directory / f"moments-{key}.safetensors") for key in ("exp_avg", "exp_avg_sq")}
+        with torch.no_grad():
+            for name, value in zip(self.names, self.values, strict=True):
+                value.copy_(full[name].to(value.device))
+                if name in moments["exp_avg"]:
+                    self.optimizer.state[value] = {
+                        "step": torch.tensor(float(self.step), device=value.device),
+                        **{key: kept[name].to(value.device, value.dtype) for key, kept in moments.items()},
+                    }
+
+
+if __name__ == "__main__":
+    Training(options()).run()
