@@ -1,4 +1,4 @@
-"""The command line: `mmjax serve|convert|inspect|bench|version`. Nothing heavy is imported before a command is chosen."""
+"""The command line: `mmjax serve|convert|inspect|bench|version`. Nothing heavy is imported before one is chosen."""
 
 from __future__ import annotations
 

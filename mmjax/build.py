@@ -86,26 +86,7 @@ def build(args: EngineArgs) -> Parts:
         engines.append(engine)
         compile_s += seconds
     assert sizes is not None and shape is not None
-    renderer = Renderer(
-        processor,
-        tokenizer,
-        model_id=args.model,
-        vocab_size=shape.vocab,
-        max_model_len=max_len,
-        limit_mm_per_prompt=limits,
-        mm_processor_kwargs=args.mm_processor_kwargs,
-        media_io_kwargs=args.media_io_kwargs,
-        limits=Limits.from_env(),
-        cache_gb=args.mm_processor_cache_gb,
-        embed_width=shape.slab_width if args.enable_mm_embeds else None,
-        prefix_caching=engines[0].scheduler.prefix_caching,
-        encoder_decoder=shape.cross,
-        answers=not shape.pooling,
-        max_item_rows=engines[0].slab.capacity or None,
-        max_item_units={
-            kind: sizes.units[name][-1] for name, encoder in shape.encoders.items() for kind in encoder.kinds
-        },
-    )
+    renderer = _renderer(args, processor, tokenizer, engines[0], limits, max_len)
     startup = time.perf_counter() - begin
     logger.info("ready in %.1f s, of which %.1f s compiling", startup, compile_s)
     seeds = (args.seed * 1_000_003 + n for n in itertools.count())
@@ -125,6 +106,36 @@ def build(args: EngineArgs) -> Parts:
         startup,
         compile_s,
         seeds,
+    )
+
+
+def _renderer(
+    args: EngineArgs,
+    processor: Any,
+    tokenizer: Tokenizer | None,
+    engine: Engine,
+    limits: Mapping[str, int],
+    max_len: int,
+) -> Renderer:
+    """What turns requests into prompts that this engine can run."""
+    shape, units = engine.shape, engine.sizes.units
+    return Renderer(
+        processor,
+        tokenizer,
+        model_id=args.model,
+        vocab_size=shape.vocab,
+        max_model_len=max_len,
+        limit_mm_per_prompt=limits,
+        mm_processor_kwargs=args.mm_processor_kwargs,
+        media_io_kwargs=args.media_io_kwargs,
+        limits=Limits.from_env(),
+        cache_gb=args.mm_processor_cache_gb,
+        embed_width=shape.slab_width if args.enable_mm_embeds else None,
+        prefix_caching=engine.scheduler.prefix_caching,
+        encoder_decoder=shape.cross,
+        answers=not shape.pooling,
+        max_item_rows=engine.slab.capacity or None,
+        max_item_units={kind: units[name][-1] for name, each in shape.encoders.items() for kind in each.kinds},
     )
 
 

@@ -59,7 +59,7 @@ class SamplingParams:
     max_tokens: None = as many as the model's length allows. logprobs: how many of the most likely tokens to report
     beside the sampled one; -1 = the whole vocabulary. stop: strings that end the answer. min_tokens: no stop (string,
     stop token or end-of-sequence) happens before so many tokens. bad_words: strings that may not be produced.
-    structured_outputs: a dictionary (or object) with one of json (a schema), json_object, regex, choice, grammar (Lark).
+    structured_outputs: a dictionary (or object) with one of json (a schema), json_object, regex, choice, grammar.
     extra_args: carried, not interpreted.
 
     Raises ValidationError (a ValueError) for an unusable value, TypeError for an unknown keyword.
