@@ -12,13 +12,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from batches import Batch, Rows, clips, hear, pictures  # noqa: E402
-from forward import Fast  # noqa: E402
-from train import build  # noqa: E402
+import numpy as np
+import torch
+from batches import Batch, Rows, clips, hear, pictures
+from forward import Fast
+from train import build
 
-from mmjax.demo import DIRECTORY  # noqa: E402
+from mmjax.demo import DIRECTORY
 
 
 def check(name: str, got: Any, wanted: Any, limit: float) -> None:
