@@ -22,7 +22,8 @@ def paged_prefill(
 
     q [B, Q, K, G, H]; k, v [pages, page, K, H] (for the reference [pages, K, page, H], see `heads_first`); pages [S, P]
     int32; owner, start [B] int32; length [S] int32 -> [B, Q, K, G, H] in q's dtype. Causal: a query sees keys
-    0..min(position, length - 1); otherwise (cross attention) keys 0..length - 1. A query past its sequence's length gives a finite output, and so does a padding block (owner 0, start
-    -Q), which sees nothing. Raises NotImplementedError where `impl` does not serve the shape.
+    0..min(position, length - 1); otherwise (cross attention) keys 0..length - 1. A query past its sequence's length
+    gives a finite output, and so does a padding block (owner 0, start -Q), which sees nothing. Raises
+    NotImplementedError where `impl` does not serve the shape.
     """
     return implementation("paged_prefill", impl)(q, k, v, pages, owner, start, length, causal=causal, scale=scale)
