@@ -129,7 +129,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
         return noise * HEAD_STD
     if name.endswith("decoder.embed_positions.weight"):
         return noise * POSITION_STD
-    if ("embed_" in name or "embedding" in name) and "patch" not in name:
+    part = name.replace("vision_embed_tokens.", "")  # where Phi-3.5-vision keeps all that sees
+    if ("embed_" in part or "embedding" in part) and "patch" not in part:
         return noise * EMBED_STD
     if len(shape) == 1:
         return noise * np.float32(0.1) + np.float32(name.endswith("weight"))

@@ -14,7 +14,7 @@ RATE = 16000
 
 Question = dict[str, Any]
 
-HOMELESS = ("minicpmv",)  # families that transformers does not have; reference_*.py stands for it
+HOMELESS = ("minicpmv", "phi3_v")  # families that transformers does not have; reference_*.py stands for it
 
 
 def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
@@ -43,6 +43,11 @@ def qwen2_vl(words: str, **media: list[np.ndarray]) -> Question:
 def llava(words: str, *images: np.ndarray) -> Question:
     prompt = f"USER: {'<image>' * len(images)}\n{words} ASSISTANT:"
     return {"prompt": prompt, "multi_modal_data": {"image": list(images)} if images else {}}
+
+
+def phi3_v(words: str, *images: np.ndarray, **kwargs: Any) -> Question:
+    media = {"multi_modal_data": {"image": list(images)}} if images else {}
+    return {"prompt": f"<|user|>\n{words}<|end|>\n<|assistant|>\n", **media, **kwargs}
 
 
 def chatml(words: str, **media: list[np.ndarray]) -> Question:
@@ -132,6 +137,16 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "video": lambda: qwen2_vl("(<video>./</video>) Who wins?", video=[clip(5, 3, 60, 90)]),
         "image_and_video": lambda: qwen2_vl(
             f"(<video>./</video>) and {PICTURE}.", image=[picture(6, 84, 28)], video=[clip(7, 2, 60, 30)]
+        ),
+    },
+    "phi3_v": {
+        "text": lambda: phi3_v("Where is the station?"),
+        "image": lambda: phi3_v("<|image_1|>\nWhat is this?", picture(1, 60, 100)),
+        "tall_image": lambda: phi3_v("What is this? <|image_1|>", picture(2, 200, 61)),
+        "two_images": lambda: phi3_v("<|image_1|>\n<|image_2|>\nWhich?", picture(3, 30, 110), picture(4, 56, 56)),
+        "crossed_images": lambda: phi3_v("<|image_2|> or <|image_1|>?", picture(3, 30, 110), picture(5, 90, 40)),
+        "many_crops": lambda: phi3_v(
+            "<|image_1|>Who?", picture(6, 150, 170), mm_processor_kwargs={"num_crops": 9}
         ),
     },
     "whisper": {

@@ -30,6 +30,7 @@ SEQS = {
     "whisper": 2,
     "llava_onevision": 1,
     "minicpmv": 2,
+    "phi3_v": 2,
     "qwen3_vl": 1,
     "qwen3_moe": 2,
 }  # fewer buckets to compile
