@@ -145,9 +145,7 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "tall_image": lambda: phi3_v("What is this? <|image_1|>", picture(2, 200, 61)),
         "two_images": lambda: phi3_v("<|image_1|>\n<|image_2|>\nWhich?", picture(3, 30, 110), picture(4, 56, 56)),
         "crossed_images": lambda: phi3_v("<|image_2|> or <|image_1|>?", picture(3, 30, 110), picture(5, 90, 40)),
-        "many_crops": lambda: phi3_v(
-            "<|image_1|>Who?", picture(6, 150, 170), mm_processor_kwargs={"num_crops": 9}
-        ),
+        "many_crops": lambda: phi3_v("<|image_1|>Who?", picture(6, 150, 170), mm_processor_kwargs={"num_crops": 9}),
     },
     "whisper": {
         "short": lambda: whisper(TASK, 1, 1.3),
