@@ -39,6 +39,8 @@ pytestmark = pytest.mark.parity
 
 FAMILIES = tuple(QUESTIONS)
 LOGITS = 2e-4
+# In float32 transformers is up to 2.7e-4 off its own float64 here, ours 0.8e-4.
+NOISY = {"qwen2_5_vl": 4e-4}
 NEW = 10
 CLEAR = 1.0  # bfloat16 must agree on the best token where it leads by so much
 
@@ -55,6 +57,7 @@ EXTRA: Mapping[str, list[Question]] = {
     "llava": [llava(f"{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
     "llava_onevision": [chatml(f"<image>{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
     "minicpmv": [qwen2_vl(f"{PICTURE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "phi3_v": [phi3_v(f"<|image_1|>{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
     "qwen2_5_omni": [omni(HEARD + "How long?", audio=[sound(9, seconds)]) for seconds in (0.03, 0.51, 1.0, 2.01)],
     "qwen3_omni_moe": [omni(AUDIO + "How long?", audio=[sound(9, seconds)]) for seconds in (0.02, 0.51, 1.0, 4.01)],
     "whisper": [whisper("<|startoftranscript|><|fr|>", seed, seconds) for seed, seconds in ((6, 0.05), (7, 3.99))],
@@ -88,7 +91,7 @@ def compare(llm: LLM, model: "Published", asked: list[Question], name: str) -> N
         found = [(answer_table(output), log_softmax(reply.answer_logits))]
         found += [(prompt_table(output), expected)] if len(expected) else []
         for ours, theirs in found:
-            close(ours, theirs, LOGITS, f"{name}, question {index}")
+            close(ours, theirs, NOISY.get(model.family, LOGITS), f"{name}, question {index}")
             worst = max(worst, float(np.abs(ours - theirs).max()))
         narrowest = min(narrowest, reply.gap)
     print(f"{name}: {len(asked)} questions, off by {worst:.1e} at most, narrowest choice {narrowest:.1e}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Weights = dict[str, np.ndarray]
 Files = dict[str, dict[str, Any]]
 WEIGHTS = "model.safetensors"
-HOST_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json")
+HOST_FILES = ("video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json")
 
 
 def edit(directory: Path, change: Callable[[Files, Weights], None]) -> Path:
@@ -105,6 +105,23 @@ def omni_taps(files: Files, weights: Weights) -> None:
         redraw(weights, name.replace("merger_list.0.", "merger_list.1."), *weights[name].shape)
 
 
+def qwen_wide_windows(files: Files, weights: Weights) -> None:
+    """Windows of 4 x 4 rows, as published, and the head is the embedding."""
+    files["config.json"]["vision_config"] |= {"window_size": 112, "fullatt_block_indexes": [0]}
+    files["config.json"]["tie_word_embeddings"] = True
+    del weights["lm_head.weight"]
+    weights["model.embed_tokens.weight"][264:] *= tiny.MUTED  # special tokens and padding
+
+
+def qwen3_one_tap(files: Files, weights: Weights) -> None:
+    """One tap, after the last block but one, and a larger table."""
+    vision, prefix = files["config.json"]["vision_config"], "model.visual."
+    vision |= {"deepstack_visual_indexes": [vision["depth"] - 2], "num_position_embeddings": 81}
+    redraw(weights, prefix + "pos_embed.weight", 81, vision["hidden_size"])
+    for name in [name for name in weights if "deepstack_merger_list.1." in name]:
+        del weights[name]
+
+
 ODD = {"layers": 3, "width": 48, "heads": 3, "mlp": 80, "tower_layers": 2, "tower_width": 24, "tower_mlp": 48}
 VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], None] | None]] = {
     "qwen2_vl: one kv head, untied": ("qwen2_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen_untied),
@@ -113,6 +130,10 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
         {"layers": 1, "width": 60, "heads": 5, "kv_heads": 5, "tower_layers": 4, "tower_heads": 1},
         None,
     ),
+    "qwen2_5_vl: wide windows, tied": ("qwen2_5_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen_wide_windows),
+    "qwen3_vl: one tap": ("qwen3_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen3_one_tap),
+    "qwen3_vl_moe: one head": ("qwen3_vl_moe", {"layers": 3, "heads": 1, "kv_heads": 1, "tower_heads": 1}, None),
+    "qwen3_moe: four layers": ("qwen3_moe", {"layers": 4, "width": 48, "heads": 3, "kv_heads": 3}, None),
     "llava: odd heads, llama3 rope": ("llava", ODD | {"kv_heads": 1, "tower_heads": 3}, llava_long_rope),
     "llava: class token, tied": ("llava", {"kv_heads": 4, "tower_heads": 2}, llava_full),
     "llava_onevision: odd heads, untied": (
@@ -123,6 +144,11 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
     "minicpmv: one head in the resampler": (
         "minicpmv",
         {"width": 32, "heads": 4, "kv_heads": 4, "tower_width": 24, "tower_heads": 2, "tower_layers": 2},
+        None,
+    ),
+    "phi3_v: odd heads, two lines of patches": (
+        "phi3_v",
+        ODD | {"kv_heads": 1, "tower_heads": 3, "tower_layers": 4},
         None,
     ),
     "qwen2_5_omni: odd heads, odd chunks": ("qwen2_5_omni", ODD | {"kv_heads": 1, "tower_heads": 3}, omni_chunks),
@@ -160,6 +186,10 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {  # published names -> tho
         ("image_newline", "model.image_newline"),
     ),
     "whisper": (("model.", ""),),
+    "qwen2_5_vl": (("model.", "model.language_model."), ("visual.", "model.visual.")),
+    "qwen3_vl": (),  # these are younger
+    "qwen3_vl_moe": (),
+    "qwen3_moe": (),
     "qwen2_5_omni": (("thinker.", ""),),
     "qwen3_omni_moe": (("thinker.", ""),),
 }
@@ -180,7 +210,8 @@ def rename(family: str, source: Path, directory: Path) -> Path:
 def save(model: "Published", source: Path, directory: Path) -> Path:
     """The same checkpoint as transformers itself saves it: tensors, config.json, preprocessor_config.json."""
     model.model.save_pretrained(directory)
-    model.prepare.save_pretrained(directory)
+    if hasattr(model, "prepare"):  # a language model alone needs nothing prepared
+        model.prepare.save_pretrained(directory)
     if hasattr(model, "ears"):  # the hub has one file for both
         seen = json.loads((directory / "preprocessor_config.json").read_text())
         heard = json.loads(model.ears.to_json_string())
