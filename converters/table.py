@@ -92,12 +92,27 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a model that its checkpoint may leave in another one.
+
+    key: of config.json, says where that is. config: key under which the other's config.json belongs into this one.
+    Tensors that begin with `there` in the other are those that begin with `here` in this one.
+    """
+
+    key: str
+    config: str
+    there: str
+    here: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """Rules over canonical names. `prefixes` (old, new) make a name canonical: the first that matches is applied, once.
 
     `ignore`: patterns that cover the whole canonical name of a tensor that nobody needs. `copies`: a second canonical
     name -> the first, of one and the same tensor: read where the first is missing, ignored where it is not.
-    `otherwise`: another layout under the same names, for checkpoints that do not fit as a whole and then do.
+    `otherwise`: another layout under the same names, for checkpoints that do not fit as a whole and then do. `parts`:
+    what a checkpoint may lack because another has it.
     """
 
     rules: tuple[Rule, ...]
@@ -105,6 +120,7 @@ class Table:
     prefixes: tuple[tuple[str, str], ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     otherwise: Table | None = None
+    parts: tuple[Part, ...] = ()
 
     def canonical(self, name: str) -> str:
         for old, new in self.prefixes:

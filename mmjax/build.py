@@ -68,9 +68,7 @@ class Parts:
 def build(args: EngineArgs) -> Parts:
     """Load a model and compile its programs. Raises ValueError for whatever cannot be loaded or does not fit."""
     begin = time.perf_counter()
-    checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token)
-    if args.hf_overrides:
-        checkpoint = dataclasses.replace(checkpoint, config=checkpoint.config | dict(args.hf_overrides))
+    checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token, overrides=args.hf_overrides)
     jax = _start_jax(args)
     replicas = _replicas(jax, args)
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(replicas[0][0].platform, replicas[0][0].platform)

@@ -43,10 +43,19 @@ class Checkpoint:
     family: Family
     config: dict[str, Any]
     files: Mapping[str, dict[str, Any]]
+    token: str | None = None
 
     @classmethod
-    def open(cls, model: str, *, revision: str | None = None, token: str | None = None) -> Checkpoint:
-        """From a local directory or a hub id. Raises ValueError saying what is missing."""
+    def open(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """From a local directory or a hub id. overrides: values that replace those of config.json, such as the places
+        of parts that another checkpoint holds. Raises ValueError saying what is missing."""
         directory = find(model, revision=revision, token=token)
         files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}  # not the vocabulary
         nested = files.get("processor_config.json", {})
@@ -59,8 +68,12 @@ class Checkpoint:
                 files[name] = nested[part]
         if "config.json" not in files:
             raise ValueError(f"{directory} holds no config.json; is it a model directory?")
-        config = files["config.json"]
-        return cls(directory, Family.of(config), config, files)
+        config = files["config.json"] | dict(overrides or {})
+        family = Family.of(config)
+        for part in family.table.parts:
+            if part.config not in config and config.get(part.key):
+                config[part.config] = read_json(find(config[part.key], token=token) / "config.json")
+        return cls(directory, family, config, files, token)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Any]:
@@ -71,7 +84,14 @@ class Checkpoint:
             return open_converted(self.directory)
         from mmjax.converters.safetensors import open_checkpoint
 
-        return open_checkpoint(self.directory)
+        own = open_checkpoint(self.directory)
+        found = dict(own)
+        for part in self.family.table.parts:
+            if self.config.get(part.key) and not any(name.startswith(part.here) for name in own):
+                other = open_checkpoint(find(self.config[part.key], token=self.token))
+                within = {name: tensor for name, tensor in other.items() if name.startswith(part.there)}
+                found |= {part.here + name.removeprefix(part.there): tensor for name, tensor in within.items()}
+        return found
 
     @property
     def converted(self) -> bool:

@@ -139,6 +139,9 @@ class Renderer:
         self.embeds = EmbedReader(processor, embed_width) if processor and embed_width is not None else None
         self.cache = ItemCache(int(cache_gb * 2**30))
         self.named = cache_gb > 0 or prefix_caching
+        markers = [tokenizer.id_of(name) for name in processor.marker.values()] if processor and tokenizer else []
+        # a marker may lie past the embedding, since media always take its place
+        self.beyond = {token for token in markers if token is not None and token >= vocab_size}
         self._serial = itertools.count()
         self._warned: set[str] = set()
 
@@ -215,7 +218,7 @@ class Renderer:
         """Ids of the prompt before expansion."""
         if request.tokens is not None:
             for token in request.tokens:
-                if not 0 <= token < self.vocab_size:
+                if not 0 <= token < self.vocab_size and token not in self.beyond:
                     raise RequestError(f"Token id {token} is out of vocabulary", "bad_token_id")
             return list(request.tokens)
         if self.tokenizer is None:

@@ -115,10 +115,10 @@ def prompt_logprobs(logits: Array, targets: Array, top: int) -> tuple[Array, Arr
     """How likely the model finds targets i32[T] under logits f32[T, V].
 
     Returns (logprob f32[T], rank i32[T], top_ids i32[T, top], top_logprobs f32[T, top]). The rank is one more than the
-    number of strictly likelier tokens.
+    number of strictly likelier tokens. Targets past the vocabulary, which mark media in some models, are impossible.
     """
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    own = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="clip")
+    own = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
     rank = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
     ids, best = _largest(logits, top)
     return (own - norm)[:, 0], rank, ids, best - norm

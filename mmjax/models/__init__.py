@@ -8,6 +8,8 @@ from typing import Any
 
 FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here, in processors/ and in converters/
     "WhisperForConditionalGeneration": "whisper",
+    "Qwen2AudioForConditionalGeneration": "qwen2_audio",
+    "UltravoxModel": "ultravox",
     "LlavaForConditionalGeneration": "llava",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
     "MiniCPMV": "minicpmv",

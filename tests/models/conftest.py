@@ -27,6 +27,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe": {"max_model_len": 256},
     "llava_onevision": {"max_model_len": 320, "max_num_seqs": 2},
     "minicpmv26": {"max_model_len": 320, "max_num_seqs": 2},
+    "qwen2_audio": {"max_model_len": 256},
+    "ultravox": {"max_model_len": 256},
 }
 
 

@@ -19,7 +19,9 @@ def table(entries: Sequence[Mapping[int, Logprob] | None]) -> np.ndarray:
     """f64 [n, V] of n entries that were asked for with -1, which name every token."""
     out = np.empty((len(entries), len(entries[0] or ())))
     for row, entry in zip(out, entries, strict=True):
-        assert entry is not None and sorted(entry) == list(range(len(row)))
+        assert entry is not None
+        entry = {token: logprob for token, logprob in entry.items() if token < len(row)}  # markers may lie beyond
+        assert sorted(entry) == list(range(len(row)))
         row[list(entry)] = [logprob.logprob for logprob in entry.values()]
     return out
 

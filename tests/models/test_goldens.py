@@ -30,6 +30,8 @@ FAMILIES = (
     "qwen3_vl_moe",
     "qwen2_5_omni",
     "qwen3_omni_moe",
+    "qwen2_audio",
+    "ultravox",
 )
 BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder units of the largest case
     "whisper": (128, 1),
@@ -42,9 +44,11 @@ BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder unit
     "minicpmv26": (256, 704),
     "qwen2_5_omni": (192, {"vision": 176, "audio": 16}),
     "qwen3_omni_moe": (128, {"vision": 160, "audio": 8}),
+    "qwen2_audio": (160, 4),
+    "ultravox": (64, 5),
 }
-# Cases that transformers prepares otherwise: see test_omni.py.
-APART = {"qwen2_5_omni": ("video",), "qwen3_omni_moe": ("video", "two_audios")}
+# Cases that transformers prepares otherwise: see test_omni.py and test_ultravox.py.
+APART = {"qwen2_5_omni": ("video",), "qwen3_omni_moe": ("video", "two_audios"), "ultravox": ("two_audios",)}
 FEATURES, LOGITS = 1e-4, 2e-4
 # The stored logits about 63 rows are 1.5e-4 off what float64 gives, ours 1.0e-4, to the other side.
 NOISY = {"qwen2_5_vl": 3e-4}
@@ -174,6 +178,8 @@ def test_each_case_alone(golden: Golden, reference_llm: Callable[..., LLM]) -> N
         "minicpmv26",
         "qwen2_5_omni",
         "qwen3_omni_moe",
+        "qwen2_audio",
+        "ultravox",
     ],
 )
 def test_chunks_of_32_tokens_end_inside_images(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
@@ -205,6 +211,8 @@ def test_goldens_have_an_image_across_token_32(family: str, shared: Path) -> Non
         "minicpmv26",
         "qwen2_5_omni",
         "qwen3_omni_moe",
+        "qwen2_audio",
+        "ultravox",
     ],
 )
 def test_expanded_token_ids_are_the_same_prompt(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:

@@ -1,0 +1,20 @@
+"""Qwen2-Audio: published names, and the names of transformers since 4.52."""
+
+from __future__ import annotations
+
+from mmjax.converters import audio, decoder
+from mmjax.converters.table import Table, linear
+
+TABLE = Table(
+    rules=(*decoder.RULES, *audio.RULES, *linear("projector.linear", "project")),
+    ignore=decoder.IGNORE,
+    prefixes=(
+        ("model.language_model.", "text."),
+        ("language_model.model.", "text."),
+        ("language_model.lm_head.", "lm_head."),
+        ("model.audio_tower.", "audio."),
+        ("audio_tower.", "audio."),
+        ("model.multi_modal_projector.", "projector."),
+        ("multi_modal_projector.", "projector."),
+    ),
+)

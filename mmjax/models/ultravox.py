@@ -1,0 +1,123 @@
+"""Ultravox: Whisper's encoder, eight of its steps stacked to a row, a gated projector, Llama."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.batch import Batch, Pool
+from mmjax.models.family import Encoder, Shape
+from mmjax.nn.audio import PIECE, AudioConfig, AudioTower
+from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.norm import rms_norm
+from mmjax.nn.weight import weight
+
+EPS = 1e-6  # of the projector's norms; the config does not name it
+LONG = 4  # windows of a clip that always fits: 2 minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes. stack: steps of a row; hidden: of the projector, gate and gated part together; norm_inside: whether the
+    projector's second norm comes before its last layer (since v0.5) or after it."""
+
+    text: DecoderConfig
+    audio: AudioConfig
+    stack: int
+    hidden: int
+    norm_inside: bool
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json with the configs of its two parts in it. Raises ValueError for a part or a projector of
+        another kind."""
+        text, act = config["text_config"], config.get("projector_act", "swiglu")
+        kind = text.get("model_type", "llama")
+        if kind != "llama" or act != "swiglu":
+            raise ValueError(
+                f"Ultravox on {kind!r} with projector_act {act!r} is not supported: on 'llama' with 'swiglu' it is"
+            )
+        return cls(
+            text=DecoderConfig.from_hf(text, bias=False, tied=tied),
+            audio=AudioConfig.from_hf(config["audio_config"]),
+            stack=config["stack_factor"],
+            hidden=config["hidden_size"],
+            norm_inside=config.get("projector_ln_mid", False),
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes for the engine."""
+        t, a = self.text, self.audio
+        encoder = Encoder(
+            features=a.reaching,
+            kinds=("audio",),
+            rows=-(-PIECE // self.stack),
+            numbered=("window",),
+            picks={"step": ((), "int32", 0), "kept": ((), "int32", 0)},
+            based={"step": PIECE},
+            largest=LONG * a.most,
+        )
+        return Shape(
+            layers=t.depth,
+            kv_heads=t.kv_heads,
+            head_dim=t.head_dim,
+            vocab=t.vocab,
+            width=t.width,
+            max_len=t.max_len,
+            slab_width=t.width,
+            encoders={"audio": encoder},
+            largest_item=LONG * -(-a.steps // self.stack),
+        )
+
+    def split(self, ways: int) -> Config:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, text=self.text.split(ways), audio=self.audio.split(ways))
+
+
+class Projector(nnx.Module):
+    """Norm, dense layer, SwiGLU, dense layer; a second norm before the last or after it."""
+
+    def __init__(self, c: Config) -> None:
+        stacked, half = c.audio.tower.width * c.stack, c.hidden // 2
+        self.norm1 = weight(stacked, axes=("embed",))
+        self.fc1 = weight(stacked, 2, half, axes=("embed", "pair", "embed_out"))
+        self.norm2 = weight(half if c.norm_inside else c.text.width, axes=("embed",))
+        self.fc2 = weight(half, c.text.width, axes=("embed", "embed_out"))
+        self.norm_inside = c.norm_inside
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[R, stack * C] to [R, D]. It is the second half that gates, other than Llama's."""
+        y = jnp.einsum("rc,cph->rph", rms_norm(x, self.norm1[...], EPS), self.fc1[...])
+        y = y[:, 0] * jax.nn.silu(y[:, 1])
+        if self.norm_inside:
+            return rms_norm(y, self.norm2[...], EPS) @ self.fc2[...]
+        return rms_norm(y @ self.fc2[...], self.norm2[...], EPS)
+
+
+class Model(nnx.Module):
+    """See `mmjax.models.family.Model`."""
+
+    def __init__(self, c: Config) -> None:
+        self.text = Decoder(c.text)
+        self.audio = AudioTower(c.audio)
+        self.projector = Projector(c)
+        self.c = c
+
+    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+        return self.text(batch, pool, slab)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return self.text.logits(hidden)
+
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+        x = self.audio.normed(self.audio.pieces(features))
+        offset = jnp.arange(self.c.stack, dtype=jnp.int32)
+        x = jnp.take(x, features["step"][:, None] + offset, axis=0, mode="clip")
+        x = jnp.where((offset < features["kept"][:, None])[..., None], x, jnp.zeros((), x.dtype))
+        return self.projector(x.reshape(len(x), -1))

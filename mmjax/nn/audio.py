@@ -1,0 +1,139 @@
+"""Whisper's encoder, which the families that hear share: over whole windows, or over clips of any length in pieces.
+
+A window is what the position table spans (30 seconds). A unit is a window or a piece of one. Axes: U units, t mel
+frames or steps of a unit; a step is two frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.norm import layer_norm
+from mmjax.nn.tower import Tower, TowerConfig, gelu
+from mmjax.nn.weight import weight
+
+EPS = 1e-5  # of every norm; the config does not name it
+PIECE = 96  # steps of a piece: 1.92 seconds; mmjax.processors.clips cuts them
+SIGHT = 3  # mel frames that the first and the last step of a piece see beyond it, two before and one behind
+
+Fields = dict[str, tuple[tuple[int, ...], str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioConfig:
+    """Sizes. bins: numbers of a mel frame; steps: of a window."""
+
+    tower: TowerConfig
+    bins: int
+    steps: int
+
+    @classmethod
+    def from_hf(cls, audio: Mapping[str, Any]) -> AudioConfig:
+        """From a config with Whisper's keys. Raises ValueError for an encoder that scales its embeddings."""
+        if audio.get("scale_embedding"):
+            raise ValueError("scale_embedding=true is not supported: no published Whisper scales its embeddings")
+        width, heads = audio["d_model"], audio["encoder_attention_heads"]
+        tower = TowerConfig(
+            width=width,
+            depth=audio["encoder_layers"],
+            heads=heads,
+            head_dim=width // heads,
+            mlp=audio["encoder_ffn_dim"],
+            eps=EPS,
+            act=audio.get("activation_function", "gelu"),
+        )
+        return cls(tower, audio["num_mel_bins"], audio["max_source_positions"])
+
+    @property
+    def pieces(self) -> Fields:
+        """What each piece comes with.
+
+        mel: its frames and those that its ends see. window: the segment that it belongs to, numbered. start: its first
+        step in the window. extent: how many frames of the window, from its own first on, there are. heard: how many of
+        its steps are sound, which all steps of the window look at.
+        """
+        return {
+            "mel": ((2 * PIECE + SIGHT, self.bins), "float32", 0),
+            "window": ((), "int32", -1),
+            "start": ((), "int32", 0),
+            "extent": ((), "int32", 0),
+            "heard": ((), "int32", 0),
+        }
+
+    @property
+    def reaching(self) -> Fields:
+        """`pieces` with reach: how many steps are wanted, which may be more than are heard."""
+        return self.pieces | {"reach": ((), "int32", 0)}
+
+    @property
+    def most(self) -> int:
+        """Pieces of a window."""
+        return -(-self.steps // PIECE)
+
+    def split(self, ways: int) -> AudioConfig:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, tower=self.tower.split(ways))
+
+
+class AudioTower(Tower):
+    """Two convolutions over time, stored positions, blocks, a final norm."""
+
+    def __init__(self, c: AudioConfig) -> None:
+        super().__init__(c.tower)
+        d = c.tower.width
+        self.conv1 = weight(3, c.bins, d, axes=("kernel", "patch", "embed"))
+        self.conv1_bias = weight(d, axes=("embed",))
+        self.conv2 = weight(3, d, d, axes=("kernel", "embed", "embed_out"))
+        self.conv2_bias = weight(d, axes=("embed_out",))
+        self.positions = weight(c.steps, d, axes=("place", "embed"))
+        self.norm = weight(d, axes=("embed",))
+        self.norm_bias = weight(d, axes=("embed",))
+
+    def windows(self, mel: jax.Array) -> jax.Array:
+        """f32[U, bins, 2 * steps] to [U * steps, D], normed."""
+        x = mel.swapaxes(1, 2).astype(self.conv1.dtype)
+        x = gelu(convolve(x, self.conv1[...], stride=1, pad=1) + self.conv1_bias[...])
+        x = gelu(convolve(x, self.conv2[...], stride=2, pad=1) + self.conv2_bias[...]) + self.positions[...]
+        units, steps, width = x.shape
+        segment = jnp.arange(units * steps, dtype=jnp.int32) // steps
+        return self.normed(self(x.reshape(-1, width), segment, uniform=steps))
+
+    def pieces(self, features: Mapping[str, jax.Array]) -> jax.Array:
+        """[U * PIECE, D] of `AudioConfig.pieces` or `AudioConfig.reaching` [U, ...], before the norm.
+
+        A piece sees its neighbours' frames, so that its steps are those of the whole window; where the window ends, the
+        convolutions see nothing. Steps that are not wanted keep to themselves.
+        """
+        start, heard, reach = features["start"], features["heard"], features.get("reach")
+        x = features["mel"].astype(self.conv1.dtype)
+        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
+        frame = jnp.arange(x.shape[1], dtype=jnp.int32) - 1  # counted from the piece's first
+        inside = (frame + 2 * start[:, None] >= 0) & (frame < features["extent"][:, None])
+        x = jnp.where(inside[..., None], x, jnp.zeros((), x.dtype))
+        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...])
+        step = jnp.arange(x.shape[1], dtype=jnp.int32)
+        x = x + jnp.take(self.positions[...], start[:, None] + step, axis=0, mode="clip")
+        wanted = step < (heard if reach is None else reach)[:, None]
+        segment = (2 * features["window"][:, None] + jnp.where(wanted, 0, 1)).reshape(-1)
+        seen = None if reach is None else ((step < heard[:, None]) | ~wanted).reshape(-1)
+        return self(x.reshape(-1, x.shape[-1]), segment, seen=seen)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """The final norm, [..., D]."""
+        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, pad: int = 0) -> jax.Array:
+    """x [U, t, C] convolved over time with kernel [3, C, D], `pad` zeros at either end: [U, t', D].
+
+    One matrix product over the three shifted copies side by side, which is faster than XLA's convolution on the CPU.
+    """
+    x = jnp.pad(x, ((0, 0), (pad, pad), (0, 0)))
+    last = x.shape[1] - 2
+    shifted = jnp.concatenate([x[:, i : i + last : stride] for i in range(3)], axis=-1)
+    return shifted @ kernel.reshape(-1, kernel.shape[-1])

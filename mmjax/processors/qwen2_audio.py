@@ -1,0 +1,57 @@
+"""Qwen2-Audio: clips of at most the encoder's window, two of its steps to a token."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.processors.base import Item, Kwargs
+from mmjax.processors.clips import ClipProcessor, cut, steps_of
+from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError
+
+log = logging.getLogger(__name__)
+
+
+class Processor(ClipProcessor):
+    """See `mmjax.processors.base.Processor`."""
+
+    marker: Mapping[str, str] = {"audio": "<|AUDIO|>"}
+    placeholder: Mapping[str, str] = {"audio": "Audio {i}: <|audio_bos|><|AUDIO|><|audio_eos|>"}
+
+    def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        super().__init__(config, files, tokenizer)
+        if self.mel.frames != self.window:
+            raise ValueError(
+                f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
+                f"needs {self.window}: the two files belong to different checkpoints"
+            )
+
+    def _steps(self, samples: int) -> int:
+        """Steps of the encoder that so many samples fill."""
+        return steps_of(min(-(-samples // self.mel.hop), self.window))
+
+    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+        """Tokens of audio (samples,); 0 when it is too short."""
+        return self._steps(size[0]) // 2
+
+    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+        """Mono float32 [n] at the model's rate -> pieces of the window it fills, and step i32[rows], the first of two
+        that a row is the mean of."""
+        steps = self._steps(len(media))
+        rows = steps // 2
+        if not rows:
+            raise RequestError(
+                f"The audio (len={len(media)}) is too short to be represented inside the model.", "audio_too_short"
+            )
+        if len(media) > self.mel.samples:
+            log.warning(
+                "audio of %.1f s is cut to the model's window of %.1f s; split longer recordings first",
+                len(media) / self.mel.rate,
+                self.mel.samples / self.mel.rate,
+            )
+        features = cut(self.mel(media), steps, steps, 0)
+        del features["reach"]  # what is heard is what is wanted
+        features["step"] = np.arange(0, 2 * rows, 2, dtype=np.int32)
+        return Item(kind, features, units=len(features["start"]), rows=rows)
