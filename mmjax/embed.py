@@ -35,6 +35,8 @@ def pooling_params(given: Any, count: int, task: str | None, width: int) -> list
     Raises TypeError for another kind of object, ValueError for a wrong number of them or a wrong value.
     """
     given = PoolingParams() if given is None else given
+    if not isinstance(given, PoolingParams | Sequence):
+        raise TypeError(f"pooling_params should be PoolingParams, got {type(given).__name__}")
     each = [given] * count if isinstance(given, PoolingParams) else list(given)
     if len(each) != count:
         raise ValueError(f"The lengths of prompts ({count}) and params ({len(each)}) must be the same.")

@@ -16,7 +16,7 @@ from models.questions import QUESTIONS
 from models.tables import answer_table, prompt_table
 from small import greedy
 
-FAMILIES = ("qwen2_vl", "whisper", "qwen3_vl_moe")
+FAMILIES = ("whisper", "qwen3_vl_moe")
 OPTIONS: dict[str, Any] = {
     "max_num_seqs": 2,
     "max_num_batched_tokens": 128,
@@ -65,8 +65,8 @@ def test_close_to_bfloat16_in_half_the_memory(family: str, tiny_dir: Callable[[s
     assert left <= max(leaf.shape[0] for leaf in kept.values()) * 8, "only norms, biases and routers stay as they are"
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe"])
-def test_two_devices_hold_the_same(family: str, tiny_dir: Callable[[str], Path]) -> None:
+def test_two_devices_hold_the_same(tiny_dir: Callable[[str], Path]) -> None:
+    family = "qwen3_vl_moe"
     one, two = (engine(tiny_dir(family), quantization="int8", tensor_parallel_size=ways) for ways in (1, 2))
     np.testing.assert_allclose(distributions(one, family), distributions(two, family), atol=1e-4)
     shared = [leaf for leaf in matrices(two).values() if leaf.steps.addressable_shards[0].data.shape != leaf.shape]
@@ -82,7 +82,7 @@ def test_programs_never_hold_all_weights_at_once(tmp_path: Path) -> None:
     """What a step needs beside its arguments is less than the matrices of the model in float32."""
     import tiny
 
-    directory = tiny.make("qwen2_vl", tmp_path, layers=6, width=128, mlp=512)
+    directory = tiny.make("qwen2_vl", tmp_path, layers=4, width=128, mlp=512)
     llm = engine(directory, quantization="int8")
     llm.generate("Hello", greedy(4), use_tqdm=False)
     whole = 4 * sum(leaf.steps.size for leaf in matrices(llm).values())

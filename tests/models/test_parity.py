@@ -24,6 +24,7 @@ from models.questions import (
     chatml,
     llava,
     omni,
+    phi3_v,
     qwen2_vl,
     sound,
     whisper,

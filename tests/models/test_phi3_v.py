@@ -86,11 +86,10 @@ def test_vectors_of_vlm2vec(directory: Path) -> None:
     assert outputs[1].num_cached_tokens == 768
 
 
-@pytest.mark.parametrize("ways", [1, 2])
-def test_devices_chunks_and_prefixes_give_the_recorded_answers(ways: int, tiny_dir: Callable[[str], Path]) -> None:
+def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callable[[str], Path]) -> None:
     """All questions at once, text among pictures; then again, when all but the last page of each is known."""
     options = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 32, "num_decode_steps": 4}
-    llm = LLM(str(tiny_dir("phi3_v")), **options, block_size=PAGE, tensor_parallel_size=ways, enforce_eager=True)
+    llm = LLM(str(tiny_dir("phi3_v")), **options, block_size=PAGE, tensor_parallel_size=2, enforce_eager=True)
     asked = [make() for make in QUESTIONS["phi3_v"].values()]
     wanted = [RECORDED["phi3_v"][case]["ids"] for case in QUESTIONS["phi3_v"]]
     assert ids(llm.generate(asked, greedy(12), use_tqdm=False)) == wanted

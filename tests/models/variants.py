@@ -146,7 +146,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
         {"width": 32, "heads": 4, "kv_heads": 4, "tower_width": 24, "tower_heads": 2, "tower_layers": 2},
         None,
     ),
-    "phi3_v: odd heads, two lines of patches": (
+    "phi3_v: one kv head": (
         "phi3_v",
         ODD | {"kv_heads": 1, "tower_heads": 3, "tower_layers": 4},
         None,
