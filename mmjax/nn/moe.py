@@ -36,7 +36,9 @@ class MoeConfig:
     @classmethod
     def from_hf(cls, text: dict[str, Any], *, renormalise: bool | None = None) -> MoeConfig | None:
         """From the text part of config.json; None for a model without experts. `renormalise` overrides the file."""
-        experts = text.get("num_experts") or 0
+        experts = (
+            text.get("num_experts") or text.get("num_local_experts") or 0
+        )  # the latter is what transformers 5 writes
         if not experts:
             return None
         step, never = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []

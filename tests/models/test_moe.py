@@ -95,6 +95,7 @@ def test_block_rows() -> None:
 def test_layers_without_experts() -> None:
     text = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 6}
     assert MoeConfig.from_hf({**text, "num_experts": 0}) is None and MoeConfig.from_hf({}) is None
+    assert MoeConfig.from_hf({"num_local_experts": 4, **text, "num_experts": None}) == MoeConfig.from_hf(text)
     found = MoeConfig.from_hf({**text, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
     assert found is not None and found.dense == (0, 2, 3, 4) and not found.renormalise
     assert MoeConfig.from_hf(text, renormalise=True) == MoeConfig(4, 2, 8, True, 4)
