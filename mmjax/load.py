@@ -191,7 +191,7 @@ def load_params(
         made = ((path, random_leaf(path, leaf, mesh, held, seed)) for path, leaf in kept)
         return graph, split, {path: keep(path, leaves[path], array, mesh, int8=int8) for path, array in made}
     _, stored = declare(checkpoint.family, config)
-    params = {}
+    params: dict[str, jax.Array | Quantised] = {}
     for path, value in progress(checkpoint.values(stored), len(stored)):
         leaf = leaves[path]
         if text_only and not path.startswith(TEXT):

@@ -113,11 +113,14 @@ class Processor:
         first, second = parts[::-1] if self.global_first else parts
         return np.concatenate([first, np.array([DIVIDER], np.int32), second])
 
-    def tokenize(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """The text between two image tags is a text of its own, start token included (as published)."""
-        tokens: list[int] = []
-        for n, part in enumerate(TAG.split(text)):
-            tokens.extend([-1 - int(part)] if n % 2 else encode(part))
+    def tokenize(self, text: str, encode: Callable[..., list[int]]) -> list[int]:
+        """The text between two image tags is a text of its own and starts like one, in chats too (as published)."""
+        first, *rest = TAG.split(text)
+        if not rest:
+            return encode(text)
+        tokens = encode(first, add_special_tokens=True)
+        for number, part in zip(rest[::2], rest[1::2], strict=True):
+            tokens += [-1 - int(number), *encode(part, add_special_tokens=True)]
         return tokens
 
     def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:

@@ -14,6 +14,7 @@ from mmjax.processors import phi3_v
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 from rendering import load_processor, make_renderer, read_files
+from small import picture
 
 Make = Callable[[str], Path]
 
@@ -114,8 +115,10 @@ def test_text_between_tags_is_tokenised_by_itself(tiny_dir: Make, tiny: tuple[ph
     assert [span.index for span in expanded.spans] == [0, 1]
     assert len(expanded.tokens) == sum(map(len, alone)) + items[0].rows + items[1].rows
     renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
-    rendered = renderer.render(renderer.parse(text.replace("<|image_1|>A<|image_2|>", "A")), {"add_special_tokens": 0})
-    assert tokenizer.bos_id not in rendered.tokens
+    for prompt, starts in ((text, 3), ("AB", 0)):  # as a chat asks for it, whose template prints special tokens
+        media = {"multi_modal_data": {"image": [picture(1), picture(2)]}} if starts else {}
+        rendered = renderer.render(renderer.parse({"prompt": prompt, **media}), {"add_special_tokens": False})
+        assert (rendered.tokens == tokenizer.bos_id).sum() == starts
 
 
 @pytest.mark.parametrize(
