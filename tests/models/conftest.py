@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"max_model_len": 256},
     "qwen2_5_vl": {"max_model_len": 256},
     "qwen3_vl": {"max_model_len": 256},
-    "qwen3_vl_moe": {"max_model_len": 256},
+    "qwen3_vl_moe": {"max_model_len": 256, "enable_mm_embeds": True},
     "qwen2_5_omni": {"max_model_len": 256},
     "qwen3_omni_moe": {"max_model_len": 256},
     "llava_onevision": {"max_model_len": 320, "max_num_seqs": 2},

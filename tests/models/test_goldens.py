@@ -224,3 +224,26 @@ def test_expanded_token_ids_are_the_same_prompt(family: str, shared: Path, refer
     outputs = llm.generate(prompts, greedy(NEW), use_tqdm=False)
     assert [output.prompt_token_ids for output in outputs] == [golden.ids(case) for case in golden.texts]
     assert ids(outputs) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe"])
+def test_a_second_time_from_the_caches(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
+    """Pages of a prompt that ends inside a medium are found again, what its inner rows added included."""
+    golden, llm = load(shared / "reference" / family), reference_llm(family)
+    first = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
+    again = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
+    assert all((output.num_cached_tokens or 0) >= 16 for output in again)
+    assert ids(again) == ids(first) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
+
+
+def test_rows_of_all_levels_in_place_of_media(shared: Path, reference_llm: Callable[..., LLM]) -> None:
+    """Embeddings hold the final rows and those of the inner blocks side by side."""
+    golden, llm = load(shared / "reference/qwen3_vl_moe"), reference_llm("qwen3_vl_moe")
+    for case, kind in (("image", "image"), ("video_v457_prompt", "video")):
+        names = [f"{case}/{kind}_features", *(f"{case}/{kind}_deepstack_{level}" for level in range(3))]
+        rows = np.concatenate([golden.arrays[name] for name in names], axis=1)
+        embeds = {f"{kind}_embeds": rows, f"{kind}_grid_thw": golden.arrays[f"{case}/{kind}_grid_thw"]}
+        asked = {"prompt": golden.texts[case], "multi_modal_data": {kind: embeds}}
+        output = llm.generate(asked, greedy(NEW, logprobs=-1, prompt_logprobs=-1), use_tqdm=False)[0]
+        golden.check_prompt(case, output)
+        golden.check_answer(case, output)
