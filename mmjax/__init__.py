@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from mmjax.async_llm import AsyncLLM, Delta, EngineDeadError
     from mmjax.config import EngineArgs
     from mmjax.llm import LLM
+    from mmjax.speech import Speech, SpeechTask, Transcript
     from mmjax.types import (
         CompletionOutput,
         EmbeddingRequestOutput,
         PoolingParams,
+        PoolingRequestOutput,
         RequestError,
         RequestOutput,
         SamplingParams,
@@ -33,11 +35,15 @@ __all__ = [
     "EngineArgs",
     "EngineDeadError",
     "PoolingParams",
+    "PoolingRequestOutput",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "Speech",
+    "SpeechTask",
     "TextPrompt",
     "TokensPrompt",
+    "Transcript",
     "__version__",
 ]
 
@@ -52,6 +58,9 @@ _HOMES = {
     "Delta": "mmjax.async_llm",
     "EngineDeadError": "mmjax.async_llm",
     "EngineArgs": "mmjax.config",
+    "Speech": "mmjax.speech",
+    "SpeechTask": "mmjax.speech",
+    "Transcript": "mmjax.speech",
 }
 
 

@@ -1,4 +1,7 @@
-"""The command line: `mmjax serve|convert|inspect|bench|version`. Nothing heavy is imported before one is chosen."""
+"""The command line: `mmjax serve|chat|run-batch|convert|inspect|bench|version`.
+
+Nothing heavy is imported before a command is chosen.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,22 @@ from typing import Any
 import mmjax
 from mmjax import flags
 
+MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 2 for a wrong command line, 1 for input that cannot be used."""
-    parser = _parser()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = parser.parse_args(flags.fold(sys.argv[1:] if argv is None else argv))
-    except flags.FlagError as error:
-        parser.error(str(error))
-    command: Callable[[argparse.Namespace], None] = arguments.command
-    try:
+        if words and words[0] in MODEL_COMMANDS:
+            arguments = _model_command(words[0], words[1:])
+        else:
+            parser = _parser()
+            try:
+                arguments = parser.parse_args(flags.fold(words))
+            except flags.FlagError as error:
+                parser.error(str(error))
+        command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
     except (ValueError, FileNotFoundError) as error:
         print(f"mmjax: {error}", file=sys.stderr)
@@ -29,11 +38,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command that has its own, those of the engine, and those in a file that `--config` names."""
+    _, add_flags, command = MODEL_COMMANDS[name]
+    parser = argparse.ArgumentParser(f"mmjax {name}", allow_abbrev=False)
+    parser.add_argument("model", nargs="?", help="model directory, hub id, or `demo`")
+    parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML with flags: `max-model-len: 4096`; those given here win")
+    add_flags(parser)
+    flags.add_engine_flags(parser)
+    try:
+        arguments = parser.parse_args(flags.fold(flags.from_file(words), MAPPINGS))
+    except flags.FlagError as error:
+        parser.error(str(error))
+    arguments.model = arguments.model or arguments.named_model
+    if arguments.model is None:
+        parser.error("which model? Name a directory, a hub id, or `demo`")
+    arguments.command = command
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    _add_serve(commands)
+    for name, (meaning, *_) in MODEL_COMMANDS.items():  # their flags are added when one is chosen: `_model_command`
+        commands.add_parser(name, help=meaning, add_help=False)
 
     convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
     convert.add_argument("source", help="model directory or hub id (safetensors)")
@@ -58,32 +88,66 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_serve(commands: Any) -> None:
-    """`mmjax serve`; its flags are read only when it is asked for, since they bring the web framework."""
-    serve = commands.add_parser(
-        "serve", help="answer HTTP requests as OpenAI's API does", allow_abbrev=False, add_help=False
-    )
-    serve.add_argument("rest", nargs=argparse.REMAINDER)
-    serve.set_defaults(command=_serve)
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    from mmjax.serve import command
+
+    command.add_flags(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from mmjax.config import env_number
+    from mmjax.serve import command
+
+    keep_alive = int(env_number("HTTP_TIMEOUT_KEEP_ALIVE", 5))
+    command.run(arguments, flags.engine_kwargs(arguments), _settings(arguments), keep_alive)
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    """What a server is to know, from its flags and the environment."""
     from mmjax.config import env, env_flag, env_number
     from mmjax.serve import command
 
-    parser = argparse.ArgumentParser("mmjax serve", allow_abbrev=False)
-    parser.add_argument("model", help="model directory, hub id, or `demo`")
-    command.add_flags(parser)
-    flags.add_engine_flags(parser)
-    given = parser.parse_args(arguments.rest)
     key = env("API_KEY", "")
-    chosen = command.settings(
-        given,
+    return command.settings(
+        arguments,
         keys=(key,) if key else (),
         audio_mb=env_number("MAX_AUDIO_CLIP_FILESIZE_MB", 25),
         development=env_flag("SERVER_DEV_MODE", False),
     )
-    command.run(given, flags.engine_kwargs(given), chosen, int(env_number("HTTP_TIMEOUT_KEEP_ALIVE", 5)))
+
+
+def _batch_flags(parser: argparse.ArgumentParser) -> None:
+    from mmjax.serve import batches
+
+    batches.add_flags(parser)
+    _serve_flags(parser)
+
+
+def _run_batch(arguments: argparse.Namespace) -> None:
+    from mmjax.serve import batches
+
+    batches.run(arguments, flags.engine_kwargs(arguments), _settings(arguments))
+
+
+def _chat_flags(parser: argparse.ArgumentParser) -> None:
+    from mmjax import terminal
+
+    terminal.add_flags(parser)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from mmjax import terminal
+
+    terminal.run(arguments, flags.engine_kwargs(arguments))
+
+
+MODEL_COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
+] = {
+    "serve": ("answer HTTP requests as OpenAI's API does", _serve_flags, _serve),
+    "chat": ("talk to a model in the terminal", _chat_flags, _chat),
+    "run-batch": ("answer a file of requests in OpenAI's batch format", _batch_flags, _run_batch),
+}
 
 
 def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
@@ -148,6 +212,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             shapes={path: leaf.shape for path, leaf in leaves.items()},
             dtype=arguments.dtype,
             progress=progress,
+            tensors=checkpoint.tensors if checkpoint.family.table.parts else None,
+            config=checkpoint.config if checkpoint.family.table.parts else None,
         )
     taken = f"{len(leaves)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
     print(f"{arguments.destination}: {taken}")

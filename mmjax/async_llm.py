@@ -14,7 +14,15 @@ from mmjax.chat import ChatOptions
 from mmjax.llm import LLM
 from mmjax.render import Rendered
 from mmjax.run import Run
-from mmjax.types import Logprob, RequestError, RequestOutput, SamplingParams, ValidationError
+from mmjax.types import (
+    Logprob,
+    PoolingParams,
+    PoolingRequestOutput,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+    ValidationError,
+)
 
 logger = logging.getLogger(__name__)
 Out = TypeVar("Out")
@@ -167,14 +175,19 @@ class AsyncLLM:
 
     async def generate(self, rendered: Rendered, params: SamplingParams) -> RequestOutput:
         """Answer one rendered prompt. Cancelled, or left with an error, its pages are free at once."""
-        ticket = self.submit(rendered, params, streaming=False)
+        output: RequestOutput = await self._finish(self.submit(rendered, params, streaming=False))
+        return output
+
+    async def generate_all(self, asked: Sequence[tuple[Rendered, SamplingParams]]) -> list[RequestOutput]:
+        """Answer several prompts together, in their order. When one fails, the others are dropped."""
+        tickets: list[Ticket] = []
         try:
-            async for _ in ticket.deltas():
-                pass
+            for rendered, params in asked:
+                tickets.append(self.submit(rendered, params, streaming=False))
+            return [await self._finish(ticket) for ticket in tickets]
         finally:
-            self.drop(ticket)
-        assert ticket.output is not None
-        return ticket.output
+            for ticket in tickets:
+                self.drop(ticket)
 
     async def stream(self, ticket: Ticket) -> AsyncIterator[Delta]:
         """What a streaming ticket's answers gain, step by step; leaving early ends the request."""
@@ -217,10 +230,31 @@ class AsyncLLM:
         """
         self.check()
         self.llm.verify(params)
+        return self._submit(lambda: self.llm.start(rendered, params), streaming)
+
+    async def embed(self, rendered: Rendered, params: PoolingParams) -> PoolingRequestOutput:
+        """The vector of one rendered prompt. ValueError unless the model was loaded to pool."""
+        self.check()
+        self.llm.check_pooling("embed")
+        [checked] = self.llm.pooling_params(params, 1, "embed")
+        return await self._finish(self._submit(lambda: self.llm.start_pooling(rendered, checked), False))
+
+    def _submit(self, start: Callable[[], Any], streaming: bool) -> Ticket:
         ticket = Ticket(streaming=streaming)
         self._tickets.add(ticket)
-        self._inbox.put(lambda: self._start(ticket, rendered, params))
+        self._inbox.put(lambda: self._start(ticket, start))
+        if self._closed or self.fault is not None:  # the engine may have told its tickets before this one was there
+            ticket.tell(self._gone())
         return ticket
+
+    async def _finish(self, ticket: Ticket) -> Any:
+        try:
+            async for _ in ticket.deltas():
+                pass
+        finally:
+            self.drop(ticket)
+        assert ticket.output is not None
+        return ticket.output
 
     def drop(self, ticket: Ticket) -> None:
         """The caller is done with a request; if it still runs, it ends now."""
@@ -232,7 +266,10 @@ class AsyncLLM:
     def check(self) -> None:
         """Raises EngineDeadError when no request can be served any more."""
         if self._closed or self.fault is not None or not self._thread.is_alive():
-            raise EngineDeadError("The engine has stopped" + (f": {self.fault}" if self.fault else "."))
+            raise self._gone()
+
+    def _gone(self) -> EngineDeadError:
+        return EngineDeadError("The engine has stopped" + (f": {self.fault}" if self.fault else "."))
 
     @property
     def open(self) -> int:
@@ -258,9 +295,8 @@ class AsyncLLM:
             logger.exception("the engine has stopped")
             self.fault = error
         finally:
-            gone = EngineDeadError("The engine has stopped" + (f": {self.fault}" if self.fault else "."))
             for ticket in list(self._tickets):
-                ticket.tell(gone)
+                ticket.tell(self._gone())
 
     def _take_in(self) -> bool:
         """Do what callers asked for, waiting while there is nothing to run. False: to be closed."""
@@ -277,12 +313,12 @@ class AsyncLLM:
             ask()
             busy = True  # one more look without waiting
 
-    def _start(self, ticket: Ticket, rendered: Rendered, params: SamplingParams) -> None:
+    def _start(self, ticket: Ticket, start: Callable[[], Any]) -> None:
         if ticket.closed:
             return
         try:
-            ticket.run = self.llm.start(rendered, params)
-        except ValueError as error:
+            ticket.run = start()
+        except Exception as error:  # whatever a request holds, it is not the others' end
             ticket.closed = True
             ticket.tell(error)
             return

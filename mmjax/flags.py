@@ -3,6 +3,7 @@
 --limit-mm-per-prompt '{"image": 2}'       a JSON object
 --limit-mm-per-prompt.video.count 1        one key of it; the parts are merged, the last one wins
 --media-io-kwargs.image.key+ 3             append to a list; `key+=a,b` appends two
+--config flags.yaml                        flags from a file; those on the command line win
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmjax.config import EngineArgs
@@ -153,6 +155,41 @@ def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
         else:
             _put(tree, path.replace("-", "_").split("."), value, split=given is not None, name=head)
     return [*rest, *(f"{flag(head)}={json.dumps(tree)}" for head, tree in trees.items())]
+
+
+def from_file(argv: Sequence[str]) -> list[str]:
+    """Put the flags of `--config FILE` (YAML, one key per flag) before those of the command line, which win.
+
+    Raises FlagError for a file that cannot be read as such.
+    """
+    words, file = list(argv), None
+    for i, word in enumerate(words):
+        if word == "--config" or word.startswith("--config="):
+            given = word.partition("=")[2] or (words[i + 1] if i + 1 < len(words) else "")
+            words[i : i + 1 + ("=" not in word)] = []
+            file = Path(given)
+            break
+    if file is None:
+        return words
+    import yaml
+
+    try:
+        entries = yaml.safe_load(file.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FlagError(f"--config {file}: {error}") from error
+    if not isinstance(entries, Mapping):
+        raise FlagError(f"--config {file}: expected one `flag: value` per line, got {type(entries).__name__}")
+    told = {word.partition("=")[0].partition(".")[0].replace("_", "-") for word in words if word.startswith("--")}
+    first, last = [], []
+    for key, value in entries.items():
+        name = flag(str(key).lstrip("-")).replace("--model-tag", "--model")
+        if isinstance(value, list):  # takes every word that follows, so it comes last
+            last += [] if name in told else [name, *map(str, value)]
+        elif isinstance(value, bool):
+            first.append(name if value else name.replace("--", "--no-", 1))
+        elif value is not None:
+            first.append(f"{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
+    return [*first, *words, *last]
 
 
 def _object(head: str, text: str) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
-from mmjax.serve import chat, completions, errors, plain
+from mmjax.serve import audio, chat, completions, embeddings, errors, plain
 from mmjax.serve.context import Context, Settings
 from mmjax.serve.gate import Gate
 
-from mmjax import AsyncLLM, __version__
+from mmjax import AsyncLLM, Speech, __version__
 
 
 def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
@@ -24,7 +24,7 @@ def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
         yield
         engine.close()
 
-    app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan, root_path=settings.root_path)
+    app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan)
     app.state.context = context
     errors.install(app)
 
@@ -34,9 +34,10 @@ def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
 
     app.include_router(plain.router(context))
     app.include_router(plain.tokens_router(context))
-    app.include_router(plain.generate_router(context))
-    app.include_router(completions.router(context))
-    app.include_router(chat.router(context))
+    if settings.development:
+        app.include_router(plain.development_router(context))
+    for router in _routers(engine):
+        app.include_router(router(context))
     app.add_middleware(
         Gate,
         keys=settings.keys,
@@ -51,3 +52,12 @@ def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
         allow_credentials=settings.credentials,
     )
     return app
+
+
+def _routers(engine: AsyncLLM) -> list[Callable[[Context], APIRouter]]:
+    """The routes that the model can serve."""
+    if engine.llm.args.pooling:
+        return [embeddings.router]
+    if Speech.suits(engine):
+        return [audio.router, plain.generate_router]
+    return [completions.router, chat.router, plain.generate_router]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -50,15 +50,8 @@ class Conversation:
 
     async def prepare(self) -> tuple[Any, SamplingParams]:
         """(rendered prompt, sampling parameters). Whatever is wrong with the request is raised here."""
-        settings, engine, body = self.context.settings, self.context.engine, self.body
-        options = body.options()
-        if options["chat_template"] is not None and not settings.template_from_requests:
-            raise ValueError(
-                "Chat template is passed with request, but the server does not trust those: start it with "
-                "`--trust-request-chat-template`."
-            )
-        options["chat_template_kwargs"] = {**settings.template_kwargs, **(options["chat_template_kwargs"] or {})}
-        options["chat_template_content_format"] = settings.content_format
+        engine, body = self.context.engine, self.body
+        options = self.context.chat_options(body.options())
         fields = body.fields()
         if self.schema is not None:
             if "structured_outputs" in fields:
@@ -88,7 +81,7 @@ class Conversation:
             body["prompt_token_ids"] = list(output.prompt_token_ids or ())
         return body
 
-    async def events(self) -> AsyncIterator[Json]:
+    async def events(self) -> AsyncGenerator[Json, None]:
         """The answer in chunks."""
         assert self.prepared is not None
         rendered, params = self.prepared
@@ -99,14 +92,17 @@ class Conversation:
         made = dict.fromkeys(readers, 0)
         async with self.context.admitted():
             ticket = self.context.engine.submit(rendered, params, streaming=True)
-            for index in readers:
-                yield self._chunk(index, {"role": self.context.settings.role, "content": ""})
-            async for delta in self.context.engine.stream(ticket):
-                made[delta.index] += len(delta.token_ids)
-                for chunk in self._chunks(delta, readers[delta.index]):
-                    if always:
-                        chunk["usage"] = usage(len(rendered.tokens), sum(made.values()))
-                    yield chunk
+            try:
+                for index in readers:
+                    yield self._chunk(index, {"role": self.context.settings.role, "content": ""})
+                async for delta in self.context.engine.stream(ticket):
+                    made[delta.index] += len(delta.token_ids)
+                    for chunk in self._chunks(delta, readers[delta.index]):
+                        if always:
+                            chunk["usage"] = usage(len(rendered.tokens), sum(made.values()))
+                        yield chunk
+            finally:
+                self.context.engine.drop(ticket)
         assert ticket.output is not None
         self.context.metrics.note(ticket.output)
         if want:
@@ -156,7 +152,8 @@ class Conversation:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def _choice(self, answer: CompletionOutput) -> Json:
-        said, calls = answer.text, []
+        said = answer.text
+        calls: list[Call] = []
         reader = self._reader()
         if reader is not None:
             said, calls = reader.read(answer.text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -30,16 +32,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--default-chat-template-kwargs", type=_json, metavar="JSON", default={})
     group.add_argument("--trust-request-chat-template", action=yes, default=False)
     group.add_argument("--tool-call-parser", choices=("hermes", "none"), default="hermes", help="how calls are written")
-    group.add_argument("--enable-auto-tool-choice", action="store_true", help="accepted; tools are on when sent")
+    group.add_argument("--enable-auto-tool-choice", action=yes, help="accepted; tools are on when sent")
     group.add_argument("--enable-prompt-tokens-details", action=yes, default=False, help="usage tells cached tokens")
     group.add_argument("--enable-force-include-usage", action=yes, default=False, help="streams end with their usage")
     group.add_argument("--enable-request-id-headers", action=yes, default=False, help="answers carry X-Request-Id")
     group.add_argument("--max-queue", type=int, default=1024, help="requests under way at once; more get 429")
     group.add_argument("--max-body-mb", type=float, default=256.0, help="largest request in MiB; larger get 413")
     group.add_argument("--drain-timeout", type=int, default=30, help="seconds that a stop waits for running requests")
-    group.add_argument("--allowed-origins", type=_json, metavar="JSON", default=["*"])
-    group.add_argument("--allowed-methods", type=_json, metavar="JSON", default=["*"])
-    group.add_argument("--allowed-headers", type=_json, metavar="JSON", default=["*"])
+    group.add_argument("--allowed-origins", type=_words, nargs="+", metavar="ORIGIN", default=[["*"]])
+    group.add_argument("--allowed-methods", type=_words, nargs="+", metavar="METHOD", default=[["*"]])
+    group.add_argument("--allowed-headers", type=_words, nargs="+", metavar="HEADER", default=[["*"]])
     group.add_argument("--allow-credentials", action=yes, default=False)
     group.add_argument("--root-path", default="", help="path prefix that a proxy strips")
     group.add_argument("--ssl-keyfile")
@@ -50,9 +52,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--uvicorn-log-level", choices=levels, default="info")
 
 
-def _json(text: str) -> Any:
-    import json
+def _words(text: str) -> list[str]:
+    """One word, or several as a JSON list."""
+    return [str(word) for word in _json(text)] if text.startswith("[") else [text]
 
+
+def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
@@ -74,11 +79,10 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], audio_mb: 
         prompt_details=arguments.enable_prompt_tokens_details,
         always_usage=arguments.enable_force_include_usage,
         tell_ids=arguments.enable_request_id_headers,
-        origins=tuple(arguments.allowed_origins),
-        origin_methods=tuple(arguments.allowed_methods),
-        origin_headers=tuple(arguments.allowed_headers),
+        origins=tuple(itertools.chain(*arguments.allowed_origins)),
+        origin_methods=tuple(itertools.chain(*arguments.allowed_methods)),
+        origin_headers=tuple(itertools.chain(*arguments.allowed_headers)),
         credentials=arguments.allow_credentials,
-        root_path=arguments.root_path,
         tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
         development=development,
     )
@@ -93,6 +97,7 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settin
         host=arguments.host,
         port=arguments.port,
         uds=arguments.uds,
+        root_path=arguments.root_path,
         log_level=arguments.uvicorn_log_level,
         timeout_keep_alive=keep_alive,
         timeout_graceful_shutdown=arguments.drain_timeout,

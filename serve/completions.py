@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -73,24 +73,23 @@ class Completion:
         """The whole answer."""
         rendered, params = await self.prepare()
 
-        async def one(prompt: Any) -> RequestOutput:
-            async with self.context.admitted():
-                output = await self.context.engine.generate(prompt, params)
+        async with self.context.admitted():
+            outputs = await self.context.engine.generate_all([(each, params) for each in rendered])
+        for output in outputs:
             self.context.metrics.note(output)
-            return output
-
-        outputs = await together(*map(one, rendered))
         choices = [self._choice(output, i * params.n) for i, output in enumerate(outputs)]
         return {**self._head(), "choices": merged(choices), "usage": self._usage(outputs)}
 
-    async def events(self) -> AsyncIterator[Json]:
+    async def events(self) -> AsyncGenerator[Json, None]:
         """The answers in chunks, prompt after prompt; while one is sent the others are already being made."""
         assert self.prepared is not None
         rendered, params = self.prepared
         engine, options = self.context.engine, self.body.stream_options
         async with self.context.admitted():
-            tickets = [engine.submit(prompt, params, streaming=True) for prompt in rendered]
+            tickets: list[Any] = []
             try:
+                for prompt in rendered:
+                    tickets.append(engine.submit(prompt, params, streaming=True))
                 for i, ticket in enumerate(tickets):
                     if self.body.echo:
                         for index in range(params.n):

@@ -6,8 +6,8 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -46,7 +46,6 @@ class Settings:
     origin_methods: tuple[str, ...] = ("*",)
     origin_headers: tuple[str, ...] = ("*",)
     credentials: bool = False
-    root_path: str = ""
     tool_parser: str | None = "hermes"
     development: bool = False
 
@@ -69,6 +68,17 @@ class Context:
         """NoSuchModel for a name that is not served; none means the one that is."""
         if name and name not in self.settings.names:
             raise errors.NoSuchModel(name)
+
+    def chat_options(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of `AsyncLLM.prepare_chat`: what a request asks for, over what the operator chose."""
+        if asked["chat_template"] is not None and not self.settings.template_from_requests:
+            raise ValueError(
+                "Chat template is passed with request, but the server does not trust those: start it with "
+                "`--trust-request-chat-template`."
+            )
+        more = {**self.settings.template_kwargs, **(asked["chat_template_kwargs"] or {})}
+        form = self.settings.content_format
+        return {**asked, "chat_template_kwargs": more, "chat_template_content_format": form}
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
@@ -107,19 +117,23 @@ async def _gone(request: Request) -> None:
 
 
 async def together(*work: Coroutine[Any, Any, Out]) -> list[Out]:
-    """All results in order; when one fails, the others are cancelled."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(each) for each in work]
+    """All results in order; when one fails, the others are cancelled, and its fault is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except ExceptionGroup as faults:
+        raise faults.exceptions[0] from None
     return [task.result() for task in tasks]
 
 
-def event_stream(events: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
+def event_stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
     """Server-sent events, ended by [DONE]. What fails after the start is told as an event."""
 
     async def lines() -> AsyncIterator[str]:
         try:
-            async for event in events:
-                yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            async with aclosing(events):
+                async for event in events:
+                    yield f"data: {json.dumps(event)}\n\n"
         except Exception as error:
             yield f"data: {json.dumps(errors.describe(error)[1])}\n\n"
         yield "data: [DONE]\n\n"

@@ -33,8 +33,9 @@ class ClientGone(Exception):
 
 
 def body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON of one error. Addresses of objects are nobody's business."""
-    return {"error": {"message": ADDRESS.sub("", message), "type": kind, "param": param, "code": code}}
+    """The JSON of one error. Addresses of objects are nobody's business, and half a surrogate pair is no text."""
+    message = ADDRESS.sub("", message).encode(errors="replace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
@@ -50,6 +51,8 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestError) and error.code == "origin_refused":
         return 422, body(str(error), "UnprocessableEntityError", 422)
     if isinstance(error, RequestValidationError):
+        if any(fault["loc"][-1] == "file" for fault in error.errors()):  # a text where OpenAI's clients upload
+            return 422, body(_first(error), "Unprocessable Entity", 422, "file")
         return 400, body(_first(error), "Bad Request", 400, _param(error))
     if isinstance(error, (ValueError, TypeError, OverflowError, jinja2.TemplateError)):
         return 400, body(str(error), "BadRequestError", 400)

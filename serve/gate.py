@@ -12,9 +12,13 @@ from mmjax.serve import errors
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# What monitors, load balancers and browsers ask for without a key.
+OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/docs", "/redoc", "/openapi.json"})
+
 
 class Gate:
-    """ASGI middleware. keys: any of them opens /v1; none needed when empty. max_body: bytes.
+    """ASGI middleware. keys: any of them opens every route that uses the model; none needed when empty.
+    max_body: bytes.
 
     Bodies are counted as they arrive, whatever Content-Length says, and refused at the limit.
     """
@@ -47,10 +51,10 @@ class Gate:
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, object] | None:
         """(status, body) when the request goes no further."""
-        path, method = scope["path"], scope["method"]
+        path, method = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"]
         if method == "OPTIONS":
             return None
-        if self.digests and path.startswith("/v1") and not self._opens(headers.get(b"authorization", b"")):
+        if self.digests and path not in OPEN and not self._opens(headers.get(b"authorization", b"")):
             return 401, {"error": "Unauthorized"}
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:

@@ -30,7 +30,7 @@ class Metrics:
         self.engine = engine
         self.model = model
         self.registry = CollectorRegistry()
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
         self._first = self._histogram("vllm:time_to_first_token_seconds", "seconds to the first token", SECONDS)
         self._each = self._histogram("vllm:time_per_output_token_seconds", "seconds per token after the first", SECONDS)
         self._whole = self._histogram("vllm:e2e_request_latency_seconds", "seconds from arrival to the end", SECONDS)

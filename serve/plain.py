@@ -16,6 +16,7 @@ from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeReque
 from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
 
 Json = dict[str, Any]
+MAX_PROMPTS = 1024
 PAGE = Path(__file__).parent / "page" / "index.html"
 POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
@@ -36,7 +37,7 @@ def router(context: Context) -> APIRouter:
     async def models() -> Json:
         """What is served, under each of its names."""
         limit = context.engine.llm.parts.max_model_len
-        cards = [
+        cards: list[Json] = [
             {
                 "id": name, "object": "model", "created": context.started, "owned_by": "mmjax",
                 "root": context.engine.llm.args.model, "parent": None, "max_model_len": limit, "permission": [],
@@ -77,18 +78,23 @@ def router(context: Context) -> APIRouter:
         """Requests under way."""
         return {"server_load": context.open}
 
-    if context.settings.development:
+    return routes
 
-        @routes.post("/reset_mm_cache")
-        async def reset_mm_cache() -> Response:
-            """Forget processed media."""
-            await context.engine.between_steps(context.engine.llm.reset_mm_cache)
-            return Response()
 
-        @routes.post("/reset_prefix_cache")
-        async def reset_prefix_cache() -> Json:
-            """Forget cached prefixes, if nothing runs."""
-            return {"done": await context.engine.between_steps(context.engine.llm.reset_prefix_cache)}
+def development_router(context: Context) -> APIRouter:
+    """What only developers need: emptying the caches."""
+    routes = APIRouter()
+
+    @routes.post("/reset_mm_cache")
+    async def reset_mm_cache() -> Response:
+        """Forget processed media."""
+        await context.engine.between_steps(context.engine.llm.reset_mm_cache)
+        return Response()
+
+    @routes.post("/reset_prefix_cache")
+    async def reset_prefix_cache() -> Json:
+        """Forget cached prefixes, if nothing runs."""
+        return {"done": await context.engine.between_steps(context.engine.llm.reset_prefix_cache)}
 
     return routes
 
@@ -105,9 +111,7 @@ def tokens_router(context: Context) -> APIRouter:
         if body.messages is None:
             tokens = await engine.encode(body.prompt or "", special=body.add_special_tokens is not False)
         else:
-            options = body.options()
-            if options["chat_template"] is not None and not context.settings.template_from_requests:
-                raise ValueError("chat_template: not trusted here; start the server with --trust-request-chat-template")
+            options = context.chat_options(body.options())
             special = {"add_special_tokens": bool(body.add_special_tokens)}
             rendered = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
             tokens = rendered.tokens.tolist()
@@ -142,15 +146,16 @@ def generate_router(context: Context) -> APIRouter:
         engine.llm.verify(params)
         many = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
         prompts = body.prompts if many else [body.prompts]
+        if len(prompts) > MAX_PROMPTS:
+            raise ValueError(f"prompts: {len(prompts)} in one request, at most {MAX_PROMPTS}")
 
         async def one(prompt: Any) -> RequestOutput:
-            async with context.admitted():
-                rendered = await engine.prepare_by_url(prompt, body.tokenization_kwargs)
-                output = await engine.generate(rendered, params)
+            output = await engine.generate(await engine.prepare_by_url(prompt, body.tokenization_kwargs), params)
             context.metrics.note(output)
             return output
 
-        outputs = await unless_gone(request, together(*map(one, prompts)))
+        async with context.admitted():
+            outputs = await unless_gone(request, together(*map(one, prompts)))
         return JSONResponse([_plain(output) for output in outputs])
 
     return routes

@@ -6,7 +6,7 @@ Unknown fields are ignored. What a field means to the model is checked where it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -132,32 +132,46 @@ def structure(structured: Json | None, response_format: Json | None) -> Json | N
     raise ValueError(f"response_format: unknown type {kind!r}; known are text, json_object, json_schema")
 
 
-class ChatRequest(Sampling):
+class ChatForm(Form):
+    """How messages become a prompt: the fields of every route that takes a conversation."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Json] | None = None
+    documents: list[Json] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Json | None = None
+    mm_processor_kwargs: Json | None = None
+    media_io_kwargs: dict[str, Json] | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+        return self
+
+    def options(self) -> Json:
+        """The keywords of `AsyncLLM.prepare_chat`."""
+        return {name: getattr(self, name) for name in ChatForm.model_fields}
+
+
+class ChatRequest(Sampling, ChatForm):
     """POST /v1/chat/completions."""
 
     messages: list[Json]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None
-    tools: list[Json] | None = None
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
-    documents: list[Json] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: Json | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
     add_special_tokens: bool = False
-    mm_processor_kwargs: Json | None = None
-    media_io_kwargs: dict[str, Json] | None = None
     reasoning_effort: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("when using `top_logprobs`, `logprobs` must be set to true.")
-        if self.add_generation_prompt and self.continue_final_message:
-            raise ValueError("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("When using `tool_choice`, `tools` must be set.")
         return self
@@ -171,13 +185,8 @@ class ChatRequest(Sampling):
         return given
 
     def options(self) -> Json:
-        """The keywords of `AsyncLLM.prepare_chat`."""
-        names = (
-            "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "documents",
-            "mm_processor_kwargs", "media_io_kwargs", "cache_salt",
-        )  # fmt: skip
-        tools = None if self.tool_choice == "none" else self.tools
-        return {name: getattr(self, name) for name in names} | {"tools": tools}
+        """Tools that must not be called are not told."""
+        return super().options() | ({"tools": None} if self.tool_choice == "none" else {})
 
     def tokenization(self) -> Json:
         return tokenization(self.truncate_prompt_tokens) | {"add_special_tokens": self.add_special_tokens}
@@ -198,7 +207,7 @@ class CompletionRequest(Sampling):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
     def fields(self) -> Json:
@@ -214,12 +223,12 @@ class GenerateRequest(Form):
     """POST /generate: one prompt or a list of them as `LLM.generate` takes them, their media as URLs (http, https,
     data, file)."""
 
-    prompts: Json | str | list[Json | str | list[int]]
+    prompts: Json | str | list[int] | list[Json | str | list[int]]
     sampling_params: Json | None = None
     tokenization_kwargs: Json | None = None
 
 
-class TokenizeRequest(Form):
+class TokenizeRequest(ChatForm):
     """POST /tokenize: a prompt, or messages as for a chat."""
 
     model: str | None = None
@@ -227,27 +236,12 @@ class TokenizeRequest(Form):
     messages: list[Json] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    tools: list[Json] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: Json | None = None
-    mm_processor_kwargs: Json | None = None
-    media_io_kwargs: dict[str, Json] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either `prompt` or `messages`")
         return self
-
-    def options(self) -> Json:
-        """The keywords of `AsyncLLM.prepare_chat`."""
-        names = (
-            "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "tools",
-            "mm_processor_kwargs", "media_io_kwargs",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
 
 
 class DetokenizeRequest(Form):

@@ -86,7 +86,9 @@ class Forced:
         self._held += text
         if last:
             found = self._calls()
-            yield from found or [self._held]
+            yield from found
+            if not found:
+                yield self._held
 
     def read(self, text: str) -> tuple[str, list[Call]]:
         """As `Reader.read`. An answer that was cut short is text."""

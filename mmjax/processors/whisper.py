@@ -64,7 +64,7 @@ class Processor:
                 'multi_modal_data={"audio": (array, sampling_rate)}; its prompt needs no placeholder.',
                 "placeholder_mismatch",
             )
-        started = list(tokens) if tokens and tokens[0] == self.start else [self.start, *tokens]
+        started = list(tokens) if self.start in tokens else [self.start, *tokens]  # text said before may precede it
         return Expanded(started, [], encoder_tokens=(0,) * self.encoder_length)
 
     def positions(

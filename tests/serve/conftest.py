@@ -1,40 +1,60 @@
-"""One small server for all the tests of this folder, spoken to through its own ASGI interface."""
+"""Small servers for all the tests of this folder, spoken to through their own ASGI interface or over a socket."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from mmjax.serve.app import create_app
-from mmjax.serve.context import Settings
 
-from mmjax import LLM, AsyncLLM
+from listening import listening as on_a_port
+from mmjax import AsyncLLM
+from serving import over, serving
 
 
 @pytest.fixture(scope="session")
 def served(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
     """The engine of a tiny Qwen2-VL."""
-    llm = LLM(
-        str(tiny_dir("qwen2_vl")), max_model_len=384, block_size=16, max_num_seqs=8, max_num_batched_tokens=128,
-        num_decode_steps=4, enforce_eager=True,
-    )  # fmt: skip
-    engine = AsyncLLM(llm)
-    yield engine
-    engine.close()
+    yield from serving(tiny_dir("qwen2_vl"), max_model_len=384)
+
+
+@pytest.fixture(scope="session")
+def listening(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
+    """The engine of a tiny Whisper, which hears four seconds at a time."""
+    yield from serving(tiny_dir("whisper"), max_model_len=64)
+
+
+@pytest.fixture(scope="session")
+def pooling(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
+    """The engine of a tiny Qwen2-VL that answers with vectors."""
+    yield from serving(tiny_dir("qwen2_vl"), max_model_len=256, runner="pooling")
 
 
 @pytest.fixture(scope="session")
 def make_client(served: AsyncLLM) -> Callable[..., TestClient]:
     """`make_client(**settings)`: a server of its own over the shared engine."""
-
-    def make(**settings: object) -> TestClient:
-        app = create_app(served, Settings(names=("tiny", "alias"), **settings))  # type: ignore[arg-type]
-        return TestClient(app, raise_server_exceptions=False)
-
-    return make
+    return lambda **settings: over(served, **settings)
 
 
 @pytest.fixture(scope="session")
 def client(make_client: Callable[..., TestClient]) -> TestClient:
     """The server with default settings."""
     return make_client()
+
+
+@pytest.fixture(scope="session")
+def speech_client(listening: AsyncLLM) -> TestClient:
+    """A server that turns speech into text."""
+    return over(listening, audio_mb=1.0)
+
+
+@pytest.fixture(scope="session")
+def vector_client(pooling: AsyncLLM) -> TestClient:
+    """A server that answers with vectors."""
+    return over(pooling)
+
+
+@pytest.fixture(scope="session")
+def address(served: AsyncLLM) -> Iterator[str]:
+    """Where the tiny Qwen2-VL listens."""
+    with on_a_port(over(served).app) as where:
+        yield where

@@ -1,0 +1,235 @@
+"""POST /v1/audio/transcriptions and /v1/audio/translations: a sound file in a form, its text back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Form, Request, UploadFile
+from fastapi.responses import PlainTextResponse, Response
+from mmjax.serve.context import Context, event_stream, unless_gone, usage
+from mmjax.serve.schema import Form as Body
+from mmjax.serve.schema import Seed, sampling
+from pydantic import Field
+
+from mmjax import RequestOutput, SamplingParams, Speech, SpeechTask, Transcript
+from mmjax.types import ValidationError
+
+Json = dict[str, Any]
+FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
+SAMPLED = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "include_stop_str_in_output",
+)  # fmt: skip
+HEADROOM = 1 << 20  # bytes of a request that are not its file
+
+
+class SpeechForm(Body):
+    """The fields of both routes. Unknown ones are ignored."""
+
+    file: UploadFile
+    model: str | None = None
+    language: str | None = None
+    to_language: str | None = None
+    prompt: str = ""
+    response_format: str = "json"
+    granularities: list[Literal["segment", "word"]] = Field(default=[], alias="timestamp_granularities[]")
+    stream: bool = False
+    stream_include_usage: bool = False
+    stream_continuous_usage_stats: bool = False
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: Seed | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    include_stop_str_in_output: bool | None = None
+    n: int = 1
+    use_beam_search: bool = False
+
+    def check(self) -> None:
+        """ValueError for fields that do not go together, and for what is not to be had."""
+        if self.response_format not in FORMATS:
+            raise ValidationError(
+                f"Currently only support response_format: {', '.join(FORMATS)}.", parameter="response_format"
+            )
+        if self.stream and self.response_format not in ("json", "text"):
+            raise ValidationError(
+                f"response_format {self.response_format!r} cannot be streamed; json and text can.",
+                parameter="response_format",
+            )
+        if not self.stream and (self.stream_include_usage or self.stream_continuous_usage_stats):
+            raise ValidationError("Stream options can only be defined when `stream=True`.", parameter="stream")
+        if self.use_beam_search:
+            raise ValidationError("Beam search is not supported.", parameter="use_beam_search")
+        if self.n != 1:
+            raise ValidationError("A recording has one transcript: n must be 1.", parameter="n")
+        if "word" in self.granularities:
+            raise ValidationError(
+                "Timestamps are to be had for segments, not for words.", parameter="timestamp_granularities[]"
+            )
+        if self.granularities and self.response_format != "verbose_json":
+            raise ValidationError(
+                "`timestamp_granularities[]` needs response_format verbose_json.", parameter="timestamp_granularities[]"
+            )
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """Sampling parameters of the given fields."""
+        given = {name: getattr(self, name) for name in SAMPLED if getattr(self, name) is not None}
+        return sampling({**given, "max_tokens": self.max_completion_tokens}, defaults)
+
+    @property
+    def timed(self) -> bool:
+        return self.response_format in ("verbose_json", "srt", "vtt")
+
+
+def router(context: Context) -> APIRouter:
+    """Both routes."""
+    routes, speech = APIRouter(), Speech(context.engine)
+
+    @routes.post("/v1/audio/transcriptions", response_model=None)
+    async def transcribe(body: Annotated[SpeechForm, Form()], request: Request) -> Response | Json:
+        """The text of a sound file, in the language that is spoken."""
+        return await Listener(context, speech, body, translate=False).respond(request)
+
+    @routes.post("/v1/audio/translations", response_model=None)
+    async def translate(body: Annotated[SpeechForm, Form()], request: Request) -> Response | Json:
+        """The text of a sound file, in English."""
+        return await Listener(context, speech, body, translate=True).respond(request)
+
+    return routes
+
+
+class Listener:
+    """One request."""
+
+    def __init__(self, context: Context, speech: Speech, body: SpeechForm, *, translate: bool) -> None:
+        self.context = context
+        self.speech = speech
+        self.body = body
+        self.kind = "translation" if translate else "transcription"
+        language = (body.language or "").strip().lower() or None
+        self.task = SpeechTask(language, translate, body.prompt, body.timed)
+        self.id = f"{'trsl' if translate else 'trsc'}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    async def respond(self, request: Request) -> Response | Json:
+        """The whole answer, or the stream of it."""
+        work = await unless_gone(request, self._prepare())
+        if self.body.stream:
+            return event_stream(self._events(work))
+        return self._write(await unless_gone(request, self._answer(work)))
+
+    async def _prepare(self) -> Any:
+        """Whatever is wrong with the request is raised here."""
+        body, most = self.body, self.context.settings.audio_mb * 1e6
+        self.context.check_model(body.model)
+        body.check()
+        if self.task.translate and (body.to_language or "en").lower() != "en":
+            raise ValidationError("Translations are into English only.", parameter="to_language")
+        self.speech.check(self.task)
+        params = body.sampling(self.context.engine.llm.get_default_sampling_params())
+        if (body.file.size or 0) > most:
+            raise ValidationError(f"Maximum file size exceeded: {most / 1e6:g} MB.", parameter="file")
+        async with self.context.admitted():
+            recording = await self.speech.hear(await body.file.read())
+            return await self.speech.prepare(recording, self.task, params)
+
+    async def _answer(self, work: Any) -> Transcript:
+        async with self.context.admitted():
+            transcript = await self.speech.transcribe(work, timestamps=self.task.timestamps)
+        self._note(transcript.outputs)
+        return transcript
+
+    def _note(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            self.context.metrics.note(output)
+
+    def _write(self, transcript: Transcript) -> Response | Json:
+        """A transcript in the format that was asked for."""
+        form, seconds = self.body.response_format, transcript.seconds
+        if form == "text":
+            return PlainTextResponse(transcript.text + "\n")
+        if form == "srt":
+            return PlainTextResponse(srt(transcript), media_type="application/x-subrip")
+        if form == "vtt":
+            return PlainTextResponse(vtt(transcript), media_type="text/vtt")
+        used = {"type": "duration", "seconds": math.ceil(seconds)}
+        if form == "json":
+            return {"text": transcript.text, "usage": used}
+        return {
+            "task": "translate" if self.task.translate else "transcribe",
+            "language": transcript.language,
+            "duration": round(seconds, 3),
+            "text": transcript.text,
+            "segments": [dataclasses.asdict(segment) for segment in transcript.segments],
+            "words": None,
+            "usage": used,
+        }
+
+    async def _events(self, work: Any) -> AsyncGenerator[Json, None]:
+        """Pieces of text. Every chunk is at once an event of OpenAI's transcriptions and a chunk with choices."""
+        outputs: list[RequestOutput] = []
+        said: list[str] = []
+        want = self.body.stream_include_usage or self.context.settings.always_usage
+        async with self.context.admitted():
+            async for text in self.speech.stream(work, outputs):
+                said.append(text)
+                chunk = self._chunk({"content": text}, None) | {"type": "transcript.text.delta", "delta": text}
+                if self.body.stream_continuous_usage_stats:
+                    chunk["usage"] = self._usage(work, outputs)
+                yield chunk
+        self._note(outputs)
+        done = {"type": "transcript.text.done", "text": "".join(said)}
+        cut = any(output.outputs[0].finish_reason == "length" for output in outputs)
+        yield self._chunk({"content": ""}, "length" if cut else "stop") | done
+        if want:
+            yield {**self._head(), "choices": [], "usage": self._usage(work, outputs)}
+
+    def _usage(self, work: Any, outputs: Sequence[RequestOutput]) -> Json:
+        prompt = sum(len(each.tokens) for each in work.rendered)
+        counts = usage(prompt, sum(len(output.outputs[0].token_ids) for output in outputs))
+        return {"type": "duration", "seconds": math.ceil(work.recording.seconds)} | counts
+
+    def _head(self) -> Json:
+        head = {"id": self.id, "object": f"{self.kind}.chunk", "created": self.created}
+        return {**head, "model": self.context.name}
+
+    def _chunk(self, delta: Json, reason: str | None) -> Json:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "stop_reason": None}
+        return {**self._head(), "choices": [choice]}
+
+
+def srt(transcript: Transcript) -> str:
+    """SubRip subtitles."""
+    return "".join(
+        f"{number}\n{_clock(segment.start, ',')} --> {_clock(segment.end, ',')}\n{_cue(segment.text)}\n\n"
+        for number, segment in enumerate(transcript.segments, 1)
+    )
+
+
+def vtt(transcript: Transcript) -> str:
+    """WebVTT subtitles."""
+    cues = (
+        f"{_clock(segment.start, '.')} --> {_clock(segment.end, '.')}\n{_cue(segment.text)}\n\n"
+        for segment in transcript.segments
+    )
+    return "WEBVTT\n\n" + "".join(cues)
+
+
+def _cue(text: str) -> str:
+    """A cue must hold neither an empty line nor an arrow."""
+    return " ".join(text.split()).replace("-->", "->")
+
+
+def _clock(seconds: float, point: str) -> str:
+    whole = round(seconds * 1000)
+    minutes, rest = divmod(whole, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}{point}{rest % 1000:03}"

@@ -1,0 +1,101 @@
+"""POST /v1/embeddings: texts or one conversation with its media, one vector each."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from mmjax.serve.context import Context, together, unless_gone, usage
+from mmjax.serve.schema import ChatForm, tokenization
+from pydantic import Field, model_validator
+
+from mmjax import PoolingParams, PoolingRequestOutput
+
+Json = dict[str, Any]
+MAX_INPUTS = 2048
+
+
+class EmbeddingRequest(ChatForm):
+    """`input`: one text or list of token ids, or a list of those. `messages`: a conversation instead."""
+
+    model: str | None = None
+    input: str | list[int] | list[str] | list[list[int]] | None = None
+    messages: list[Json] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = False
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> EmbeddingRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give either `input` or `messages`")
+        return self
+
+    def prompts(self) -> list[Json]:
+        """One prompt each."""
+        given = self.input
+        if isinstance(given, str):
+            return [{"prompt": given}]
+        if given and isinstance(given[0], int):
+            return [{"prompt_token_ids": given}]
+        return [{"prompt" if isinstance(each, str) else "prompt_token_ids": each} for each in given or ()]
+
+
+def router(context: Context) -> APIRouter:
+    """The embeddings route."""
+    routes = APIRouter()
+
+    @routes.post("/v1/embeddings", response_model=None)
+    async def embed(body: EmbeddingRequest, request: Request) -> Json:
+        """Vectors of length 1, from the last token's hidden state."""
+        context.check_model(body.model)
+        outputs = await unless_gone(request, _answer(context, body))
+        counted = usage(sum(len(output.prompt_token_ids) for output in outputs), 0)
+        data = [
+            {"index": index, "object": "embedding", "embedding": _written(output.outputs.data, body.encoding_format)}
+            for index, output in enumerate(outputs)
+        ]
+        head = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": context.name}
+        return {**head, "data": data, "usage": counted}
+
+    return routes
+
+
+async def _answer(context: Context, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
+    engine = context.engine
+    params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize)
+    options = tokenization(body.truncate_prompt_tokens)
+    if body.add_special_tokens is not None:
+        options["add_special_tokens"] = body.add_special_tokens
+    if body.messages is not None:
+        async with context.admitted():
+            rendered = await engine.prepare_chat(body.messages, options, **context.chat_options(body.options()))
+            return [await engine.embed(rendered, params)]
+    prompts = body.prompts()
+    if not prompts:
+        raise ValueError("input: the list is empty")
+    if len(prompts) > MAX_INPUTS:
+        raise ValueError(f"input: {len(prompts)} texts in one request, at most {MAX_INPUTS}")
+
+    async def one(prompt: Json) -> PoolingRequestOutput:
+        return await engine.embed(await engine.prepare(prompt, options), params)
+
+    async with context.admitted():
+        return await together(*map(one, prompts))
+
+
+def _written(vector: Any, form: str) -> list[float] | str:
+    """Numbers, or little-endian float32 in base64."""
+    numbers: Sequence[float] = vector.tolist()
+    if form == "float":
+        return list(numbers)
+    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()

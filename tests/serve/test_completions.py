@@ -1,0 +1,85 @@
+"""Completions of text and of token ids, whole and streamed."""
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from mmjax import AsyncLLM
+from serving import events
+
+
+def complete(client: TestClient, prompt: Any, **body: Any) -> Any:
+    given = {"prompt": prompt, "temperature": 0, "max_tokens": 6, "ignore_eos": True, **body}
+    return client.post("/v1/completions", json=given)
+
+
+def test_prompts_of_every_form(client: TestClient, served: AsyncLLM) -> None:
+    tokens = client.post("/tokenize", json={"prompt": "the lazy dog"}).json()["tokens"]
+    one = complete(client, "the lazy dog").json()
+    assert one["object"] == "text_completion" and one["usage"]["completion_tokens"] == 6
+    text = one["choices"][0]["text"]
+    assert complete(client, tokens).json()["choices"][0]["text"] == text
+    both = complete(client, ["the lazy dog", "a"]).json()
+    assert [choice["index"] for choice in both["choices"]] == [0, 1]
+    assert both["choices"][0]["text"] == text
+    assert complete(client, [tokens, tokens]).json()["choices"][1]["text"] == text
+    assert both["usage"]["prompt_tokens"] > one["usage"]["prompt_tokens"]
+
+
+def test_several_choices_of_several_prompts(client: TestClient) -> None:
+    body = {"n": 2, "temperature": 1.2, "seed": 3, "max_tokens": 4}
+    whole = complete(client, ["the", "a"], **body).json()["choices"]
+    assert [choice["index"] for choice in whole] == [0, 1, 2, 3]
+    chunks = events(complete(client, ["the", "a"], **body, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1]["usage"]["completion_tokens"] == 16 and chunks[-1]["choices"] == []
+    texts = ["", "", "", ""]
+    for chunk in chunks[:-1]:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == [choice["text"] for choice in whole]
+
+
+def test_echo_and_log_probabilities(client: TestClient) -> None:
+    [choice] = complete(client, "the dog", echo=True, logprobs=2).json()["choices"]
+    report = choice["logprobs"]
+    assert choice["text"].startswith("the dog")
+    assert "".join(report["tokens"]) == choice["text"]
+    assert report["token_logprobs"][0] is None and all(value <= 0 for value in report["token_logprobs"][1:])
+    assert all(1 <= len(tops) <= 3 for tops in report["top_logprobs"][1:])  # tokens of the same text are one
+    assert report["text_offset"][:2] == [0, len(report["tokens"][0])]
+    assert events(complete(client, "the dog", echo=True, stream=True))[0]["choices"][0]["text"] == "the dog"
+
+
+def test_refusals(client: TestClient) -> None:
+    cases: list[tuple[Any, dict[str, Any], int]] = [
+        ([], {}, 400),
+        ("", {}, 400),
+        (["a", ""], {}, 400),
+        ([10**7], {}, 400),
+        (["a"] * 1025, {}, 400),
+        ("a", {"suffix": "b"}, 400),
+        ("a", {"logprobs": -2}, 400),
+        ("a", {"model": "other"}, 404),
+        ("a", {"max_tokens": 10**6}, 400),
+        ({"prompt": "a"}, {}, 400),
+    ]
+    for prompt, more, status in cases:
+        for stream in (False, True):
+            response = complete(client, prompt, **more, stream=stream)
+            assert response.status_code == status, (prompt, response.text)
+            assert response.json()["error"]["code"] == status
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b'{"prompt": "\\ud800"}', 400),
+        (b'{"prompt": "a", "model": "\\ud800"}', 404),
+        (b'{"prompt": "a", "stop": "\\ud800", "max_tokens": 1}', 200),
+        (b'{"prompt": "a", "bad_words": ["\\ud800"]}', 400),
+        (b'{"prompt": "a", "cache_salt": "\\ud800"}', 400),
+    ],
+)
+def test_half_a_surrogate_pair_is_no_text(client: TestClient, sent: bytes, status: int) -> None:
+    response = client.post("/v1/completions", content=sent, headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
