@@ -1,17 +1,16 @@
 """The page in a real browser: keyboard, files, streaming, errors, a phone's width. Needs selenium and Chromium."""
 
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
+
+from listening import listening
 
 WAIT = 60.0
 FLAGS = (
@@ -24,18 +23,8 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def address(make_client: Callable[..., TestClient]) -> Iterator[str]:
     """A server on a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    app = make_client().app
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join()
+    with listening(make_client().app) as where:
+        yield f"{where}/"
 
 
 @pytest.fixture(scope="module")
