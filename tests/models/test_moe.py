@@ -85,11 +85,10 @@ def test_router_and_shards(ways: int, renormalise: bool) -> None:
     np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
 
 
-def test_block_rows() -> None:
-    assert block_rows(8, 128) == 1  # one token: as many experts as rows
-    assert block_rows(128, 128) == 4
-    assert block_rows(2048 * 8, 128) == 128
-    assert block_rows(3, 2) == 8
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", (1, 1, 32, 2)), ("gpu", (1, 4, 128, 8))])
+def test_block_rows(platform: str, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert tuple(block_rows(*sizes) for sizes in ((8, 128), (128, 128), (2048 * 8, 128), (3, 2))) == expected
 
 
 def test_layers_without_experts() -> None:
