@@ -53,7 +53,9 @@ LAWS = {
     "nn": Law(ours=("nn", "kernels", "batch", "sharding"), banned=("orbax", "transformers")),
     "models": Law(ours=("models", "nn", "batch", "sharding"), banned=("orbax", "transformers")),
     "engine": Law(ours=ENGINE, banned=(*HOST, "transformers")),
-    "engine.runner": Law(ours=(*ENGINE, "kernels", "nn.attention", "sharding"), banned=("orbax", "transformers")),
+    "engine.runner": Law(
+        ours=(*ENGINE, "kernels", "nn.attention", "nn.weight", "sharding"), banned=("orbax", "transformers")
+    ),
     "engine.sample": Law(ours=(*ENGINE, "sharding"), banned=("orbax", "transformers")),
     "serve": Law(ours=("serve", "types", "*"), banned=(*HOST, "transformers")),
 }
