@@ -32,6 +32,7 @@ SEQS = {
     "minicpmv": 2,
     "phi3_v": 2,
     "qwen3_vl": 1,
+    "qwen3_vl_moe": 1,
     "qwen3_moe": 2,
 }  # fewer buckets to compile
 
