@@ -96,17 +96,20 @@ def convert_checkpoint(
     shapes: Mapping[str, Shape],
     dtype: np.typing.DTypeLike | None = None,
     progress: Progress | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Write the safetensors checkpoint `src` as an Orbax checkpoint `dst`; return what was claimed and ignored.
 
     `dtype`: stored dtype of floating-point parameters (default: that of the source).
-    `progress(path, done, total)`: called after each parameter, in bytes.
+    `progress(path, done, total)`: called after each parameter, in bytes. `tensors`, `config`: of the whole model, where
+    `src` does not hold all of them.
     `dst` appears only when it is complete. Raises CheckpointError (unreadable source, non-empty destination, full disk)
     and ConversionError (the tensors do not fit `shapes`), both before anything is written.
     """
     src, dst = Path(src), Path(dst)
     _refuse_occupied(dst)
-    tensors = open_checkpoint(src)
+    tensors = open_checkpoint(src) if tensors is None else tensors
     ready = plan(tensors, table, shapes)
     pending = {
         path: _Pending(path, tuple(shapes[path]), _stored(leaf_dtype(pieces, tensors), dtype), pieces, tensors)
@@ -122,10 +125,13 @@ def convert_checkpoint(
         _write(made, pending, progress, total)
         copied = _copy_text_files(src, made)
         sources = collections.Counter(str(tensors[name].dtype) for name in ready.claimed)
-        config = json.loads((src / "config.json").read_text(encoding="utf-8")) if "config.json" in copied else {}
+        if config is not None:
+            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        elif "config.json" in copied:
+            config = json.loads((src / "config.json").read_text(encoding="utf-8"))
         manifest = {
             "format": FORMAT,
-            "family": config.get("model_type"),
+            "family": (config or {}).get("model_type"),
             "source_dtypes": dict(sources),
             "dtypes": dict(collections.Counter(str(leaf.dtype) for leaf in pending.values())),
             "tensors": len(pending),

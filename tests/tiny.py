@@ -108,7 +108,8 @@ def make(family: str, directory: Path, seed: int = 0, shards: int = 1, **sizes: 
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     weights = {name: draw(name, shape, seed + offset) for name, shape in shapes.items()}
     head = next(name for end in HEADS for name in weights if name.endswith(end))
-    weights[head][sorted(tokenizer.get_added_tokens_decoder())] *= MUTED
+    added = sorted(tokenizer.get_added_tokens_decoder())
+    weights[head][[token for token in added if token < len(weights[head])]] *= MUTED
     weights[head][tokenizer.get_vocab_size() :] *= MUTED
     _save(directory, weights, shards)
     return directory

@@ -34,6 +34,7 @@ MODELS = {
     "llava": "LlavaForConditionalGeneration",
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "whisper": "WhisperForConditionalGeneration",
+    "qwen2_audio": "Qwen2AudioForConditionalGeneration",
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
 }
@@ -77,9 +78,9 @@ class Published:
             return
         load = getattr(transformers, MODELS[family]).from_pretrained
         self.model = load(directory, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
-        if family == "whisper":
+        if family in ("whisper", "qwen2_audio"):
             self.prepare = transformers.WhisperFeatureExtractor.from_pretrained(directory)
-        elif "preprocessor_config.json" in self.files:
+        elif "image_processor_type" in self.files.get("preprocessor_config.json", {}):
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
         if "feature_extractor_type" in self.files.get("preprocessor_config.json", {}):
             self.ears = transformers.WhisperFeatureExtractor.from_pretrained(directory)
@@ -139,12 +140,12 @@ class Published:
             if self.family in FPS:
                 out["video_second_per_grid"] = np.full(len(items), 2 / FPS[self.family], np.float32)
         if given.get("audio"):
-            out |= self._hear(given["audio"], question["mm_processor_kwargs"])
+            out |= self._hear(given["audio"], question.get("mm_processor_kwargs"))
         return {name: np.asarray(value) for name, value in out.items()}
 
-    def _hear(self, clips: Sequence[np.ndarray], kwargs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _hear(self, clips: Sequence[np.ndarray], kwargs: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
         """The frames of all clips, each heard alone, and which are sound."""
-        padding = "max_length" if self.family == "qwen2_5_omni" else "do_not_pad"
+        padding = "do_not_pad" if self.family == "qwen3_omni_moe" else "max_length"
         options = {"sampling_rate": RATE, "padding": padding, "truncation": padding == "max_length"}
         heard = [self.ears(clip, return_attention_mask=True, return_tensors="np", **options) for clip in clips]
         longest = max(one["input_features"].shape[2] for one in heard)
@@ -153,11 +154,10 @@ class Published:
             parts = [one[name][0] for one in heard]
             return np.stack([np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in parts])
 
-        return {
-            "input_features": together("input_features"),
-            "feature_attention_mask": together("attention_mask"),
-            "use_audio_in_video": np.asarray(kwargs.get("use_audio_in_video", False)),
-        }
+        out = {"input_features": together("input_features"), "feature_attention_mask": together("attention_mask")}
+        if kwargs is not None:
+            out["use_audio_in_video"] = np.asarray(kwargs.get("use_audio_in_video", False))
+        return out
 
     def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
         """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""

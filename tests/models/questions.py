@@ -14,7 +14,7 @@ RATE = 16000
 
 Question = dict[str, Any]
 
-HOMELESS = ("minicpmv", "phi3_v")  # families that transformers does not have; reference_*.py stands for it
+HOMELESS = ("minicpmv", "ultravox", "phi3_v")  # families that transformers does not have; reference_*.py stands for it
 
 
 def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
@@ -63,6 +63,15 @@ def whisper(prompt: str | list[int], seed: int, seconds: float) -> Question:
 SEEN, SHOWN = ("<|vision_bos|><|" + kind + "|><|vision_eos|>" for kind in ("IMAGE", "VIDEO"))
 HEARD, AUDIO = "<|audio_bos|><|AUDIO|><|audio_eos|>", "<|audio_start|><|audio_pad|><|audio_end|>"
 SMALL_CLIPS = {"videos_kwargs": {"min_pixels": 3136}}  # else every frame becomes 128 rows at least
+
+
+LISTEN, SOUND = "Audio {}: <|audio_bos|><|AUDIO|><|audio_eos|>\n", "<|audio|>"
+
+
+def llama3(words: str, **media: list[np.ndarray]) -> Question:
+    head, tail = "<|begin_of_text|><|start_header_id|>user", "<|eot_id|><|start_header_id|>assistant"
+    ends = "<|end_header_id|>\n\n"
+    return {"prompt": f"{head}{ends}{words}{tail}{ends}", "multi_modal_data": media}
 
 
 def omni(words: str, *, together: bool = False, **media: list[np.ndarray]) -> Question:
@@ -152,6 +161,24 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "full": lambda: whisper("<|startoftranscript|><|de|><|translate|>", 2, 4.0),
         "too_long": lambda: whisper("", 3, 5.7),
         "ids": lambda: whisper([5, 6, 7, 8, 9], 4, 0.2),
+    },
+    "qwen2_audio": {
+        "text": lambda: qwen2_vl("Where is the station?"),
+        "sound": lambda: qwen2_vl(LISTEN.format(1) + "Who speaks?", audio=[sound(1, 1.37)]),
+        "sounds": lambda: qwen2_vl(
+            f"{LISTEN.format(1)}{LISTEN.format(2)}{LISTEN.format(3)}Which is louder?",
+            audio=[sound(2, 0.05), sound(3, 3.93), sound(4, 1.925)],
+        ),
+        "too_long": lambda: qwen2_vl(LISTEN.format(1) + "Who speaks?", audio=[sound(5, 5.3)]),
+    },
+    "ultravox": {
+        "text": lambda: llama3("Where is the station?"),
+        "sound": lambda: llama3(SOUND + "\nWho speaks?", audio=[sound(1, 1.37)]),
+        "sounds": lambda: llama3(
+            f"{SOUND}, {SOUND} and {SOUND}: which is louder?", audio=[sound(2, 0.05), sound(3, 3.93), sound(4, 4.0)]
+        ),
+        "two_windows": lambda: llama3(f"Say again: {SOUND}", audio=[sound(5, 6.13)]),
+        "three_windows": lambda: llama3(f"{SOUND}{SOUND}", audio=[sound(6, 0.4), sound(7, 10.9)]),
     },
     "qwen2_5_omni": {
         "text": lambda: omni("Where is the station?"),

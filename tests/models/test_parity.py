@@ -18,10 +18,13 @@ from models.questions import (
     HEARD,
     HOMELESS,
     IMAGE,
+    LISTEN,
     PICTURE,
     QUESTIONS,
+    SOUND,
     Question,
     chatml,
+    llama3,
     llava,
     omni,
     phi3_v,
@@ -61,6 +64,10 @@ EXTRA: Mapping[str, list[Question]] = {
     "phi3_v": [phi3_v(f"<|image_1|>{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
     "qwen2_5_omni": [omni(HEARD + "How long?", audio=[sound(9, seconds)]) for seconds in (0.03, 0.51, 1.0, 2.01)],
     "qwen3_omni_moe": [omni(AUDIO + "How long?", audio=[sound(9, seconds)]) for seconds in (0.02, 0.51, 1.0, 4.01)],
+    "qwen2_audio": [
+        qwen2_vl(LISTEN.format(1) + "How long?", audio=[sound(9, seconds)]) for seconds in (0.07, 0.51, 1.92, 4.01)
+    ],
+    "ultravox": [llama3(SOUND, audio=[sound(9, seconds)]) for seconds in (0.02, 1.92, 4.01, 7.99)],
     "whisper": [whisper("<|startoftranscript|><|fr|>", seed, seconds) for seed, seconds in ((6, 0.05), (7, 3.99))],
 }
 

@@ -122,6 +122,31 @@ def qwen3_one_tap(files: Files, weights: Weights) -> None:
         del weights[name]
 
 
+def audio_short_window(files: Files, weights: Weights) -> None:
+    """As many mel bins as are published, and a window that a piece and four steps fill."""
+    audio = files["config.json"]["audio_config"]
+    audio |= {"num_mel_bins": 128, "max_source_positions": 100}
+    prepare = {"feature_size": 128, "chunk_length": 2, "n_samples": 32000, "nb_max_frames": 200}
+    files["preprocessor_config.json"] |= prepare
+    redraw(weights, "audio_tower.conv1.weight", len(weights["audio_tower.conv1.weight"]), 128, 3)
+    redraw(weights, "audio_tower.embed_positions.weight", 100, weights["audio_tower.conv1.weight"].shape[0])
+
+
+def ultravox_norm_after(files: Files, weights: Weights) -> None:
+    """The projector up to v0.4.1, rows of another length, and a head of its own."""
+    config, width = files["config.json"], len(weights["multi_modal_projector.linear_2.weight"])
+    config |= {"projector_ln_mid": False, "stack_factor": 5}
+    files["processor_config.json"] |= {"stack_factor": 5}
+    config["text_config"] |= {"tie_word_embeddings": False}
+    stacked = 5 * config["audio_config"]["d_model"]
+    redraw(weights, "multi_modal_projector.linear_1.weight", config["hidden_size"], stacked)
+    redraw(weights, "multi_modal_projector.ln_pre.weight", stacked)
+    del weights["multi_modal_projector.ln_mid.weight"]
+    redraw(weights, "multi_modal_projector.ln_post.weight", width)
+    redraw(weights, "language_model.lm_head.weight", *weights["language_model.model.embed_tokens.weight"].shape)
+    weights["language_model.lm_head.weight"][264:] *= tiny.MUTED
+
+
 ODD = {"layers": 3, "width": 48, "heads": 3, "mlp": 80, "tower_layers": 2, "tower_width": 24, "tower_mlp": 48}
 VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], None] | None]] = {
     "qwen2_vl: one kv head, untied": ("qwen2_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen_untied),
@@ -157,6 +182,8 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
         {"layers": 3, "kv_heads": 1, "tower_width": 24, "tower_heads": 2, "tower_mlp": 40},
         omni_taps,
     ),
+    "qwen2_audio: 128 bins, short window": ("qwen2_audio", ODD | {"kv_heads": 1, "tower_heads": 3}, audio_short_window),
+    "ultravox: norm after, five steps": ("ultravox", ODD | {"kv_heads": 1, "tower_heads": 2}, ultravox_norm_after),
     "whisper: 128 bins": ("whisper", ODD | {"tower_layers": 1}, whisper_128_bins),
     "whisper: deep encoder": ("whisper", {"layers": 1, "tower_layers": 4, "heads": 1, "mlp": 96}, None),
 }
@@ -186,6 +213,12 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {  # published names -> tho
         ("image_newline", "model.image_newline"),
     ),
     "whisper": (("model.", ""),),
+    "qwen2_audio": (
+        ("language_model.lm_head.", "lm_head."),
+        ("language_model.model.", "model.language_model."),
+        ("audio_tower.", "model.audio_tower."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    ),
     "qwen2_5_vl": (("model.", "model.language_model."), ("visual.", "model.visual.")),
     "qwen3_vl": (),  # these are younger
     "qwen3_vl_moe": (),
