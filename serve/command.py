@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
     group.add_argument("--uds", help="listen on this Unix socket instead")
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names of the model; the first is told")
-    group.add_argument("--api-key", nargs="+", metavar="KEY", help="keys that open /v1 (or MMJAX_API_KEY)")
+    group.add_argument("--api-key", nargs="+", metavar="KEY", help="keys that open the server (or MMJAX_API_KEY)")
     group.add_argument("--response-role", default="assistant", help="role of answers (default: assistant)")
     group.add_argument("--chat-template-content-format", choices=("auto", "string", "openai"), default="auto")
     group.add_argument("--default-chat-template-kwargs", type=_json, metavar="JSON", default={})

@@ -1,9 +1,12 @@
 """What the README says about flags, variables, families and files is what the code says."""
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from mmjax.serve import command
 
 from mmjax import flags
 from mmjax.models import FAMILIES
@@ -46,6 +49,35 @@ def test_environment() -> None:
     assert {row.split("`")[1] for row in between("environment")} == read
 
 
+def test_flags_of_the_server() -> None:
+    """Their names and defaults; the meanings are the README's own."""
+    parser = argparse.ArgumentParser(add_help=False)
+    command.add_flags(parser)
+    told = [[cell.strip() for cell in row.split("|")[1:3]] for row in between("server")]
+    actual = []
+    for action in parser._actions:
+        default = action.default
+        while isinstance(default, list):
+            [default] = default
+        shown = "unset" if default in (None, "") else flags.shown(default)
+        actual.append([f"`{action.option_strings[0]}`", shown if shown == "unset" else f"`{shown}`"])
+    assert told == actual
+
+
+def test_routes() -> None:
+    """Every route but the page, one model's card, and those of MMJAX_SERVER_DEV_MODE."""
+    code = "".join(path.read_text() for path in (ROOT / "serve").glob("*.py"))
+    there = set(re.findall(r'@routes\.(?:get|post)\("([^"]+)"', code))
+    hidden = {"/", "/v1/models/{name:path}", "/reset_mm_cache", "/reset_prefix_cache"}
+    assert set(re.findall(r"`(?:POST |GET )?(/[\w/]+)`", "\n".join(between("routes")))) == there - hidden
+
+
+def test_metrics() -> None:
+    code = (ROOT / "serve" / "metrics.py").read_text()
+    named = re.findall(r"`((?:vllm|mmjax):\w+)`", README)
+    assert named and [name for name in named if f'"{name}"' not in code] == []
+
+
 def test_families() -> None:
     """A row names one architecture or several."""
     rows = README.partition("## Families")[2].partition("##")[0].splitlines()
@@ -55,7 +87,7 @@ def test_families() -> None:
 
 def test_files_that_are_named_exist() -> None:
     pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
-    folders = "examples|tests|mmjax|benchmarks|converters|docs|nn|processors|\\.ci"
+    folders = "examples|tests|mmjax|benchmarks|converters|docs|deploy|serve|nn|processors|\\.ci"
     named = re.findall(rf"(?<![\w/])(?:{folders})/[\w./]+\w", " ".join(pages))
     named = [f"mmjax/{name}" if name.startswith(("nn/", "processors/")) else name for name in named]
     assert named
