@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from mmjax.converters import audio
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Rule, Table, linear, norm
 
-_E, _B = "audio.layers.{i}", "audio.blocks"
 _D = "text.layers.{i}"
 
 
@@ -15,17 +15,7 @@ def _projections(attention: str, names: str, kind: str) -> tuple[str, ...]:
 
 TABLE = Table(
     rules=(
-        *linear("audio.conv1", "audio.conv1"),
-        *linear("audio.conv2", "audio.conv2"),
-        Rule("audio.embed_positions.weight", "audio.positions"),
-        *norm(f"{_E}.self_attn_layer_norm", f"{_B}.norm1"),
-        Rule(_projections(f"{_E}.self_attn", "qkv", "weight"), f"{_B}.qkv", to.fuse_qkv),
-        Rule(_projections(f"{_E}.self_attn", "qv", "bias"), f"{_B}.qkv_bias", to.fuse_qv_bias),
-        *linear(f"{_E}.self_attn.out_proj", f"{_B}.o", to.merge_heads),
-        *norm(f"{_E}.final_layer_norm", f"{_B}.norm2"),
-        *linear(f"{_E}.fc1", f"{_B}.fc1"),
-        *linear(f"{_E}.fc2", f"{_B}.fc2"),
-        *norm("audio.layer_norm", "audio.norm"),
+        *audio.RULES,
         Rule("text.embed_tokens.weight", "text.embed"),
         Rule("text.embed_positions.weight", "text.positions"),
         *norm(f"{_D}.self_attn_layer_norm", f"{_D}.attn_norm"),

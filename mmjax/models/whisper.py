@@ -13,22 +13,19 @@ from flax import nnx
 from mmjax.batch import Batch, Pool
 from mmjax.models.family import Encoder, Shape
 from mmjax.nn.attention import attend, cross_attend, store
+from mmjax.nn.audio import EPS, AudioConfig, AudioTower
 from mmjax.nn.layers import shared
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.tower import ACTIVATIONS, Tower, TowerConfig, gelu
+from mmjax.nn.tower import ACTIVATIONS
 from mmjax.nn.weight import weight
 from mmjax.sharding import up
-
-EPS = 1e-5  # of every norm; the config does not name it
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes; `heads` and `mlp` of the decoder, `audio` of the encoder. `rows` counts rows of the padded embedding."""
 
-    audio: TowerConfig
-    mels: int
-    frames: int
+    audio: AudioConfig
     width: int
     depth: int
     heads: int
@@ -42,16 +39,9 @@ class Config:
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json. The head is always the embedding."""
-        if config.get("scale_embedding"):
-            raise ValueError("scale_embedding=true is not supported: no published Whisper scales its embeddings")
-        width, heads = config["d_model"], config["encoder_attention_heads"]
-        act = config["activation_function"]
+        width = config["d_model"]
         return cls(
-            audio=TowerConfig(
-                width, config["encoder_layers"], heads, width // heads, config["encoder_ffn_dim"], EPS, act
-            ),
-            mels=config["num_mel_bins"],
-            frames=config["max_source_positions"],
+            audio=AudioConfig.from_hf(config),
             width=width,
             depth=config["decoder_layers"],
             heads=config["decoder_attention_heads"],
@@ -60,15 +50,14 @@ class Config:
             vocab=config["vocab_size"],
             rows=config["vocab_size"],
             max_len=config["max_target_positions"],
-            act=act,
+            act=config["activation_function"],
         )
 
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        encoder = Encoder(
-            features={"mel": ((self.mels, 2 * self.frames), "float32", 0)}, kinds=("audio",), keys=self.frames
-        )
+        bins, steps = self.audio.bins, self.audio.steps
+        encoder = Encoder(features={"mel": ((bins, 2 * steps), "float32", 0)}, kinds=("audio",), keys=steps)
         return Shape(
             layers=self.depth,
             kv_heads=self.heads,
@@ -89,42 +78,6 @@ class Config:
             mlp=up(self.mlp, ways),
             rows=up(self.rows, ways),
         )
-
-
-class Audio(Tower):
-    """Two convolutions over time, stored positions, blocks, a final norm."""
-
-    def __init__(self, c: Config) -> None:
-        super().__init__(c.audio)
-        d = c.width
-        self.conv1 = weight(3, c.mels, d, axes=("kernel", "patch", "embed"))
-        self.conv1_bias = weight(d, axes=("embed",))
-        self.conv2 = weight(3, d, d, axes=("kernel", "embed", "embed_out"))
-        self.conv2_bias = weight(d, axes=("embed_out",))
-        self.positions = weight(c.frames, d, axes=("place", "embed"))
-        self.norm = weight(d, axes=("embed",))
-        self.norm_bias = weight(d, axes=("embed",))
-
-    def hidden(self, mel: jax.Array) -> jax.Array:
-        """f32[U, mels, 2 * frames] to [U * frames, D]."""
-        x = mel.swapaxes(1, 2).astype(self.conv1.dtype)
-        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
-        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...]) + self.positions[...]
-        units, frames, width = x.shape
-        segment = jnp.arange(units * frames, dtype=jnp.int32) // frames
-        x = self(x.reshape(-1, width), segment, uniform=frames)
-        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """x [U, t, C] convolved over time with kernel [3, C, D], padding 1: [U, t / stride, D].
-
-    One matrix product over the three shifted copies side by side, which is faster than XLA's convolution on the CPU.
-    """
-    steps = x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
-    shifted = jnp.concatenate([padded[:, i : i + steps : stride] for i in range(3)], axis=-1)
-    return shifted @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class Block(nnx.Module):
@@ -192,7 +145,7 @@ class Model(nnx.Module):
 
     def __init__(self, c: Config) -> None:
         self.text = Text(c)
-        self.audio = Audio(c)
+        self.audio = AudioTower(c.audio)
         self.c = c
 
     def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
@@ -209,7 +162,7 @@ class Model(nnx.Module):
         return out[:, : self.c.vocab]
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        return self.audio.hidden(features["mel"])
+        return self.audio.windows(features["mel"])
 
     def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
         stride = pool.k.shape[0] // self.c.depth

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.nn.audio import EPS, convolve
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.tower import ACTIVATIONS, Tower, TowerConfig, gelu
 from mmjax.nn.weight import weight
 
-EPS = 1e-5  # of every norm; the config does not name it
 CONVOLVED = 32  # chunks convolved at a time: of a published model each takes 6 MiB then
 
 Fields = dict[str, tuple[tuple[int, ...], str, int]]
@@ -123,9 +123,9 @@ class ChunkTower(Tower):
         """[R, out] of `ChunkConfig.features` [U, ...] and `ChunkConfig.picks` [R, ...]."""
         length, step = features["length"], features["step"]
         x = features["mel"].astype(self.conv1.dtype)
-        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
+        x = gelu(convolve(x, self.conv1[...], stride=1, pad=1) + self.conv1_bias[...])
         x = cut(x, length)  # what comes after the sound is nothing, not the echo of silence
-        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...])
+        x = gelu(convolve(x, self.conv2[...], stride=2, pad=1) + self.conv2_bias[...])
         x = _blocks(self, x, jnp.arange(len(x), dtype=jnp.int32), halved(length, 1))
         x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
         return layer_norm(x, self.norm[...], self.norm_bias[...], EPS) @ self.project[...] + self.project_bias[...]
@@ -204,14 +204,3 @@ def sinusoids(length: int, width: int) -> np.ndarray:
     rate = np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2))
     angle = np.arange(length)[:, None] * rate
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """x [U, t, C] convolved over time with kernel [3, C, D], padding 1: [U, ceil(t / stride), D].
-
-    One matrix product over the three shifted copies side by side, which is faster than XLA's convolution on the CPU.
-    """
-    steps = x.shape[1]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
-    shifted = jnp.concatenate([padded[:, i : i + steps : stride] for i in range(3)], axis=-1)
-    return shifted @ kernel.reshape(-1, kernel.shape[-1])

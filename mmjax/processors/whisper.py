@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.processors.base import Expanded, Item, Kwargs, Span, linear_positions
-from mmjax.processors.mel import LogMel
+from mmjax.processors.clips import log_mel
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
@@ -24,17 +24,10 @@ class Processor:
     embeds: Mapping[str, tuple[str, ...]] = {}  # the decoder reads what the encoder makes of sound, and no rows
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
-        prepare = files["preprocessor_config.json"]
-        self.sampling_rate: int | None = prepare["sampling_rate"]
         self.start: int = config["decoder_start_token_id"]
         self.encoder_length: int = config["max_source_positions"]
-        self.mel = LogMel(
-            rate=prepare["sampling_rate"],
-            window=prepare["n_fft"],
-            hop=prepare["hop_length"],
-            bins=prepare["feature_size"],
-            samples=prepare["chunk_length"] * prepare["sampling_rate"],
-        )
+        self.mel = log_mel(files)
+        self.sampling_rate: int | None = self.mel.rate
         if self.mel.frames != 2 * self.encoder_length:
             raise ValueError(
                 f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
