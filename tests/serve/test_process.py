@@ -1,0 +1,127 @@
+"""A server as clients and operators meet it: connections that break, and a stop while it answers."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from asking import pil, url, user
+from mmjax import AsyncLLM
+from serving import until
+
+LONG = {"messages": user(url(pil(1)), "Tell me more"), "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+
+
+def leave(address: str, path: str, body: dict[str, Any], wait: Callable[[socket.socket], object]) -> None:
+    """Send a request, wait for something, and break the connection."""
+    host, port = address.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + content)
+        wait(connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # no farewell
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+def test_clients_that_leave_free_their_pages(address: str, served: AsyncLLM, path: str, stream: bool) -> None:
+    body: dict[str, Any] = {**LONG, "stream": stream}
+    if path == "/v1/completions":
+        body = {"prompt": ["the lazy", "a"], "max_tokens": 300, "ignore_eos": True, "stream": stream}
+    if path == "/generate":
+        body = {"prompts": ["the", "a"], "sampling_params": {"max_tokens": 300, "ignore_eos": True}}
+    made = served.llm.get_metrics()["output_tokens"]
+
+    def begun(connection: socket.socket) -> None:
+        if stream and path != "/generate":
+            assert b"200 OK" in connection.recv(4096)
+        until(lambda: served.llm.get_metrics()["output_tokens"] > made + 4, "it is being answered")
+
+    leave(address, path, body, begun)
+    until(lambda: served.open == 0 and served.load()[:2] == (0, 0), "the request has ended", 10)
+    assert served.load()[2] == 0, "no page is held"
+    assert httpx.get(f"{address}/load").json() == {"server_load": 0}
+    assert served.llm.get_metrics()["output_tokens"] < made + 500
+
+
+def test_a_client_that_leaves_before_it_is_read(address: str, served: AsyncLLM) -> None:
+    for _ in range(5):
+        leave(address, "/v1/chat/completions", {**LONG, "stream": True}, lambda _: None)
+    until(lambda: served.open == 0 and served.load() == (0, 0, 0), "the requests have ended", 20)
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """`mmjax serve` in a process of its own, its flags in a file: (process, address)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("serve")
+    flags = folder / "flags.yaml"
+    flags.write_text(
+        "max-model-len: 384\nmax_num_seqs: 4\nblock-size: 16\nmax-num-batched-tokens: 128\nnum-decode-steps: 1\n"
+        "enforce-eager: true\nserved-model-name: [tiny, other]\nlimit-mm-per-prompt: {image: 2}\n"
+    )
+    words = ["serve", str(tiny_dir("qwen2_vl")), "--config", str(flags), "--host", "127.0.0.1", "--port", str(port)]
+    log = folder / "log"
+    with log.open("w") as out:
+        env = {**os.environ, "MMJAX_COMPILATION_CACHE": str(Path.home() / ".cache" / "mmjax-tests" / "serve")}
+        server = subprocess.Popen([sys.executable, "-m", "mmjax", *words], stdout=out, stderr=out, env=env)
+    address = f"http://127.0.0.1:{port}"
+
+    def up() -> bool:
+        assert server.poll() is None, log.read_text()
+        try:
+            return httpx.get(f"{address}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        until(up, "the server answers", 300)
+        yield server, address
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_stop_lets_running_requests_end(process: Any) -> None:
+    server, address = process
+    assert [card["id"] for card in httpx.get(f"{address}/v1/models").json()["data"]] == ["tiny", "other"]
+    three = {**LONG, "messages": user(*[url(pil(seed)) for seed in range(3)], "?")}
+    refused = httpx.post(f"{address}/v1/chat/completions", json=three)
+    assert refused.status_code == 400 and re.search("At most 2", refused.text)
+    texts = []
+
+    def stream() -> None:
+        with httpx.stream(
+            "POST", f"{address}/v1/chat/completions", json={**LONG, "stream": True}, timeout=300
+        ) as answer:
+            for line in answer.iter_lines():
+                texts.append(line)
+
+    client = threading.Thread(target=stream)
+    client.start()
+    until(lambda: len(texts) > 4, "the answer has begun", 300)
+    server.send_signal(signal.SIGTERM)
+    client.join(300)
+    assert texts[-2] == "data: [DONE]" or texts[-1] == "data: [DONE]"
+    assert any('"finish_reason": "length"' in text for text in texts)
+    end = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert server.poll() in (0, -signal.SIGTERM)
