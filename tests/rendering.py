@@ -29,7 +29,7 @@ def make_renderer(family: str, directory: Path, **options: Any) -> Renderer:
     defaults: dict[str, Any] = {
         "model_id": family,
         "vocab_size": config.get("vocab_size") or config.get("thinker_config", config)["text_config"]["vocab_size"],
-        "max_model_len": 448 if family == "whisper" else 4096,
-        "encoder_decoder": family == "whisper",
+        "max_model_len": 448 if family.startswith("whisper") else 4096,
+        "encoder_decoder": family.startswith("whisper"),
     }
     return Renderer(processor, tokenizer, **{**defaults, **options})

@@ -18,6 +18,7 @@ SMALL = {
 }
 SIZES: dict[str, dict[str, Any]] = {
     "whisper": {"max_num_seqs": 2, "max_num_batched_tokens": 32},
+    "whisper_turbo": {"max_num_seqs": 2, "max_num_batched_tokens": 32},
     "llava": {"max_model_len": 256, "max_num_batched_tokens": 32},
     "qwen2_vl": {"max_model_len": 256},
     "qwen2_5_vl": {"max_model_len": 256},

@@ -21,6 +21,7 @@ from small import greedy, ids
 
 FAMILIES = (
     "whisper",
+    "whisper_turbo",
     "llava",
     "qwen2_vl",
     "llava_onevision",
@@ -35,6 +36,7 @@ FAMILIES = (
 )
 BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder units of the largest case
     "whisper": (128, 1),
+    "whisper_turbo": (64, 1),
     "llava": (128, 2),
     "qwen2_vl": (128, 168),
     "qwen2_5_vl": (128, 272),
@@ -98,7 +100,7 @@ class Golden:
 
     def ids(self, case: str) -> list[int]:
         """The expanded prompt."""
-        found: list[int] = self.arrays[f"{case}/{'decoder_' * (self.family == 'whisper')}input_ids"].tolist()
+        found: list[int] = self.arrays[f"{case}/{'decoder_' * self.family.startswith('whisper')}input_ids"].tolist()
         return found
 
     def check_prompt(self, case: str, output: RequestOutput) -> None:
