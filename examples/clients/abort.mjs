@@ -1,6 +1,6 @@
 // Leaving an answer early: the server stops generating at once, and what the request held is free for others.
 //
-//   npm install openai
+//   npm install --no-save openai
 //   OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none node abort.mjs
 import OpenAI from "openai";
 

@@ -1,6 +1,6 @@
 // The openai package for JavaScript against mmjax: an answer, the same streamed, a question about a picture.
 //
-//   npm install openai
+//   npm install --no-save openai
 //   OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none node chat.mjs [PICTURE]
 //
 // The package reads both variables itself. Where the server was started without --api-key, any key will do.

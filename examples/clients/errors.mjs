@@ -1,6 +1,6 @@
 // What goes wrong arrives as the package's own exceptions, with the server's words.
 //
-//   npm install openai
+//   npm install --no-save openai
 //   OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none node errors.mjs
 import OpenAI from "openai";
 
