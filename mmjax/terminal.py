@@ -56,7 +56,7 @@ def _print(text: str) -> None:
 
 
 class Terminal:
-    """A conversation. What goes wrong with a turn is told, and the turn forgotten."""
+    """A conversation. What goes wrong with a turn is told, and the turn forgotten with its media."""
 
     def __init__(self, served: AsyncLLM, params: SamplingParams, system: str | None = None) -> None:
         self.served = served
@@ -106,6 +106,7 @@ class Terminal:
     async def turn(self, text: str, write: Callable[[str], None]) -> None:
         """Ask, and write the answer as it comes."""
         content: Any = [*self.media, {"type": "text", "text": text}] if self.media else text
+        self.media = []
         messages = [*self.messages, {"role": "user", "content": content}]
         rendered = await self.served.prepare_chat(messages)
         ticket = self.served.submit(rendered, self.params, streaming=True)
@@ -119,12 +120,11 @@ class Terminal:
             self.served.drop(ticket)
             if said:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
-                self.media = []
 
 
 def part(kind: str, where: str) -> dict[str, Any]:
     """A message's part from a URL, or from a file whose bytes it then carries. OSError for one that is not there."""
-    if "://" in where:
+    if where.startswith(("http://", "https://", "data:", "file:")):
         url = where
     else:
         file = Path(where).expanduser()
