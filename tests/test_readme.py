@@ -96,10 +96,10 @@ def test_files_that_are_named_exist() -> None:
 
 def test_continuous_integration_runs_what_the_readme_says() -> None:
     script = (ROOT / ".ci" / "run").read_text()
-    for command in (
+    for step in (
         "ruff format --check .",
         "ruff check .",
         "mypy benchmarks examples",
         "examples/quickstart.py",
     ):
-        assert command in README and command in script
+        assert step in README and step in script
