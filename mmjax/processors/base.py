@@ -60,12 +60,29 @@ class Span:
     first: int = 0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Timestamps:
+    """The tokens of an answer that tells times: `first` to `last` are times, `end` ends it, `never` is not to come.
+
+    latest: how many steps after `first` it may begin. said: the tokens of the prompt that it goes on from.
+    """
+
+    first: int
+    last: int
+    end: int
+    never: int
+    latest: int
+    said: tuple[int, ...]
+
+
 class Expanded(NamedTuple):
-    """A prompt after expansion; spans are in prompt order. `encoder_tokens` is for encoder-decoder models only."""
+    """A prompt after expansion; spans are in prompt order. `encoder_tokens` and `timestamps`, of prompts that ask for
+    times, are for encoder-decoder models only."""
 
     tokens: list[int]
     spans: list[Span]
     encoder_tokens: tuple[int, ...] = ()
+    timestamps: Timestamps | None = None
 
 
 class Processor(Protocol):
