@@ -1,4 +1,4 @@
-"""The command line: `mmjax serve|chat|run-batch|convert|inspect|bench|version`.
+"""The command line: `mmjax demo|serve|chat|run-batch|convert|inspect|bench|version`.
 
 Nothing heavy is imported before a command is chosen.
 """
@@ -61,6 +61,8 @@ def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    _add_demo(commands.add_parser("demo", help="see the model that ships with mmjax look, watch and listen"))
 
     for name, (meaning, *_) in MODEL_COMMANDS.items():  # their flags are added when one is chosen: `_model_command`
         commands.add_parser(name, help=meaning, add_help=False)
@@ -148,6 +150,32 @@ MODEL_COMMANDS: dict[
     "chat": ("talk to a model in the terminal", _chat_flags, _chat),
     "run-batch": ("answer a file of requests in OpenAI's batch format", _batch_flags, _run_batch),
 }
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="?", help="about your own files")
+    for kind in ("image", "video", "audio"):
+        parser.add_argument(
+            f"--{kind}", type=Path, action="append", default=[], metavar="FILE", help=f"ask about your own {kind} file"
+        )
+    parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="where to put what is drawn and recorded")
+    parser.add_argument("--seed", type=int, default=0, help="another number, another picture")
+    parser.add_argument(
+        "--eval",
+        type=int,
+        nargs="?",
+        const=100,
+        metavar="N",
+        help="measure every skill on N questions that training never saw (default: 100)",
+    )
+    parser.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mmjax.demo import show
+
+    given = {kind: getattr(arguments, kind) for kind in show.KINDS}
+    show.run(given, arguments.question, arguments.out, arguments.seed, arguments.eval)
 
 
 def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:

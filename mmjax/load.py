@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmjax import sharding
+from mmjax import demo, sharding
 from mmjax.converters.table import convert
 from mmjax.models import Family
 from mmjax.nn.weight import Quantised, inputs_of, quantise
@@ -128,8 +128,13 @@ class Checkpoint:
 
 
 def find(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a model: a local path as it is, anything else through huggingface_hub's cache."""
+    """The directory of a model: a local path as it is, anything else through huggingface_hub's cache.
+
+    "demo" is the model that ships with mmjax, unless a local directory of that name holds a config.json.
+    """
     path = Path(model).expanduser()
+    if model == demo.NAME and not (path / "config.json").is_file():
+        return demo.DIRECTORY
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):

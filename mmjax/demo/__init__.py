@@ -7,3 +7,6 @@ from pathlib import Path
 
 DIRECTORY = Path(__file__).resolve().parent / "model"
 """Where the checkpoint lies: the layout of any Qwen2.5-Omni directory."""
+
+NAME = "demo"
+"""What the model is called where a directory or a hub id is asked for."""
