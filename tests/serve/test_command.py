@@ -68,7 +68,8 @@ def test_server_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = parsed(
         "X", "--served-model-name", "a", "b", "--api-key", "k", "l", "--response-role", "bot", "--allowed-origins",
         '["http://a", "http://b"]', "--default-chat-template-kwargs.thinking", "false",
-        "--enable-prompt-tokens-details", "--enable-force-include-usage", "--trust-request-chat-template", "--tool-call-parser", "none",
+        "--enable-prompt-tokens-details", "--enable-force-include-usage", "--trust-request-chat-template",
+        "--tool-call-parser", "none",
     )[0]  # fmt: skip
     assert chosen.names == ("a", "b") and chosen.keys == ("k", "l") and chosen.role == "bot"
     assert chosen.origins == ("http://a", "http://b") and chosen.template_kwargs == {"thinking": False}
