@@ -20,7 +20,7 @@ from mmjax.inputs import Media, Request
 from mmjax.multimodal import audio, bounds, image, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.limits import DEFAULT, Limits
-from mmjax.processors.base import Expanded, Item, Processor, Span, linear_positions
+from mmjax.processors.base import Expanded, Item, Processor, Span, Timestamps, linear_positions
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
@@ -52,6 +52,7 @@ class Rendered:
     salt: str | None = None
     encoder_prompt: str | None = None
     encoder_tokens: np.ndarray | None = None  # int32, encoder-decoder models only
+    timestamps: Timestamps | None = None  # what the answer keeps to where it tells times
 
 
 class _Asked(NamedTuple):
@@ -210,6 +211,7 @@ class Renderer:
             salt=request.salt,
             encoder_prompt=request.encoder_text,
             encoder_tokens=encoder,
+            timestamps=expanded.timestamps,
         )
 
     # --- text

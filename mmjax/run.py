@@ -17,6 +17,7 @@ from mmjax.engine.engine import Engine
 from mmjax.engine.grammar import Grammar
 from mmjax.engine.sequence import MediaSpan, Prompt
 from mmjax.engine.sequence import Sequence as EngineSequence
+from mmjax.engine.timestamps import Timed
 from mmjax.render import Rendered
 from mmjax.types import RequestError, RequestMetrics, RequestOutput, SamplingParams
 
@@ -68,7 +69,9 @@ class Run(Request):
                 "too_many_stop_tokens",
             )
         prompt = engine_prompt(rendered, parts.shape.cross)
-        constraints = Constraints(params, parts.vocab_size, parts.tokenizer)
+        constraints: Constraints | Timed = Constraints(params, parts.vocab_size, parts.tokenizer)
+        if rendered.timestamps is not None and params.structured_outputs is None:
+            constraints = Timed(rendered.timestamps, parts.vocab_size, constraints)
         wanted = params.structured_outputs
         grammars = (
             [Grammar(parts.vocabulary, wanted, constraints) for _ in range(params.n)] if wanted is not None else []

@@ -24,6 +24,8 @@ class Constraints:
     parameters have passed SamplingParams.verify.
     """
 
+    stamp = 0  # no token is a timestamp
+
     def __init__(self, params: SamplingParams, vocab: int, tokenizer: Encoder | None) -> None:
         words = _bad_word_ids(params.bad_words or (), vocab, tokenizer)
         self._phrases = [word for word in words if len(word) > 1]

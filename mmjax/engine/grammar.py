@@ -55,6 +55,7 @@ class Grammar:
     """The constraints of one answer that keeps to a grammar, on top of the request's others. See `Constraints`."""
 
     dynamic = True
+    stamp = 0
 
     def __init__(self, vocabulary: Vocabulary, structured: Any, others: Constraints) -> None:
         self._matcher = vocabulary.follow(structured)

@@ -27,6 +27,7 @@ SAMPLING: tuple[tuple[str, str], ...] = (
     ("row", "i32"),
     ("penalised", "bool"),
     ("biased", "bool"),
+    ("stamp", "i32"),
     ("min_left", "i32"),
     ("want_logprobs", "bool"),
 )
@@ -124,6 +125,7 @@ class RowTable:
         f["repetition"][row] = p.repetition_penalty
         f["penalised"][row] = seq.penalised
         f["biased"][row] = seq.biased
+        f["stamp"][row] = seq.constraints.stamp
         f["want_logprobs"][row] = p.logprobs is not None
         f["seed"][row] = seq.seed_words
         f["stop"][row] = -1

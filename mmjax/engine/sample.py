@@ -4,7 +4,8 @@ The order of operations, per row (S rows of V logits):
 
  1. the report (log-probability, rank, best rivals) is of the raw logits, before anything below;
  2. while `min_left` > 0 the stop ids are impossible;
- 3. `bias` is added: logit_bias, and -inf for what is not allowed;
+ 3. `bias` is added: logit_bias, and -inf for what is not allowed; where an answer tells times and all timestamp tokens
+    together are now likelier than any other token, only they are left;
  4. penalties, as defined by the CTRL paper (repetition, over prompt and output) and OpenAI (presence, frequency, over
     the output only);
  5. temperature 0: the first of the largest logits. Otherwise logits / temperature, then
@@ -51,6 +52,7 @@ class Rows:
     row: Array  # i32[S]; the sequence's row of the `seen` and `bias` tables; padding points at a row nobody owns
     penalised: Array  # bool[S]; False = the three penalties are ignored and `seen` is neither read nor kept
     biased: Array  # bool[S]; False = `bias` is ignored
+    stamp: Array  # i32[S]; of biased rows: the first timestamp token, all from it on being such; 0 = there are none
     min_left: Array  # i32[S]; tokens still required before a stop may happen
     stop: Array  # i32[S, E]; ids that end the sequence; -1 = padding
     want_logprobs: Array  # bool[S]; the report is computed for all rows when any row wants it
@@ -148,7 +150,15 @@ def _adjust(x: Array, rows: Rows, seen: Array, bias: Array) -> Array:
         return x + jnp.where(rows.biased[:, None], bias[rows.row], jnp.float32(0))
 
     x = _when(rows.min_left > 0, forbid_stops, x)
+
+    def prefer_times(x: Array) -> Array:
+        time = jnp.arange(x.shape[1], dtype=jnp.int32) >= rows.stamp[:, None]
+        times = jax.nn.logsumexp(jnp.where(time, x, -jnp.inf), axis=1, keepdims=True)
+        words = jnp.max(jnp.where(time, -jnp.inf, x), axis=1, keepdims=True)
+        return jnp.where((rows.stamp[:, None] > 0) & ~time & (times > words), -jnp.inf, x)
+
     x = _when(rows.biased, add_bias, x)
+    x = _when(rows.stamp > 0, prefer_times, x)
     return _when(rows.penalised, lambda x: _penalise(x, rows, seen[rows.row]), x)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from mmjax.engine.constraints import Constraints
 from mmjax.engine.grammar import Grammar
 from mmjax.engine.pages import page_key
+from mmjax.engine.timestamps import Timed
 from mmjax.processors.base import Item
 from mmjax.types import SamplingParams
 
@@ -61,7 +62,7 @@ class Sequence:
         seed: int,
         stops: Seq[int],
         max_len: int,
-        constraints: Constraints | Grammar,
+        constraints: Constraints | Grammar | Timed,
         whole: bool = False,
     ) -> None:
         self.number = next(_numbers)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.processors.base import Expanded, Item, Kwargs, Span, linear_positions
+from mmjax.processors.base import Expanded, Item, Kwargs, Span, Timestamps, linear_positions
 from mmjax.processors.clips import log_mel
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -28,6 +28,14 @@ class Processor:
         self.encoder_length: int = config["max_source_positions"]
         self.mel = log_mel(files)
         self.sampling_rate: int | None = self.mel.rate
+        known = files.get("generation_config.json", {})
+        find = tokenizer.id_of if tokenizer else lambda token: None
+        self.plain: int | None = known.get("no_timestamps_token_id", find("<|notimestamps|>"))
+        tasks = known.get("task_to_id") or {task: find(f"<|{task}|>") for task in ("transcribe", "translate")}
+        self.tasks = frozenset(tasks.values()) - {None}
+        self.end: int = config["eos_token_id"]
+        initial = known.get("max_initial_timestamp_index")
+        self.latest: int = self.encoder_length if initial is None else initial
         if self.mel.frames != 2 * self.encoder_length:
             raise ValueError(
                 f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
@@ -58,7 +66,20 @@ class Processor:
                 "placeholder_mismatch",
             )
         started = list(tokens) if self.start in tokens else [self.start, *tokens]  # text said before may precede it
-        return Expanded(started, [], encoder_tokens=(0,) * self.encoder_length)
+        return Expanded(started, [], (0,) * self.encoder_length, self._timestamps(started))
+
+    def _timestamps(self, tokens: Sequence[int]) -> Timestamps | None:
+        """What the answer keeps to if the prompt asks for times: by a first one, or by a task and no word against."""
+        if self.plain is None:
+            return None
+        first, last = self.plain + 1, self.plain + 1 + self.encoder_length
+        header = list(tokens[len(tokens) - 1 - list(tokens)[::-1].index(self.start) :])
+        tasks = [i for i, token in enumerate(header) if token in self.tasks]
+        times = [i for i, token in enumerate(header) if first <= token <= last]
+        if self.plain in header or not (tasks or times):
+            return None
+        said = header[tasks[-1] + 1 if tasks else times[0] :]
+        return Timestamps(first, last, self.end, never=self.plain, latest=self.latest, said=tuple(said))
 
     def positions(
         self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]

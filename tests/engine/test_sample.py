@@ -23,7 +23,7 @@ weights = jax.jit(sampler._weights)
 def rows_of(size, **given):
     """Rows of which each row asks for `given`: scalars or one value per row. Else greedy, and nothing asked."""
     off = dict.fromkeys(["temperature", "min_p", "presence", "frequency"], 0.0) | dict(top_p=1.0, repetition=1.0)
-    off |= dict.fromkeys(["top_k", "index", "row", "min_left"], 0)
+    off |= dict.fromkeys(["top_k", "index", "row", "min_left", "stamp"], 0)
     off |= dict.fromkeys(["penalised", "biased", "want_logprobs"], False)
     dtypes = {float: np.float32, int: np.int32, bool: np.bool_}
     fields = {name: np.full(size, value, dtypes[type(value)]) for name, value in off.items()}

@@ -158,7 +158,7 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     },
     "whisper": {
         "short": lambda: whisper(TASK, 1, 1.3),
-        "full": lambda: whisper("<|startoftranscript|><|de|><|translate|>", 2, 4.0),
+        "full": lambda: whisper("<|startoftranscript|><|de|><|translate|><|notimestamps|>", 2, 4.0),
         "too_long": lambda: whisper("", 3, 5.7),
         "ids": lambda: whisper([5, 6, 7, 8, 9], 4, 0.2),
     },
