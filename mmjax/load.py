@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mmjax import demo, sharding
-from mmjax.converters.table import convert
+from mmjax.converters.table import Part, convert
 from mmjax.models import Family
 from mmjax.nn.weight import Quantised, inputs_of, quantise
 
@@ -72,7 +72,7 @@ class Checkpoint:
         family = Family.of(config)
         for part in family.table.parts:
             if part.config not in config and config.get(part.key):
-                config[part.config] = read_json(find(config[part.key], token=token) / "config.json")
+                config[part.config] = read_json(find_part(part, config, token) / "config.json")
         return cls(directory, family, config, files, token)
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class Checkpoint:
         found = dict(own)
         for part in self.family.table.parts:
             if self.config.get(part.key) and not any(name.startswith(part.here) for name in own):
-                other = open_checkpoint(find(self.config[part.key], token=self.token))
+                other = open_checkpoint(find_part(part, self.config, self.token))
                 within = {name: tensor for name, tensor in other.items() if name.startswith(part.there)}
                 found |= {part.here + name.removeprefix(part.there): tensor for name, tensor in within.items()}
         return found
@@ -146,6 +146,16 @@ def find(model: str, *, revision: str | None = None, token: str | None = None) -
     except Exception as error:  # the hub's client raises a dozen kinds, offline ones included
         raise ValueError(
             f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
+    """The directory that holds a part of a model. Raises ValueError saying how to name another."""
+    try:
+        return find(config[part.key], token=token)
+    except ValueError as error:
+        raise ValueError(
+            f"{part.key} of config.json: {error}. hf_overrides={{{part.key!r}: ...}} names another place."
         ) from error
 
 

@@ -1,0 +1,181 @@
+"""Families that hear: every published name has its place at the published sizes, wherever its checkpoint keeps it."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mmjax.converters.table import Shape, convert, plan
+from safetensors.numpy import load_file, save_file
+
+import tiny
+from mmjax.load import Checkpoint, declare
+from mmjax.models import Family
+from mmjax.models.family import Shape as Sizes
+from tiny_families import qwen2_audio, ultravox
+
+FAMILIES = {"qwen2_audio": False, "ultravox": True}  # and whether the head is the embedding
+LARGE = {"tower_width": 1280, "tower_mlp": 5120, "tower_heads": 20, "tower_layers": 32}
+LAYOUTS = {  # published prefix -> since transformers 4.52
+    "qwen2_audio": {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "audio_tower.": "model.audio_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+}
+Make = Callable[[str], Path]
+
+
+@dataclasses.dataclass
+class Header:
+    """A tensor of which only the shape is known."""
+
+    shape: Shape
+    dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
+
+
+def fits(config: dict[str, Any], tensors: Mapping[str, Shape], *, tied: bool) -> Sizes:
+    """Every tensor of a checkpoint finds its place, and every place is filled."""
+    family = Family.of(config)
+    made = family.config.from_hf(config, {}, tied=tied)
+    shapes = {path: leaf.shape for path, leaf in declare(family, made)[1].items()}
+    assert not plan({name: Header(shape) for name, shape in tensors.items()}, family.table, shapes).ignored
+    found: Sizes = made.shape
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_tiny_checkpoint_finds_its_place(family: str, tiny_dir: Make) -> None:
+    checkpoint = Checkpoint.open(str(tiny_dir(family)))
+    shapes = {path: leaf.shape for path, leaf in declare(checkpoint.family, checkpoint.model_config())[1].items()}
+    assert ("text.head" in shapes) != FAMILIES[family]
+    result = plan(checkpoint.tensors, checkpoint.family.table, shapes)
+    assert set(result.claimed) == set(checkpoint.tensors)
+    for path, value in convert(checkpoint.tensors, checkpoint.family.table, shapes):
+        assert value.shape == shapes[path]
+    for old, new in LAYOUTS.get(family, {}).items():
+        renamed = {
+            name.replace(old, new, 1) if name.startswith(old) else name: t for name, t in checkpoint.tensors.items()
+        }
+        assert len(plan(renamed, checkpoint.family.table, shapes).claimed) == len(renamed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_reference_checkpoint_finds_its_place(family: str, shared: Path) -> None:
+    checkpoint = Checkpoint.open(str(shared / "reference" / family))
+    shapes = {path: leaf.shape for path, leaf in declare(checkpoint.family, checkpoint.model_config())[1].items()}
+    assert set(plan(checkpoint.tensors, checkpoint.family.table, shapes).claimed) == set(checkpoint.tensors)
+
+
+def test_qwen2_audio_7b() -> None:
+    """The published text_config leaves out what Qwen2Config fills in."""
+    size = {"width": 4096, "mlp": 11008, "layers": 32, "heads": 32, "kv_heads": 32, **LARGE}
+    config = qwen2_audio.configuration(size, 156032, 128, 1500) | {"audio_token_index": 151646}
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        del config["text_config"][name]
+    shape = fits(config, qwen2_audio.tensors(size, 156032, 128, 1500), tied=False)
+    encoder = shape.encoders["audio"]
+    assert (shape.layers, shape.width, shape.max_len, shape.largest_item) == (32, 4096, 8192, 750)
+    assert (encoder.features["mel"][0], encoder.rows, encoder.largest) == ((195, 128), 48, 16)
+
+
+def test_ultravox_1b() -> None:
+    size = {"width": 2048, "mlp": 8192, "layers": 16, "heads": 32, "kv_heads": 8, **LARGE}
+    config = ultravox.configuration(size, 128256, 128, 1500) | {"hidden_size": 4096}
+    config["text_config"] |= {"max_position_embeddings": 131072}
+    shape = fits(config, ultravox.tensors(size, 128256, 4096, 128, 1500), tied=True)
+    encoder = shape.encoders["audio"]
+    assert (shape.kv_heads, shape.head_dim, shape.max_len, shape.largest_item) == (8, 64, 131072, 4 * 188)
+    assert (encoder.features["mel"][0], encoder.rows, encoder.largest) == ((195, 128), 12, 64)
+
+
+@pytest.mark.parametrize("depth", [32, 4], ids=["large-v3", "turbo"])
+def test_whisper_large(depth: int) -> None:
+    size = {"width": 1280, "mlp": 5120, "heads": 20, "layers": depth, "tower_layers": 32}
+    tensors = tiny._whisper_shapes(size, 51866, 128) | {"model.encoder.embed_positions.weight": (1500, 1280)}
+    config = {
+        "architectures": ["WhisperForConditionalGeneration"], "d_model": 1280, "encoder_layers": 32,
+        "encoder_attention_heads": 20, "encoder_ffn_dim": 5120, "decoder_layers": depth, "decoder_attention_heads": 20,
+        "decoder_ffn_dim": 5120, "activation_function": "gelu", "scale_embedding": False, "num_mel_bins": 128,
+        "max_source_positions": 1500, "max_target_positions": 448, "vocab_size": 51866,
+    }  # fmt: skip
+    shape = fits(config, tensors, tied=True)
+    assert (shape.layers, shape.cross_keys, shape.max_len, shape.vocab) == (depth, 1500, 448, 51866)
+    assert shape.encoders["audio"].features["mel"][0] == (128, 3000)
+
+
+# -- parts in other checkpoints ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(tiny_dir: Make, tmp_path: Path) -> dict[str, Path]:
+    """Ultravox as it is published, a Llama and a Whisper beside it: "whole", "projector", "llama", "whisper"."""
+    whole, weights = tiny_dir("ultravox"), load_file(tiny_dir("ultravox") / "model.safetensors")
+    places = {name: tmp_path / name for name in ("projector", "llama", "whisper")}
+    shutil.copytree(whole, places["projector"])
+    config = json.loads((whole / "config.json").read_text())
+    for name, part, here, there in (
+        ("llama", "text_config", "language_model.", ""),
+        ("whisper", "audio_config", "audio_tower.", "model.encoder."),
+    ):
+        places[name].mkdir()
+        (places[name] / "config.json").write_text(json.dumps(config.pop(part)))
+        mine = {there + key.removeprefix(here): weights.pop(key) for key in list(weights) if key.startswith(here)}
+        if name == "whisper":
+            mine["model.decoder.embed_tokens.weight"] = np.zeros((4, 4), np.float32)
+        save_file(mine, places[name] / "model.safetensors")
+    config |= {"text_model_id": "meta-llama/none", "audio_model_id": str(places["whisper"])}
+    (places["projector"] / "config.json").write_text(json.dumps(config))
+    save_file(weights, places["projector"] / "model.safetensors")
+    return {"whole": whole, **places}
+
+
+def values(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    return dict(checkpoint.values(declare(checkpoint.family, checkpoint.model_config())[1]))
+
+
+def test_parts_in_other_checkpoints_make_the_same_model(apart: dict[str, Path], tmp_path: Path) -> None:
+    from mmjax.converters.orbax import convert_checkpoint
+
+    whole = Checkpoint.open(str(apart["whole"]))
+    wanted = values(whole)
+    overrides = {"text_model_id": str(apart["llama"])}
+    joined = Checkpoint.open(str(apart["projector"]), overrides=overrides)
+    assert joined.model_config() == whole.model_config()
+    leaves = declare(joined.family, joined.model_config())[1]
+    convert_checkpoint(
+        joined.directory, tmp_path / "converted", table=joined.family.table,
+        shapes={path: leaf.shape for path, leaf in leaves.items()}, tensors=joined.tensors, config=joined.config,
+    )  # fmt: skip
+    shutil.rmtree(apart["llama"])
+    shutil.rmtree(apart["whisper"])
+    for found in (joined, Checkpoint.open(str(tmp_path / "converted"))):
+        parts = values(found)
+        assert parts.keys() == wanted.keys()
+        for path, value in wanted.items():
+            np.testing.assert_array_equal(parts[path], value, path)
+
+
+def test_a_checkpoint_that_holds_its_parts_needs_no_other(apart: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(apart["whole"], tmp_path / "both")
+    config = json.loads((tmp_path / "both/config.json").read_text()) | {"text_model_id": "meta-llama/none"}
+    (tmp_path / "both/config.json").write_text(json.dumps(config))
+    assert values(Checkpoint.open(str(tmp_path / "both"))).keys() == values(Checkpoint.open(str(apart["whole"]))).keys()
+
+
+def test_a_part_that_is_nowhere_is_named(apart: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"(?s)text_model_id.*nowhere.*is neither.*hf_overrides"):
+        Checkpoint.open(str(apart["projector"]), overrides={"text_model_id": "./no/where/nowhere"})
+
+
+def test_other_kinds_of_parts_are_refused(tiny_dir: Make) -> None:
+    files = {file.name: json.loads(file.read_text()) for file in tiny_dir("ultravox").glob("*config.json")}
+    config = files["config.json"]
+    for changed in ({"projector_act": "gelu"}, {"text_config": config["text_config"] | {"model_type": "gemma3"}}):
+        with pytest.raises(ValueError, match="is not supported"):
+            Family.of(config).config.from_hf(config | changed, files, tied=True)
