@@ -25,7 +25,6 @@ SAMPLED = (
     "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "include_stop_str_in_output",
 )  # fmt: skip
-HEADROOM = 1 << 20  # bytes of a request that are not its file
 
 
 class SpeechForm(Body):

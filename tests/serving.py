@@ -1,5 +1,6 @@
 """Servers over tiny engines, and what tests of them ask and read."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ def serving(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
 
 def over(engine: AsyncLLM, **settings: Any) -> TestClient:
     """A client of a server over an engine; leaving it does not close the engine."""
-    return TestClient(create_app(engine, Settings(names=("tiny", "alias"), **settings)), raise_server_exceptions=False)
+    app = create_app(engine, Settings(names=("tiny", "alias"), **settings))
+    app.router.lifespan_context = contextlib.nullcontext  # the engine outlives its servers
+    return TestClient(app, raise_server_exceptions=False)
 
 
 def until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
