@@ -150,7 +150,7 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
         if pairs and rng.random() < 0.3:  # alike more often than chance has it
             thing = dataclasses.replace(shown[1].things[0], shape=shown[0].things[0].shape)
             shown[1] = dataclasses.replace(shown[1], things=(thing, *shown[1].things[1:]))
-        turns = ask.about_picture(rng, shown, 1 if skill else int(rng.integers(1, 4)), skill)
+        turns = ask.about_picture(rng, shown, 1 if skill else int(rng.integers(2, 7)), skill)
         if not turns:
             continue
         questions.append(turns[0])
@@ -252,10 +252,13 @@ def tests(espeak: Espeak | None, size: int) -> list[Batch]:
 class Makers:
     """Worker processes that keep a queue of each kind of batch full."""
 
-    def __init__(self, seed: int, workers: int, sizes: dict[str, int], folder: Path | None) -> None:
+    def __init__(
+        self, seed: int, workers: int, sizes: dict[str, int], folder: Path | None, each: dict[str, float]
+    ) -> None:
         context = multiprocessing.get_context("fork")
         self.queues = {kind: context.Queue(max(4, workers)) for kind in sizes}
-        shares = {"image": 0.16, "video": 0.1, "audio": 0.74}
+        shares = {kind: share * each[kind] for kind, share in {"image": 0.16, "video": 0.1, "audio": 0.74}.items()}
+        shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
         self.processes = []
         for kind, share in shares.items():
             for index in range(max(1, round(share * workers))) if kind in sizes else ():

@@ -40,6 +40,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--espeak", type=Path, default=Path(__file__).parent / "espeak", help="folder of the library")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--size", type=float, default=1.0, help="batch sizes relative to the published ones")
+    parser.add_argument(
+        "--shares", nargs=3, type=float, default=(1.0, 1.0, 1.0), metavar=("IMAGE", "VIDEO", "AUDIO"),
+        help="batch sizes of each kind, on top of --size; workers follow",
+    )  # fmt: skip
     parser.add_argument("--rate", type=float, default=1.2e-3, help="highest learning rate")
     parser.add_argument("--steps", type=int, help="stop after so many")
     parser.add_argument("--test-size", type=int, default=128, help="rows of a test batch; two per skill")
@@ -83,10 +87,12 @@ class Training:
         state = json.loads((args.resume / "state.json").read_text()) if args.resume else {"minutes": 0.0, "step": 0}
         self.before, self.step = state["minutes"], state["step"]
         self.total = args.total_minutes or args.minutes + self.before
-        sizes = {"image": round(224 * args.size), "video": round(256 * args.size), "audio": round(24000 * args.size)}
+        each = dict(zip(KINDS, args.shares, strict=True))
+        sizes = {"image": 224, "video": 256, "audio": 24000}
+        sizes = {kind: round(size * args.size * each[kind]) for kind, size in sizes.items()}
         sizes = {kind: size for kind, size in sizes.items() if kind in args.kinds}
         speaks = "audio" in sizes
-        self.makers = Makers(self.step, args.workers, sizes, args.espeak)  # before anything touches the GPU
+        self.makers = Makers(self.step, args.workers, sizes, args.espeak, each)  # before anything touches the GPU
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tests = tests(Espeak(args.espeak) if speaks else None, args.test_size) if args.test_size else []
         self.rows = Rows()
