@@ -1,7 +1,5 @@
 """The flags of `mmjax serve`, in every way of giving them."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +128,8 @@ def test_a_file_that_is_no_list_of_flags(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("command", ["serve", "chat", "run-batch"])
-def test_help(command: str) -> None:
-    told = subprocess.run(
-        [sys.executable, "-m", "mmjax", command, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--max-model-len" in told.stdout and "--config" in told.stdout
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and "--max-model-len" in told and "--config" in told
