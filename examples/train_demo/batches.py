@@ -142,7 +142,9 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
     height, width = _pick(rng, GRIDS)
     edges = _edges(rng, height, width)
     last, system = (False, True) if skill else (rng.random() < 0.12, rng.random() > 0.1)
-    out, drawn, questions = [], [], []
+    out: list[tuple[list[int], list[bool]]] = []
+    drawn: list[scenes.Scene] = []
+    questions: list[ask.Asked] = []
     media = rows.media("image", 1 + pairs, height * width)
     while len(out) < (size // 2 if pairs else size):
         most = 1 if pairs and rng.random() < 0.4 else None

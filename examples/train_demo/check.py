@@ -27,7 +27,7 @@ def check(name: str, got: Any, wanted: Any, limit: float) -> None:
     assert worst <= limit, name
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def compare(model: Any, fast: Fast, batch: Batch, vision: Any, sound: Any) -> None:
     """Every step for one batch."""
     tokens = torch.from_numpy(batch.tokens)

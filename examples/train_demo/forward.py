@@ -105,7 +105,8 @@ class Fast:
             q, k, v = (part(y).view(n, length, a.num_heads, -1) for part in (a.q, a.k, a.v))
             q, k = (_turn(part, cos, sin).to(v.dtype) for part in (q, k))
             mask = None if index in tower.fullatt_block_indexes else near
-            y = F.scaled_dot_product_attention(*(p.transpose(1, 2) for p in (q, k, v)), attn_mask=mask)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = x + a.proj(y.transpose(1, 2).reshape(n, length, -1))
             x = x + block.mlp(block.norm2(x))
         return tower.merger.mlp(tower.merger.ln_q(x).reshape(n, length // 4, -1))
@@ -195,7 +196,7 @@ class Fast:
         logits = self.model.lm_head(hidden.flatten(0, 1)[self.put(wanted - 1)]).float()
         return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def answer(self, batch: Batch, most: int = 32) -> list[list[int]]:
         """Greedy tokens of every row after its question, without the end mark."""
         starts = torch.from_numpy(batch.wanted.argmax(1)).to(self.device)

@@ -203,7 +203,7 @@ def write(directory: Path) -> None:
     made = tokenizer()
     made.save(str(directory / "tokenizer.json"))
     assert made.get_vocab_size() <= VOCABULARY, made.get_vocab_size()
-    first = made.token_to_id(SPECIAL[0])
+    (first,) = made.encode(SPECIAL[0]).ids
     added = {
         str(first + index): {
             "content": token,

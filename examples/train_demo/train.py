@@ -84,8 +84,9 @@ class Training:
         args.out.mkdir(parents=True, exist_ok=True)
         self.log = (args.out / "log.txt").open("a")
         self.before, self.step = 0.0, 0  # minutes and steps of earlier runs
-        state = json.loads((args.resume / "state.json").read_text()) if args.resume else {"minutes": 0.0, "step": 0}
-        self.before, self.step = state["minutes"], state["step"]
+        if args.resume:
+            state = json.loads((args.resume / "state.json").read_text())
+            self.before, self.step = state["minutes"], state["step"]
         self.total = args.total_minutes or args.minutes + self.before
         each = dict(zip(KINDS, args.shares, strict=True))
         sizes = {"image": 224, "video": 256, "audio": 24000}

@@ -104,5 +104,5 @@ def questions(skill: str, count: int) -> list[Question]:
         return [about_sound(np.random.default_rng([FIRST, number, i]), *pair) for i, pair in seeds]
     make: Callable[[np.random.Generator], Question | None]
     make = about_clip if skill == "motion" else functools.partial(about_pictures, skill=skill)
-    seeds = (np.random.default_rng([FIRST, number, seed]) for seed in itertools.count())
-    return list(itertools.islice(filter(None, map(make, seeds)), count))
+    rngs = (np.random.default_rng([FIRST, number, seed]) for seed in itertools.count())
+    return list(itertools.islice(filter(None, map(make, rngs)), count))

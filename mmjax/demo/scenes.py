@@ -203,4 +203,5 @@ def _aside(rng: np.random.Generator, scene: Scene, moving: Thing, sideways: bool
     places = [p for p in (reach + (room - 2 * reach) * rng.random() for _ in range(8)) if abs(p - here) > gap]
     if not places:
         return []
-    return [dataclasses.replace(second, **{"y" if sideways else "x": places[0]})]
+    place = places[0]
+    return [dataclasses.replace(second, y=place) if sideways else dataclasses.replace(second, x=place)]

@@ -6,7 +6,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,11 @@ def own(given: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
     from mmjax.terminal import part
 
     connector = MediaConnector({"video": ENGINE["media_io_kwargs"]["video"]})
-    fetch = {"image": connector.fetch_image, "video": connector.fetch_video, "audio": connector.fetch_audio}
+    fetch: Mapping[str, Callable[[str], Any]] = {
+        "image": connector.fetch_image,
+        "video": connector.fetch_video,
+        "audio": connector.fetch_audio,
+    }
     parts = []
     for kind in KINDS:
         for file in given.get(kind, ()):
