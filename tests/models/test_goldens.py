@@ -49,7 +49,7 @@ BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder unit
     "qwen2_audio": (160, 4),
     "ultravox": (64, 5),
 }
-# Cases that transformers prepares otherwise: see test_omni.py and test_ultravox.py.
+# Cases that transformers prepares otherwise: see test_omni.py and test_clips.py.
 APART = {"qwen2_5_omni": ("video",), "qwen3_omni_moe": ("video", "two_audios"), "ultravox": ("two_audios",)}
 FEATURES, LOGITS = 1e-4, 2e-4
 # The stored logits about 63 rows are 1.5e-4 off what float64 gives, ours 1.0e-4, to the other side.

@@ -1,0 +1,113 @@
+"""Families that hear clips in pieces: on two devices, cut into chunks, beside others; and Ultravox' clips in company.
+
+The published processor of Ultravox pads clips that are passed together to the longest, which changes what the model
+makes of the shorter ones a little: of the same clip, in other company, something else. Ours hears each alone. Here the
+model is given what the published processor made.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmjax import LLM
+from mmjax.processors import clips
+from mmjax.processors.base import Item
+from mmjax.render import MediaItem
+from models.bare import Bare
+from models.questions import QUESTIONS, sound
+from models.tables import close
+from models.test_goldens import APART, FEATURES, LOGITS, NEW, load
+from models.test_recorded import RECORDED
+from rendering import make_renderer
+from small import greedy, ids
+
+FAMILIES = ("qwen2_audio", "ultravox")
+
+
+def as_stored(item: Item, mel: np.ndarray) -> Item:
+    """The item with the frames that the published processor made of it, silence behind the sound included."""
+    heard = int(item.features["heard"].sum())
+    features = clips.cut(mel, heard, min(-(-heard // 8) * 8, clips.steps_of(mel.shape[1])), 0)
+    kept = np.full(item.rows, 8, np.int32)
+    kept[-1] = min(8, int(features["reach"].sum()) - 8 * (item.rows - 1))
+    return dataclasses.replace(item, features=features | {"step": item.features["step"], "kept": kept})
+
+
+def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) -> None:
+    golden = load(shared / "reference/ultravox")
+    [case] = APART["ultravox"]
+    audio = [golden.arrays[f"{case}/raw_audio_{index}"] for index in range(2)]
+    prompt = {"prompt": golden.prompts_apart[case], "multi_modal_data": {"audio": audio}}
+    renderer = make_renderer("ultravox", golden.directory)
+    rendered = renderer.render(renderer.parse(prompt))
+    assert rendered.tokens.tolist() == golden.ids(case)
+
+    stored = golden.arrays[f"{case}/audio_values"]
+    items = [
+        MediaItem(entry.kind, entry.key, as_stored(entry.item, mel))
+        for entry, mel in zip(rendered.items, stored, strict=True)
+    ]
+    model = Bare(golden.directory, tokens=64, units=2)
+    wanted = golden.arrays[f"{case}/audio_features"]
+    close(model.encode([entry.item for entry in items]), wanted, FEATURES, case)
+    close(model.logits(dataclasses.replace(rendered, items=items)), golden.arrays[f"{case}/logits"], LOGITS, case)
+    longest = rendered.items[0].item
+    close(model.encode([longest]), wanted[: longest.rows], FEATURES, "the longest, alone")
+
+
+def test_stored_rows_in_place_of_clips(shared: Path, reference_llm: Callable[..., LLM]) -> None:
+    """Embeddings in place of sounds, for the same case; and a sound and embeddings in one prompt."""
+    golden = load(shared / "reference/ultravox")
+    [case] = APART["ultravox"]
+    arrays, llm = golden.arrays, reference_llm("ultravox", enable_mm_embeds=True)
+    counts = arrays[f"{case}/audio_token_len"]
+    rows = np.split(arrays[f"{case}/audio_features"], np.cumsum(counts)[:-1])
+    prompt = {"prompt": golden.prompts_apart[case], "multi_modal_data": {"audio": list(rows)}}
+    output = llm.generate(prompt, greedy(NEW, logprobs=-1), use_tqdm=False)[0]
+    golden.check_answer(case, output)
+    assert output.prompt_token_ids == golden.ids(case)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
+    family: str, tiny_dir: Callable[[str], Path]
+) -> None:
+    """Prompts are cut into chunks of 32 tokens, so inside clips; the second time all that can be is found."""
+    llm = LLM(
+        str(tiny_dir(family)),
+        tensor_parallel_size=2,
+        max_model_len=384,
+        block_size=16,
+        max_num_seqs=1,
+        max_num_batched_tokens=32,
+        enforce_eager=True,
+    )
+    cases = ("text", "sounds")
+    asked = [QUESTIONS[family][case]() for case in cases]
+    wanted = [RECORDED[family][case]["ids"] for case in cases]
+    first = llm.generate(asked, greedy(12), use_tqdm=False)
+    encoded = llm.get_metrics()["encoded_items"]
+    llm.parts.renderer.cache.clear()
+    again = llm.generate(asked, greedy(12), use_tqdm=False)
+    assert ids(first) == ids(again) == wanted
+    lengths = [len(RECORDED[family][case]["prompt_ids"]) for case in cases]
+    assert [output.num_cached_tokens for output in again] == [(n - 1) // 16 * 16 for n in lengths]
+    assert llm.get_metrics()["encoded_items"] <= encoded + 1, "clips that end in a page's last tokens are heard again"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoding_together_is_encoding_alone(family: str, tiny_dir: Callable[[str], Path]) -> None:
+    """Whatever lies beside a clip in the encoder's batch, and wherever it lies."""
+    renderer = make_renderer(family, tiny_dir(family))
+    items: list[Item] = [
+        renderer.processor.item("audio", sound(seed, seconds), {})  # type: ignore[union-attr]
+        for seed, seconds in ((1, 0.9), (2, 0.03), (3, 1.92), (4, 3.3), (5, 0.03))
+    ]
+    model = Bare(tiny_dir(family), tokens=32, units=12)
+    alone: list[Any] = [model.encode([item]) for item in items]
+    close(model.encode(items), np.concatenate(alone), 2e-5, family)
+    close(model.encode(items[::-1]), np.concatenate(alone[::-1]), 2e-5, family)
