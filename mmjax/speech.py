@@ -9,7 +9,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,7 +221,7 @@ class Speech:
             text = "".join(output.outputs[0].text for output in outputs)
         return Transcript(text.strip(), work.language, work.recording.seconds, segments, outputs)
 
-    async def stream(self, work: Work, outputs: list[RequestOutput]) -> AsyncIterator[str]:
+    async def stream(self, work: Work, outputs: list[RequestOutput]) -> AsyncGenerator[str, None]:
         """The same text piece by piece; each clip's answer is added to `outputs` when it is complete."""
         tickets: list[Ticket] = []
         held, said = "", False  # blanks at either end of the whole are not told

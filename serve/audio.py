@@ -7,6 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, UploadFile
@@ -178,8 +179,8 @@ class Listener:
         outputs: list[RequestOutput] = []
         said: list[str] = []
         want = self.body.stream_include_usage or self.context.settings.always_usage
-        async with self.context.admitted():
-            async for text in self.speech.stream(work, outputs):
+        async with self.context.admitted(), aclosing(self.speech.stream(work, outputs)) as texts:
+            async for text in texts:
                 said.append(text)
                 chunk = self._chunk({"content": text}, None) | {"type": "transcript.text.delta", "delta": text}
                 if self.body.stream_continuous_usage_stats:

@@ -1,5 +1,6 @@
 """A server as clients and operators meet it: connections that break, and a stop while it answers."""
 
+import base64
 import json
 import os
 import re
@@ -16,9 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
-from asking import pil, url, user
+from asking import pil, sound_of, tone, url, user
+from listening import listening as on_a_port
 from mmjax import AsyncLLM
-from serving import until
+from serving import over, until
 
 LONG = {"messages": user(url(pil(1)), "Tell me more"), "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 
@@ -63,6 +65,15 @@ def test_a_client_that_leaves_before_it_is_read(address: str, served: AsyncLLM) 
         leave(address, "/v1/chat/completions", {**LONG, "stream": True}, lambda _: None)
     until(lambda: served.open == 0 and served.load() == (0, 0, 0), "the requests have ended", 20)
     assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_listener_that_leaves(listening: AsyncLLM) -> None:
+    sound = base64.b64decode(sound_of(tone(1, 60.0)))
+    with on_a_port(over(listening).app) as where:
+        form: dict[str, Any] = {"files": {"file": ("a.wav", sound)}, "data": {"stream": "true", "language": "en"}}
+        with httpx.stream("POST", f"{where}/v1/audio/transcriptions", timeout=300, **form) as answer:
+            next(answer.iter_lines())
+        until(lambda: listening.open == 0 and listening.load() == (0, 0, 0), "the request has ended", 20)
 
 
 @pytest.fixture(scope="module")
