@@ -69,13 +69,12 @@ class Run(Request):
                 "too_many_stop_tokens",
             )
         prompt = engine_prompt(rendered, parts.shape.cross)
-        constraints: Constraints | Timed = Constraints(params, parts.vocab_size, parts.tokenizer)
-        if rendered.timestamps is not None and params.structured_outputs is None:
-            constraints = Timed(rendered.timestamps, parts.vocab_size, constraints)
-        wanted = params.structured_outputs
-        grammars = (
-            [Grammar(parts.vocabulary, wanted, constraints) for _ in range(params.n)] if wanted is not None else []
-        )
+        plain = Constraints(params, parts.vocab_size, parts.tokenizer)
+        kept: list[Constraints | Timed | Grammar] = [plain] * params.n
+        if params.structured_outputs is not None:  # a grammar follows one answer
+            kept = [Grammar(parts.vocabulary, params.structured_outputs, plain) for _ in range(params.n)]
+        elif rendered.timestamps is not None:
+            kept = [Timed(rendered.timestamps, parts.vocab_size, plain)] * params.n
         seed = params.seed if params.seed is not None else parts.next_seed()
         eos = parts.eos[0] if parts.eos else None
         self.answers: list[Answer] = []
@@ -88,7 +87,7 @@ class Run(Request):
                 seed=seed + index,
                 stops=stops,
                 max_len=parts.max_model_len,
-                constraints=grammars[index] if grammars else constraints,
+                constraints=kept[index],
             )
             answer = Answer(seq, parts.tokenizer, eos)
             self.answers.append(answer)

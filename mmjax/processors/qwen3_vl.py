@@ -78,7 +78,8 @@ class Processor(PatchProcessor):
     def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
         """One pad token per row of each image; for a clip the time and a start, pads and end of each of its frames."""
         image = {"image": self.markers["image"]}
-        tokens, spans, _ = expand_placeholders(tokens, items, image, self.placeholder)
+        expanded = expand_placeholders(tokens, items, image, self.placeholder)
+        tokens, spans = expanded.tokens, expanded.spans
         clips, pad = items.get("video", ()), self.markers["video"]
         found = np.flatnonzero(np.asarray(tokens, np.int64) == pad).tolist()
         if len(found) == sum(clip.rows for clip in clips) and not self._bare(tokens, found, clips):

@@ -24,9 +24,7 @@ class Bare:
     """Runs one prompt of up to `tokens` tokens with up to `units` units of media (of each encoder, where it is a
     mapping), in `dtype` on one device."""
 
-    def __init__(
-        self, directory: Path, *, tokens: int, units: int | Mapping[str, int], dtype: str = "float32"
-    ) -> None:
+    def __init__(self, directory: Path, *, tokens: int, units: int | Mapping[str, int], dtype: str = "float32") -> None:
         checkpoint = Checkpoint.open(str(directory))
         mesh = sharding.mesh(jax.local_devices()[:1])
         self.graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, dtype, dtype)

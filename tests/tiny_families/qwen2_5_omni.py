@@ -48,6 +48,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+TEXT = {
+    "tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>", "unk_token": None, "additional_special_tokens": SPECIAL[1:],
+    "model_max_length": 32768, "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>",
+    "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>", "chat_template": TEMPLATE,
+}  # fmt: skip
+
 
 def build(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
     tokenizer = byte_level(SPECIAL, QWEN_WORDS)
@@ -102,14 +110,7 @@ def build(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
         "n_samples": 128000, "nb_max_frames": 800, "padding_side": "right", "padding_value": 0.0, "dither": 0.0,
         "return_attention_mask": True,
     }  # fmt: skip
-    text = {
-        "tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "unk_token": None, "additional_special_tokens": SPECIAL[1:],
-        "model_max_length": 32768, "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>",
-        "vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>",
-        "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>", "chat_template": TEMPLATE,
-    }  # fmt: skip
-    return tokenizer, host_files(config, generation, preprocessor, text), _shapes(size, vocabulary)
+    return tokenizer, host_files(config, generation, preprocessor, TEXT), _shapes(size, vocabulary)
 
 
 def _shapes(size: Mapping[str, int], vocabulary: int) -> Shapes:
