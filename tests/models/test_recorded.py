@@ -28,6 +28,8 @@ SEQS = {
     "qwen3_omni_moe": 1,
     "llava": 1,
     "whisper": 2,
+    "qwen2_audio": 1,
+    "ultravox": 1,
     "llava_onevision": 1,
     "minicpmv": 2,
     "phi3_v": 2,

@@ -11,10 +11,12 @@ import soundfile
 
 from mmjax import LLM, SamplingParams
 from mmjax.multimodal.audio import load, resample, split_audio
+from mmjax.speech import stretches
 from mmjax.types import RequestOutput
 from models.tables import close, log_softmax
 
 TASK = "<|startoftranscript|><|notimestamps|>"  # an English-only model is told neither language nor task
+TIMED = "<|startoftranscript|><|0.00|>"
 LONGEST = 100  # tokens of an answer
 LOGPROBS = 2e-3
 
@@ -59,7 +61,9 @@ def answers(weights: Path, recordings: Recordings) -> Callable[..., RequestOutpu
         max_num_batched_tokens=32,
         enforce_eager=True,
     )
-    asked = [(name, TASK) for name in recordings] + [("jfk.flac", ""), ("jfk.flac", "<|startoftranscript|>")]
+    asked = [(name, TASK) for name in recordings] + [
+        ("jfk.flac", prompt) for prompt in ("", "<|startoftranscript|>", TIMED)
+    ]
     prompts = [{"prompt": prompt, "multi_modal_data": {"audio": recordings[name]}} for name, prompt in asked]
     params = SamplingParams(temperature=0, max_tokens=LONGEST, logprobs=0)
     found = dict(zip(asked, llm.generate(prompts, params, use_tqdm=False), strict=True))
@@ -95,6 +99,18 @@ def test_stereo_at_44_khz(recordings: Recordings, text: Callable[..., str], spok
     samples, rate = recordings["stereo"]
     assert samples.shape[1] == 2 and rate == 44100
     assert words(text("stereo")) == spoken
+
+
+def test_times_of_a_speech(answers: Callable[..., RequestOutput], recordings: Recordings, spoken: list[str]) -> None:
+    """Stretches in pairs of times that cover the speech, and in them the same words."""
+    output = answers("jfk.flac", TIMED)
+    tokens, zero = list(output.outputs[0].token_ids), (output.prompt_token_ids or [])[-1]
+    samples, rate = recordings["jfk.flac"]
+    found = stretches(tokens, zero, len(samples) / rate)
+    assert words(re.sub(r"<\|[\d.]+\|>", " ", output.outputs[0].text)) == spoken and len(found) >= 2
+    assert [start for start, *_ in found] == sorted(start for start, *_ in found)
+    assert all(end - start > 0.5 for start, end, *_ in found)
+    assert found[0][0] == 0 and found[-1][1] > 9.5
 
 
 def test_synthetic_voices(text: Callable[..., str]) -> None:
