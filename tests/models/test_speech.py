@@ -104,7 +104,7 @@ def test_stereo_at_44_khz(recordings: Recordings, text: Callable[..., str], spok
 def test_times_of_a_speech(answers: Callable[..., RequestOutput], recordings: Recordings, spoken: list[str]) -> None:
     """Stretches in pairs of times that cover the speech, and in them the same words."""
     output = answers("jfk.flac", TIMED)
-    tokens, zero = list(output.outputs[0].token_ids), (output.prompt_token_ids or [])[-1]
+    tokens, zero = output.outputs[0].token_ids[:-1], (output.prompt_token_ids or [])[-1]  # but for the end
     samples, rate = recordings["jfk.flac"]
     found = stretches(tokens, zero, len(samples) / rate)
     assert words(re.sub(r"<\|[\d.]+\|>", " ", output.outputs[0].text)) == spoken and len(found) >= 2
