@@ -197,6 +197,32 @@ def audio_config(width: int) -> dict[str, Any]:
     }
 
 
+PICTURES = {
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "min_pixels": PIXELS[0],
+    "max_pixels": PIXELS[1],
+    "merge_size": 2,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "processor_class": "Qwen2_5OmniProcessor",
+}
+SOUNDS = {
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "feature_size": 128,
+    "hop_length": 160,
+    "n_fft": 400,
+    "chunk_length": 30,
+    "n_samples": 480000,
+    "nb_max_frames": 3000,
+    "padding_side": "right",
+    "padding_value": 0.0,
+    "sampling_rate": 16000,
+    "dither": 0.0,
+    "return_attention_mask": True,
+}
+
+
 def write(directory: Path) -> None:
     """Everything of the checkpoint but its weights."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -214,30 +240,6 @@ def write(directory: Path) -> None:
             "special": True,
         }
         for index, token in enumerate(SPECIAL)
-    }
-    pictures = {
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "min_pixels": PIXELS[0],
-        "max_pixels": PIXELS[1],
-        "merge_size": 2,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "processor_class": "Qwen2_5OmniProcessor",
-    }
-    sounds = {
-        "feature_extractor_type": "WhisperFeatureExtractor",
-        "feature_size": 128,
-        "hop_length": 160,
-        "n_fft": 400,
-        "chunk_length": 30,
-        "n_samples": 480000,
-        "nb_max_frames": 3000,
-        "padding_side": "right",
-        "padding_value": 0.0,
-        "sampling_rate": 16000,
-        "dither": 0.0,
-        "return_attention_mask": True,
     }
     files: dict[str, dict[str, Any]] = {
         "config.json": config(made.token_to_id),
@@ -264,8 +266,8 @@ def write(directory: Path) -> None:
             "chat_template": TEMPLATE,
         },
         "chat_template.json": {"chat_template": TEMPLATE},
-        "preprocessor_config.json": {**sounds, "image_processor_type": "Qwen2VLImageProcessor", **pictures},
-        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **pictures},
+        "preprocessor_config.json": {**SOUNDS, "image_processor_type": "Qwen2VLImageProcessor", **PICTURES},
+        "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor", **PICTURES},
     }
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
