@@ -159,7 +159,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
             f"--{kind}", type=Path, action="append", default=[], metavar="FILE", help=f"ask about your own {kind} file"
         )
     parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="where to put what is drawn and recorded")
-    parser.add_argument("--seed", type=int, default=0, help="another number, another picture")
+    parser.add_argument("--seed", type=int, help="another number, another picture")
     parser.add_argument(
         "--eval",
         type=int,

@@ -16,6 +16,8 @@ from mmjax.demo import DIRECTORY, ask, heldout, paint, scenes
 
 KINDS = ("image", "video", "audio")
 ASKED = {"image": "What is in the picture?", "video": "What happens in the video?", "audio": "What is said?"}
+ABOUT_PICTURE = ("describe", "color", "count")
+SEED = 3  # of what is made unless told otherwise
 SIDE = 336  # pixels on the shorter edge of what is drawn
 RATE = 4  # frames of the clip per second
 LONGEST = 1024  # tokens of prompt and answer
@@ -48,8 +50,8 @@ def make(folder: Path, seed: int) -> list[Shown]:
 def _picture(rng: np.random.Generator, folder: Path) -> Shown:
     while True:
         scene = scenes.draw_scene(rng, 4 / 3, 1.0, things=3)
-        asked = [one for skill in ("describe", "where", "count") for one in ask.about_picture(rng, [scene], 1, skill)]
-        if len(asked) == 3:
+        asked = [one for skill in ABOUT_PICTURE for one in ask.about_picture(rng, [scene], 1, skill)]
+        if len(asked) == len(ABOUT_PICTURE):
             break
     file = folder / "picture.png"
     paint.pictures([scene], SIDE, rng)[0].save(file)
@@ -167,7 +169,9 @@ def answer(given: Mapping[str, Sequence[Path]], question: str | None) -> None:
     print(f"{question or ASKED[kind]}\n  {output.outputs[0].text}")
 
 
-def run(given: Mapping[str, Sequence[Path]], question: str | None, out: Path, seed: int, measured: int | None) -> None:
+def run(
+    given: Mapping[str, Sequence[Path]], question: str | None, out: Path, seed: int | None, measured: int | None
+) -> None:
     """What `mmjax demo` does. ValueError for flags that do not go together, and for files that cannot be used."""
     if measured is not None:
         from mmjax.demo import measure
@@ -178,4 +182,4 @@ def run(given: Mapping[str, Sequence[Path]], question: str | None, out: Path, se
     elif any(given.values()) or question:
         answer(given, question)
     else:
-        show(out, seed)
+        show(out, SEED if seed is None else seed)

@@ -55,7 +55,7 @@ def test_what_is_made_can_be_read(tmp_path: Path) -> None:
     samples, rate = read.fetch_audio(sound.as_uri())
     assert rate == 16000 and len(samples) > 8000
     assert [[asked.skill for asked in each.asked] for each in made] == [
-        ["describe", "where", "count"],
+        list(show.ABOUT_PICTURE),
         ["motion"],
         ["digits"],
     ]
@@ -68,7 +68,7 @@ def test_the_same_seed_makes_the_same(tmp_path: Path) -> None:
 
 
 def test_the_show(tmp_path: Path, parrot: Parrot, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [one for each in show.make(tmp_path / "before", 0) for one in each.asked]
+    asked = [one for each in show.make(tmp_path / "before", show.SEED) for one in each.asked]
     parrot.answers = [one.answer for one in asked[:-1]]
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
