@@ -64,6 +64,7 @@ class EngineArgs:
     runner: str = "auto"
     convert: str = "auto"
     tokenizer: str | None = None
+    tokenizer_mode: str = "auto"
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     allowed_local_media_path: str = ""
@@ -94,6 +95,10 @@ class EngineArgs:
     interleave_mm_strings: bool = False
     mm_processor_cache_gb: float = 4.0
     mm_processor_cache_type: str = "lru"
+    mm_shm_cache_max_object_size_mb: int = 128
+    mm_encoder_tp_mode: str = "weights"
+    skip_mm_profiling: bool = False
+    video_pruning_rate: float | None = None
     enable_prefix_caching: bool | None = None
     language_model_only: bool = False
     max_logprobs: int = 20
@@ -106,6 +111,14 @@ class EngineArgs:
         self._check_choices()
         if self.max_model_len is not None:
             self.max_model_len = human_int("max_model_len", self.max_model_len)
+        for name in ("limit_mm_per_prompt", "media_io_kwargs", "override_generation_config"):
+            value = getattr(self, name)
+            _require(isinstance(value, Mapping), name, value, "a dictionary")
+        for name in ("mm_processor_kwargs", "hf_overrides"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, Mapping), name, value, "a dictionary or None")
+        if isinstance(self.allowed_media_domains, str):
+            self.allowed_media_domains = [self.allowed_media_domains]
         for kind, limit in self.limit_mm_per_prompt.items():
             read_limit(kind, limit)
         path = self.allowed_local_media_path
@@ -145,6 +158,10 @@ class EngineArgs:
         )
         cache = self.mm_processor_cache_type
         _require(cache in ("lru", "shm"), "mm_processor_cache_type", cache, "'lru' or 'shm'")
+        _require(self.tokenizer_mode in ("auto", "hf"), "tokenizer_mode", self.tokenizer_mode, "'auto' or 'hf'")
+        mode = self.mm_encoder_tp_mode
+        _require(mode in ("weights", "data"), "mm_encoder_tp_mode", mode, "'weights' or 'data'")
+        _require(not self.video_pruning_rate, "video_pruning_rate", self.video_pruning_rate, "None: no model prunes")
         _require(
             self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'"
         )

@@ -225,8 +225,8 @@ class LLM:
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if given is None:
             given = self.get_default_sampling_params()
-        if isinstance(given, SamplingParams):
-            params = [given] * count
+        if isinstance(given, SamplingParams) or not isinstance(given, Sequence):
+            params = [given] * count  # `verify` refuses what is neither
         else:
             params = list(given)
             if len(params) != count:

@@ -36,6 +36,8 @@ def parsed(*argv: str) -> dict[str, Any]:
         (["--no-enable-mm-embeds"], {"enable_mm_embeds": False}),
         (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}),
         (["--allowed-media-domains", "a.com", "b.com"], {"allowed_media_domains": ["a.com", "b.com"]}),
+        (["--mm-encoder-tp-mode", "data"], {"mm_encoder_tp_mode": "data"}),
+        (["--skip-mm-profiling", "--tokenizer-mode=hf"], {"skip_mm_profiling": True, "tokenizer_mode": "hf"}),
         (["--limit-mm-per-prompt", '{"image": 2}'], {"limit_mm_per_prompt": {"image": 2}}),
         (["--limit-mm-per-prompt.image", "2"], {"limit_mm_per_prompt": {"image": 2}}),
         (["--limit_mm_per_prompt.video.count=1"], {"limit_mm_per_prompt": {"video": {"count": 1}}}),
@@ -52,6 +54,10 @@ def parsed(*argv: str) -> dict[str, Any]:
 def test_flags(argv: list[str], wanted: dict[str, Any]) -> None:
     assert parsed(*argv) == wanted
     EngineArgs("model", **parsed(*argv))
+
+
+def test_one_domain_alone_is_a_list_of_one() -> None:
+    assert EngineArgs("model", allowed_media_domains="a.com").allowed_media_domains == ["a.com"]
 
 
 def test_human_sizes() -> None:

@@ -267,6 +267,16 @@ def test_bad_input_is_refused_and_the_engine_goes_on(qwen: LLM, case: str, alone
     assert ids(qwen.generate(MIXED[:2], greedy(), use_tqdm=False)) == alone[:2]
 
 
+WRONG = [
+    ("limit_mm_per_prompt", "image=2"),
+    ("media_io_kwargs", ["video"]),
+    ("mm_processor_kwargs", "fps=2"),
+    ("tokenizer_mode", "slow"),
+    ("mm_encoder_tp_mode", "tensor"),
+    ("video_pruning_rate", 0.5),
+]
+
+
 def test_arguments_that_cannot_be(make_llm, qwen: LLM, tiny_dir) -> None:
     with pytest.raises(TypeError, match="tensor_paralel_size"):
         make_llm("qwen2_vl", tensor_paralel_size=2)
@@ -278,6 +288,11 @@ def test_arguments_that_cannot_be(make_llm, qwen: LLM, tiny_dir) -> None:
         make_llm("qwen2_vl", kv_cache_memory_bytes=10_000)
     with pytest.raises(ValueError, match="gpu_memory_utilization"):
         make_llm("qwen2_vl", gpu_memory_utilization=1.5)
+    for name, value in WRONG:
+        with pytest.raises(ValueError, match=name):
+            make_llm("qwen2_vl", **{name: value})
+    with pytest.raises(TypeError, match="SamplingParams, got dict"):
+        qwen.generate("a", {"temperature": 0}, use_tqdm=False)
     with pytest.raises(ValueError, match="neither a model directory nor a hub id"):
         LLM("no such/model/any where")
     with pytest.raises(ValueError, match="must be the same"):
