@@ -152,6 +152,18 @@ class AsyncLLM:
             raise RequestError("There is no tokenizer (skip_tokenizer_init).", "no_tokenizer")
         return await self._on_thread(lambda: tokenizer.encode(text, special))
 
+    async def ready(self, params: SamplingParams) -> SamplingParams:
+        """Parameters that are checked, and whose constraint is compiled where it holds up nobody else's answer.
+
+        TypeError or ValueError for what cannot be.
+        """
+        self.llm.verify(params)
+        if params.structured_outputs is None:
+            return params
+        vocabulary = self.llm.parts.vocabulary
+        rules = await self._on_thread(lambda: vocabulary.compile(params.structured_outputs))
+        return dataclasses.replace(params, structured_outputs=rules)
+
     async def between_steps(self, work: Callable[[], Out]) -> Out:
         """Run something on the engine's thread, between two of its steps."""
         self.check()
@@ -207,6 +219,10 @@ class AsyncLLM:
                 parameter="max_tokens",
                 value=params.max_tokens,
             )
+
+    async def texts(self, parts: Sequence[Sequence[int]]) -> list[str]:
+        """`decode` of several lists, on a thread: for lists of any length."""
+        return await self._on_thread(lambda: [self.decode(tokens) for tokens in parts])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special ones included. RequestError without a tokenizer."""
@@ -373,7 +389,7 @@ async def _fetch(connector: Any, kind: str, value: Any) -> Any:
         return await fetch(value)
     if isinstance(value, Mapping):  # embeddings and what belongs to them
         return {
-            name: connector.fetch_image_embedding(entry) if isinstance(entry, str) else entry
+            name: await asyncio.to_thread(connector.fetch_image_embedding, entry) if isinstance(entry, str) else entry
             for name, entry in value.items()
         }
     if value is None:

@@ -72,7 +72,8 @@ class Run(Request):
         plain = Constraints(params, parts.vocab_size, parts.tokenizer)
         kept: list[Constraints | Timed | Grammar] = [plain] * params.n
         if params.structured_outputs is not None:  # a grammar follows one answer
-            kept = [Grammar(parts.vocabulary, params.structured_outputs, plain) for _ in range(params.n)]
+            rules = parts.vocabulary.compile(params.structured_outputs)
+            kept = [Grammar(parts.vocabulary, rules, plain) for _ in range(params.n)]
         elif rendered.timestamps is not None:
             kept = [Timed(rendered.timestamps, parts.vocab_size, plain)] * params.n
         seed = params.seed if params.seed is not None else parts.next_seed()

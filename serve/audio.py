@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -97,12 +96,12 @@ def router(context: Context) -> APIRouter:
     @routes.post("/v1/audio/transcriptions", response_model=None)
     async def transcribe(body: Annotated[SpeechForm, Form()], request: Request) -> Response | Json:
         """The text of a sound file, in the language that is spoken."""
-        return await Listener(context, speech, body, translate=False).respond(request)
+        return await Listener(context, speech, body, request, translate=False).respond()
 
     @routes.post("/v1/audio/translations", response_model=None)
     async def translate(body: Annotated[SpeechForm, Form()], request: Request) -> Response | Json:
         """The text of a sound file, in English."""
-        return await Listener(context, speech, body, translate=True).respond(request)
+        return await Listener(context, speech, body, request, translate=True).respond()
 
     return routes
 
@@ -110,22 +109,25 @@ def router(context: Context) -> APIRouter:
 class Listener:
     """One request."""
 
-    def __init__(self, context: Context, speech: Speech, body: SpeechForm, *, translate: bool) -> None:
+    def __init__(
+        self, context: Context, speech: Speech, body: SpeechForm, request: Request, *, translate: bool
+    ) -> None:
         self.context = context
+        self.request = request
         self.speech = speech
         self.body = body
         self.kind = "translation" if translate else "transcription"
         language = (body.language or "").strip().lower() or None
         self.task = SpeechTask(language, translate, body.prompt, body.timed)
-        self.id = f"{'trsl' if translate else 'trsc'}-{uuid.uuid4().hex}"
+        self.id = f"{'trsl' if translate else 'trsc'}-{request.state.request_id}"
         self.created = int(time.time())
 
-    async def respond(self, request: Request) -> Response | Json:
+    async def respond(self) -> Response | Json:
         """The whole answer, or the stream of it."""
-        work = await unless_gone(request, self._prepare())
+        work = await unless_gone(self.request, self._prepare())
         if self.body.stream:
             return event_stream(self._events(work))
-        return self._write(await unless_gone(request, self._answer(work)))
+        return self._write(await unless_gone(self.request, self._answer(work)))
 
     async def _prepare(self) -> Any:
         """Whatever is wrong with the request is raised here."""
@@ -143,7 +145,7 @@ class Listener:
             return await self.speech.prepare(recording, self.task, params)
 
     async def _answer(self, work: Any) -> Transcript:
-        async with self.context.admitted():
+        async with self.context.admitted(again=True):
             transcript = await self.speech.transcribe(work, timestamps=self.task.timestamps)
         self._note(transcript.outputs)
         return transcript
@@ -179,7 +181,7 @@ class Listener:
         outputs: list[RequestOutput] = []
         said: list[str] = []
         want = self.body.stream_include_usage or self.context.settings.always_usage
-        async with self.context.admitted(), aclosing(self.speech.stream(work, outputs)) as texts:
+        async with self.context.admitted(again=True), aclosing(self.speech.stream(work, outputs)) as texts:
             async for text in texts:
                 said.append(text)
                 chunk = self._chunk({"content": text}, None) | {"type": "transcript.text.delta", "delta": text}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ def router(context: Context) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response | Json:
         """Answer a conversation: text, image, video and audio parts; streamed on request."""
         context.check_model(body.model)
-        conversation = Conversation(context, body)
+        conversation = Conversation(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, conversation.prepare())
             return event_stream(conversation.events())
@@ -38,10 +37,10 @@ def router(context: Context) -> APIRouter:
 class Conversation:
     """One request on its way to an answer."""
 
-    def __init__(self, context: Context, body: ChatRequest) -> None:
+    def __init__(self, context: Context, body: ChatRequest, request_id: str) -> None:
         self.context = context
         self.body = body
-        self.id = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+        self.id = f"chatcmpl-{body.request_id or request_id}"
         self.created = int(time.time())
         self.prepared: tuple[Any, SamplingParams] | None = None
         self.schema, self.function = None, None
@@ -57,9 +56,8 @@ class Conversation:
             if "structured_outputs" in fields:
                 raise ValueError("tool_choice and a response format cannot both say what the answer looks like")
             fields["structured_outputs"] = {"json": self.schema, "disable_any_whitespace": True}
-        params = sampling(fields, engine.llm.get_default_sampling_params())
-        engine.llm.verify(params)
         async with self.context.admitted():
+            params = await engine.ready(sampling(fields, engine.llm.get_default_sampling_params()))
             rendered = await engine.prepare_chat(body.messages, body.tokenization(), **options)
         engine.check_length(rendered, params)
         self.prepared = rendered, params
@@ -68,7 +66,7 @@ class Conversation:
     async def answer(self) -> Json:
         """The whole answer."""
         rendered, params = await self.prepare()
-        async with self.context.admitted():
+        async with self.context.admitted(again=True):
             output = await self.context.engine.generate(rendered, params)
         self.context.metrics.note(output)
         body = {
@@ -90,11 +88,12 @@ class Conversation:
         want = self.context.settings.always_usage or (options is not None and options.include_usage)
         readers = {index: self._reader() for index in range(params.n)}
         made = dict.fromkeys(readers, 0)
-        async with self.context.admitted():
+        async with self.context.admitted(again=True):
             ticket = self.context.engine.submit(rendered, params, streaming=True)
             try:
                 for index in readers:
-                    yield self._chunk(index, {"role": self.context.settings.role, "content": ""})
+                    chunk = self._chunk(index, {"role": self.context.settings.role, "content": ""})
+                    yield chunk | ({"usage": usage(len(rendered.tokens), 0)} if always else {})
                 async for delta in self.context.engine.stream(ticket):
                     made[delta.index] += len(delta.token_ids)
                     for chunk in self._chunks(delta, readers[delta.index]):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
-import logging
+import logging.config
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,6 @@ from mmjax.serve.app import create_app
 from mmjax.serve.context import Settings
 
 from mmjax import LLM, AsyncLLM
-
-logger = logging.getLogger(__name__)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,8 +87,19 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], audio_mb: 
     )
 
 
+def _logging(level: str) -> dict[str, Any]:
+    """What uvicorn logs, with times, and what mmjax logs beside it: one line a request, with its id."""
+    chosen: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    chosen["formatters"]["default"]["fmt"] = "%(asctime)s %(levelprefix)s %(message)s"
+    level = "DEBUG" if level == "trace" else level.upper()
+    chosen["loggers"]["mmjax"] = {"handlers": ["default"], "level": level, "propagate": False}
+    return chosen
+
+
 def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settings, keep_alive: int) -> None:
     """Load the model and serve it until the process is told to stop; running requests then have time to end."""
+    log = _logging(arguments.uvicorn_log_level)
+    logging.config.dictConfig(log)
     llm = LLM(arguments.model, **engine)
     app = create_app(AsyncLLM(llm), chosen)
     uvicorn.run(
@@ -98,7 +108,9 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settin
         port=arguments.port,
         uds=arguments.uds,
         root_path=arguments.root_path,
+        log_config=log,
         log_level=arguments.uvicorn_log_level,
+        access_log=False,
         timeout_keep_alive=keep_alive,
         timeout_graceful_shutdown=arguments.drain_timeout,
         ssl_keyfile=arguments.ssl_keyfile,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ def router(context: Context) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> Response | Json:
         """Continue one prompt or several; the choices of prompt i are numbered from i * n."""
         context.check_model(body.model)
-        work = Completion(context, body)
+        work = Completion(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, work.prepare())
             return event_stream(work.events())
@@ -38,10 +37,10 @@ def router(context: Context) -> APIRouter:
 class Completion:
     """One request, of one prompt or several."""
 
-    def __init__(self, context: Context, body: CompletionRequest) -> None:
+    def __init__(self, context: Context, body: CompletionRequest, request_id: str) -> None:
         self.context = context
         self.body = body
-        self.id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
+        self.id = f"cmpl-{body.request_id or request_id}"
         self.created = int(time.time())
         self.prepared: tuple[list[Any], SamplingParams] | None = None
 
@@ -52,8 +51,6 @@ class Completion:
             raise ValueError("prompt: the list is empty")
         if len(prompts) > MAX_PROMPTS:
             raise ValueError(f"prompt: {len(prompts)} prompts in one request, at most {MAX_PROMPTS}")
-        params = sampling(body.fields(), engine.llm.get_default_sampling_params())
-        engine.llm.verify(params)
         options = tokenization(body.truncate_prompt_tokens)
         options |= {} if body.add_special_tokens else {"add_special_tokens": False}
         salt = {"cache_salt": body.cache_salt} if body.cache_salt else {}
@@ -63,6 +60,7 @@ class Completion:
             return await engine.prepare({name: prompt, **salt}, options)
 
         async with self.context.admitted():
+            params = await engine.ready(sampling(body.fields(), engine.llm.get_default_sampling_params()))
             rendered = await together(*map(one, prompts))
         for each in rendered:
             engine.check_length(each, params)
@@ -73,7 +71,7 @@ class Completion:
         """The whole answer."""
         rendered, params = await self.prepare()
 
-        async with self.context.admitted():
+        async with self.context.admitted(again=True):
             outputs = await self.context.engine.generate_all([(each, params) for each in rendered])
         for output in outputs:
             self.context.metrics.note(output)
@@ -85,7 +83,9 @@ class Completion:
         assert self.prepared is not None
         rendered, params = self.prepared
         engine, options = self.context.engine, self.body.stream_options
-        async with self.context.admitted():
+        always = options is not None and options.continuous_usage_stats
+        length, made = sum(len(prompt.tokens) for prompt in rendered), 0
+        async with self.context.admitted(again=True):
             tickets: list[Any] = []
             try:
                 for prompt in rendered:
@@ -100,7 +100,10 @@ class Completion:
                         choice["finish_reason"], choice["stop_reason"] = delta.finish_reason, delta.stop_reason
                         if delta.logprobs is not None:
                             choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs, 0)
-                        yield chunk
+                        if self.body.return_token_ids:
+                            choice["token_ids"] = delta.token_ids
+                        made += len(delta.token_ids)
+                        yield chunk | ({"usage": usage(length, made)} if always else {})
             finally:
                 for ticket in tickets:
                     engine.drop(ticket)

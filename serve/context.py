@@ -81,10 +81,11 @@ class Context:
         return {**asked, "chat_template_kwargs": more, "chat_template_content_format": form}
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[None]:
-        """Count a request in. TooBusy when the queue is full, EngineDeadError when nothing can run."""
+    async def admitted(self, *, again: bool = False) -> AsyncIterator[None]:
+        """Count a request in. TooBusy when the queue is full, unless it was let in before (`again`); EngineDeadError
+        when nothing can run."""
         self.engine.check()
-        if self.open >= self.settings.max_queue:
+        if self.open >= self.settings.max_queue and not again:
             raise errors.TooBusy(
                 f"{self.open} requests are under way, as many as `--max-queue` allows. Try again in a moment."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import struct
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -64,7 +63,12 @@ def router(context: Context) -> APIRouter:
             {"index": index, "object": "embedding", "embedding": _written(output.outputs.data, body.encoding_format)}
             for index, output in enumerate(outputs)
         ]
-        head = {"id": f"embd-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": context.name}
+        head = {
+            "id": f"embd-{request.state.request_id}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": context.name,
+        }
         return {**head, "data": data, "usage": counted}
 
     return routes

@@ -68,7 +68,8 @@ def _first(error: RequestValidationError) -> str:
     told = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"] if part != "body")
-        told.append(f"{where}: {fault['msg']}" if where else str(fault["msg"]))
+        words = str(fault["msg"]).removeprefix("Value error, ")
+        told.append(f"{where}: {words}" if where else words)
     return "; ".join(told[:5])
 
 

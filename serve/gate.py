@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
+import time
+import urllib.parse
 import uuid
 from collections.abc import Sequence
 
 from mmjax.serve import errors
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 # What monitors, load balancers and browsers ask for without a key.
 OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/docs", "/redoc", "/openapi.json"})
@@ -20,7 +25,8 @@ class Gate:
     """ASGI middleware. keys: any of them opens every route that uses the model; none needed when empty.
     max_body: bytes.
 
-    Bodies are counted as they arrive, whatever Content-Length says, and refused at the limit.
+    Each request has an id: the client's X-Request-Id, or one made here. It is in the log, one line a request, and in
+    the ids of answers. Bodies are counted as they arrive, whatever Content-Length says, and refused at the limit.
     """
 
     def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_body: int, tell_id: bool) -> None:
@@ -36,18 +42,32 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         scope.setdefault("state", {})["request_id"] = given if _tellable(given) else uuid.uuid4().hex
-        refusal = self._refuse(scope, headers)
-        if refusal is not None:
-            await _answer(send, *refusal)
-            return
+        status, begin = 500, time.monotonic()
 
         async def named(message: Message) -> None:
-            if self.tell_id and message["type"] == "http.response.start":
-                name = scope["state"]["request_id"].encode("latin-1")
-                message.setdefault("headers", []).append((b"x-request-id", name))
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.tell_id:
+                    name = scope["state"]["request_id"].encode("latin-1")
+                    message.setdefault("headers", []).append((b"x-request-id", name))
             await send(message)
 
-        await self.app(scope, self._counted(receive), named)
+        try:
+            refusal = self._refuse(scope, headers)
+            if refusal is not None:
+                await _answer(named, *refusal)
+            else:
+                await self.app(scope, self._counted(receive), named)
+        finally:
+            self._log(scope, status, time.monotonic() - begin)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        """One line; what monitors ask for all the time is for those who debug."""
+        path, client = urllib.parse.quote(scope["path"], errors="replace"), (scope.get("client") or ("-",))[0]
+        level = logging.DEBUG if scope["path"] in OPEN else logging.INFO
+        words = (client, scope["method"], path, status, seconds, scope["state"]["request_id"])
+        logger.log(level, "%s %s %s %d in %.3f s, request %s", *words)
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, object] | None:
         """(status, body) when the request goes no further."""

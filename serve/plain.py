@@ -115,7 +115,7 @@ def tokens_router(context: Context) -> APIRouter:
             special = {"add_special_tokens": bool(body.add_special_tokens)}
             rendered = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
             tokens = rendered.tokens.tolist()
-        strings = [engine.decode([token]) for token in tokens] if body.return_token_strs else None
+        strings = await engine.texts([[token] for token in tokens]) if body.return_token_strs else None
         limit = engine.llm.parts.max_model_len
         return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings}
 
@@ -124,10 +124,9 @@ def tokens_router(context: Context) -> APIRouter:
         """The text of token ids."""
         context.check_model(body.model)
         vocab = context.engine.llm.parts.vocab_size
-        for token in body.tokens:
-            if token >= vocab:
-                raise ValueError(f"Token id {token} is out of vocabulary")
-        return {"prompt": context.engine.decode(body.tokens)}
+        if (largest := max(body.tokens, default=0)) >= vocab:
+            raise ValueError(f"Token id {largest} is out of vocabulary")
+        return {"prompt": (await context.engine.texts([body.tokens]))[0]}
 
     return routes
 
@@ -143,7 +142,6 @@ def generate_router(context: Context) -> APIRouter:
         fields = body.sampling_params
         defaults = engine.llm.get_default_sampling_params()
         params = defaults if fields is None else sampling({"max_tokens": 16, **_known(fields)}, defaults)
-        engine.llm.verify(params)
         many = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
         prompts = body.prompts if many else [body.prompts]
         if len(prompts) > MAX_PROMPTS:
@@ -155,6 +153,7 @@ def generate_router(context: Context) -> APIRouter:
             return output
 
         async with context.admitted():
+            params = await unless_gone(request, engine.ready(params))
             outputs = await unless_gone(request, together(*map(one, prompts)))
         return JSONResponse([_plain(output) for output in outputs])
 

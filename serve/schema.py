@@ -17,9 +17,18 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Form(BaseModel):
-    """A JSON body. Numbers are finite, and nothing is coerced that a client did not mean."""
+    """A JSON body. Numbers are finite, and nothing is coerced that a client did not mean. A switch that is null, as
+    many clients send those they do not set, is as its default."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        switches = {name for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
+        return {name: value for name, value in given.items() if value is not None or name not in switches}
 
 
 class StreamOptions(Form):
@@ -144,6 +153,16 @@ class ChatForm(Form):
     mm_processor_kwargs: Json | None = None
     media_io_kwargs: dict[str, Json] | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _functions(cls, tools: list[Json] | None) -> list[Json] | None:
+        for tool in tools or ():
+            function = tool.get("function")
+            named = isinstance(function, dict) and isinstance(function.get("name"), str)
+            if tool.get("type", "function") != "function" or not named:
+                raise ValueError("each must be {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
+        return tools
 
     @model_validator(mode="after")
     def _one_beginning(self) -> Self:

@@ -18,6 +18,15 @@ from mmjax.types import RequestError, ValidationError
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 MAX_SIZE = 1 << 20  # characters of a grammar
+# Between the tokens of JSON: one blank, or a new line with its indentation. Small models write blanks without end.
+SPACE = r"[\x20\t]|\r?\n[\x20\t]{0,32}"
+
+
+class Rules:
+    """A constraint, read and compiled; each answer follows a copy of `matcher`."""
+
+    def __init__(self, matcher: Any) -> None:
+        self.matcher = matcher
 
 
 class Vocabulary:
@@ -28,8 +37,13 @@ class Vocabulary:
         self._made: Any = None
         self._lock = threading.Lock()
 
-    def follow(self, structured: Any) -> Any:
-        """A matcher at the beginning of an answer. RequestError for a constraint that cannot be, or no llguidance."""
+    def compile(self, structured: Any) -> Rules:
+        """Compile a constraint, which may take long; Rules are passed on. The interpreter is free meanwhile.
+
+        RequestError for a constraint that cannot be, or no llguidance.
+        """
+        if isinstance(structured, Rules):
+            return structured
         try:
             import llguidance
         except ImportError:
@@ -48,7 +62,7 @@ class Vocabulary:
                 f"This constraint cannot be followed: {matcher.get_error().splitlines()[0]}",
                 parameter="structured_outputs",
             )
-        return matcher
+        return Rules(matcher)
 
 
 class Grammar:
@@ -57,8 +71,8 @@ class Grammar:
     dynamic = True
     stamp = 0
 
-    def __init__(self, vocabulary: Vocabulary, structured: Any, others: Constraints) -> None:
-        self._matcher = vocabulary.follow(structured)
+    def __init__(self, vocabulary: Vocabulary, rules: Rules, others: Constraints) -> None:
+        self._matcher = rules.matcher.deep_copy()
         self._others = others
         self._vocab, self._eos = vocabulary.vocab, [t for t in vocabulary.eos if t < vocabulary.vocab]
         self._mask = np.zeros((1, -(-vocabulary.vocab // 32)), np.int32)
@@ -87,7 +101,7 @@ class Grammar:
 def _grammar(matcher: Any, structured: Any) -> str:
     """One of KINDS in llguidance's form. ValidationError for none, several, or one that cannot be read.
 
-    `disable_any_whitespace`: JSON without blanks and line breaks, which small models may else write without end.
+    `disable_any_whitespace`: JSON without blanks and line breaks between its tokens, which else are few (SPACE).
     """
     if dataclasses.is_dataclass(structured) and not isinstance(structured, type):
         structured = dataclasses.asdict(structured)
@@ -103,7 +117,8 @@ def _grammar(matcher: Any, structured: Any) -> str:
         if kind in ("json", "json_object"):
             schema = {"type": "object"} if kind == "json_object" else value
             schema = json.loads(schema) if isinstance(schema, str) else schema
-            spaced = {"whitespace_flexible": not structured.get("disable_any_whitespace", False)}
+            dense = bool(structured.get("disable_any_whitespace", False))
+            spaced = {"whitespace_flexible": not dense, **({} if dense else {"whitespace_pattern": SPACE})}
             return str(matcher.grammar_from_json_schema(schema, defaults=spaced))
         if kind == "regex":
             return str(matcher.grammar_from_regex(value))

@@ -55,6 +55,25 @@ def test_stream_says_the_same(client: TestClient) -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_usage_in_every_chunk(client: TestClient) -> None:
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    for chunks in (
+        events(chat(client, **options)),
+        events(client.post("/v1/completions", json={"prompt": "the", "max_tokens": 8, "temperature": 0, **options})),
+    ):
+        made = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert made == sorted(made) and made[-1] == made[-2] > 0
+
+
+def test_null_is_as_if_not_sent(client: TestClient) -> None:
+    from mmjax.serve.schema import ChatRequest
+
+    told = chat(client).json()["choices"]
+    kept = {"messages", "temperature", "max_tokens", "ignore_eos"}
+    unset = dict.fromkeys(set(ChatRequest.model_fields) - kept)
+    assert chat(client, **unset).json()["choices"] == told
+
+
 def test_several_choices_and_log_probabilities(client: TestClient) -> None:
     body = {
         "n": 3,
@@ -109,6 +128,7 @@ def test_refusals_leave_it_serving(client: TestClient) -> None:
         ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"chat_template": "{{ 1 }}"}, 400, "--trust-request-chat-template"),
         ({"tool_choice": "required"}, 400, "tools"),
+        ({"tools": [{"name": "f"}]}, 400, "tools: each must be"),
         ({"response_format": {"type": "json_schema"}}, 400, "json_schema"),
         ({"cache_salt": ""}, 400, "cache_salt"),
         ({"stop": ["a"] * 100}, 400, "stop"),

@@ -83,3 +83,17 @@ def test_other_origins(make_client: Make) -> None:
     assert guarded.options("/v1/completions", headers=ask).status_code == 200
     assert guarded.post("/v1/completions", json=ASK, headers=ask).headers["access-control-allow-origin"] == "*"
     assert make_client(origins=("http://home",)).options("/v1/completions", headers=ask).status_code == 400
+
+
+def test_the_log_has_one_line_a_request_with_the_id_of_its_answer(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="mmjax")
+    told = client.post("/v1/completions", json=ASK, headers={"x-request-id": "mine-7"}).json()
+    assert told["id"] == "cmpl-mine-7"
+    client.get("/v1/no%0Asuch")
+    client.get("/health")
+    lines = [record.getMessage() for record in caplog.records if record.name == "mmjax.serve.gate"]
+    assert len(lines) == 2
+    assert "POST /v1/completions 200 in" in lines[0] and lines[0].endswith("request mine-7")
+    assert "GET /v1/no%0Asuch 404 in" in lines[1]
