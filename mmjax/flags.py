@@ -201,8 +201,11 @@ def _object(head: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        old = re.fullmatch(r"(\w+)=(\S+)", text)
-        hint = f"""; write '{{"{old[1]}": {old[2]}}}' or {flag(head)}.{old[1]} {old[2]}""" if old else f": {error}"
+        hint = f": {error}"
+        if re.fullmatch(r"\w+=[^\s,=]+(,\w+=[^\s,=]+)*", text):  # the form of old releases
+            old = [pair.split("=") for pair in text.split(",")]
+            whole = ", ".join(f'"{key}": {value}' for key, value in old)
+            hint = f"; write '{{{whole}}}' or {' '.join(f'{flag(head)}.{key} {value}' for key, value in old)}"
         raise FlagError(f"{flag(head)} takes a JSON object, got {text!r}{hint}") from error
     if not isinstance(value, dict):
         raise FlagError(f"{flag(head)} takes a JSON object, got {text!r}")

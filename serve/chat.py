@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import Context, event_stream, finite, token_text, unless_gone, usage
+from mmjax.serve.context import Context, as_json, event_stream, finite, token_text, unless_gone, usage
 from mmjax.serve.schema import ChatRequest, sampling
 from mmjax.serve.tools import Call, Forced, Reader, schema_of
 
@@ -22,14 +22,14 @@ def router(context: Context) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest, request: Request) -> Response | Json:
+    async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation: text, image, video and audio parts; streamed on request."""
         context.check_model(body.model)
         conversation = Conversation(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, conversation.prepare())
             return event_stream(conversation.events())
-        return await unless_gone(request, conversation.answer())
+        return await as_json(await unless_gone(request, conversation.answer()))
 
     return routes
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import logging.config
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -87,6 +88,18 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], audio_mb: 
     )
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """ValueError for what would stop the server only after the model is loaded."""
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        file = getattr(arguments, name)
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"--{name.replace('_', '-')}: there is no file {file}")
+    if arguments.ssl_keyfile and not arguments.ssl_certfile:
+        raise ValueError("--ssl-keyfile needs --ssl-certfile")
+    if not 0 <= arguments.port < 2**16:
+        raise ValueError(f"--port {arguments.port}: ports end at 65535")
+
+
 def _logging(level: str) -> dict[str, Any]:
     """What uvicorn logs, with times, and what mmjax logs beside it: one line a request, with its id."""
     chosen: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
@@ -98,6 +111,7 @@ def _logging(level: str) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settings, keep_alive: int) -> None:
     """Load the model and serve it until the process is told to stop; running requests then have time to end."""
+    check(arguments)
     log = _logging(arguments.uvicorn_log_level)
     logging.config.dictConfig(log)
     llm = LLM(arguments.model, **engine)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import Context, event_stream, finite, merged, together, token_text, unless_gone, usage
+from mmjax.serve.context import Context, as_json, event_stream, finite, merged, together, token_text, unless_gone, usage
 from mmjax.serve.schema import CompletionRequest, sampling, tokenization
 
 from mmjax import RequestOutput, SamplingParams
@@ -22,14 +22,14 @@ def router(context: Context) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/completions", response_model=None)
-    async def complete(body: CompletionRequest, request: Request) -> Response | Json:
+    async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several; the choices of prompt i are numbered from i * n."""
         context.check_model(body.model)
         work = Completion(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, work.prepare())
             return event_stream(work.events())
-        return await unless_gone(request, work.answer())
+        return await as_json(await unless_gone(request, work.answer()))
 
     return routes
 

@@ -11,7 +11,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
 from mmjax.serve.metrics import Metrics
 
@@ -141,6 +141,21 @@ def event_stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingRespo
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+async def as_json(content: dict[str, Any]) -> Response:
+    """An answer as JSON, written on a thread: vectors and log-probabilities can be long."""
+    text = await asyncio.to_thread(_write, content)
+    return Response(text.encode(errors="replace"), media_type="application/json")
+
+
+def _write(value: Any) -> str:
+    """JSON piece by piece, for the interpreter is not free before the writer of one piece has returned."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(name)}:{_write(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return "[" + ",".join(map(_write, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
 import time
@@ -9,7 +10,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from mmjax.serve.context import Context, together, unless_gone, usage
+from fastapi.responses import Response
+from mmjax.serve.context import Context, as_json, together, unless_gone, usage
 from mmjax.serve.schema import ChatForm, tokenization
 from pydantic import Field, model_validator
 
@@ -54,22 +56,25 @@ def router(context: Context) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/v1/embeddings", response_model=None)
-    async def embed(body: EmbeddingRequest, request: Request) -> Json:
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
         """Vectors of length 1, from the last token's hidden state."""
         context.check_model(body.model)
         outputs = await unless_gone(request, _answer(context, body))
         counted = usage(sum(len(output.prompt_token_ids) for output in outputs), 0)
-        data = [
-            {"index": index, "object": "embedding", "embedding": _written(output.outputs.data, body.encoding_format)}
-            for index, output in enumerate(outputs)
-        ]
+
+        def rows() -> list[Json]:
+            form = body.encoding_format
+            vectors = [_written(output.outputs.data, form) for output in outputs]
+            return [{"index": i, "object": "embedding", "embedding": vector} for i, vector in enumerate(vectors)]
+
+        data = await asyncio.to_thread(rows)
         head = {
             "id": f"embd-{request.state.request_id}",
             "object": "list",
             "created": int(time.time()),
             "model": context.name,
         }
-        return {**head, "data": data, "usage": counted}
+        return await as_json({**head, "data": data, "usage": counted})
 
     return routes
 

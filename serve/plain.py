@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from mmjax.serve.context import Context, together, unless_gone
+from mmjax.serve.context import Context, as_json, together, unless_gone
 from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
 
 from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
@@ -104,7 +105,7 @@ def tokens_router(context: Context) -> APIRouter:
     routes = APIRouter()
 
     @routes.post("/tokenize")
-    async def tokenize(body: TokenizeRequest, request: Request) -> Json:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a text or of a conversation, media expanded."""
         context.check_model(body.model)
         engine = context.engine
@@ -117,7 +118,7 @@ def tokens_router(context: Context) -> APIRouter:
             tokens = rendered.tokens.tolist()
         strings = await engine.texts([[token] for token in tokens]) if body.return_token_strs else None
         limit = engine.llm.parts.max_model_len
-        return {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings}
+        return await as_json({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings})
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Json:
@@ -155,7 +156,7 @@ def generate_router(context: Context) -> APIRouter:
         async with context.admitted():
             params = await unless_gone(request, engine.ready(params))
             outputs = await unless_gone(request, together(*map(one, prompts)))
-        return JSONResponse([_plain(output) for output in outputs])
+        return JSONResponse(await asyncio.to_thread(_plain, outputs))
 
     return routes
 

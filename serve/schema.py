@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mmjax import SamplingParams
 
 Json = dict[str, Any]
+MAX_TOKENIZED = 1 << 20  # characters or tokens in one request of the tokenizer, which is done before others go on
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -251,7 +252,7 @@ class TokenizeRequest(ChatForm):
     """POST /tokenize: a prompt, or messages as for a chat."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Annotated[str, Field(max_length=MAX_TOKENIZED)] | None = None
     messages: list[Json] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
@@ -267,7 +268,7 @@ class DetokenizeRequest(Form):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENIZED)]
 
 
 def tokenization(truncate: int | None) -> Json:

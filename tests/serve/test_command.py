@@ -106,6 +106,7 @@ def test_flags_from_a_file(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["X", "--limit-mm-per-prompt", "image=2"], "--limit-mm-per-prompt.image 2"),
+        (["X", "--limit-mm-per-prompt", "image=2,video=1"], """'{"image": 2, "video": 1}'"""),
         ([], "which model?"),
         (["X", "--no-such-flag"], "--no-such-flag"),
         (["X", "--config", "/no/such/file"], "No such file"),
@@ -117,6 +118,21 @@ def test_wrong_command_lines(words: list[str], message: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as stop:
         main(["serve", *words])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ssl-certfile", "/no/such.pem"], "--ssl-certfile: there is no file /no/such.pem"),
+        (["--ssl-keyfile", __file__], "needs --ssl-certfile"),
+        (["--port", "70000"], "ports end at 65535"),
+    ],
+)
+def test_what_cannot_serve_is_told_before_a_model_is_loaded(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "/no/such/model", *words]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_list_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

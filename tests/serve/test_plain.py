@@ -1,10 +1,13 @@
 """Tokens, POST /generate, models, health and figures."""
 
+import asyncio
+import json
 import re
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from mmjax.serve.context import as_json
 
 from asking import file_of, pil, url, user
 from mmjax import AsyncLLM
@@ -102,3 +105,14 @@ def test_routes_are_those_the_model_can_serve(
     assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
     assert routes(vector_client) == {"/v1/embeddings"}
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
+
+
+def test_long_answers_are_the_same_json() -> None:
+    content = {"a": [], "b": [{"c": [1.5, None, True]}, {}], "d": {"ü": "日本\n\ud800"}, "e": [[1], [2]], "f": [1, "x"]}
+    body = asyncio.run(as_json(content)).body.decode()
+    assert json.loads(body) == {**content, "d": {"ü": "日本\n?"}} and "日本" in body
+
+
+def test_the_tokenizer_has_limits(client: TestClient) -> None:
+    assert client.post("/tokenize", json={"prompt": "a" * (1 << 20 | 1)}).status_code == 400
+    assert client.post("/detokenize", json={"tokens": [1] * (1 << 20 | 1)}).status_code == 400
