@@ -105,7 +105,7 @@ class Answer:
         ids = [int(report.tokens[i]), *report.top_ids[i, :count].tolist()]
         values = [float(report.logprob[i]), *report.top_logprobs[i, :count].tolist()]
         ranks = [int(report.rank[i]), *range(1, count + 1)]
-        texts = [None if self._tokenizer is None else self._tokenizer.decode([t], False) for t in ids]
+        texts = [None if self._tokenizer is None else self._tokenizer.text_of(t) for t in ids]
         entry: dict[int, Logprob] = {}
         for token, value, rank, text in zip(ids, values, ranks, texts, strict=True):
             entry.setdefault(token, Logprob(value, rank, text))

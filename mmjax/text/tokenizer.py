@@ -32,6 +32,7 @@ class Tokenizer:
         self.config: dict[str, Any] = _read_json(self.directory / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self._texts: dict[int, str] = {}
         self.eos_id = self._named("eos_token")
         self.bos_id = self._named("bos_token")
         self.pad_id = self._named("pad_token")
@@ -51,6 +52,13 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; incomplete UTF-8 shows as U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def text_of(self, index: int) -> str:
+        """The text of one token by itself. Kept: reports of log-probabilities ask for the same ones all the time."""
+        text = self._texts.get(index)
+        if text is None:
+            text = self._texts[index] = self.decode([index], False)
         return text
 
     def id_of(self, token: str) -> int | None:

@@ -13,7 +13,7 @@ PAGE_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # keys and values of 2 layers, 16 tokens, 
 
 def test_preempted_answers_about_media_are_the_same(tiny_dir: Callable[[str], Path]) -> None:
     """The grids' positions lag behind the tokens, also for the tokens of the answer that are computed a second time."""
-    options = SMALL | {"max_model_len": 176, "kv_cache_memory_bytes": 15 * PAGE_BYTES}
+    options = SMALL | {"block_size": 16, "max_model_len": 176, "kv_cache_memory_bytes": 15 * PAGE_BYTES}
     llm = LLM(str(tiny_dir("qwen2_vl")), **options, enforce_eager=True)
     prompts = [asking(picture(seed, 56 * seed, 84)) for seed in (1, 2, 3)]
     prompts.append(qwen2_vl(VIDEO + "Who?", video=[clip(4, 8, 56, 56)]))
