@@ -83,11 +83,7 @@ def test_errors_have_their_classes(ask: "openai.OpenAI") -> None:
         ask.audio.transcriptions.create(model="tiny", file=("a.wav", WAV))
 
 
-<<<<<<< Updated upstream
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own, of its translations
-=======
-@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # of the translations, by the client itself
->>>>>>> Stashed changes
 def test_speech(hear: "openai.OpenAI") -> None:
     told = hear.audio.transcriptions.create(model="tiny", file=("a.wav", WAV), language="de")
     plain = hear.audio.transcriptions.create(model="tiny", file=io.BytesIO(WAV), language="de", response_format="text")
