@@ -15,6 +15,16 @@ from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
+from mmjax.types.prompts import (  # under the name by which scripts for vLLM import them
+    EmbedsPrompt as EmbedsPrompt,
+    ExplicitEncoderDecoderPrompt as ExplicitEncoderDecoderPrompt,
+    MultiModalDataDict as MultiModalDataDict,
+    MultiModalUUIDDict as MultiModalUUIDDict,
+    PromptType as PromptType,
+    SingletonPrompt as SingletonPrompt,
+    TextPrompt as TextPrompt,
+    TokensPrompt as TokensPrompt,
+)
 
 MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
 
@@ -134,6 +144,10 @@ def _not_a_prompt(prompt: Any) -> TypeError:
 def _salt(salt: Any) -> str | None:
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise RequestError("cache_salt must be a non-empty string.", "bad_cache_salt")
+    try:
+        (salt or "").encode()
+    except UnicodeEncodeError:
+        raise RequestError("cache_salt must be valid Unicode, without lone surrogates.", "bad_cache_salt") from None
     return salt
 
 

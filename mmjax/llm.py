@@ -12,7 +12,7 @@ from typing import Any
 from mmjax import inputs
 from mmjax.build import Parts, build
 from mmjax.chat import ChatOptions, Draft, load_template, split
-from mmjax.config import EngineArgs
+from mmjax.config import EngineArgs, env_number
 from mmjax.embed import PoolingRun, as_embeddings, pooling_params
 from mmjax.render import Rendered
 from mmjax.run import Job, Progress, Run
@@ -23,7 +23,9 @@ from mmjax.types import (
     RequestError,
     RequestOutput,
     SamplingParams,
+    ValidationError,
 )
+from mmjax.types.sampling import MAX_N
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +247,8 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
         params.verify(self.parts.vocab_size, self.args.max_logprobs)
+        if params.n > (most := env_number("MAX_N_SEQUENCES", MAX_N)):
+            raise ValidationError(f"n must be at most {most:g}, got {params.n}.", parameter="n", value=params.n)
         if params.stop and self.parts.tokenizer is None:
             raise RequestError("stop strings need a tokenizer: do not set skip_tokenizer_init.", "no_tokenizer")
 

@@ -134,7 +134,14 @@ class Processor:
         if not tags:
             return expand_placeholders(tokens, items, markers, self.placeholder)
         loose = sum(token == self.image_id for token in tokens)
-        if loose or sorted(tags) != list(range(1, len(images) + 1)):
+        if not loose and len(tags) == len(images) != len(set(tags) & set(range(1, len(images) + 1))):
+            raise RequestError(
+                f"Expected there to be {len(images)} prompt placeholders corresponding to {len(images)} image items, "
+                f"numbered from 1 and each number once, but instead found "
+                f"{', '.join(self.placeholder['image'].format(i=tag) for tag in tags)}.",
+                "placeholder_mismatch",
+            )
+        if loose or len(tags) != len(images):
             raise mismatch("image", len(images), len(tags) + loose, self.placeholder["image"])
         out: list[int] = []
         spans: list[Span] = []

@@ -46,7 +46,11 @@ class Tokenizer:
                 parameter="input_text",
                 value=len(text),
             )
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            _require_unicode(text)
+            raise
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -95,6 +99,17 @@ class Tokenizer:
         if isinstance(token, dict):
             token = token["content"]
         return None if token is None else self.id_of(token)
+
+
+def _require_unicode(text: str) -> None:
+    """ValidationError for text with half a character in it, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValidationError(
+            f"The text is not valid Unicode: character {error.start} is a lone surrogate. Remove it.",
+            parameter="input_text",
+        ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:

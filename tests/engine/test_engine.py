@@ -302,6 +302,12 @@ def test_arguments_that_cannot_be(make_llm, qwen: LLM, tiny_dir) -> None:
     assert qwen.generate([]) == []
 
 
+def test_the_operator_bounds_n(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "2")
+    with pytest.raises(ValueError, match=r"n must be at most 2, got 3\."):
+        qwen.generate("a", SamplingParams(n=3), use_tqdm=False)
+
+
 def test_limits_are_counted_before_anything_is_done(make_llm) -> None:
     llm = make_llm("qwen2_vl", limit_mm_per_prompt={"image": 1, "video": 0})
     with pytest.raises(ValueError, match=r"At most 1 image\(s\) may be provided in one prompt"):

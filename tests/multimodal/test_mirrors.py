@@ -34,6 +34,8 @@ NAMES = {
     "assets.audio": "AudioAsset",
     "assets.image": "ImageAsset",
     "assets.video": "VideoAsset",
+    "inputs": "TextPrompt TokensPrompt EmbedsPrompt ExplicitEncoderDecoderPrompt SingletonPrompt PromptType "
+    "MultiModalDataDict MultiModalUUIDDict",
     "multimodal.audio": "split_audio find_split_point normalize_audio AudioSpec ChannelReduction AudioResampler "
     "MONO_AUDIO_SPEC PASSTHROUGH_AUDIO_SPEC get_audio_duration",
     "multimodal.image": "convert_image_mode",

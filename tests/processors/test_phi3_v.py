@@ -125,9 +125,9 @@ def test_text_between_tags_is_tokenised_by_itself(tiny_dir: Make, tiny: tuple[ph
     ("prompt", "count", "words"),
     [
         ("<|image_1|>", 2, "Expected there to be 2 prompt placeholders corresponding to 2 image items"),
-        ("<|image_1|><|image_1|>", 2, "write '<|image_1|>' exactly once per image item"),
-        ("<|image_0|>", 1, "found 1 placeholder tokens"),
-        ("<|image_2|>", 1, "found 1 placeholder tokens"),
+        ("<|image_1|><|image_1|>", 2, "each number once, but instead found <|image_1|>, <|image_1|>."),
+        ("<|image_0|>", 1, "numbered from 1 and each number once, but instead found <|image_0|>."),
+        ("<|image_2|>", 1, "but instead found <|image_2|>."),
         ("<|image_1|>", 0, "remove '<|image_1|>'"),
         ("<|image_1|><|image|>", 1, "found 2 placeholder tokens"),
         ("none", 1, "found 0 placeholder tokens"),

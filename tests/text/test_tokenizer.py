@@ -65,3 +65,8 @@ def test_the_hugging_face_object_agrees(tiny_dir: Make, family: str) -> None:
     for text in ("Hello  there\n naïve 😀", "<image> x", ""):
         assert tokenizer.hf(text).input_ids == tokenizer.encode(text)
     assert tokenizer.hf.eos_token_id == tokenizer.eos_id
+
+
+def test_half_a_character_is_a_wrong_value(tiny_dir: Make) -> None:
+    with pytest.raises(ValidationError, match="not valid Unicode: character 2 is a lone surrogate"):
+        Tokenizer(tiny_dir("llava")).encode("ab\ud800")
