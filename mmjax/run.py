@@ -61,7 +61,8 @@ class Run(Request):
     def __init__(self, parts: Parts, request_id: str, rendered: Rendered, params: SamplingParams) -> None:
         super().__init__(parts, request_id, rendered)
         stops = () if params.ignore_eos else parts.eos
-        stops = tuple(dict.fromkeys([*stops, *(params.stop_token_ids or ())]))
+        asked = [token for token in params.stop_token_ids or () if 0 <= token < parts.vocab_size]  # others never come
+        stops = tuple(dict.fromkeys([*stops, *asked]))
         if len(stops) > parts.sizes.stops:
             raise RequestError(
                 f"stop_token_ids: {len(stops)} stop tokens (the model's own included) were asked for, "

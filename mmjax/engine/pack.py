@@ -99,6 +99,9 @@ class Sizes:
         return (*pages, *((name, (seqs,), dtype) for name, dtype in SAMPLING))
 
 
+LARGEST = np.iinfo(np.int32).max  # more than any vocabulary or length
+
+
 class RowTable:
     """What the sampler must know of each running sequence, by table row, so that packing a step is a few gathers."""
 
@@ -117,7 +120,7 @@ class RowTable:
         """Note a sequence that has just got its row."""
         p, f, row = seq.params, self.fields, seq.row
         f["temperature"][row] = p.temperature
-        f["top_k"][row] = max(p.top_k, 0)
+        f["top_k"][row] = min(max(p.top_k, 0), LARGEST)
         f["top_p"][row] = p.top_p
         f["min_p"][row] = p.min_p
         f["presence"][row] = p.presence_penalty
@@ -132,7 +135,7 @@ class RowTable:
         f["stop"][row, : len(seq.stops)] = seq.stops
         f["cross_pages"][row, : len(seq.cross_pages)] = seq.cross_pages
         f["cross_length"][row] = cross_keys if seq.cross_pages else 0
-        self.min_tokens[row] = p.min_tokens
+        self.min_tokens[row] = min(p.min_tokens, LARGEST)
 
     def fill(self, f: Mapping[str, np.ndarray], rows: np.ndarray, index: np.ndarray, tables: np.ndarray) -> None:
         """Write the first len(rows) rows of a batch; index: how many output tokens each already has."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import enum
-import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from mmjax.types.errors import ValidationError
 MAX_N = 16384  # more answers than this to one prompt is a mistake or an attack
 MIN_TEMPERATURE = 0.01  # below it logits / temperature leaves float32's useful range
 MAX_BIAS = 100.0
+MAX_FLOAT = 3.4e38  # what the device computes with is no larger
 
 # generation_config.json -> SamplingParams
 GENERATION_KEYS = {
@@ -37,7 +37,7 @@ class RequestOutputKind(enum.Enum):
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(float(value)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= MAX_FLOAT:
         raise ValidationError(f"{name} must be a finite number, got {value!r}.", parameter=name, value=value)
 
 

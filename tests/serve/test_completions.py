@@ -71,6 +71,41 @@ def test_refusals(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "status"),
+    [
+        ({"top_k": 10**12}, 200),
+        ({"top_k": 2**31}, 200),
+        ({"min_tokens": 10**12, "max_tokens": None}, 200),
+        ({"stop_token_ids": [2**31, -1, -(10**12), 10**20]}, 200),
+        ({"seed": 2**63 - 1, "n": 3}, 200),
+        ({"seed": 2**63}, 400),
+        ({"temperature": 1e300}, 400),
+        ({"temperature": 1e38}, 200),
+        ({"temperature": 1e-300}, 200),
+        ({"repetition_penalty": 1e300}, 400),
+        ({"repetition_penalty": 1e38}, 200),
+        ({"repetition_penalty": 1e-300}, 200),
+        ({"top_p": 1e-300}, 200),
+        ({"min_p": 1e-300}, 200),
+        ({"logit_bias": {"5": 1e300}}, 400),
+        ({"logit_bias": {"99999999999999": 1}}, 400),
+        ({"allowed_token_ids": [10**20]}, 400),
+        ({"logprobs": 10**12}, 400),
+        ({"truncate_prompt_tokens": 10**20}, 200),
+        ({"n": 10**20}, 400),
+        ({"prompt": [2**40]}, 400),
+        ({"prompt": [-1]}, 400),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*too small to compute with", "ignore:overflow encountered")
+def test_numbers_beyond_what_the_device_counts_in(client: TestClient, field: dict[str, Any], status: int) -> None:
+    given = {"temperature": 1.0, "max_tokens": 3, **field}
+    response = complete(client, given.pop("prompt", "the lazy dog"), **given)
+    assert response.status_code == status, response.text
+    assert complete(client, "a").status_code == 200
+
+
+@pytest.mark.parametrize(
     ("sent", "status"),
     [
         (b'{"prompt": "\\ud800"}', 400),
