@@ -14,17 +14,13 @@ from PIL import Image
 from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
 from mmjax.processors.embeds import EmbedReader, Embeds
-from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
-from mmjax.types.prompts import (  # under the name by which scripts for vLLM import them
-    EmbedsPrompt as EmbedsPrompt,
-    ExplicitEncoderDecoderPrompt as ExplicitEncoderDecoderPrompt,
-    MultiModalDataDict as MultiModalDataDict,
-    MultiModalUUIDDict as MultiModalUUIDDict,
-    PromptType as PromptType,
-    SingletonPrompt as SingletonPrompt,
-    TextPrompt as TextPrompt,
-    TokensPrompt as TokensPrompt,
-)
+from mmjax.types import MODALITIES, UNLIMITED, RequestError, prompts, read_limit
+
+# The forms of a prompt, under the name by which scripts for vLLM import them.
+TextPrompt, TokensPrompt, EmbedsPrompt = prompts.TextPrompt, prompts.TokensPrompt, prompts.EmbedsPrompt
+ExplicitEncoderDecoderPrompt = prompts.ExplicitEncoderDecoderPrompt
+SingletonPrompt, PromptType = prompts.SingletonPrompt, prompts.PromptType
+MultiModalDataDict, MultiModalUUIDDict = prompts.MultiModalDataDict, prompts.MultiModalUUIDDict
 
 MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
 
