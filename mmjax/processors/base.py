@@ -20,7 +20,7 @@ class Item:
     """One processed media item. `features` lead with the `units` axis (patches, crops, clips), or with the rows where
     the encoder's `picks` say so; read-only.
 
-    times: where the layers of a grid lie in time, in positions from the first; empty where they are 0, 1, 2...
+    times: when the layers of a clip's grid are, in seconds; empty where nothing is known of it.
     sound: a video that comes with its sound track, which is an audio item of the same prompt. ready: the rows
     themselves, float32 [rows, W], of an item that came as embeddings; it has no features and no units.
     """
