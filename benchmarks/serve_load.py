@@ -1,5 +1,5 @@
-"""Many clients at once against a real server: text, pictures, clients that leave, requests that cannot be served.
-
+"""Many clients at once against a real server: text, pictures, sounds, clients that leave, requests that cannot be
+served.
 `python benchmarks/serve_load.py MODEL [--clients 64] [--seconds 30] [flags of mmjax serve]` starts the server, keeps
 it busy, and says what it saw. It fails when a request ended in a 5xx, when an answer kept a page or a place in the
 queue after its client had gone, or when the server's memory grew by more than --growth between the middle and the end.
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--warmup", type=float, default=10.0, help="seconds before anything is measured")
     parser.add_argument("--growth", type=float, default=48.0, help="MiB that memory may grow in the second half")
+    parser.add_argument("--sounds", action="store_true", help="also send audio, to a model that takes it")
     parser.add_argument("--seed", type=int, default=0)
     known, rest = parser.parse_known_args()
     with socket.socket() as probe:
@@ -107,7 +109,7 @@ class Load:
 
     async def _client(self, client: httpx.AsyncClient, dice: random.Random) -> None:
         while time.monotonic() < self.end:
-            kind = dice.choices(("text", "picture", "stream", "leave", "bad"), (4, 4, 4, 2, 2))[0]
+            kind = dice.choices(KINDS, (4, 4, 4, 2, 2, 3 * self.known.sounds))[0]
             begin = time.monotonic()
             try:
                 status = await getattr(self, f"_{kind}")(client, dice)
@@ -115,7 +117,7 @@ class Load:
                 status = 599
                 self.faults.append(f"{kind}: {type(error).__name__} {error}")
             self.seen[f"{kind} {status}"] += 1
-            if kind in ("text", "picture", "stream"):
+            if kind in ("text", "picture", "stream", "sound"):
                 self.latencies.append(time.monotonic() - begin)
             if status >= 500 and status != 501:  # a part of an unknown type is not implemented
                 self.faults.append(f"{kind}: status {status}")
@@ -134,6 +136,12 @@ class Load:
 
     async def _picture(self, client: httpx.AsyncClient, dice: random.Random) -> int:
         return (await client.post("/v1/chat/completions", json=self._body(dice, dice.randint(1, 2)))).status_code
+
+    async def _sound(self, client: httpx.AsyncClient, dice: random.Random) -> int:
+        body = self._body(dice, 0)
+        heard = {"type": "input_audio", "input_audio": {"data": _noise(dice), "format": "wav"}}
+        body["messages"][0]["content"].insert(0, heard)
+        return (await client.post("/v1/chat/completions", json=body)).status_code
 
     async def _stream(self, client: httpx.AsyncClient, dice: random.Random) -> int:
         body = self._body(dice, dice.randint(0, 1), stream=True, n=dice.randint(1, 2))
@@ -213,7 +221,16 @@ class Load:
         )
 
 
+KINDS = ("text", "picture", "stream", "leave", "bad", "sound")
 HELD = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "server_load")
+
+
+def _noise(dice: random.Random) -> str:
+    buffer, count = io.BytesIO(), dice.randint(4000, 32000)
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 2, 16000, count, "NONE", ""))
+        file.writeframes(dice.randbytes(2 * count))
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _picture(rng: np.random.Generator, side: int) -> str:
