@@ -1,5 +1,6 @@
 """Many clients at once against a real server: text, pictures, sounds, clients that leave, requests that cannot be
 served.
+
 `python benchmarks/serve_load.py MODEL [--clients 64] [--seconds 30] [flags of mmjax serve]` starts the server, keeps
 it busy, and says what it saw. It fails when a request ended in a 5xx, when an answer kept a page or a place in the
 queue after its client had gone, or when the server's memory grew by more than --growth between the middle and the end.

@@ -20,7 +20,7 @@ class Item:
     """One processed media item. `features` lead with the `units` axis (patches, crops, clips), or with the rows where
     the encoder's `picks` say so; read-only.
 
-    times: when the layers of a clip's grid are, in seconds; empty where nothing is known of it.
+    times: when the layers of a clip's grid are, in the units that its family counts; empty where nothing is known.
     sound: a video that comes with its sound track, which is an audio item of the same prompt. ready: the rows
     themselves, float32 [rows, W], of an item that came as embeddings; it has no features and no units.
     """
