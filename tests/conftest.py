@@ -1,5 +1,6 @@
 """What every test can rely on: CPU, four devices, one thread per library, strict dtypes, warnings as errors."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -31,6 +32,15 @@ _user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 jax.config.update("jax_compilation_cache_dir", str(_user_cache / "mmjax-tests" / f"jax-{jax.__version__}"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leave_nothing() -> Iterator[None]:
+    """Let go of what a file's tests compiled: a process that has loaded thousands of programs was seen to crash while
+    it loaded one more."""
+    yield
+    gc.collect()
+    jax.clear_caches()
 
 
 @pytest.fixture
