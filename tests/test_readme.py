@@ -100,6 +100,7 @@ def test_continuous_integration_runs_what_the_readme_says() -> None:
         "ruff format --check .",
         "ruff check .",
         "mypy benchmarks examples",
+        "mmjax demo",
         "examples/quickstart.py",
     ):
         assert step in README and step in script
