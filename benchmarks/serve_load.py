@@ -145,7 +145,7 @@ class Load:
         return (await client.post("/v1/chat/completions", json=body)).status_code
 
     async def _stream(self, client: httpx.AsyncClient, dice: random.Random) -> int:
-        body = self._body(dice, dice.randint(0, 1), stream=True, n=dice.randint(1, 2))
+        body = self._body(dice, dice.randint(0, 1), stream=True, n=dice.randint(1, 2), temperature=0.8)
         async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = [line async for line in answer.aiter_lines() if line]
         if lines[-1] != "data: [DONE]" or any('"error"' in line for line in lines):
