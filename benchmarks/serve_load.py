@@ -120,7 +120,7 @@ class Load:
             self.seen[f"{kind} {status}"] += 1
             if kind in ("text", "picture", "stream", "sound"):
                 self.latencies.append(time.monotonic() - begin)
-            if status >= 500 and status != 501:  # a part of an unknown type is not implemented
+            if status >= 500:
                 self.faults.append(f"{kind}: status {status}")
 
     def _body(self, dice: random.Random, pictures: int, **more: Any) -> dict[str, Any]:

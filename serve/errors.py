@@ -46,9 +46,9 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
         return 404, body(f"The model `{error}` does not exist.", "NotFoundError", 404, "model")
     if isinstance(error, TooBusy):
         return 429, body(str(error), "RateLimitError", 429)
-    if isinstance(error, NotImplementedError):
-        return 501, body(str(error), "NotImplementedError", 501)
-    if isinstance(error, RequestError) and error.code == "origin_refused":
+    if isinstance(error, NotImplementedError):  # what a client asks for, and nobody here does, is its own mistake
+        return 400, body(str(error), "NotImplementedError", 400)
+    if isinstance(error, RequestError) and error.code == "fetch_status":
         return 422, body(str(error), "UnprocessableEntityError", 422)
     if isinstance(error, RequestValidationError):
         if any(fault["loc"][-1] == "file" for fault in error.errors()):  # a text where OpenAI's clients upload
