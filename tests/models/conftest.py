@@ -1,9 +1,11 @@
 """Engines for the tests of this folder: as few as can be, each compiling its programs as they are needed."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from mmjax import LLM
@@ -33,19 +35,40 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def reference_llm(shared: Path) -> Callable[..., LLM]:
-    """`reference_llm(family, **kwargs)`: an engine for a reference checkpoint, made once per family and kwargs."""
-    made: dict[str, LLM] = {}
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of one family stand together within their file, so that its engines can go before the next one's
+    come."""
+
+    def family(item: pytest.Item) -> tuple[str, str]:
+        callspec = getattr(item, "callspec", None)
+        params = callspec.params if callspec else {}
+        return item.location[0], str(params.get("golden", params.get("family", "")))
+
+    mine = [at for at, item in enumerate(items) if Path(__file__).parent in item.path.parents]
+    for at, item in zip(mine, sorted((items[at] for at in mine), key=family), strict=True):
+        items[at] = item
+
+
+@pytest.fixture(scope="module")
+def reference_llm(shared: Path) -> Iterator[Callable[..., LLM]]:
+    """`reference_llm(family, **kwargs)`: an engine for a reference checkpoint, made once per family and kwargs, and
+    let go when a test asks for another family's."""
+    made: dict[tuple[str, str], LLM] = {}
 
     def get(family: str, **kwargs: Any) -> LLM:
-        key = repr((family, sorted(kwargs.items())))
+        if any(other != family for other, _ in made):
+            made.clear()
+            gc.collect()
+            jax.clear_caches()
+        key = family, repr(sorted(kwargs.items()))
         if key not in made:
             options = SMALL | {"max_logprobs": -1} | SIZES[family] | kwargs
             made[key] = LLM(str(shared / "reference" / family), **options)
         return made[key]
 
-    return get
+    yield get
+    made.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
