@@ -103,6 +103,20 @@ def test_rows_with_sizes(shared_llm: Shared) -> None:
     assert same(answer(llm, clip), answer(llm, {**clip, "multi_modal_data": {"video": {"video_embeds": rows}}}))
 
 
+def test_rows_of_sound(shared_llm: Shared) -> None:
+    """Ultravox: the page writes `<audio>`, which is not this model's placeholder, and passes a tensor per clip."""
+    llm = shared_llm("ultravox")
+    asked = {
+        "prompt": "USER: <audio>\nWhat is in this audio?\nASSISTANT:",
+        "multi_modal_data": {"audio": (tone(1), 16000)},
+    }
+    raw, (rows,) = answer(llm, asked), rows_of(llm, asked)
+    for form in (jnp.asarray(rows)[None], [jnp.asarray(rows)], {"audio_embeds": rows}, rows[None]):
+        assert same(raw, answer(llm, {**asked, "multi_modal_data": {"audio": form}}))
+    own = {**asked, "prompt": str(asked["prompt"]).replace("<audio>", "<|audio|>")}
+    assert same(raw, answer(llm, own))
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_omni"])
 def test_audio_features(family: str, shared_llm: Shared) -> None:
     """Omni: `input_audio_features` with `audio_feature_lengths` are what the encoder would have been given."""

@@ -10,6 +10,7 @@ from PIL import Image
 from asking import answer, file_of, pil, reply, rows_of, same, url, user
 from mmjax import LLM, SamplingParams
 from small import IMAGE, greedy, ids, text
+from web import Site, png, redirect
 
 Shared = Callable[[str], LLM]
 
@@ -38,6 +39,25 @@ def test_multi_image(qwen: LLM) -> None:
     there = answer(qwen, {"prompt": prompt, "multi_modal_data": {"image": [pil(1), pil(2)]}})
     back = answer(qwen, {"prompt": prompt, "multi_modal_data": {"image": [pil(2), pil(1)]}})
     assert there.prompt_token_ids == back.prompt_token_ids and not same(there, back)
+
+
+def test_numbered_images(make_llm: Callable[..., LLM]) -> None:
+    """The page's pair for Phi-3.5-vision: `<|image_1|>` and `<|image_2|>`, and `limit_mm_per_prompt={"image": 2}`."""
+    llm = make_llm("phi3_v", trust_remote_code=True, limit_mm_per_prompt={"image": 2})
+    prompt = "<|user|>\n<|image_1|>\n<|image_2|>\nWhat is the content of each image?<|end|>\n<|assistant|>\n"
+    out = answer(llm, {"prompt": prompt, "multi_modal_data": {"image": [pil(1), pil(2)]}})
+    talk = user("What is the content of each image?", pil_part(1), pil_part(2))
+    assert same(out, reply(llm, talk)) and out.prompt == prompt
+    with pytest.raises(ValueError, match=r"At most 2 image\(s\).* Set `--limit-mm-per-prompt`"):
+        answer(llm, {"prompt": prompt, "multi_modal_data": {"image": [pil(1), pil(2), pil(3)]}})
+
+
+def test_images_from_the_web(qwen: LLM, site: Site) -> None:
+    """`image_url` of `LLM.chat` over the network, behind a redirect as picsum.photos has it."""
+    site.pages |= {"/a.png": png(np.asarray(pil(1))), "/id/32": redirect("/a.png")}
+    part = {"type": "image_url", "image_url": {"url": site.url("/id/32")}}
+    assert same(reply(qwen, user(part, "What?")), reply(qwen, user(url(pil(1)), "What?")))
+    assert [path for path, _ in site.seen] == ["/id/32", "/a.png"]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "minicpmv"])

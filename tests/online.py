@@ -1,0 +1,55 @@
+"""A server for the length of a test, over an engine that other tests use too, and OpenAI's client for it."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from listening import listening
+from mmjax import LLM, AsyncLLM, RequestOutput
+from serving import over
+
+openai = pytest.importorskip("openai")
+
+Heard = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@contextlib.contextmanager
+def online(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
+    """A client of a server that listens on a port. Meanwhile the engine must not be used in other ways."""
+    engine = AsyncLLM(llm)
+    try:
+        with (
+            listening(over(engine, **settings).app) as address,
+            openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client,
+        ):
+            yield client
+    finally:
+        engine.close()
+    assert not any(each.busy for each in llm.parts.engines)
+
+
+def ask(client: "openai.OpenAI", messages: Any, n: int = 6, **body: Any) -> Any:
+    """The greedy answer to one conversation; `body`: fields that OpenAI's API does not have."""
+    extra = {"ignore_eos": True, "return_token_ids": True, **body}
+    done = client.chat.completions.create(
+        model="tiny", messages=messages, temperature=0, max_completion_tokens=n, extra_body=extra
+    )
+    assert done.usage.prompt_tokens == len(done.prompt_token_ids)
+    return done
+
+
+def heard(*answers: Any) -> list[Heard]:
+    """What each answer, of a client or of `LLM`, saw and said, in token ids."""
+    found = []
+    for answer in answers:
+        offline = isinstance(answer, RequestOutput)
+        said = answer.outputs[0] if offline else answer.choices[0]
+        found.append((tuple(answer.prompt_token_ids or ()), tuple(said.token_ids)))
+    return found
+
+
+def alike(*answers: Any) -> bool:
+    """Whether all saw the same tokens and said the same, be they answers of a client or of `LLM`."""
+    return len(set(heard(*answers))) == 1
