@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -25,6 +26,7 @@ from mmjax.models.family import Shape
 from mmjax.multimodal.limits import Limits
 from mmjax.render import Renderer
 from mmjax.text.tokenizer import Tokenizer
+from mmjax.types import RequestError, ValidationError
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ def build(args: EngineArgs) -> Parts:
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation, eos = _generation(args, checkpoint, tokenizer)
     processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
+    _check_options(args, processor)
     limits = args.limits(processor.kinds)
     engines, sizes, shape, max_len, compile_s = [], None, None, 0, 0.0
     for devices in replicas:
@@ -105,6 +108,26 @@ def build(args: EngineArgs) -> Parts:
         compile_s,
         seeds,
     )
+
+
+def _check_options(args: EngineArgs, processor: Any) -> None:
+    """ValidationError for options of the decoders and of the processor with which no request could be served."""
+    from mmjax.multimodal.media import MediaConnector  # imports an HTTP client
+    from mmjax.processors.options import check_for
+
+    checks: dict[str, Callable[[Any], object]] = {
+        "media_io_kwargs": MediaConnector,
+        "mm_processor_kwargs": functools.partial(check_for, processor),
+    }
+    for name, check in checks.items():
+        given = getattr(args, name)
+        try:
+            check(given or {})
+        except ValidationError:
+            raise  # a variable of the environment, by its name
+        except RequestError as error:
+            words = f"--{name.replace('_', '-')}: {str(error).removeprefix(f'{name}: ')}"
+            raise ValidationError(words, parameter=name, value=given) from error
 
 
 def _renderer(

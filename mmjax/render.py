@@ -22,6 +22,7 @@ from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.limits import DEFAULT, Limits
 from mmjax.processors.base import Expanded, Item, Processor, Span, Timestamps, linear_positions
 from mmjax.processors.embeds import EmbedReader, Embeds
+from mmjax.processors.options import check as check_options
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
@@ -301,6 +302,7 @@ class Renderer:
         """Engine and request kwargs together, the request's winning; keys the processor does not know are dropped."""
         assert self.processor is not None  # counts were checked: no processor, no media
         merged = {**self.processor_kwargs, **request.processor_kwargs}
+        check_options(merged)
         for name in merged.keys() - self.processor.accepts:
             if name not in self._warned:
                 self._warned.add(name)

@@ -173,14 +173,16 @@ def split_audio(
     """Cut mono audio [n] into clips of at most `max_clip_duration_s`, at the quietest places.
 
     Each cut lies in the last `overlap_duration_s` of a full clip, where a window of `min_energy_window_size` samples
-    has the least energy. No sample is lost or repeated: the clips concatenate to the input. Empty input gives no clips.
+    has the least energy; without overlap all but the last are full. No sample is lost or repeated: the clips
+    concatenate to the input. Empty input gives no clips.
     """
     audio = np.asarray(audio_data)
     clip, overlap = int(sample_rate * max_clip_duration_s), int(sample_rate * overlap_duration_s)
     if audio.ndim != 1:
         raise RequestError(f"split_audio needs mono audio of shape (time,), got shape {audio.shape}.", "bad_media")
-    if clip <= 0 or overlap <= 0 or min_energy_window_size <= 0:
-        raise RequestError("split_audio needs positive durations, rate and window size.", "bad_media")
+    if clip <= 0 or overlap_duration_s < 0 or min_energy_window_size <= 0:
+        words = "split_audio needs a positive clip duration, rate and window size, and an overlap of 0 or more."
+        raise RequestError(words, "bad_media")
     if overlap >= clip:
         raise RequestError("split_audio needs an overlap_duration_s below max_clip_duration_s.", "bad_media")
     if not np.isfinite(audio).all():

@@ -200,6 +200,7 @@ def test_split_audio_edges() -> None:
     assert split(np.ones(1000)) == [1000]
     assert split(np.ones(2000)) == [750, 750, 500]  # uniform: the first window
     assert split(np.ones(2100), overlap=0.05) == [1000, 1000, 100]  # no window fits: full clips, and progress
+    assert split(np.ones(2100), overlap=0) == [1000, 1000, 100]
 
 
 @pytest.mark.parametrize(
