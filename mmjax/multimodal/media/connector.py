@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmjax.config import env, env_number
 from mmjax.multimodal import network, sources
+from mmjax.multimodal.cache import MediaCache
 from mmjax.multimodal.limits import Limits
 from mmjax.multimodal.media.audio import AudioEmbeddingMediaIO, AudioMediaIO
 from mmjax.multimodal.media.base import MediaIO
@@ -49,6 +50,7 @@ class MediaConnector:
             "video": env_number("VIDEO_FETCH_TIMEOUT", 30),
             "audio": env_number("AUDIO_FETCH_TIMEOUT", 10),
         }
+        self.kept = MediaCache.from_env()
         self.media_io_kwargs = media_io_kwargs or {}
         self.images, self.videos, self.sounds = self._image_io("RGB"), self._video_io("RGB"), self._audio_io()
 
@@ -77,16 +79,24 @@ class MediaConnector:
     def load_from_url(self, url: str, media_io: MediaIO[T], *, fetch_timeout: float | None = None) -> T:
         """What `media_io` reads at the URL. `fetch_timeout` (s) is for the first attempt, and 10 s if it is missing."""
         if sources.scheme_of(url) in ("http", "https"):
-            data = network.wait_for(network.fetch(url, self.policy, self._patience(fetch_timeout)))
-            return media_io.load_bytes(data)
+            return network.wait_for(self._load_remote(url, media_io, self._patience(fetch_timeout)))
         return self._load_local(url, media_io)
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[T], *, fetch_timeout: float | None = None) -> T:
         """As `load_from_url`; files are read and decoded in other threads."""
         if sources.scheme_of(url) in ("http", "https"):
-            data = await network.fetch(url, self.policy, self._patience(fetch_timeout))
-            return await network.in_worker(media_io.load_bytes, data)
+            return await self._load_remote(url, media_io, self._patience(fetch_timeout))
         return await network.in_worker(self._load_local, url, media_io)
+
+    async def _load_remote(self, url: str, media_io: MediaIO[T], patience: float) -> T:
+        """Of the cache where there is one and it has the URL, else fetched; kept once it is known to be readable."""
+        network.parse(url, self.policy)  # what is forbidden is not looked for
+        found = None if self.kept is None else await network.in_worker(self.kept.get, url, self.policy)
+        data = found or await network.fetch(url, self.policy, patience)
+        made = await network.in_worker(media_io.load_bytes, data)
+        if self.kept is not None and found is None:
+            await network.in_worker(self.kept.put, url, self.policy, data)
+        return made
 
     def _load_local(self, url: str, media_io: MediaIO[T]) -> T:
         if sources.scheme_of(url) == "data":
