@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
-from mmjax.serve import audio, chat, completions, embeddings, errors, plain
+from fastapi.security import HTTPBearer
+from mmjax.serve import audio, chat, completions, embeddings, errors, plain, published
 from mmjax.serve.context import Context, Settings
 from mmjax.serve.gate import Gate
 
@@ -32,12 +34,14 @@ def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=499)
 
+    # The gate asks for keys; this only tells clients so.
+    keyed: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if settings.keys else []}
     app.include_router(plain.router(context))
-    app.include_router(plain.tokens_router(context))
+    app.include_router(plain.models_router(context), responses=published.NO_SUCH_MODEL, **keyed)
     if settings.development:
-        app.include_router(plain.development_router(context))
-    for router in _routers(engine):
-        app.include_router(router(context))
+        app.include_router(plain.development_router(context), responses=published.KEYLESS, **keyed)
+    for router in (plain.tokens_router, *_routers(engine)):
+        app.include_router(router(context), responses=published.REFUSALS, **keyed)
     app.add_middleware(
         Gate,
         keys=settings.keys,

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import PlainTextResponse, Response
+from mmjax.serve import published as say
 from mmjax.serve.context import Context, event_stream, unless_gone, usage
 from mmjax.serve.schema import Form as Body
 from mmjax.serve.schema import Seed, sampling
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from mmjax import RequestOutput, SamplingParams, Speech, SpeechTask, Transcript
 from mmjax.types import ValidationError
@@ -30,28 +31,29 @@ SAMPLED = (
 class SpeechForm(Body):
     """The fields of both routes. Unknown ones are ignored."""
 
-    file: UploadFile
+    model_config = ConfigDict(json_schema_extra=say.without_null)
+    file: Annotated[UploadFile, say.Upload]
     model: str | None = None
     language: str | None = None
     to_language: str | None = None
     prompt: str = ""
-    response_format: str = "json"
+    response_format: Annotated[str, say.As(Literal["json", "text", "verbose_json", "srt", "vtt"])] = "json"
     granularities: list[Literal["segment", "word"]] = Field(default=[], alias="timestamp_granularities[]")
     stream: bool = False
     stream_include_usage: bool = False
     stream_continuous_usage_stats: bool = False
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    temperature: say.Temperature = 0.0
+    top_p: say.TopP | None = None
+    top_k: say.TopK | None = None
+    min_p: say.MinP | None = None
     seed: Seed | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
+    frequency_penalty: say.Penalty | None = None
+    presence_penalty: say.Penalty | None = None
+    repetition_penalty: say.Factor | None = None
     include_stop_str_in_output: bool | None = None
-    n: int = 1
-    use_beam_search: bool = False
+    n: Annotated[int, say.As(Literal[1])] = 1
+    use_beam_search: Annotated[bool, say.As(Literal[False])] = False
 
     def check(self) -> None:
         """ValueError for fields that do not go together, and for what is not to be had."""
@@ -93,13 +95,17 @@ def router(context: Context) -> APIRouter:
     """Both routes."""
     routes, speech = APIRouter(), Speech(context.engine)
 
-    @routes.post("/v1/audio/transcriptions", response_model=None)
-    async def transcribe(body: Annotated[SpeechForm, Form()], request: Request) -> Response | Json:
+    @routes.post("/v1/audio/transcriptions", response_model=None, responses=say.TRANSCRIPT)
+    async def transcribe(
+        body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
+    ) -> Response | Json:
         """The text of a sound file, in the language that is spoken."""
         return await Listener(context, speech, body, request, translate=False).respond()
 
-    @routes.post("/v1/audio/translations", response_model=None)
-    async def translate(body: Annotated[SpeechForm, Form()], request: Request) -> Response | Json:
+    @routes.post("/v1/audio/translations", response_model=None, responses=say.TRANSCRIPT)
+    async def translate(
+        body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
+    ) -> Response | Json:
         """The text of a sound file, in English."""
         return await Listener(context, speech, body, request, translate=True).respond()
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve.context import Context, as_json, event_stream, finite, token_text, unless_gone, usage
+from mmjax.serve.published import STREAM
 from mmjax.serve.schema import ChatRequest, sampling
 from mmjax.serve.tools import Call, Forced, Reader, schema_of
 
@@ -21,7 +22,7 @@ def router(context: Context) -> APIRouter:
     """The chat route."""
     routes = APIRouter()
 
-    @routes.post("/v1/chat/completions", response_model=None)
+    @routes.post("/v1/chat/completions", response_model=None, responses=STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation: text, image, video and audio parts; streamed on request."""
         context.check_model(body.model)

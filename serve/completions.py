@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve.context import Context, as_json, event_stream, finite, merged, together, token_text, unless_gone, usage
+from mmjax.serve.published import STREAM
 from mmjax.serve.schema import CompletionRequest, sampling, tokenization
 
 from mmjax import RequestOutput, SamplingParams
@@ -21,7 +22,7 @@ def router(context: Context) -> APIRouter:
     """The completions route."""
     routes = APIRouter()
 
-    @routes.post("/v1/completions", response_model=None)
+    @routes.post("/v1/completions", response_model=None, responses=STREAM)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several; the choices of prompt i are numbered from i * n."""
         context.check_model(body.model)

@@ -12,21 +12,24 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve.context import Context, as_json, together, unless_gone, usage
+from mmjax.serve.published import As, Conversation
 from mmjax.serve.schema import ChatForm, tokenization
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mmjax import PoolingParams, PoolingRequestOutput
 
 Json = dict[str, Any]
 MAX_INPUTS = 2048
+Inputs = str | list[int] | list[str] | list[list[int]]
 
 
 class EmbeddingRequest(ChatForm):
     """`input`: one text or list of token ids, or a list of those. `messages`: a conversation instead."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["input"]}, {"required": ["messages"]}]})
     model: str | None = None
-    input: str | list[int] | list[str] | list[list[int]] | None = None
-    messages: list[Json] | None = None
+    input: Annotated[Inputs | None, As(Inputs)] = None
+    messages: Annotated[list[Json] | None, As(Conversation)] = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     normalize: bool | None = None

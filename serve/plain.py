@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from mmjax.serve.context import Context, as_json, together, unless_gone
 from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
 
@@ -18,7 +18,8 @@ from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
 
 Json = dict[str, Any]
 MAX_PROMPTS = 1024
-PAGE = Path(__file__).parent / "page" / "index.html"
+PAGE = pathlib.Path(__file__).parent / "page" / "index.html"
+DEAD: dict[int | str, Json] = {503: {"description": "The engine has stopped."}}
 POLICY = (
     "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:; "
     "media-src blob: data:; frame-ancestors 'none'"
@@ -26,13 +27,46 @@ POLICY = (
 
 
 def router(context: Context) -> APIRouter:
-    """Models, health, metrics, version, load."""
+    """Health, metrics, version, load, and the page."""
     routes = APIRouter()
 
     @routes.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         """A page to try the model with. It asks nothing of any other host."""
         return FileResponse(PAGE, media_type="text/html", headers={"Content-Security-Policy": POLICY})
+
+    @routes.get("/health", response_class=Response, responses=DEAD)
+    @routes.get("/ping", response_class=Response, responses=DEAD)
+    @routes.post("/ping", response_class=Response, responses=DEAD)
+    async def health() -> Response:
+        """200 while requests can be served, else 503."""
+        try:
+            context.engine.check()
+        except EngineDeadError:
+            return Response(status_code=503)
+        return Response()
+
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/version")
+    async def version() -> Json:
+        """The version of mmjax."""
+        return {"version": __version__}
+
+    @routes.get("/load")
+    async def load() -> Json:
+        """Requests under way."""
+        return {"server_load": context.open}
+
+    return routes
+
+
+def models_router(context: Context) -> APIRouter:
+    """What is served."""
+    routes = APIRouter()
 
     @routes.get("/v1/models")
     async def models() -> Json:
@@ -48,36 +82,10 @@ def router(context: Context) -> APIRouter:
         return {"object": "list", "data": cards}
 
     @routes.get("/v1/models/{name:path}")
-    async def model(name: str) -> Json:
+    async def model(name: str = Path(examples=list(context.settings.names))) -> Json:
         """One model."""
         context.check_model(name)
         return {**(await models())["data"][0], "id": name}
-
-    @routes.get("/health")
-    @routes.get("/ping")
-    @routes.post("/ping")
-    async def health() -> Response:
-        """200 while requests can be served, else 503."""
-        try:
-            context.engine.check()
-        except EngineDeadError:
-            return Response(status_code=503)
-        return Response()
-
-    @routes.get("/metrics")
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(context.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @routes.get("/version")
-    async def version() -> Json:
-        """The version of mmjax."""
-        return {"version": __version__}
-
-    @routes.get("/load")
-    async def load() -> Json:
-        """Requests under way."""
-        return {"server_load": context.open}
 
     return routes
 

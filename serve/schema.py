@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
+from mmjax.serve import published as say
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mmjax import SamplingParams
 
 Json = dict[str, Any]
 MAX_TOKENIZED = 1 << 20  # characters or tokens in one request of the tokenizer, which is done before others go on
+Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -47,28 +49,28 @@ class Sampling(Form):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    min_tokens: say.Count | None = None
+    temperature: say.Temperature | None = None
+    top_p: say.TopP | None = None
+    top_k: say.TopK | None = None
+    min_p: say.MinP | None = None
     seed: Seed | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
+    presence_penalty: say.Penalty | None = None
+    frequency_penalty: say.Penalty | None = None
+    repetition_penalty: say.Factor | None = None
+    stop: say.Word | list[say.Word] | None = None
     stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    allowed_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
+    bad_words: list[say.Word] | None = None
+    allowed_token_ids: list[say.Token] | None = None
+    logit_bias: Annotated[dict[str, float], say.Bias] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    prompt_logprobs: int | None = None
-    structured_outputs: Json | None = None
-    response_format: Json | None = None
+    prompt_logprobs: say.Logprobs | None = None
+    structured_outputs: say.Structure | None = None
+    response_format: say.ResponseFormat | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:-]+$")] | None = None
     return_token_ids: bool = False
@@ -147,12 +149,12 @@ class ChatForm(Form):
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    tools: list[Json] | None = None
+    tools: say.Tools | None = None
     documents: list[Json] | None = None
     chat_template: str | None = None
     chat_template_kwargs: Json | None = None
     mm_processor_kwargs: Json | None = None
-    media_io_kwargs: dict[str, Json] | None = None
+    media_io_kwargs: say.IoOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
 
     @field_validator("tools")
@@ -179,11 +181,11 @@ class ChatForm(Form):
 class ChatRequest(Sampling, ChatForm):
     """POST /v1/chat/completions."""
 
-    messages: list[Json]
+    messages: say.Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None
-    tool_choice: str | Json | None = None
+    tool_choice: say.ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_special_tokens: bool = False
     reasoning_effort: str | None = None
@@ -243,17 +245,18 @@ class GenerateRequest(Form):
     """POST /generate: one prompt or a list of them as `LLM.generate` takes them, their media as URLs (http, https,
     data, file)."""
 
-    prompts: Json | str | list[int] | list[Json | str | list[int]]
-    sampling_params: Json | None = None
-    tokenization_kwargs: Json | None = None
+    prompts: say.Prompts
+    sampling_params: say.SamplingOptions | None = None
+    tokenization_kwargs: say.TokenOptions | None = None
 
 
 class TokenizeRequest(ChatForm):
     """POST /tokenize: a prompt, or messages as for a chat."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
     model: str | None = None
-    prompt: Annotated[str, Field(max_length=MAX_TOKENIZED)] | None = None
-    messages: list[Json] | None = None
+    prompt: Annotated[Text | None, say.As(Text)] = None
+    messages: Annotated[list[Json] | None, say.As(say.Conversation)] = None
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
