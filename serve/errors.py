@@ -56,6 +56,8 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
         return 400, body(_first(error), "Bad Request", 400, _param(error))
     if isinstance(error, (ValueError, TypeError, OverflowError, jinja2.TemplateError)):
         return 400, body(str(error), "BadRequestError", 400)
+    if isinstance(error, RecursionError):
+        return 400, body("The request is nested too deeply.", "BadRequestError", 400)
     if isinstance(error, EngineDeadError):
         return 503, body(str(error), "ServiceUnavailableError", 503)
     if isinstance(error, HTTPException):
@@ -88,7 +90,7 @@ def install(app: FastAPI) -> None:
 
     kinds = (
         ValueError, TypeError, OverflowError, jinja2.TemplateError, RequestValidationError, HTTPException, NoSuchModel,
-        TooBusy, NotImplementedError, EngineDeadError, Exception,
+        TooBusy, NotImplementedError, RecursionError, EngineDeadError, Exception,
     )  # fmt: skip
     for kind in kinds:
         app.add_exception_handler(kind, answer)

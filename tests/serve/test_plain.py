@@ -116,3 +116,17 @@ def test_long_answers_are_the_same_json() -> None:
 def test_the_tokenizer_has_limits(client: TestClient) -> None:
     assert client.post("/tokenize", json={"prompt": "a" * (1 << 20 | 1)}).status_code == 400
     assert client.post("/detokenize", json={"tokens": [1] * (1 << 20 | 1)}).status_code == 400
+
+
+def test_depth_is_refused(client: TestClient) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    call = {"function": {"name": "f", "arguments": deep}}
+    bodies = {
+        "/v1/chat/completions": json.dumps({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}),
+        "/v1/completions": f'{{"prompt": {deep}}}',
+        "/generate": f'{{"prompts": {{"prompt": "a", "multi_modal_data": {{"image": {deep}}}}}}}',
+    }
+    for path, body in bodies.items():
+        response = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["message"], path
+    assert client.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200
