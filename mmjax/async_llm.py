@@ -143,6 +143,10 @@ class AsyncLLM:
                 kind: await _fetch(connector, str(kind), value) for kind, value in prompt["multi_modal_data"].items()
             }
             prompt = {**prompt, "multi_modal_data": fetched}
+        renderer = self.llm.parts.renderer
+        if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_embeds"), str) and renderer.prompt_width:
+            decode = self.llm.parts.chat.connect({}).fetch_image_embedding
+            prompt = {**prompt, "prompt_embeds": await self._on_thread(lambda: decode(prompt["prompt_embeds"]))}
         return await self.prepare(prompt, tokenization_kwargs)
 
     async def encode(self, text: str, *, special: bool) -> list[int]:

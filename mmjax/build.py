@@ -152,6 +152,9 @@ def _renderer(
         limits=Limits.from_env(),
         cache_gb=args.mm_processor_cache_gb,
         embed_width=shape.slab_width if args.enable_mm_embeds else None,
+        prompt_width=shape.width if args.enable_prompt_embeds else None,
+        slab_width=shape.slab_width,
+        page=engine.sizes.page,
         prefix_caching=engine.scheduler.prefix_caching,
         encoder_decoder=shape.cross,
         answers=not shape.pooling,
@@ -250,11 +253,13 @@ def _engine(
         progress=_bar("Loading weights"),
     )
     shape: Shape = split.shape
-    taking = bool(encoders) or args.enable_mm_embeds
+    slab_width = shape.slab_width if encoders or args.enable_mm_embeds else 0
+    if args.enable_prompt_embeds and not shape.cross:
+        slab_width = shape.slab_width or shape.width
     shape = dataclasses.replace(
         shape,
         encoders={name: encoder for name, encoder in shape.encoders.items() if name in encoders},
-        slab_width=shape.slab_width if taking else 0,
+        slab_width=slab_width,
         pooling=args.pooling,
     )
     page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
@@ -324,7 +329,7 @@ def _cache_size(args: EngineArgs, shape: Shape, platform: str, budget: int, page
 def _slab_rows(args: EngineArgs, shape: Shape, platform: str, max_len: int) -> int:
     """Media rows to keep on the device: at least the largest item that a prompt can hold."""
     least = max((encoder.rows for encoder in shape.encoders.values()), default=0)
-    if not least and not (args.enable_mm_embeds and shape.slab_width):
+    if not least and not shape.slab_width:
         return 0
     tokens = args.max_num_batched_tokens or MAX_BATCHED_TOKENS[platform]
     return max(tokens, least, min(max_len, shape.largest_item))
@@ -355,7 +360,7 @@ def _sizes(args: EngineArgs, shape: Shape, platform: str, max_len: int, slab_row
         stops=STOPS,
         steps=args.num_decode_steps,
         top=shape.vocab if args.max_logprobs == -1 else min(args.max_logprobs, shape.vocab),
-        ready=min(READY_ROWS, slab_rows) if args.enable_mm_embeds else 0,
+        ready=min(READY_ROWS, slab_rows) if args.enable_mm_embeds or args.enable_prompt_embeds else 0,
     )
 
 

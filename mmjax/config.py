@@ -92,6 +92,7 @@ class EngineArgs:
     media_io_kwargs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     mm_processor_kwargs: Mapping[str, Any] | None = None
     enable_mm_embeds: bool = False
+    enable_prompt_embeds: bool = False
     interleave_mm_strings: bool = False
     mm_processor_cache_gb: float = 4.0
     mm_processor_cache_type: str = "lru"

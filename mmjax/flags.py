@@ -65,6 +65,7 @@ MEANINGS = {
     "media_io_kwargs": "options of the decoders, by modality",
     "mm_processor_kwargs": "options of the model's processor",
     "enable_mm_embeds": "take embeddings in place of media",
+    "enable_prompt_embeds": "take embeddings in place of a whole prompt",
     "interleave_mm_strings": "keep media where they stand among the text of a chat message",
     "mm_processor_cache_gb": "GiB of processed media to keep; 0 keeps none",
     "mm_processor_cache_type": "accepted: `lru` or `shm`; everything is in one process, so both are the same",

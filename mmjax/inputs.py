@@ -9,10 +9,12 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
+from mmjax.processors import prompt as whole_prompt
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, prompts, read_limit
 
@@ -35,7 +37,8 @@ class Media:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """A prompt of known form. Exactly one of `text` and `tokens` drives the model: tokens, when they are given.
+    """A prompt of known form. Exactly one of `text`, `tokens` and `rows` drives the model: rows, floats [T, D], when
+    they are given, else tokens.
 
     For encoder-decoder models both belong to the decoder, and `encoder_text` is what an explicit encoder prompt said.
     """
@@ -47,6 +50,7 @@ class Request:
     io_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     salt: str | None = None
     encoder_text: str | None = None
+    rows: np.ndarray | None = None
 
 
 def batch(prompts: Any) -> list[Any]:
@@ -58,11 +62,20 @@ def batch(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def parse(prompt: Any, *, encoder_decoder: bool = False, embeds: EmbedReader | None = None) -> Request:
+def parse(
+    prompt: Any,
+    *,
+    encoder_decoder: bool = False,
+    embeds: EmbedReader | None = None,
+    row_width: int | None = None,
+) -> Request:
     """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values.
 
-    `embeds`: reads embeddings in place of media; None refuses them.
+    `embeds`: reads embeddings in place of media; None refuses them. `row_width`: of embeddings in place of a whole
+    prompt; None refuses them.
     """
+    if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None and not encoder_decoder:
+        return _parse_rows(prompt, row_width)
     if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
         if not encoder_decoder:
             raise TypeError("Cannot pass encoder-decoder prompt to decoder-only models")
@@ -82,6 +95,26 @@ def _parse_pair(prompt: Mapping[str, Any], embeds: EmbedReader | None) -> Reques
     )
 
 
+def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> Request:
+    """A prompt of embeddings; its text, if there is one, is only carried into the output."""
+    if width is None:
+        raise RequestError(
+            "You must set `--enable-prompt-embeds` to input `prompt_embeds`; else pass `prompt` or `prompt_token_ids`.",
+            "embeds_disabled",
+        )
+    if prompt.get("prompt_token_ids") is not None or prompt.get("multi_modal_data"):
+        raise RequestError(
+            "`prompt_embeds` is the whole prompt: pass no `prompt_token_ids` beside it, and the rows of media within.",
+            "bad_embeds",
+        )
+    text = prompt.get("prompt")
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
+    return Request(
+        text=text, rows=whole_prompt.read(prompt["prompt_embeds"], width), salt=_salt(prompt.get("cache_salt"))
+    )
+
+
 def _parse_single(prompt: Any, encoder_decoder: bool, embeds: EmbedReader | None) -> Request:
     if isinstance(prompt, str):
         return Request(text=prompt)
@@ -91,11 +124,7 @@ def _parse_single(prompt: Any, encoder_decoder: bool, embeds: EmbedReader | None
         raise _not_a_prompt(prompt)
     text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if prompt.get("prompt_embeds") is not None:
-        if encoder_decoder:
-            raise TypeError("Cannot pass embeddings prompt to encoder-decoder models")
-        raise RequestError(
-            "`prompt_embeds` is not supported; pass `prompt` or `prompt_token_ids`.", "unsupported_input"
-        )
+        raise TypeError("Cannot pass embeddings prompt to encoder-decoder models")
     if tokens is None and text is None:
         raise TypeError(
             "Prompt dictionary must contain text, tokens, or embeddings: "

@@ -59,7 +59,8 @@ class LLM:
         """Answer one prompt or many; the outputs are in the order of the prompts.
 
         A prompt is a string, a list of token ids, or a dict with `prompt` or `prompt_token_ids` and optionally
-        `multi_modal_data`, `mm_processor_kwargs`, `multi_modal_uuids`, `cache_salt`. sampling_params: None = the
+        `multi_modal_data`, `mm_processor_kwargs`, `multi_modal_uuids`, `cache_salt`; or, where the engine takes them,
+        a dict with the rows of `prompt_embeds` [T, D]. sampling_params: None = the
         model's defaults; one for all; or one per prompt. priority: per prompt, lower first. Raises TypeError for
         something that is no prompt, ValueError for one that cannot be served; the engine stays usable.
         """

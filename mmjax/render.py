@@ -20,6 +20,7 @@ from mmjax.inputs import Media, Request
 from mmjax.multimodal import audio, bounds, image, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.processors import prompt as whole_prompt
 from mmjax.processors.base import Expanded, Item, Processor, Span, Timestamps, linear_positions
 from mmjax.processors.embeds import EmbedReader, Embeds
 from mmjax.processors.options import check as check_options
@@ -54,6 +55,7 @@ class Rendered:
     encoder_prompt: str | None = None
     encoder_tokens: np.ndarray | None = None  # int32, encoder-decoder models only
     timestamps: Timestamps | None = None  # what the answer keeps to where it tells times
+    embedded: bool = False  # the prompt came as embeddings: its tokens, all 0, say nothing
 
 
 class _Asked(NamedTuple):
@@ -106,7 +108,8 @@ class Renderer:
     `processor` None: a plain language model, which takes no media. `tokenizer` None: prompts must be token ids.
     `max_item_rows`: rows the encoder cache can hold of one item; `max_item_units`: by modality, encoder units of one
     item. `cache_gb` is in GiB; 0 keeps no items. Without both item cache and prefix cache the caller's names for media
-    are ignored. `embed_width`: of the rows that may come in place of media; None takes none.
+    are ignored. `embed_width`: of the rows that may come in place of media, `prompt_width`: of those in place of a
+    whole prompt; None takes none. `slab_width`: of the rows that the engine keeps. `page`: tokens per page of keys.
     """
 
     def __init__(
@@ -127,6 +130,9 @@ class Renderer:
         max_item_rows: int | None = None,
         max_item_units: Mapping[str, int] | None = None,
         embed_width: int | None = None,
+        prompt_width: int | None = None,
+        slab_width: int = 0,
+        page: int = 1,
         limits: Limits = DEFAULT,
     ):
         self.processor, self.tokenizer, self.model_id = processor, tokenizer, model_id
@@ -139,6 +145,7 @@ class Renderer:
         self.answers = answers
         self.encoder_decoder, self.limits = encoder_decoder, limits
         self.embeds = EmbedReader(processor, embed_width) if processor and embed_width is not None else None
+        self.prompt_width, self.slab_width, self.page = prompt_width, slab_width, page
         self.cache = ItemCache(int(cache_gb * 2**30))
         self.named = cache_gb > 0 or prefix_caching
         markers = [tokenizer.id_of(name) for name in processor.marker.values()] if processor and tokenizer else []
@@ -149,7 +156,9 @@ class Renderer:
 
     def parse(self, prompt: Any) -> Request:
         """A prompt as a caller writes it -> Request; see `mmjax.inputs.parse`."""
-        request = inputs.parse(prompt, encoder_decoder=self.encoder_decoder, embeds=self.embeds)
+        request = inputs.parse(
+            prompt, encoder_decoder=self.encoder_decoder, embeds=self.embeds, row_width=self.prompt_width
+        )
         self.check_counts(request)
         return request
 
@@ -190,6 +199,8 @@ class Renderer:
 
         `tokenization_kwargs`: add_special_tokens (bool), truncate_prompt_tokens (keep the last n; -1: max_model_len).
         """
+        if request.rows is not None:
+            return self._embedded(request, request.rows)
         self.check_counts(request)
         tokens = self._tokens(request, tokenization_kwargs or {})
         media = self._items(request)
@@ -213,6 +224,24 @@ class Renderer:
             encoder_prompt=request.encoder_text,
             encoder_tokens=encoder,
             timestamps=expanded.timestamps,
+        )
+
+    def _embedded(self, request: Request, rows: np.ndarray) -> Rendered:
+        """A prompt of embeddings, in items as long as a page, so that prompts that begin alike share pages."""
+        self._check_length(len(rows))
+        items = whole_prompt.items(rows, self.slab_width, self.page)
+        tokens = [0] * len(rows)
+        positions, delta = self.processor.positions(tokens, [], {}) if self.processor else linear_positions(len(tokens))
+        kind = whole_prompt.KIND
+        return Rendered(
+            prompt=request.text,
+            tokens=np.asarray(tokens, np.int32),
+            positions=positions,
+            delta=delta,
+            spans=[Span(i * self.page, item.rows, kind, i) for i, item in enumerate(items)],
+            items=[MediaItem(kind, content_id(self.model_id, kind, item.ready, {}, {}), item) for item in items],
+            salt=request.salt,
+            embedded=True,
         )
 
     # --- text

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from mmjax.build import Parts
@@ -18,6 +19,7 @@ from mmjax.engine.grammar import Grammar
 from mmjax.engine.sequence import MediaSpan, Prompt
 from mmjax.engine.sequence import Sequence as EngineSequence
 from mmjax.engine.timestamps import Timed
+from mmjax.processors.prompt import NO_TOKEN
 from mmjax.render import Rendered
 from mmjax.types import RequestError, RequestMetrics, RequestOutput, SamplingParams
 
@@ -69,6 +71,8 @@ class Run(Request):
                 f"at most {parts.sizes.stops} are supported.",
                 "too_many_stop_tokens",
             )
+        if rendered.embedded and params.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs are of tokens, and this prompt is embeddings.", "no_prompt_tokens")
         prompt = engine_prompt(rendered, parts.shape.cross)
         plain = Constraints(params, parts.vocab_size, parts.tokenizer)
         kept: list[Constraints | Timed | Grammar] = [plain] * params.n
@@ -125,7 +129,8 @@ def engine_prompt(rendered: Rendered, cross: bool) -> Prompt:
     )
     audio = tuple((entry.key, entry.item) for entry in items) if cross else ()
     salt = (rendered.salt or "").encode() + b"".join(b"|" + entry.key.encode() for entry in items if cross)
-    return Prompt(rendered.tokens, rendered.positions, rendered.delta, spans, audio, salt)
+    tokens = np.full_like(rendered.tokens, NO_TOKEN) if rendered.embedded else rendered.tokens
+    return Prompt(tokens, rendered.positions, rendered.delta, spans, audio, salt)
 
 
 class Job:

@@ -128,7 +128,7 @@ def test_wrong_kinds_of_object_are_type_errors(prompt: Any, encoder_decoder: boo
         ({"multi_modal_data": {"video": Tensor(1, 5, 8)}}, "--enable-mm-embeds` to input `video_embeds`"),
         ({"multi_modal_data": {"audio": [Tensor(5, 8)]}}, "--enable-mm-embeds` to input `audio_embeds`"),
         ({"multi_modal_data": {"audio": Tensor(1, 5, 8)}}, "--enable-mm-embeds` to input `audio_embeds`"),
-        ({"prompt_embeds": Tensor(5, 8)}, "`prompt_embeds` is not supported"),
+        ({"prompt_embeds": Tensor(5, 8)}, "You must set `--enable-prompt-embeds`"),
         ({"cache_salt": ""}, "cache_salt must be a non-empty string"),
         ({"cache_salt": "\ud800"}, "cache_salt must be valid Unicode"),
         ({"cache_salt": 3}, "cache_salt must be a non-empty string"),
