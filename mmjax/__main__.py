@@ -114,6 +114,8 @@ def _settings(arguments: argparse.Namespace) -> Any:
         arguments,
         keys=(key,) if key else (),
         audio_mb=env_number("MAX_AUDIO_CLIP_FILESIZE_MB", 25),
+        max_stops=int(env_number("MAX_STOP_STRINGS", 4)),
+        max_prompts=int(env_number("MAX_COMPLETION_PROMPTS", 1024)),
         development=env_flag("SERVER_DEV_MODE", False),
     )
 

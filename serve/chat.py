@@ -52,6 +52,7 @@ class Conversation:
         """(rendered prompt, sampling parameters). Whatever is wrong with the request is raised here."""
         engine, body = self.context.engine, self.body
         options = self.context.chat_options(body.options())
+        self.context.check_stops(body.stop)
         fields = body.fields()
         if self.schema is not None:
             if "structured_outputs" in fields:

@@ -64,15 +64,14 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not JSON: {text!r}") from None
 
 
-def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], audio_mb: float, development: bool) -> Settings:
-    """What the flags say. keys, audio_mb and development: of the environment, where no flag says otherwise."""
+def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environment: Any) -> Settings:
+    """What the flags say. keys: of the environment, where no flag names any. environment: fields that have no flag."""
     return Settings(
         names=tuple(arguments.served_model_name or (arguments.model,)),
         keys=tuple(arguments.api_key or keys),
         role=arguments.response_role,
         max_queue=arguments.max_queue,
         max_body_mb=arguments.max_body_mb,
-        audio_mb=audio_mb,
         template_from_requests=arguments.trust_request_chat_template,
         content_format=arguments.chat_template_content_format,
         template_kwargs=dict(arguments.default_chat_template_kwargs),
@@ -84,7 +83,7 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], audio_mb: 
         origin_headers=tuple(itertools.chain(*arguments.allowed_headers)),
         credentials=arguments.allow_credentials,
         tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
-        development=development,
+        **environment,
     )
 
 

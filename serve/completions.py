@@ -15,7 +15,6 @@ from mmjax.serve.schema import CompletionRequest, sampling, tokenization
 from mmjax import RequestOutput, SamplingParams
 
 Json = dict[str, Any]
-MAX_PROMPTS = 1024
 
 
 def router(context: Context) -> APIRouter:
@@ -50,8 +49,8 @@ class Completion:
         engine, body, prompts = self.context.engine, self.body, self.body.prompts()
         if not prompts:
             raise ValueError("prompt: the list is empty")
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"prompt: {len(prompts)} prompts in one request, at most {MAX_PROMPTS}")
+        self.context.check_prompts(len(prompts))
+        self.context.check_stops(body.stop)
         options = tokenization(body.truncate_prompt_tokens)
         options |= {} if body.add_special_tokens else {"add_special_tokens": False}
         salt = {"cache_salt": body.cache_salt} if body.cache_salt else {}

@@ -16,6 +16,7 @@ from mmjax.serve import errors
 from mmjax.serve.metrics import Metrics
 
 from mmjax import AsyncLLM
+from mmjax.types import ValidationError
 
 Out = TypeVar("Out")
 
@@ -27,7 +28,8 @@ class Settings:
     names: under which the model is served, the first being the one that answers carry. max_queue: requests under way
     at once, those beyond are refused with 429. max_body_mb: of one request, in MiB. template_from_requests: whether a
     client may bring a chat template of its own. prompt_details: whether usage tells cached tokens. always_usage:
-    whether every stream ends with its usage. audio_mb: largest upload of speech, in MB.
+    whether every stream ends with its usage. audio_mb: largest upload of speech, in MB. max_stops, max_prompts: stop
+    strings and prompts in one request; 0 is no limit.
     """
 
     names: tuple[str, ...]
@@ -36,6 +38,8 @@ class Settings:
     max_queue: int = 1024
     max_body_mb: float = 256.0
     audio_mb: float = 25.0
+    max_stops: int = 4
+    max_prompts: int = 1024
     template_from_requests: bool = False
     content_format: str = "auto"
     template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,6 +72,21 @@ class Context:
         """NoSuchModel for a name that is not served; none means the one that is."""
         if name and name not in self.settings.names:
             raise errors.NoSuchModel(name)
+
+    def check_stops(self, stop: Any) -> None:
+        """ValidationError for more stop strings than the operator allows: each is looked for in every new piece of
+        text."""
+        most = self.settings.max_stops
+        if isinstance(stop, list) and len(stop) > most > 0:
+            words = f"stop: at most {most} strings, got {len(stop)} (MMJAX_MAX_STOP_STRINGS of the server)."
+            raise ValidationError(words, parameter="stop")
+
+    def check_prompts(self, count: int) -> None:
+        """ValidationError for more prompts in one request than the operator allows."""
+        most = self.settings.max_prompts
+        if count > most > 0:
+            words = f"At most {most} prompts in one request, got {count} (MMJAX_MAX_COMPLETION_PROMPTS of the server)."
+            raise ValidationError(words, parameter="prompt")
 
     def chat_options(self, asked: dict[str, Any]) -> dict[str, Any]:
         """The keywords of `AsyncLLM.prepare_chat`: what a request asks for, over what the operator chose."""

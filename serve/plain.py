@@ -17,7 +17,6 @@ from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeReque
 from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
 
 Json = dict[str, Any]
-MAX_PROMPTS = 1024
 PAGE = pathlib.Path(__file__).parent / "page" / "index.html"
 DEAD: dict[int | str, Json] = {503: {"description": "The engine has stopped."}}
 POLICY = (
@@ -153,8 +152,8 @@ def generate_router(context: Context) -> APIRouter:
         params = defaults if fields is None else sampling({"max_tokens": 16, **_known(fields)}, defaults)
         many = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
         prompts = body.prompts if many else [body.prompts]
-        if len(prompts) > MAX_PROMPTS:
-            raise ValueError(f"prompts: {len(prompts)} in one request, at most {MAX_PROMPTS}")
+        context.check_prompts(len(prompts))
+        context.check_stops((fields or {}).get("stop"))
 
         async def one(prompt: Any) -> RequestOutput:
             output = await engine.generate(await engine.prepare_by_url(prompt, body.tokenization_kwargs), params)

@@ -89,13 +89,6 @@ class Sampling(Form):
                 raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
         return self
 
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > MAX_STOPS:
-            raise ValueError(f"at most {MAX_STOPS} stop strings, got {len(stop)}")
-        return stop
-
     def fields(self) -> Json:
         """The given fields that `SamplingParams` knows by the same name."""
         names = SAMPLED & type(self).model_fields.keys()
@@ -107,7 +100,6 @@ class Sampling(Form):
         return given
 
 
-MAX_STOPS = 64
 SAMPLED = frozenset(
     {
         "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
