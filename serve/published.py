@@ -355,14 +355,9 @@ ResponseFormat = Annotated[Json, As(PlainFormat | SchemaFormat)]
 Structure = Annotated[Json, As(JsonAnswer | JsonObjectAnswer | RegexAnswer | ChoiceAnswer | GrammarAnswer)]
 IoOptions = Annotated[dict[str, Json], As(MediaIo)]
 
-STREAM: dict[int | str, Json] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+STREAM: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}}}}
 TRANSCRIPT: dict[int | str, Json] = {
-    200: {
-        "content": {
-            kind: {"schema": {"type": "string"}}
-            for kind in ("text/event-stream", "text/plain", "application/x-subrip", "text/vtt")
-        }
-    }
+    200: {"content": {kind: {} for kind in ("text/event-stream", "text/plain", "application/x-subrip", "text/vtt")}}
 }
 KEYLESS: dict[int | str, Json] = {401: {"model": NoKey, "description": "The request brings no valid key."}}
 NO_SUCH_MODEL: dict[int | str, Json] = {

@@ -3,7 +3,14 @@
 import asyncio
 import base64
 import io
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,27 +115,65 @@ def test_vectors(vectors: "openai.OpenAI") -> None:
         np.testing.assert_allclose(a.embedding, b.embedding, atol=1e-5)
 
 
+@pytest.fixture
+def no_stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test asks no other machine for anything."""
+    asked: list[Any] = []
+    plain = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if not str(address[0]).startswith("127."):
+            asked.append(address)
+        plain(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    yield
+    assert asked == []
+
+
 @pytest.mark.filterwarnings("default")
-def test_langchain(address: str) -> None:
+def test_langchain(address: str, no_stranger: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
+        monkeypatch.setenv(name, "false")
     chat = pytest.importorskip("langchain_openai").ChatOpenAI(
-        base_url=f"{address}/v1", api_key="none", model="tiny", temperature=0, max_tokens=6
+        base_url=f"{address}/v1", api_key="none", model="tiny", temperature=0, max_tokens=6, max_retries=0
     )
     whole = chat.invoke("the lazy dog")
     assert whole.content == "".join(chunk.content for chunk in chat.stream("the lazy dog"))
     assert whole.usage_metadata["output_tokens"] <= 6
+    picture = url(pil(1))
+    seen = chat.invoke([{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}])
+    assert seen.usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]
 
 
-@pytest.mark.filterwarnings("default")
+FOUND = "import importlib.util as u, sys; sys.exit(u.find_spec('litellm') is None)"
+LITELLM = """
+import json, sys
+import litellm
+
+litellm.telemetry = False
+options = {"model": "openai/tiny", "api_base": sys.argv[1], "api_key": "none", "max_tokens": 6, "temperature": 0}
+messages = [{"role": "user", "content": "the lazy dog"}]
+whole = litellm.completion(messages=messages, **options)
+chunks = list(litellm.completion(messages=messages, stream=True, **options))
+try:
+    litellm.completion(messages=[], **options)
+except litellm.BadRequestError as error:
+    refused = error.status_code
+said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+print(json.dumps([whole.choices[0].message.content, said, refused]))
+"""
+
+
 def test_litellm(address: str) -> None:
-    litellm = pytest.importorskip("litellm")
-    messages = [{"role": "user", "content": "the lazy dog"}]
-    options = {
-        "model": "openai/tiny",
-        "api_base": f"{address}/v1",
-        "api_key": "none",
-        "max_tokens": 6,
-        "temperature": 0,
-    }
-    whole = litellm.completion(messages=messages, **options)
-    chunks = list(litellm.completion(messages=messages, stream=True, **options))
-    assert whole.choices[0].message.content == "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    """In a program of its own: MMJAX_LITELLM_PYTHON, or this Python, has litellm."""
+    python = os.environ.get("MMJAX_LITELLM_PYTHON", sys.executable)
+    if not Path(python).exists() or subprocess.run([python, "-c", FOUND], check=False).returncode:
+        pytest.skip(f"{python} has no litellm")
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks for prices at import
+    done = subprocess.run(
+        [python, "-c", LITELLM, f"{address}/v1"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    whole, streamed, refused = json.loads(done.stdout.splitlines()[-1])
+    assert whole and whole == streamed and refused == 400
