@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from mmjax.serve.context import Context, as_json, event_stream, finite, token_text, unless_gone, usage
 from mmjax.serve.published import STREAM
 from mmjax.serve.schema import ChatRequest, sampling
-from mmjax.serve.tools import Call, Forced, Reader, schema_of
+from mmjax.serve.tools import CLOSE, MAX_CALLS, Call, Forced, Reader, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestOutput, SamplingParams
 
@@ -46,7 +46,8 @@ class Conversation:
         self.prepared: tuple[Any, SamplingParams] | None = None
         self.schema, self.function = None, None
         if body.tool_choice not in (None, "none", "auto"):
-            self.schema, self.function = schema_of(body.tools or [], body.tool_choice)
+            most = 1 if body.parallel_tool_calls is False else MAX_CALLS
+            self.schema, self.function = schema_of(body.tools or [], body.tool_choice, most)
 
     async def prepare(self) -> tuple[Any, SamplingParams]:
         """(rendered prompt, sampling parameters). Whatever is wrong with the request is raised here."""
@@ -58,6 +59,8 @@ class Conversation:
             if "structured_outputs" in fields:
                 raise ValueError("tool_choice and a response format cannot both say what the answer looks like")
             fields["structured_outputs"] = {"json": self.schema, "disable_any_whitespace": True}
+        elif self._one_call():
+            fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), CLOSE]
         async with self.context.admitted():
             params = await engine.ready(sampling(fields, engine.llm.get_default_sampling_params()))
             rendered = await engine.prepare_chat(body.messages, body.tokenization(), **options)
@@ -133,7 +136,7 @@ class Conversation:
             if ended:
                 called = reader is not None and reader.calls > 0 and delta.finish_reason == "stop"
                 last["finish_reason"] = "tool_calls" if called else delta.finish_reason
-                last["stop_reason"] = delta.stop_reason
+                last["stop_reason"] = self._stop_reason(delta.stop_reason)
             if self.body.return_token_ids:
                 last["token_ids"] = delta.token_ids
         return chunks
@@ -144,6 +147,14 @@ class Conversation:
             return Forced(self.function)
         asked = self.body.tools and self.body.tool_choice != "none"
         return Reader() if asked and self.context.settings.tool_parser else None
+
+    def _one_call(self) -> bool:
+        """Whether the answer ends with the first call."""
+        return self.body.parallel_tool_calls is False and isinstance(self._reader(), Reader)
+
+    def _stop_reason(self, found: int | str | None) -> int | str | None:
+        """The stop that the client asked for, if it was one."""
+        return None if found == CLOSE and self._one_call() else found
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.context.name}
@@ -173,7 +184,7 @@ class Conversation:
             "message": message,
             "logprobs": logprobs,
             "finish_reason": "tool_calls" if called else answer.finish_reason,
-            "stop_reason": answer.stop_reason,
+            "stop_reason": self._stop_reason(answer.stop_reason),
             "token_ids": list(answer.token_ids) if self.body.return_token_ids else None,
         }
 

@@ -369,7 +369,7 @@ REFUSALS: dict[int | str, Json] = {
     400: {"model": Refusal, "description": "Something is wrong with the request, or not to be had."},
     **KEYLESS,
     404: NO_SUCH_MODEL[404],
-    413: {"model": Refusal, "description": "The body, or the file in it, is too large."},
+    413: {"model": Refusal, "description": "The body is too large."},
     422: {"model": Refusal, "description": "A site refused to give a medium, or a file is none."},
     429: {"model": Refusal, "description": "Too many requests are under way."},
     503: {"model": Refusal, "description": "The engine has stopped."},

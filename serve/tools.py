@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_CALLS = 16  # in an answer that must be calls: without an end, some models find none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +109,13 @@ class Forced:
         return [call for call in calls if call is not None]
 
 
-def schema_of(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """(JSON schema of the answer, name of the one function) that `tool_choice` insists on. ValueError for a bad one."""
+def schema_of(
+    tools: list[dict[str, Any]], choice: str | dict[str, Any], most: int = MAX_CALLS
+) -> tuple[dict[str, Any], str | None]:
+    """(JSON schema of the answer, name of the one function) that `tool_choice` insists on. ValueError for a bad one.
+
+    `most`: calls in one answer.
+    """
     functions = {}
     for tool in tools:
         function = tool.get("function")
@@ -136,7 +142,7 @@ def schema_of(tools: list[dict[str, Any]], choice: str | dict[str, Any]) -> tupl
         }
         for name, parameters in functions.items()
     ]
-    return {"type": "array", "minItems": 1, "items": {"anyOf": calls}}, None
+    return {"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}, None
 
 
 def read_call(text: str) -> Call | None:

@@ -7,6 +7,8 @@ import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.tools import Call, Forced, Reader, schema_of
 
+from serving import events
+
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 TOOLS = [
     {
@@ -81,3 +83,41 @@ def test_a_client_insists(client: TestClient) -> None:
     assert deltas[-1]["finish_reason"] == "tool_calls"
     assert ask(tool_choice={"type": "function", "function": {"name": "fly"}}).status_code == 400
     assert ask(tool_choice="sometimes").status_code == 400
+
+
+def test_calls_have_an_end(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr("mmjax.serve.chat.MAX_CALLS", 3)
+    ends = [
+        client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"][-1]
+        for text in ("]", "}]", "}}]")
+    ]
+    never = {str(token): -100 for token in ends}
+    body = {"messages": [{"role": "user", "content": "Time?"}], "temperature": 0, "max_tokens": 250, "tools": TOOLS[1:]}
+    for more, count in (({}, 3), ({"parallel_tool_calls": True}, 3), ({"parallel_tool_calls": False}, 1)):
+        given = {**body, "tool_choice": "required", "logit_bias": never, **more}
+        [choice] = client.post("/v1/chat/completions", json=given).json()["choices"]
+        assert choice["finish_reason"] == "tool_calls", choice
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"] * count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_at_a_time(client: TestClient, stream: bool) -> None:
+    pytest.importorskip("llguidance")
+    call = '<tool_call>{"name": "now"}</tool_call>'
+    body = {
+        "messages": [{"role": "user", "content": "Time?"}], "temperature": 0, "max_tokens": 120, "stream": stream,
+        "tools": TOOLS, "structured_outputs": {"choice": [f"{call}\n{call}"]},
+    }  # fmt: skip
+    for parallel, count in ((None, 2), (True, 2), (False, 1)):
+        response = client.post("/v1/chat/completions", json={**body, "parallel_tool_calls": parallel})
+        if stream:
+            last = [event["choices"][0] for event in events(response)]
+            calls = [made for choice in last for made in choice["delta"].get("tool_calls", ())]
+            assert not any(choice["delta"].get("content") for choice in last)
+            assert [made["index"] for made in calls] == list(range(count))
+        else:
+            last = response.json()["choices"]
+            calls = last[0]["message"]["tool_calls"]
+        assert [made["function"]["name"] for made in calls] == ["now"] * count
+        assert last[-1]["finish_reason"] == "tool_calls" and last[-1]["stop_reason"] is None
