@@ -1,6 +1,7 @@
 """A server as clients and operators meet it: connections that break, and a stop while it answers."""
 
 import base64
+import http.server
 import json
 import os
 import re
@@ -15,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from asking import pil, sound_of, tone, url, user
 from listening import listening as on_a_port
 from mmjax import AsyncLLM
 from serving import over, until
+from web import png, running
 
 LONG = {"messages": user(url(pil(1)), "Tell me more"), "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+
+QUEUE = 12
 
 
 def leave(address: str, path: str, body: dict[str, Any], wait: Callable[[socket.socket], object]) -> None:
@@ -87,11 +92,13 @@ def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     flags.write_text(
         "max-model-len: 384\nmax_num_seqs: 4\nblock-size: 16\nmax-num-batched-tokens: 128\nnum-decode-steps: 1\n"
         "enforce-eager: true\nserved-model-name: [tiny, other]\nlimit-mm-per-prompt: {image: 2}\n"
+        f"max-queue: {QUEUE}\nallowed-media-domains: [127.0.0.1]\n"
     )
     words = ["serve", str(tiny_dir("qwen2_vl")), "--config", str(flags), "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "log"
     with log.open("w") as out:
-        env = {**os.environ, "MMJAX_COMPILATION_CACHE": str(Path.home() / ".cache" / "mmjax-tests" / "serve")}
+        cache = Path.home() / ".cache" / "mmjax-tests" / "serve"
+        env = {**os.environ, "MMJAX_COMPILATION_CACHE": str(cache), "MMJAX_IMAGE_FETCH_TIMEOUT": "300"}
         server = subprocess.Popen([sys.executable, "-m", "mmjax", *words], stdout=out, stderr=out, env=env)
     address = f"http://127.0.0.1:{port}"
 
@@ -108,6 +115,49 @@ def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     finally:
         server.kill()
         server.wait()
+
+
+def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> None:
+    """Pictures that come a byte at a time, more of them than there are threads that decode media."""
+    _, address = process
+    ended, answers = threading.Event(), []
+
+    def drip(request: http.server.BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.end_headers()
+        while not ended.wait(0.05):
+            request.wfile.write(b"x")
+            request.wfile.flush()
+
+    def ask(link: str | None) -> httpx.Response:
+        parts = [{"type": "image_url", "image_url": {"url": link}}] if link else []
+        return httpx.post(
+            f"{address}/v1/chat/completions", json={"messages": user(*parts, "?"), "max_tokens": 2}, timeout=300
+        )
+
+    with running() as site:
+        site.pages = {"/slow.png": drip, "/quick.png": png(np.asarray(pil(1)))}
+        slow, quick = site.url("/slow.png"), site.url("/quick.png")
+        threads = [threading.Thread(target=lambda: answers.append(ask(slow))) for _ in range(QUEUE)]
+        try:
+            for thread in threads[:-1]:
+                thread.start()
+            until(lambda: len(site.seen) == QUEUE - 1, "the slow ones are being fetched")
+            assert [ask(link).status_code for link in (None, quick, None)] == [200, 200, 200]
+            threads[-1].start()
+            until(lambda: httpx.get(f"{address}/load").json() == {"server_load": QUEUE}, "the queue is full")
+            refused = ask(None)
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            assert "--max-queue" in refused.json()["error"]["message"]
+            assert httpx.get(f"{address}/health").status_code == 200
+            assert answers == []
+        finally:
+            ended.set()
+        for thread in threads:
+            thread.join(300)
+        assert [answer.status_code for answer in answers] == [400] * QUEUE  # what came was no picture
+        assert ask(quick).status_code == 200
+    assert httpx.get(f"{address}/load").json() == {"server_load": 0}
 
 
 def test_a_stop_lets_running_requests_end(process: Any) -> None:
