@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.engine.answer import Answer, Report
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.pack import RowTable, Sizes, pack_decode, pack_encode, pack_prefill, pack_ready
+from mmjax.engine.pack import RowTable, Sizes, pack_biases, pack_decode, pack_encode, pack_prefill, pack_ready
 from mmjax.engine.pages import Pages
 from mmjax.engine.pooled import Pooled
 from mmjax.engine.sample import history_row
@@ -181,9 +181,9 @@ class Engine:
         return found
 
     def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> Ticket:
-        for seq, _ in chosen:
-            if seq.constraints.dynamic:
-                self._set_tables(seq)
+        changing = [seq for seq, _ in chosen if seq.constraints.dynamic]
+        if changing:
+            self._run(self.runner.set_biases, *pack_biases(self.sizes, changing, self.shape.vocab))
         total, vector = pack_decode(self.sizes, chosen, self.rows, self.scheduler.tables)
         most = max(steps for _, steps in chosen)
         sampled = self._run(self.runner.decode, total, vector, most)

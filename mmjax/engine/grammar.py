@@ -75,21 +75,21 @@ class Grammar:
         self._matcher = rules.matcher.deep_copy()
         self._others = others
         self._vocab, self._eos = vocabulary.vocab, [t for t in vocabulary.eos if t < vocabulary.vocab]
-        self._mask = np.zeros((1, -(-vocabulary.vocab // 32)), np.int32)
+        self._mask = np.zeros(-(-vocabulary.vocab // 32), np.int32)
+        self._address = self._mask.ctypes.data
         self._taken = 0
 
     def row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """f32[V] to add to the logits of the token after `output_ids`, which only ever grow."""
-        from llguidance import numpy as guidance
-
         new = [int(token) for token in output_ids[self._taken :]]
         self._taken = len(output_ids)
         if new and not self._matcher.is_stopped():
             self._matcher.consume_tokens(new)
-        allowed = np.zeros(self._vocab, bool)
-        if not self._matcher.is_stopped():
-            guidance.fill_next_token_bitmask(self._matcher, self._mask)
-            allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._vocab].astype(bool)
+        if self._matcher.is_stopped():
+            self._mask[:] = 0
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
+        allowed = np.unpackbits(self._mask.view(np.uint8), count=self._vocab, bitorder="little").view(bool)
         if not allowed.any():  # the grammar has ended
             allowed[self._eos] = True
         row = np.where(allowed, np.float32(0), np.float32(-np.inf))

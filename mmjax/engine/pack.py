@@ -256,6 +256,17 @@ def _places(pages: Sequence[int], size: int) -> np.ndarray:
     return (np.asarray(pages, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
 
 
+def pack_biases(sizes: Sizes, seqs: Sequence[Seq], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows i32[S], f32[S, V] to add to their logits) of sequences whose constraints change with every token."""
+    total = bucket(len(seqs), sizes.seqs)
+    rows, biases = np.full(total, sizes.rows - 1, np.int32), np.zeros((total, vocab), np.float32)
+    for s, seq in enumerate(seqs):
+        rows[s], bias = seq.row, seq.constraints.row(seq.outputs.tolist())
+        if bias is not None:
+            biases[s] = bias
+    return rows, biases
+
+
 def _pad_rows(f: Mapping[str, np.ndarray], sizes: Sizes) -> None:
     """Rows that ask for nothing and write to the table row that belongs to nobody."""
     f["row"].fill(sizes.rows - 1)

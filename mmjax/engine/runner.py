@@ -263,6 +263,9 @@ class Runner:
     def _set_row(self, state: State, row: Array, seen: Array, bias: Array) -> State:
         return dataclasses.replace(state, seen=state.seen.at[row].set(seen), bias=state.bias.at[row].set(bias))
 
+    def _set_biases(self, state: State, rows: Array, biases: Array) -> State:
+        return dataclasses.replace(state, bias=state.bias.at[rows].set(biases))
+
     # -- compiling ---------------------------------------------------------------------------------------------------
 
     def _compile(self, kind: str, size: int, steps: int, name: str) -> Program:
@@ -303,11 +306,14 @@ class Runner:
             function, out = self._score, free
             hidden = jax.ShapeDtypeStruct((size, self.shape.width), self.dtype, sharding=free)
             args = (self.leaves, hidden, i32(size))
+        elif kind == "biases":
+            function, out = self._set_biases, keep
+            args = (self.state, i32(size), jax.ShapeDtypeStruct((size, vocab), jnp.float32, sharding=free))
         else:
             function, out = self._set_row, keep
             row = jax.ShapeDtypeStruct((vocab,), jnp.float32, sharding=free)
             args = (self.state, i32(), i32(vocab), row)
-        donated = {"score": (), "row": (0,), "put": (0,)}.get(kind, (1,))
+        donated = {"score": (), "row": (0,), "put": (0,), "biases": (0,)}.get(kind, (1,))
         # float32 is asked for by those who compare: no TF32 for them.
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
@@ -337,6 +343,7 @@ class Runner:
         kinds[len(sizes.tokens) : len(sizes.tokens)] = [
             Key("decode", s, n) for s in reversed(sizes.seqs) for n in sorted(loops)
         ]
+        kinds += [Key("biases", s) for s in sizes.seqs]
         return [*kinds, *(Key("score", t) for t in sizes.tokens), Key("row", 0)]
 
     def _steps(self, most: int) -> int:
@@ -383,3 +390,7 @@ class Runner:
         seen = np.zeros(vocab, np.int32) if seen is None else seen
         bias = np.zeros(vocab, np.float32) if bias is None else bias
         self.state = self.program("row", 0)(self.state, np.int32(row), seen, bias)
+
+    def set_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
+        """Set what is added to the logits of some rows: i32[S] and f32[S, V], S being a bucket."""
+        self.state = self.program("biases", len(rows))(self.state, rows, biases)
