@@ -8,14 +8,15 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import Context, as_json, event_stream, finite, token_text, unless_gone, usage
+from mmjax.serve.context import Context, as_json, event_stream, finite, merged, together, token_text, unless_gone, usage
 from mmjax.serve.published import STREAM
-from mmjax.serve.schema import ChatRequest, sampling
+from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling
 from mmjax.serve.tools import CLOSE, MAX_CALLS, Call, Forced, Reader, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestOutput, SamplingParams
 
 Json = dict[str, Any]
+PER_PROMPT = ("prompt_logprobs", "prompt_token_ids")
 
 
 def router(context: Context) -> APIRouter:
@@ -32,7 +33,33 @@ def router(context: Context) -> APIRouter:
             return event_stream(conversation.events())
         return await as_json(await unless_gone(request, conversation.answer()))
 
+    @routes.post("/v1/chat/completions/batch", response_model=None)
+    async def batch(body: ConversationsRequest, request: Request) -> Response:
+        """Answer several conversations; the choices of conversation i are numbered from i * n."""
+        context.check_model(body.model)
+        if not body.messages:
+            raise ValueError("messages: the list of conversations is empty")
+        context.check_prompts(len(body.messages))
+        all_of_them = [Conversation(context, each, request.state.request_id) for each in body.each()]
+        answers = await unless_gone(request, together(*(each.answer() for each in all_of_them)))
+        return await as_json(_as_one(answers))
+
     return routes
+
+
+def _as_one(answers: Sequence[Json]) -> Json:
+    """The answers to several conversations as one body: choices in their order, usage in all, what is told of prompts
+    as a list."""
+    choices = merged([answer["choices"] for answer in answers])
+    counts = [answer["usage"] for answer in answers]
+    details = [count["prompt_tokens_details"]["cached_tokens"] for count in counts if "prompt_tokens_details" in count]
+    prompt, made = (sum(count[name] for count in counts) for name in ("prompt_tokens", "completion_tokens"))
+    return {
+        **answers[0],
+        "choices": [{**choice, "index": index} for index, choice in enumerate(choices)],
+        "usage": usage(prompt, made, sum(details) if details else None),
+        **{name: [answer[name] for answer in answers] for name in PER_PROMPT if answers[0].get(name) is not None},
+    }
 
 
 class Conversation:

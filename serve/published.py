@@ -309,6 +309,13 @@ class TokensPrompt(BaseModel):
     cache_salt: Word | None = None
 
 
+class EmbedsPrompt(BaseModel):
+    """A tensor in base64. Only with --enable-prompt-embeds."""
+
+    prompt_embeds: Word
+    cache_salt: Word | None = None
+
+
 class ImageIo(BaseModel):
     rgba_background_color: tuple[Shade, Shade, Shade] = (255, 255, 255)
 
@@ -344,11 +351,12 @@ class NoKey(BaseModel):
     error: Literal["Unauthorized"]
 
 
-Prompt = str | list[Token] | TextPrompt | TokensPrompt
+Prompt = str | list[Token] | TextPrompt | TokensPrompt | EmbedsPrompt
 Prompts = Annotated[Json | str | list[int] | list[Json | str | list[int]], As(Prompt | list[Prompt])]
 TokenOptions = Annotated[Json, As(TokenizationFields)]
 SamplingOptions = Annotated[Json, As(SamplingFields)]
 Messages = Annotated[list[Json], As(Conversation)]
+Batch = Annotated[list[list[Json]], As(Annotated[list[Conversation], Field(min_length=1)])]
 Tools = Annotated[list[Json], As(list[Tool])]
 ToolChoice = Annotated[str | Json, As(Literal["none", "auto", "required"] | NamedTool)]
 ResponseFormat = Annotated[Json, As(PlainFormat | SchemaFormat)]

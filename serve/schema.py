@@ -206,6 +206,17 @@ class ChatRequest(Sampling, ChatForm):
         return tokenization(self.truncate_prompt_tokens) | {"add_special_tokens": self.add_special_tokens}
 
 
+class ConversationsRequest(ChatRequest):
+    """POST /v1/chat/completions/batch: many conversations, and what they have in common."""
+
+    messages: say.Batch  # type: ignore[assignment]
+    stream: Literal[False] = False
+
+    def each(self) -> list[ChatRequest]:
+        """One request for every conversation."""
+        return [ChatRequest.model_construct(**{**dict(self), "messages": messages}) for messages in self.messages]
+
+
 class CompletionRequest(Sampling):
     """POST /v1/completions: text without media."""
 

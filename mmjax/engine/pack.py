@@ -261,6 +261,7 @@ def pack_biases(sizes: Sizes, seqs: Sequence[Seq], vocab: int) -> tuple[np.ndarr
     total = bucket(len(seqs), sizes.seqs)
     rows, biases = np.full(total, sizes.rows - 1, np.int32), np.zeros((total, vocab), np.float32)
     for s, seq in enumerate(seqs):
+        assert seq.row is not None
         rows[s], bias = seq.row, seq.constraints.row(seq.outputs.tolist())
         if bias is not None:
             biases[s] = bias

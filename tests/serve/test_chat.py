@@ -148,3 +148,22 @@ def test_refusals_leave_it_serving(client: TestClient) -> None:
         == 400
     )
     assert chat(client).json()["choices"] == good
+
+
+def test_many_conversations_in_one_request(client: TestClient) -> None:
+    talks = [[{"role": "user", "content": f"Count to {n}"}] for n in range(3)]
+    parts = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "What is this?"}]
+    talks.append([{"role": "user", "content": parts}])
+    body = {"messages": talks, "max_tokens": 5, "temperature": 0}
+    told = client.post("/v1/chat/completions/batch", json=body).json()
+    alone = [chat(client, messages=talk, max_tokens=5).json() for talk in talks]
+    assert [choice["index"] for choice in told["choices"]] == [0, 1, 2, 3]
+    for choice, one in zip(told["choices"], alone, strict=True):
+        assert choice["message"] == one["choices"][0]["message"]
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert told["usage"][name] == sum(one["usage"][name] for one in alone)
+    for wrong in ({"messages": []}, {"messages": talks[0]}, {"stream": True}, {"messages": [*talks, []]}):
+        assert client.post("/v1/chat/completions/batch", json={**body, **wrong}).status_code == 400
+    twice = client.post("/v1/chat/completions/batch", json={**body, "temperature": 1, "n": 2, "return_token_ids": True})
+    assert [choice["index"] for choice in twice.json()["choices"]] == list(range(8))
+    assert [len(ids) for ids in twice.json()["prompt_token_ids"]] == [one["usage"]["prompt_tokens"] for one in alone]

@@ -88,7 +88,7 @@ def fitting(node: Any, values: Json, kind: str = "") -> Any:
         [name] = out["properties"].keys() & {"url", "image_url"}
         out["properties"][name] = {"enum": LINKS[kind]}
     if kind == "Message":
-        _, parts, _ = out["properties"]["content"]["anyOf"]
+        _, parts, _ = out["properties"]["content"]["anyOf"]  # a text, parts, nothing
         refs = parts["items"]["anyOf"]
         parts["items"]["anyOf"] = [ref for ref in refs if ref["$ref"].rpartition("/")[2] in PARTS]
         out["properties"]["content"] = {"anyOf": [{**TEXT, "minLength": 1}, {**parts, "minItems": 1, "maxItems": 3}]}
