@@ -19,7 +19,7 @@ requests = pytest.importorskip("requests")
 schemathesis = pytest.importorskip("schemathesis")
 checks = pytest.importorskip("schemathesis.specs.openapi.checks")
 
-EXAMPLES = int(os.environ.get("MMJAX_SCHEMA_EXAMPLES", "16"))  # per operation
+EXAMPLES = int(os.environ.get("MMJAX_SCHEMA_EXAMPLES", "12"))  # per operation, twice
 CHECKS = (checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance)
 Json = dict[str, Any]
 Counter = collections.Counter[tuple[str, int]]
@@ -82,6 +82,10 @@ def fitting(node: Any, values: Json, kind: str = "") -> Any:
     if isinstance(node.get("properties"), dict):
         for name in out["properties"].keys() & values.keys():
             out["properties"][name] = values[name]
+        talks = out["properties"].get("messages", {})
+        for talk in (talks, talks.get("items", {})):
+            if talk.get("type") == "array":
+                talk["maxItems"] = 3
     if node.get("in") == "path":
         out["schema"] = {"enum": ["tiny"]}
     if kind in LINKS:
@@ -126,12 +130,12 @@ def few(published: Json, operation: "schemathesis.APIOperation") -> "st.SearchSt
     return st.builds(choose, operation.as_strategy(), kept)
 
 
-def answers(client: TestClient, cases: "dict[str, st.SearchStrategy[schemathesis.Case]]") -> Counter:
-    """How often requests of each sort got each status. No status is the server's fault, and all are published."""
+def answers(client: TestClient, count: int, **cases: "st.SearchStrategy[schemathesis.Case]") -> Counter:
+    """How often so many requests of some sorts got each status. None is the server's fault, all are published."""
     answered: Counter = collections.Counter()
 
     @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+        max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(st.one_of([st.tuples(st.just(sort), strategy) for sort, strategy in cases.items()]))
@@ -153,20 +157,15 @@ def answers(client: TestClient, cases: "dict[str, st.SearchStrategy[schemathesis
 @pytest.mark.parametrize("kind", ["served", "listening", "pooling"])
 def test_no_request_is_the_servers_fault(kind: str, request: pytest.FixtureRequest) -> None:
     engine: AsyncLLM = request.getfixturevalue(kind)
-    client, encoded = over(engine), engine.llm.get_metrics()["encoded_items"]
+    client, looked_up = over(engine), engine.llm.get_metrics()["mm_cache_queries"]
     published = client.get("/openapi.json").json()
     near = operations(fitting(published, FITTING | (HEARD if kind == "listening" else {})))
     for label, operation in operations(published).items():
-        answered = answers(
-            client,
-            {
-                "fitting": few(published, near[label]),
-                "by the schema": operation.as_strategy(),
-                "against it": operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE),
-            },
-        )
+        against = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+        answered = answers(client, EXAMPLES, valid=operation.as_strategy(), against=against)
+        answered += answers(client, EXAMPLES, fitting=few(published, near[label]))
         print(f"{kind} {label}:", ", ".join(f"{sort} {status} x{n}" for (sort, status), n in sorted(answered.items())))
         asked = sum(count for (sort, _), count in answered.items() if sort == "fitting")
-        assert answered["fitting", 200] >= 0.6 * asked > 0, (label, answered)
+        assert answered["fitting", 200] >= 0.5 * asked > 0, (label, answered)
     engine.check()
-    assert engine.llm.get_metrics()["encoded_items"] > encoded, "media came through"
+    assert engine.llm.get_metrics()["mm_cache_queries"] > looked_up, "media came through"
