@@ -27,6 +27,7 @@ def online(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
             yield client
     finally:
         engine.close()
+        del engine.llm  # FastAPI remembers the functions of every app, and they would keep the model with its programs
     assert not any(each.busy for each in llm.parts.engines)
 
 

@@ -193,3 +193,4 @@ def test_over_http(taking: Any, table: Any) -> None:
         assert [ask(tensor2base64(rows)).json()[0]["outputs"][0]["token_ids"]] == want
     finally:
         engine.close()
+        del engine.llm  # see tests/online.py
