@@ -16,7 +16,16 @@ whenever the repository's root is on sys.path. Under that name nothing is import
 if __name__ != "kernels":
     # The ops share names with their folders: importing them here, first, makes the function win over the module for
     # good.
-    from .choose import IMPLEMENTATIONS, heads_first, pool_dtype, pool_head_dim, pool_kv_heads, query_block, select
+    from .choose import (
+        IMPLEMENTATIONS,
+        heads_first,
+        multiplies_bfloat16,
+        pool_dtype,
+        pool_head_dim,
+        pool_kv_heads,
+        query_block,
+        select,
+    )
     from .paged_decode import paged_decode
     from .paged_prefill import paged_prefill
     from .pages import write_pages
@@ -25,6 +34,7 @@ if __name__ != "kernels":
     __all__ = [
         "IMPLEMENTATIONS",
         "heads_first",
+        "multiplies_bfloat16",
         "paged_decode",
         "paged_prefill",
         "pool_dtype",

@@ -1,9 +1,23 @@
-"""Writing new keys and values into the paged pool."""
+"""Writing new keys and values into the paged pool, and what its integers mean."""
 
 import jax
 import jax.numpy as jnp
 
 from .choose import heads_first
+
+
+def as_kept(rows: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Keys or values in a pool's dtype. An integer pool keeps the bits of bfloat16."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+    return rows.astype(dtype)
+
+
+def as_float32(kept: jax.Array) -> jax.Array:
+    """What came out of a pool, as float32."""
+    if kept.dtype == jnp.uint16:
+        kept = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
+    return kept.astype(jnp.float32)
 
 
 def write_pages(
@@ -23,8 +37,8 @@ def write_pages(
     def put(pool: jax.Array, rows: jax.Array) -> jax.Array:
         if turned:
             at = pool.at[slot // page, :, slot % page]
-            return at.set(rows.astype(pool.dtype), mode="drop", unique_indices=True)
+            return at.set(as_kept(rows, pool.dtype), mode="drop", unique_indices=True)
         flat = pool.reshape(end, *pool.shape[2:])
-        return flat.at[slot].set(rows.astype(pool.dtype), mode="drop", unique_indices=True).reshape(pool.shape)
+        return flat.at[slot].set(as_kept(rows, pool.dtype), mode="drop", unique_indices=True).reshape(pool.shape)
 
     return put(k_pool, k), put(v_pool, v)

@@ -231,10 +231,13 @@ def _engine(
     """One replica: (engine, sizes, shape, longest sequence, seconds spent compiling)."""
     from mmjax import sharding
     from mmjax.engine.runner import Runner
+    from mmjax.kernels import multiplies_bfloat16
 
     mesh = sharding.mesh(devices)
-    # XLA:CPU emulates half precision: a decode step took 10 times as long.
+    # XLA:CPU emulates half precision (a decode step took 10 times as long), but in matrix products, on some processors.
     held = "float32" if platform == "cpu" else dtype
+    matrices = "bfloat16" if dtype == "bfloat16" != held and multiplies_bfloat16() else None
+    keys = matrices or held
     if args.pooling and config.shape.cross:
         raise ValueError("runner 'pooling' is for decoder-only models: an encoder-decoder has no vectors to give")
     encoders = {
@@ -246,6 +249,7 @@ def _engine(
         mesh,
         dtype,
         held,
+        matrices=matrices,
         dummy=args.load_format == "dummy",
         seed=args.seed,
         int8=args.quantization == "int8",
@@ -262,14 +266,16 @@ def _engine(
         slab_width=slab_width,
         pooling=args.pooling,
     )
-    page_bytes = _page_bytes(args, shape, platform, held, sharding.ways(mesh))
+    page_bytes = _page_bytes(args, shape, platform, keys, sharding.ways(mesh))
     budget = _cache_bytes(args, devices[0], platform)
     max_len, pages = _cache_size(args, shape, platform, budget, page_bytes)
     if hasattr(split, "within"):  # some models turn with the longest sequence that there can be
         graph, _ = declare(checkpoint.family, split.within(max_len))
     slab_rows = _slab_rows(args, shape, platform, max_len)
     sizes = _sizes(args, shape, platform, max_len, slab_rows)
-    runner = Runner(graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, platform=platform)
+    runner = Runner(
+        graph, params, shape, sizes, mesh, pages=pages, slab_rows=slab_rows, dtype=held, keys=keys, platform=platform
+    )
     seconds = 0.0 if args.enforce_eager else runner.warm_up(_bar("Compiling"))
     caching = not shape.cross if args.enable_prefix_caching is None else args.enable_prefix_caching
     engine = Engine(runner, sizes, shape, pages=pages, slab_rows=slab_rows, prefix_caching=caching)

@@ -47,8 +47,9 @@ class EngineArgs:
 
     model: a local directory (Hugging Face layout, or what `mmjax convert` wrote) or a hub id.
     runner: "pooling" answers with vectors (`LLM.embed`), everything else with text; convert "embed" means the same.
-    dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU, which has no
-    fast half precision, it says what the weights are rounded to; they are held and computed with in float32.
+    dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU it says
+    what the weights are rounded to; they are held and computed with in float32, but for the matrices of bfloat16 where
+    the processor has instructions to multiply them.
     enforce_eager: compile each shape on first use instead of all at start. max_model_len: most tokens of a prompt and
     its answer ("4k" = 4000, "4K" = 4096, "auto" or -1 = what the model and the memory allow). max_num_seqs: sequences
     decoded together. max_num_batched_tokens: prompt tokens per step, and the largest media item.

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mmjax import demo, sharding
 from mmjax.converters.table import Part, convert
 from mmjax.models import Family
-from mmjax.nn.weight import Quantised, inputs_of, quantise
+from mmjax.nn.weight import Quantised, inputs_of, is_matrix, quantise
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HEAD = "lm_head.weight"
@@ -184,6 +184,7 @@ def load_params(
     dtype: Any,
     held: Any,
     *,
+    matrices: Any = None,
     dummy: bool = False,
     seed: int = 0,
     int8: bool = False,
@@ -192,18 +193,24 @@ def load_params(
 ) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array | Quantised]]:
     """(graph, configuration as split over the mesh, parameters by path on the mesh).
 
-    dtype: what the values are rounded to. held: the dtype they are then kept and computed in. int8: keep the matrices
-    of the language model in int8; one at a time is on the devices in both forms. text_only: whatever belongs to no
-    language model stays off the devices; no program may use it.
+    dtype: what the values are rounded to. held: the dtype they are then kept and computed in. matrices: another dtype
+    for those that `Weight.einsum` multiplies by. int8: keep the matrices of the language model in int8; one at a time
+    is on the devices in both forms. text_only: whatever belongs to no language model stays off the devices; no program
+    may use it.
     """
     ways = sharding.ways(mesh)
     split = config.split(ways)
     graph, leaves = declare(checkpoint.family, split)
+
+    def dtype_of(path: str) -> Any:
+        apart = matrices is not None and not (int8 and in_int8(path, leaves[path])) and is_matrix(leaves[path].axes)
+        return jnp.dtype(matrices if apart else held)
+
     if dummy:
         make = progress(iter(leaves.items()), len(leaves))
         none = Leaf((0,), ("one",))
         kept = ((path, none if text_only and not path.startswith(TEXT) else leaf) for path, leaf in make)
-        made = ((path, random_leaf(path, leaf, mesh, held, seed)) for path, leaf in kept)
+        made = ((path, random_leaf(path, leaf, mesh, dtype_of(path), seed)) for path, leaf in kept)
         return graph, split, {path: keep(path, leaves[path], array, mesh, int8=int8) for path, array in made}
     _, stored = declare(checkpoint.family, config)
     params: dict[str, jax.Array | Quantised] = {}
@@ -212,7 +219,7 @@ def load_params(
         if text_only and not path.startswith(TEXT):
             params[path] = jnp.zeros((0,), jnp.dtype(held), device=sharding.place(mesh, ("one",)))
             continue
-        array = fit(value, stored[path], leaf).astype(jnp.dtype(dtype), copy=False).astype(jnp.dtype(held), copy=False)
+        array = fit(value, stored[path], leaf).astype(jnp.dtype(dtype), copy=False).astype(dtype_of(path), copy=False)
         params[path] = keep(path, leaf, jax.device_put(array, sharding.place(mesh, leaf.axes)), mesh, int8=int8)
     return graph, split, params
 
@@ -222,12 +229,17 @@ def keep(path: str, leaf: Leaf, array: jax.Array, mesh: Mesh, *, int8: bool) -> 
 
     The embedding stays as it is: rows of it are looked up, and it may be the head as well.
     """
-    inputs = inputs_of(leaf.axes) if int8 and path.startswith(TEXT) and path != EMBEDDING else ()
-    if not inputs:
+    if not (int8 and in_int8(path, leaf)):
         return array
+    inputs = inputs_of(leaf.axes)
     scale = tuple("one" if i in inputs else axis for i, axis in enumerate(leaf.axes))
     kept = _quantiser(inputs, sharding.place(mesh, leaf.axes), sharding.place(mesh, scale))(array)
     return jax.block_until_ready(kept)  # else the next ones would be sent before this one's first form is freed
+
+
+def in_int8(path: str, leaf: Leaf) -> bool:
+    """Whether a parameter is one of those that int8 is for."""
+    return path.startswith(TEXT) and path != EMBEDDING and bool(inputs_of(leaf.axes))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
+from ..pages import as_float32
 
 CHUNK = 128
 """Keys per trip."""
@@ -48,7 +49,7 @@ def run(
 
             def gather(pool: jax.Array) -> jax.Array:
                 rows = jnp.take(pool, ids, axis=0, mode="clip")
-                return rows.swapaxes(0, 1).reshape(K, keys, H).astype(jnp.float32)
+                return as_float32(rows.swapaxes(0, 1).reshape(K, keys, H))
 
             seen = (at < end)[None]
             if causal:

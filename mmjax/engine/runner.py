@@ -88,6 +88,7 @@ class Runner:
         pages: int,
         slab_rows: int,
         dtype: Any,
+        keys: Any,
         platform: str,
     ) -> None:
         self.graph = graph
@@ -102,7 +103,7 @@ class Runner:
         self.warm = False
         self._programs: dict[Key, Program] = {}
         self._everywhere = NamedSharding(mesh, P())
-        page, kept = page_shape(shape, sizes.page, dtype, platform, sharding.ways(mesh))
+        page, kept = page_shape(shape, sizes.page, keys, platform, sharding.ways(mesh))
         pool = (shape.layers * pages, *page)
         held = sharding.place(mesh, pool_axes())
         rows, vocab = sizes.rows, 0 if shape.pooling else shape.vocab

@@ -20,7 +20,7 @@ from mmjax.nn.decoder import Decoder, DecoderConfig
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.pixels import Pixels
 from mmjax.nn.siglip import Siglip, SiglipConfig
-from mmjax.nn.weight import weight
+from mmjax.nn.weight import product, weight
 from mmjax.sharding import up
 
 VERSION = 2.6  # the architecture's name also stands for 2.0 and 2.5, which are other models
@@ -129,11 +129,11 @@ class Resampler(nnx.Module):
         value = layer_norm(x @ self.key[...], self.key_norm[...], self.key_norm_bias[...], EPS)
         key = value + waves(place, value.shape[-1]).astype(value.dtype)
         q, k, v = (
-            jnp.einsum("ud,dnh->unh", part, self.qkv[:, :, j]) + self.qkv_bias[:, j]
+            product("ud,dnh->unh", part, self.qkv[:, :, j]) + self.qkv_bias[:, j]
             for j, part in enumerate((query, key, value))
         )
         y = self._attend(q, k, v, segment, slices)
-        y = jnp.einsum("qnh,nhd->qd", y, self.o[...]) + self.o_bias[...]
+        y = self.o.einsum("qnh,nhd->qd", y) + self.o_bias[...]
         return layer_norm(y, self.last_norm[...], self.last_norm_bias[...], EPS) @ self.out[...]
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, slices: int) -> jax.Array:

@@ -150,7 +150,7 @@ class Model(nnx.Module):
 
     def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
         text = self.text
-        x = jnp.take(text.embed[...], batch.tokens, axis=0, mode="clip")
+        x = text.embed.look_up(batch.tokens).astype(slab.dtype)
         x = x + jnp.take(text.positions[...], batch.positions[0], axis=0, mode="clip")
         stride = pool.k.shape[0] // self.c.depth
         for i, block in enumerate(shared(text.layers, Block.__call__)):
@@ -158,7 +158,7 @@ class Model(nnx.Module):
         return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), pool
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        out = jnp.einsum("sd,vd->sv", hidden, self.text.embed[...], preferred_element_type=jnp.float32)
+        out = self.text.embed.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
         return out[:, : self.c.vocab]
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:

@@ -160,8 +160,8 @@ class SpectrumTower(Tower):
         x = _blocks(self, x @ self.gather[...], features["window"], halved(features["length"], 3))
         x = jnp.take(x, features["step"], axis=0, mode="clip")
         x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
-        x = ACTIVATIONS[self.c.tower.act](x @ self.project1[...] + self.project1_bias[...])
-        return x @ self.project2[...] + self.project2_bias[...]
+        x = ACTIVATIONS[self.c.tower.act](self.project1.einsum("rd,df->rf", x) + self.project1_bias[...])
+        return self.project2.einsum("rf,fd->rd", x) + self.project2_bias[...]
 
     def _convolved(self, mel: jax.Array, extent: jax.Array) -> jax.Array:
         """One chunk [t, bins], of which the first `extent` frames exist: [t / 8, channels * bins / 8]."""

@@ -171,8 +171,8 @@ class Decoder(nnx.Module):
         The first D numbers of a row stand in for the token's embedding; the n sets beside are added after the first n
         blocks.
         """
-        x = jnp.take(self.embed[...], batch.tokens, axis=0, mode="clip")
-        media, here = jnp.take(slab, batch.media, axis=0, mode="clip").astype(x.dtype), batch.media[:, None] >= 0
+        x = self.embed.look_up(batch.tokens).astype(slab.dtype)
+        media, here = jnp.take(slab, batch.media, axis=0, mode="clip"), batch.media[:, None] >= 0
         width = x.shape[-1]
         x = jnp.where(here, media[:, :width], x)
         angles = self.c.rope.angles(batch.positions)

@@ -168,15 +168,16 @@ class GatedBlocks(nnx.Module):
         """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
         c = self.c
         y = rms_norm(x, self.norm1[...], c.eps)
-        qkv = jnp.einsum("ud,dnph->upnh", y, self.qkv[...]) + self.qkv_bias[...].swapaxes(0, 1)
+        qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
         q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform)
-        x = x + jnp.einsum("unh,nhd->ud", y, self.o[...]) + self.o_bias[...]
+        q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
+        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform).astype(x.dtype)
+        x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
         y = rms_norm(x, self.norm2[...], c.eps)
-        y = jnp.einsum("ud,dpf->upf", y, self.gate_up[...]) + self.gate_up_bias[...]
-        return x + (ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) @ self.down[...] + self.down_bias[...]
+        y = self.gate_up.einsum("ud,dpf->upf", y) + self.gate_up_bias[...]
+        return x + self.down.einsum("uf,fd->ud", ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) + self.down_bias[...]
 
 
 class Merge(nnx.Module):
@@ -206,8 +207,8 @@ class Merge(nnx.Module):
             x = rms_norm(x, self.norm[...], EPS)
         else:
             x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
-        x = gelu(x.reshape(-1, self.square) @ self.fc1[...] + self.fc1_bias[...])
-        return x @ self.fc2[...] + self.fc2_bias[...]
+        x = gelu(self.fc1.einsum("uc,cf->uf", x.reshape(-1, self.square)) + self.fc1_bias[...])
+        return self.fc2.einsum("uf,fd->ud", x) + self.fc2_bias[...]
 
 
 class PatchTower(nnx.Module):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.nn.attention import within
@@ -90,15 +89,16 @@ class Blocks(nnx.Module):
         """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
         c = self.c
         y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
-        qkv = jnp.einsum("ud,dnph->upnh", y, self.qkv[...]) + self.qkv_bias[...].swapaxes(0, 1)
+        qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
         q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform, seen=seen)
-        x = x + jnp.einsum("unh,nhd->ud", y, self.o[...]) + self.o_bias[...]
+        q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
+        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform, seen=seen).astype(x.dtype)
+        x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
         y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
-        y = ACTIVATIONS[c.act](y @ self.fc1[...] + self.fc1_bias[...])
-        return x + y @ self.fc2[...] + self.fc2_bias[...]
+        y = ACTIVATIONS[c.act](self.fc1.einsum("ud,df->uf", y) + self.fc1_bias[...])
+        return x + self.fc2.einsum("uf,fd->ud", y) + self.fc2_bias[...]
 
 
 class Tower(nnx.Module):

@@ -46,6 +46,17 @@ class Weight(nnx.Param[Any]):
         """`jnp.einsum(spec, x, weight)`."""
         return product(spec, x, self.kept, **kwargs)
 
+    def look_up(self, ids: jax.Array) -> jax.Array:
+        """Rows `ids` i32[T] of the table, each id brought into its range: [T, ...]."""
+        table = self[...]
+        if table.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+            return jnp.take(table, ids, axis=0, mode="clip")
+        # As integers: XLA:CPU, which cannot gather bfloat16, would convert the whole table each time. And it would take
+        # that view of the table for work to do ahead of a loop, a copy, were it not tied to the ids.
+        table, ids = jax.lax.optimization_barrier((table, ids))
+        bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
+        return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), jnp.bfloat16)
+
 
 def full(kept: Kept) -> jax.Array:
     """The weight as an array."""
@@ -58,11 +69,15 @@ def part(kept: Any, index: jax.Array) -> Any:
 
 
 def product(spec: str, x: jax.Array, kept: Kept, **kwargs: Any) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)`. The scales are applied to what comes out: XLA:GPU reads int8 memory in a product
-    whose weight is converted, but writes out the whole weight first if it is multiplied too.
+    """`jnp.einsum(spec, x, weight)`, in x's dtype. An x wider than the weight is rounded to the weight's dtype first.
+
+    The scales of int8 are applied to what comes out: XLA:GPU reads int8 memory in a product whose weight is converted,
+    but writes out the whole weight first if it is multiplied too.
     """
     if not isinstance(kept, Quantised):
-        return jnp.einsum(spec, x, kept, **kwargs)
+        if kept.dtype == x.dtype:
+            return jnp.einsum(spec, x, kept, **kwargs)
+        return jnp.einsum(spec, x.astype(kept.dtype), kept, **{"preferred_element_type": x.dtype} | kwargs)
     out = jnp.einsum(spec, x, kept.steps.astype(x.dtype), **kwargs)
     names, result = spec.split(",")[1].split("->")
     scale = jnp.einsum(f"{names}->{''.join(name for name in result if name in names)}", kept.scale)
@@ -79,6 +94,12 @@ def weight(*shape: int, axes: tuple[str, ...], dtype: DTypeLike = jnp.float32) -
     if len(shape) != len(axes):
         raise ValueError(f"a weight of shape {shape} has {len(shape)} dimensions but axes={axes}")
     return Weight(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+
+
+def is_matrix(axes: tuple[str, ...]) -> bool:
+    """Whether a weight of these axes is read through `Weight.einsum`, `product` and `Weight.look_up` alone. Those of
+    experts are passed on whole."""
+    return "experts" not in axes and bool(inputs_of(axes))
 
 
 def quantise(value: jax.Array, inputs: tuple[int, ...]) -> Quantised:

@@ -56,7 +56,7 @@ def test_sizes() -> None:
     assert [kernels.pool_kv_heads(k, "tpu") for k in (1, 2, 3, 6, 8, 12, 20)] == [2, 2, 4, 8, 8, 16, 24]
     assert kernels.pool_kv_heads(6, "gpu") == 6
     assert all(kernels.query_block(p) % 16 == 0 for p in ("cpu", "gpu", "tpu"))
-    assert kernels.pool_dtype(jnp.bfloat16, "cpu") == jnp.float32
+    assert kernels.pool_dtype("bfloat16", "cpu") == jnp.uint16
     assert kernels.pool_dtype(jnp.bfloat16, "gpu") == jnp.bfloat16
 
 

@@ -1,6 +1,7 @@
 """write_pages: what lands where, what is dropped, and that the pool is not copied."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,22 @@ def test_casts_to_the_dtype_of_the_pool(turned: bool) -> None:
     assert float(k.sum()) == 8
 
 
-def test_donated_pool_is_updated_in_place(turned: bool) -> None:
+def test_integers_keep_the_bits_of_bfloat16(turned: bool) -> None:
+    pool = jnp.full((1, 1, 4, 8) if turned else (1, 4, 1, 8), 7, jnp.uint16)
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8)), jnp.float32)
+    k, _ = write_pages(pool, pool, rows, rows, jnp.full(1, 2, jnp.int32))
+    found = pages.as_float32(k[0, 0, 2] if turned else k[0, 2, 0])
+    np.testing.assert_array_equal(found, rows[0, 0].astype(jnp.bfloat16).astype(jnp.float32))
+    assert np.count_nonzero(np.asarray(k) != 7) == 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint16])
+def test_donated_pool_is_updated_in_place(turned: bool, dtype: Any) -> None:
     page = (2, 16) if turned else (16, 2)
-    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((512, *page, 64),) * 2 + ((4, 2, 64),) * 2]
+    pool, rows = jax.ShapeDtypeStruct((512, *page, 64), dtype), jax.ShapeDtypeStruct((4, 2, 64), jnp.float32)
+    shapes = [pool, pool, rows, rows]
     write = functools.partial(jax.jit, donate_argnums=(0, 1))(functools.partial(write_pages))
     memory = write.lower(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32)).compile().memory_analysis()
-    pools = 2 * 512 * 16 * 2 * 64 * 4
+    pools = 2 * 512 * 16 * 2 * 64 * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes == pools
     assert memory.temp_size_in_bytes < pools / 100

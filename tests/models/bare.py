@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mmjax.kernels import pool_head_dim
+from mmjax.kernels import pool_dtype, pool_head_dim
 
 from mmjax import sharding
 from mmjax.batch import Batch, Pool, nest
@@ -22,15 +22,25 @@ PAGE, BLOCK = 16, 32
 
 class Bare:
     """Runs one prompt of up to `tokens` tokens with up to `units` units of media (of each encoder, where it is a
-    mapping), in `dtype` on one device."""
+    mapping), in `dtype` on one device. products: the dtype of the matrices and of the pool, where it is another."""
 
-    def __init__(self, directory: Path, *, tokens: int, units: int | Mapping[str, int], dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        tokens: int,
+        units: int | Mapping[str, int],
+        dtype: str = "float32",
+        products: str | None = None,
+    ) -> None:
         checkpoint = Checkpoint.open(str(directory))
         mesh = sharding.mesh(jax.local_devices()[:1])
-        self.graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, dtype, dtype)
+        config = checkpoint.model_config()
+        self.graph, config, params = load_params(checkpoint, config, mesh, dtype, dtype, matrices=products)
         self.params = nest(params)
         self.shape = config.shape
         self.tokens, self.dtype = tokens, jnp.dtype(dtype)
+        self.pool = jnp.dtype(dtype) if products is None else pool_dtype(products, "cpu")
         self.units = dict.fromkeys(self.shape.encoders, units) if isinstance(units, int) else units
 
     def encode(self, items: Sequence[Item]) -> np.ndarray:
@@ -110,7 +120,7 @@ class Bare:
             model = nnx.merge(self.graph, params)
             count = 1 + batch.pages.shape[1] + batch.cross_pages.shape[1]
             size = (shape.layers * count, shape.kv_heads, PAGE, pool_head_dim(shape.head_dim, "cpu"))
-            pool = Pool(jnp.zeros(size, self.dtype), jnp.zeros(size, self.dtype))
+            pool = Pool(jnp.zeros(size, self.pool), jnp.zeros(size, self.pool))
             if rows is not None:
                 first = (1 + batch.pages.shape[1]) * PAGE
                 pool = model.cross(rows, pool, jnp.arange(rows.shape[0], dtype=jnp.int32) + first)
