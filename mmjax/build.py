@@ -231,12 +231,9 @@ def _engine(
     """One replica: (engine, sizes, shape, longest sequence, seconds spent compiling)."""
     from mmjax import sharding
     from mmjax.engine.runner import Runner
-    from mmjax.kernels import multiplies_bfloat16
 
     mesh = sharding.mesh(devices)
-    # XLA:CPU emulates half precision (a decode step took 10 times as long), but in matrix products, on some processors.
-    held = "float32" if platform == "cpu" else dtype
-    matrices = "bfloat16" if dtype == "bfloat16" != held and multiplies_bfloat16() else None
+    held, matrices = _kept_in(dtype, platform)
     keys = matrices or held
     if args.pooling and config.shape.cross:
         raise ValueError("runner 'pooling' is for decoder-only models: an encoder-decoder has no vectors to give")
@@ -284,6 +281,19 @@ def _engine(
 
 def _page(args: EngineArgs, platform: str) -> int:
     return args.block_size or PAGE[platform]
+
+
+def _kept_in(dtype: str, platform: str) -> tuple[str, str | None]:
+    """(dtype of the parameters and of arithmetic, dtype of the matrices and the cache where it is another).
+
+    XLA:CPU emulates half precision, which makes a decode step take 10 times as long; but for products of bfloat16, on
+    processors that have them.
+    """
+    from mmjax.kernels import multiplies_bfloat16
+
+    if platform != "cpu":
+        return dtype, None
+    return "float32", "bfloat16" if dtype == "bfloat16" and multiplies_bfloat16() else None
 
 
 def _page_bytes(args: EngineArgs, shape: Shape, platform: str, dtype: str, ways: int) -> int:

@@ -63,7 +63,7 @@ def reference_llm(shared: Path) -> Iterator[Callable[..., LLM]]:
             jax.clear_caches()
         key = family, repr(sorted(kwargs.items()))
         if key not in made:
-            options = SMALL | {"max_logprobs": -1} | SIZES[family] | kwargs
+            options = SMALL | {"max_logprobs": -1, "dtype": "float32"} | SIZES[family] | kwargs
             made[key] = LLM(str(shared / "reference" / family), **options)
         return made[key]
 

@@ -116,7 +116,7 @@ class Golden:
     def check_answer(self, case: str, output: RequestOutput) -> None:
         """The greedy ids and the whole distribution at each."""
         assert ids([output]) == [self.arrays[f"{case}/gen_ids"].tolist()], case
-        close(answer_table(output), log_softmax(self.arrays[f"{case}/gen_logits"]), LOGITS, case)
+        close(answer_table(output), log_softmax(self.arrays[f"{case}/gen_logits"]), self.allowed, case)
 
 
 @functools.cache
