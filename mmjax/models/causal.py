@@ -6,22 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-from flax import nnx
-
-from mmjax.batch import Batch, Pool
-from mmjax.models.family import Shape
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.models import reader
+from mmjax.nn.decoder import DecoderConfig
 
 BIASED = ("Qwen2ForCausalLM",)  # q, k and v; no config says so
 NORMED = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # q and k of each head
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Sizes."""
-
-    text: DecoderConfig
+class Config(reader.Config):
+    """See `reader.Config`."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -43,19 +36,6 @@ class Config:
         # No token of a sequence as short as the window slides out of sight.
         return cls(dataclasses.replace(text, max_len=min(text.max_len, window or text.max_len)))
 
-    @property
-    def shape(self) -> Shape:
-        """Sizes for the engine."""
-        t = self.text
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-        )
-
     def split(self, ways: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
         return Config(self.text.split(ways))
@@ -65,14 +45,5 @@ class Config:
         return Config(self.text.within(longest))
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`. There is nothing to encode."""
-
-    def __init__(self, c: Config) -> None:
-        self.text = Decoder(c.text)
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 
-from mmjax.batch import Batch, Pool
+from mmjax.models import reader
 from mmjax.models.family import Encoder, Shape
 from mmjax.nn.clip import Clip, ClipConfig
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.pixels import Pixels
 from mmjax.nn.projector import Projector
 
@@ -28,10 +27,9 @@ LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(reader.Config):
     """Sizes; `drop_class` when the class token's row is not handed to the language model."""
 
-    text: DecoderConfig
     vision: ClipConfig
     act: str
     drop_class: bool
@@ -54,19 +52,11 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        t, side = self.text, self.vision.image
+        side = self.vision.image
         rows = self.vision.side**2 + (not self.drop_class)
         encoder = Encoder(features={"pixels": ((3, side, side), "uint8", 0)}, kinds=("image",), rows=rows)
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            slab_width=t.width,
-            encoders={"vision": encoder},
-            largest_item=rows,
+        return dataclasses.replace(
+            super().shape, slab_width=self.text.width, encoders={"vision": encoder}, largest_item=rows
         )
 
     def split(self, ways: int) -> Config:
@@ -74,20 +64,14 @@ class Config:
         return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`."""
 
     def __init__(self, c: Config) -> None:
-        self.text = Decoder(c.text)
+        super().__init__(c)
         self.vision = Clip(c.vision)
         self.projector = Projector(c.vision.tower.width, c.text.width, c.act)
         self.c = c
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         x = self.vision.rows(self.c.pixels.normalise(features["pixels"], axis=1))

@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from mmjax.batch import Batch, Pool
+from mmjax.models import reader
 from mmjax.models.family import Encoder, Shape
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.pixels import Pixels
 from mmjax.nn.projector import Projector
 from mmjax.nn.siglip import Siglip, SiglipConfig
@@ -38,10 +37,9 @@ FRAMES = 64  # of a video that always fit
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(reader.Config):
     """Sizes. crops: of the largest picture, without the view of the whole; largest: rows of the largest picture."""
 
-    text: DecoderConfig
     vision: SiglipConfig
     act: str
     pixels: Pixels
@@ -73,7 +71,7 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        t, side, image = self.text, self.vision.side, self.vision.image
+        side, image = self.vision.side, self.vision.image
         patches = side**2
         encoder = Encoder(
             features={"pixels": ((3, image, image), "uint8", 0)},
@@ -83,16 +81,8 @@ class Config:
             based={"source": patches},
             largest=max(self.crops + 1, FRAMES),
         )
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            slab_width=t.width,
-            encoders={"vision": encoder},
-            largest_item=self.largest,
+        return dataclasses.replace(
+            super().shape, slab_width=self.text.width, encoders={"vision": encoder}, largest_item=self.largest
         )
 
     def split(self, ways: int) -> Config:
@@ -100,21 +90,15 @@ class Config:
         return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`. newline: [D], the row at the end of a line."""
 
     def __init__(self, c: Config) -> None:
-        self.text = Decoder(c.text)
+        super().__init__(c)
         self.vision = Siglip(c.vision)
         self.projector = Projector(c.vision.tower.width, c.text.width, c.act)
         self.newline = weight(c.text.width, axes=("embed",))
         self.c = c
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         """source i32[R, 4] and share f32[R, 4]: a row is the weighted sum of four patches; of -1 it is the newline."""

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax.batch import Batch, Pool
+from mmjax.models import reader
 from mmjax.models.family import Encoder, Shape
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.pixels import Pixels
 from mmjax.nn.siglip import Siglip, SiglipConfig
@@ -32,13 +32,12 @@ LOW = float(np.finfo(np.float32).min)  # not infinity: a slot without a slice ha
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(reader.Config):
     """Sizes. area: patches of a slice, about; slices: of the largest picture, without the view of the whole.
 
     queries: rows that a slice becomes. heads: of the resampler.
     """
 
-    text: DecoderConfig
     vision: SiglipConfig
     pixels: Pixels
     queries: int
@@ -68,7 +67,6 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        t = self.text
         grain = max(1, self.area // 2)  # no slice has fewer patches
         largest = max(self.slices + 1, FRAMES) * self.area * 9 // 8  # few have more than an eighth above the area
         encoder = Encoder(
@@ -84,14 +82,9 @@ class Config:
             numbered=("segment",),
             largest=up(largest, grain),
         )
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            slab_width=t.width,
+        return dataclasses.replace(
+            super().shape,
+            slab_width=self.text.width,
             encoders={"vision": encoder},
             largest_item=(self.slices + 1) * self.queries,
         )
@@ -161,20 +154,14 @@ def waves(place: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(-1, width)
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`."""
 
     def __init__(self, c: Config) -> None:
-        self.text = Decoder(c.text)
+        super().__init__(c)
         self.vision = Siglip(c.vision)
         self.resampler = Resampler(c)
         self.c = c
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         """position: of each patch in the tower's table; place: its row and column in its slice."""

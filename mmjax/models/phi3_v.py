@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax.batch import Batch, Pool
+from mmjax.models import reader
 from mmjax.models.family import Encoder, Shape
 from mmjax.nn.clip import Clip, ClipConfig
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.pixels import Pixels
 from mmjax.nn.tower import gelu
 from mmjax.nn.weight import weight
@@ -33,10 +33,9 @@ FAR = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(reader.Config):
     """Sizes; `crops`: the most that the largest picture is cut into."""
 
-    text: DecoderConfig
     vision: ClipConfig
     pixels: Pixels
     crops: int
@@ -68,7 +67,7 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        t, side, edge = self.text, self.vision.image, self.edge
+        side, edge = self.vision.image, self.edge
         # n units (crops and the whole) in one column are n * edge lines of edge + 1 rows, and one row between the two
         most = edge * (edge + 1) + 1
         encoder = Encoder(
@@ -83,14 +82,9 @@ class Config:
             based={"whole": 1, "index": edge**2},
             largest=self.crops + 1,
         )
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            slab_width=t.width,
+        return dataclasses.replace(
+            super().shape,
+            slab_width=self.text.width,
             encoders={"vision": encoder},
             largest_item=(self.crops + 1) * (most - 1) + 1,
         )
@@ -119,23 +113,17 @@ class Projector(nnx.Module):
         return gelu(x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`. newline, divider: [4C], what ends a line of squares and stands between parts."""
 
     def __init__(self, c: Config) -> None:
         square = 4 * c.vision.tower.width
-        self.text = Decoder(c.text)
+        super().__init__(c)
         self.vision = Clip(c.vision)
         self.projector = Projector(c)
         self.newline = weight(square, axes=("embed",))
         self.divider = weight(square, axes=("embed",))
         self.c = c
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         """index i32[R]: a square of patches among those of all units, -1 for the newline, -2 for the divider."""

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from mmjax.batch import Batch, Pool
+from mmjax.models import reader
 from mmjax.models.family import Encoder, Shape
 from mmjax.nn.audio import PIECE, AudioConfig, AudioTower
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.weight import weight
 
 QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
@@ -37,10 +36,9 @@ ENCODER = {  # what Qwen2AudioEncoderConfig fills in
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(reader.Config):
     """Sizes."""
 
-    text: DecoderConfig
     audio: AudioConfig
 
     @classmethod
@@ -54,7 +52,7 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        t, a = self.text, self.audio
+        a = self.audio
         encoder = Encoder(
             features=a.pieces,
             kinds=("audio",),
@@ -64,16 +62,8 @@ class Config:
             based={"step": PIECE},
             largest=a.most,
         )
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            slab_width=t.width,
-            encoders={"audio": encoder},
-            largest_item=a.steps // 2,
+        return dataclasses.replace(
+            super().shape, slab_width=self.text.width, encoders={"audio": encoder}, largest_item=a.steps // 2
         )
 
     def split(self, ways: int) -> Config:
@@ -81,20 +71,14 @@ class Config:
         return dataclasses.replace(self, text=self.text.split(ways), audio=self.audio.split(ways))
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`."""
 
     def __init__(self, c: Config) -> None:
-        self.text = Decoder(c.text)
+        super().__init__(c)
         self.audio = AudioTower(c.audio)
         self.project = weight(c.audio.tower.width, c.text.width, axes=("embed", "embed_out"))
         self.project_bias = weight(c.text.width, axes=("embed_out",))
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         x, step = self.audio.pieces(features), features["step"]

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.batch import Batch, Pool
+from mmjax.models import reader
 from mmjax.models.family import Encoder, Shape
 from mmjax.nn.audio import PIECE, AudioConfig, AudioTower
-from mmjax.nn.decoder import Decoder, DecoderConfig
+from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.weight import weight
 
@@ -22,11 +22,10 @@ LONG = 4  # windows of a clip that always fits: 2 minutes
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(reader.Config):
     """Sizes. stack: steps of a row; hidden: of the projector, gate and gated part together; norm_inside: whether the
     projector's second norm comes before its last layer (since v0.5) or after it."""
 
-    text: DecoderConfig
     audio: AudioConfig
     stack: int
     hidden: int
@@ -53,7 +52,7 @@ class Config:
     @property
     def shape(self) -> Shape:
         """Sizes for the engine."""
-        t, a = self.text, self.audio
+        a = self.audio
         encoder = Encoder(
             features=a.reaching,
             kinds=("audio",),
@@ -63,14 +62,9 @@ class Config:
             based={"step": PIECE},
             largest=LONG * a.most,
         )
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
-            head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            slab_width=t.width,
+        return dataclasses.replace(
+            super().shape,
+            slab_width=self.text.width,
             encoders={"audio": encoder},
             largest_item=LONG * -(-a.steps // self.stack),
         )
@@ -100,20 +94,14 @@ class Projector(nnx.Module):
         return rms_norm(y @ self.fc2[...], self.norm2[...], EPS)
 
 
-class Model(nnx.Module):
+class Model(reader.Model):
     """See `mmjax.models.family.Model`."""
 
     def __init__(self, c: Config) -> None:
-        self.text = Decoder(c.text)
+        super().__init__(c)
         self.audio = AudioTower(c.audio)
         self.projector = Projector(c)
         self.c = c
-
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return self.text.logits(hidden)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         x = self.audio.normed(self.audio.pieces(features))
