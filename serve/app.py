@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
-from mmjax.serve import audio, chat, completions, embeddings, errors, plain, published
+from mmjax.serve import audio, chat, completions, embeddings, errors, plain, published, responses
 from mmjax.serve.context import Context, Settings
 from mmjax.serve.gate import Gate
 
@@ -64,4 +64,4 @@ def _routers(engine: AsyncLLM) -> list[Callable[[Context], APIRouter]]:
         return [embeddings.router]
     if Speech.suits(engine):
         return [audio.router, plain.generate_router]
-    return [completions.router, chat.router, plain.generate_router]
+    return [completions.router, chat.router, responses.router, plain.generate_router]

@@ -63,11 +63,12 @@ def _as_one(answers: Sequence[Json]) -> Json:
 
 
 class Conversation:
-    """One request on its way to an answer."""
+    """One request on its way to an answer. `details`: usage tells cached tokens, whatever the operator chose."""
 
-    def __init__(self, context: Context, body: ChatRequest, request_id: str) -> None:
+    def __init__(self, context: Context, body: ChatRequest, request_id: str, *, details: bool = False) -> None:
         self.context = context
         self.body = body
+        self.details = details or context.settings.prompt_details
         self.id = f"chatcmpl-{body.request_id or request_id}"
         self.created = int(time.time())
         self.prepared: tuple[Any, SamplingParams] | None = None
@@ -216,7 +217,7 @@ class Conversation:
         }
 
     def _usage(self, output: RequestOutput) -> Json:
-        cached = (output.num_cached_tokens or 0) if self.context.settings.prompt_details else None
+        cached = (output.num_cached_tokens or 0) if self.details else None
         made = sum(len(answer.token_ids) for answer in output.outputs)
         return usage(len(output.prompt_token_ids or ()), made, cached)
 

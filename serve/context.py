@@ -146,17 +146,20 @@ async def together(*work: Coroutine[Any, Any, Out]) -> list[Out]:
     return [task.result() for task in tasks]
 
 
-def event_stream(events: AsyncGenerator[dict[str, Any], None]) -> StreamingResponse:
-    """Server-sent events, ended by [DONE]. What fails after the start is told as an event."""
+def event_stream(events: AsyncGenerator[dict[str, Any], None], *, named: bool = False) -> StreamingResponse:
+    """Server-sent events, ended by [DONE]. What fails after the start is told as an event. `named`: each goes under its
+    type, and the last by itself says that it is."""
 
     async def lines() -> AsyncIterator[str]:
         try:
             async with aclosing(events):
                 async for event in events:
-                    yield f"data: {json.dumps(event)}\n\n"
+                    name = f"event: {event['type']}\n" if named else ""
+                    yield f"{name}data: {json.dumps(event)}\n\n"
         except Exception as error:
             yield f"data: {json.dumps(errors.describe(error)[1])}\n\n"
-        yield "data: [DONE]\n\n"
+        if not named:
+            yield "data: [DONE]\n\n"
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)

@@ -181,6 +181,34 @@ class Message(BaseModel):
 Conversation = Annotated[list[Message], Field(min_length=1)]
 
 
+class MessageItem(BaseModel):
+    """Roles as in messages; `developer` is `system`."""
+
+    type: Literal["message"] = "message"
+    role: Annotated[str, WithJsonSchema({"type": "string", "minLength": 1, "examples": ["developer", "user"]})]
+    content: str | list[Part]
+
+
+class CallItem(BaseModel):
+    """A call that the model made before."""
+
+    type: Literal["function_call"]
+    call_id: Word
+    name: Word
+    arguments: Annotated[str, WithJsonSchema({"type": "string", "contentMediaType": "application/json"})]
+
+
+class CallOutputItem(BaseModel):
+    """What the call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: Word
+    output: str | list[Part]
+
+
+Items = Annotated[list[MessageItem | CallItem | CallOutputItem], Field(min_length=1)]
+
+
 class Function(BaseModel):
     name: str
     description: str | None = None
@@ -201,6 +229,18 @@ class NamedTool(BaseModel):
     function: FunctionName
 
 
+class FlatTool(BaseModel):
+    type: Literal["function"]
+    name: Word
+    description: str | None = None
+    parameters: Json | None = None
+
+
+class FlatChoice(BaseModel):
+    type: Literal["function"]
+    name: str
+
+
 class PlainFormat(BaseModel):
     type: Literal["text", "json_object"]
 
@@ -213,6 +253,16 @@ class NamedSchema(BaseModel):
 class SchemaFormat(BaseModel):
     type: Literal["json_schema"]
     json_schema: NamedSchema
+
+
+class FlatSchemaFormat(BaseModel):
+    type: Literal["json_schema"]
+    name: str | None = None
+    given: Annotated[Json, Field(alias="schema")]
+
+
+class TextOptions(BaseModel):
+    format: PlainFormat | FlatSchemaFormat | None = None
 
 
 class JsonAnswer(BaseModel):
@@ -360,6 +410,10 @@ Batch = Annotated[list[list[Json]], As(Annotated[list[Conversation], Field(min_l
 Tools = Annotated[list[Json], As(list[Tool])]
 ToolChoice = Annotated[str | Json, As(Literal["none", "auto", "required"] | NamedTool)]
 ResponseFormat = Annotated[Json, As(PlainFormat | SchemaFormat)]
+ResponseInput = Annotated[str | list[Json], As(Word | Items)]
+FlatTools = Annotated[list[Json], As(list[FlatTool])]
+FlatToolChoice = Annotated[str | Json, As(Literal["none", "auto", "required"] | FlatChoice)]
+TextForm = Annotated[Json, As(TextOptions)]
 Structure = Annotated[Json, As(JsonAnswer | JsonObjectAnswer | RegexAnswer | ChoiceAnswer | GrammarAnswer)]
 IoOptions = Annotated[dict[str, Json], As(MediaIo)]
 

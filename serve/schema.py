@@ -41,14 +41,12 @@ class StreamOptions(Form):
     continuous_usage_stats: bool = False
 
 
-class Sampling(Form):
-    """The sampling fields that all generating routes share. None: the model's default."""
+class Steering(Form):
+    """How tokens are chosen, and the prompt cut: the fields that mean the same in every generating route. None: the
+    model's default."""
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: say.Count | None = None
     temperature: say.Temperature | None = None
     top_p: say.TopP | None = None
@@ -68,11 +66,19 @@ class Sampling(Form):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    prompt_logprobs: say.Logprobs | None = None
     structured_outputs: say.Structure | None = None
-    response_format: say.ResponseFormat | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:-]+$")] | None = None
+
+
+class Sampling(Steering):
+    """What else chats and completions share."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    prompt_logprobs: say.Logprobs | None = None
+    response_format: say.ResponseFormat | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     use_beam_search: Literal[False] | None = None

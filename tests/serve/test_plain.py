@@ -101,7 +101,8 @@ def test_routes_are_those_the_model_can_serve(
             path for path in of.get("/openapi.json").json()["paths"] if path.startswith("/v1/") and "models" not in path
         }
 
-    assert routes(client) == {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions"}
+    chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
+    assert routes(client) == {*chats, "/v1/completions"}
     assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
     assert routes(vector_client) == {"/v1/embeddings"}
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404

@@ -35,6 +35,12 @@ LINKS = {
     "VideoLink": CLIPS,
     "AudioLink": [f"data:audio/wav;base64,{sound}" for sound in SOUNDS],
 }
+BOUNDS = {
+    "/v1/audio/transcriptions": "max_completion_tokens",
+    "/v1/audio/translations": "max_completion_tokens",
+    "/v1/responses": "max_output_tokens",
+}
+SAID = {"Message": "content", "MessageItem": "content", "CallOutputItem": "output"}
 PARTS = {"TextPart", "ImagePart", "InputImagePart", "VideoPart"}  # that a Qwen2-VL takes
 SEEN = [{"prompt": "What is <image>?", "multi_modal_data": {"image": picture}} for picture in PICTURES]
 TEXT: Json = {"type": "string", "maxLength": 30}
@@ -45,6 +51,7 @@ FITTING: Json = {
     "n": {"enum": [1, 1, 2]},
     "max_tokens": {"enum": [1, 2]},
     "max_completion_tokens": {"enum": [1, 2]},
+    "max_output_tokens": {"enum": [1, 2]},
     "min_tokens": {"enum": [0, 1]},
     "logprobs": {"enum": [0, 3]},
     "prompt_logprobs": {"enum": [0, 3]},
@@ -53,7 +60,6 @@ FITTING: Json = {
     "tokens": IDS,
     "prompt_token_ids": {**IDS, "minItems": 1},
     "prompt": {**TEXT, "minLength": 1},
-    "input": {**TEXT, "minLength": 1},
     "logit_bias": {"type": "object", "properties": {"7": {"type": "number"}}, "additionalProperties": False},
     "structured_outputs": {"enum": [{"choice": ["yes", "no"]}, {"regex": "[ab]{2}"}, {"json": {"type": "integer"}}]},
     "role": {"enum": ["system", "user", "assistant"]},
@@ -66,6 +72,7 @@ FITTING: Json = {
     "arguments": {"enum": ["{}", '{"a": 1}']},
     "prompts": {"anyOf": [{**TEXT, "minLength": 1}, {**IDS, "minItems": 1}, {"enum": SEEN}, {"enum": [SEEN]}]},
 }
+VECTORS = {"input": {**TEXT, "minLength": 1}}
 HEARD = {
     "messages": {"not": {}},  # Whisper has no template
     "prompts": {"enum": [{"prompt": "", "multi_modal_data": {"audio": link}} for link in LINKS["AudioLink"]]},
@@ -81,9 +88,10 @@ def fitting(node: Any, values: Json, kind: str = "") -> Any:
     out = {key: fitting(value, values, key) for key, value in node.items()}
     if isinstance(node.get("properties"), dict):
         for name in out["properties"].keys() & values.keys():
-            out["properties"][name] = values[name]
-        talks = out["properties"].get("messages", {})
-        for talk in (talks, talks.get("items", {})):
+            if out["properties"][name].get("type") != "null":
+                out["properties"][name] = values[name]
+        talks, items = (out["properties"].get(name, {}) for name in ("messages", "input"))
+        for talk in (talks, talks.get("items", {}), *items.get("anyOf", ())):
             if talk.get("type") == "array":
                 talk["maxItems"] = 3
     if node.get("in") == "path":
@@ -91,11 +99,11 @@ def fitting(node: Any, values: Json, kind: str = "") -> Any:
     if kind in LINKS:
         [name] = out["properties"].keys() & {"url", "image_url"}
         out["properties"][name] = {"enum": LINKS[kind]}
-    if kind == "Message":
-        _, parts, _ = out["properties"]["content"]["anyOf"]  # a text, parts, nothing
+    if kind in SAID:
+        _, parts, *_ = out["properties"][SAID[kind]]["anyOf"]  # a text, parts, perhaps nothing
         refs = parts["items"]["anyOf"]
         parts["items"]["anyOf"] = [ref for ref in refs if ref["$ref"].rpartition("/")[2] in PARTS]
-        out["properties"]["content"] = {"anyOf": [{**TEXT, "minLength": 1}, {**parts, "minItems": 1, "maxItems": 3}]}
+        out["properties"][SAID[kind]] = {"anyOf": [{**TEXT, "minLength": 1}, {**parts, "minItems": 1, "maxItems": 3}]}
     return out
 
 
@@ -142,7 +150,7 @@ def answers(client: TestClient, count: int, **cases: "st.SearchStrategy[schemath
     def ask(drawn: "tuple[str, schemathesis.Case]") -> None:
         sort, case = drawn
         if isinstance(case.body, dict) and case.path != "/v1/embeddings":
-            case.body["max_completion_tokens" if "audio" in case.path else "max_tokens"] = 2
+            case.body[BOUNDS.get(case.path, "max_tokens")] = 2
         told = requests.Request(**case.as_transport_kwargs(base_url="http://testserver")).prepare()
         response = client.request(told.method or "GET", told.url or "", content=told.body, headers=told.headers)
         answered[sort, response.status_code] += 1
@@ -159,7 +167,7 @@ def test_no_request_is_the_servers_fault(kind: str, request: pytest.FixtureReque
     engine: AsyncLLM = request.getfixturevalue(kind)
     client, looked_up = over(engine), engine.llm.get_metrics()["mm_cache_queries"]
     published = client.get("/openapi.json").json()
-    near = operations(fitting(published, FITTING | (HEARD if kind == "listening" else {})))
+    near = operations(fitting(published, FITTING | {"listening": HEARD, "pooling": VECTORS}.get(kind, {})))
     for label, operation in operations(published).items():
         against = operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
         answered = answers(client, EXAMPLES, valid=operation.as_strategy(), against=against)

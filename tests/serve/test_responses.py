@@ -1,0 +1,221 @@
+"""POST /v1/responses as OpenAI's client for Python speaks it, and what is refused there."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from mmjax.serve.items import messages_of
+from mmjax.serve.responses import Answer
+
+from asking import file_of, pil
+
+openai = pytest.importorskip("openai")
+
+PICTURE = f"data:image/png;base64,{file_of(pil(1))}"
+SHAPE: dict[str, Any] = {
+    "type": "object",
+    "properties": {"warm": {"type": "boolean"}},
+    "required": ["warm"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "name": "weather", "parameters": SHAPE, "strict": True}
+NOW = {"type": "function", "name": "now"}
+CALL = '<tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>'
+GREEDY: dict[str, Any] = {"model": "tiny", "max_output_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def ask(address: str) -> Iterator["openai.OpenAI"]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        yield client
+
+
+def kinds(events: list[Any]) -> list[str]:
+    """The types of events, each run of deltas once."""
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    found = [event.type.removeprefix("response.") for event in events]
+    return [kind for i, kind in enumerate(found) if not (kind.endswith(".delta") and found[i - 1] == kind)]
+
+
+SAID = ["output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
+CALLED = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done"]
+
+
+def test_an_answer(ask: "openai.OpenAI") -> None:
+    from openai.types.responses import Response
+
+    whole = ask.responses.create(
+        input="the lazy dog", instructions="Be brief.", metadata={"a": "b"}, store=False, **GREEDY
+    )
+    Response.model_validate(whole.to_dict(), strict=False)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "the lazy dog"}]
+    chat = ask.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+    assert whole.output_text == chat.choices[0].message.content and whole.id.startswith("resp_")
+    assert whole.usage.input_tokens == chat.usage.prompt_tokens
+    assert whole.usage.output_tokens == 8 and whole.usage.total_tokens == whole.usage.input_tokens + 8
+    assert whole.usage.output_tokens_details.reasoning_tokens == 0
+    assert whole.status == "incomplete" and whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.output[0].status == "incomplete" and whole.output[0].role == "assistant"
+    assert whole.metadata == {"a": "b"} and whole.temperature == 0 and whole.instructions == "Be brief."
+    again = ask.responses.create(input="the lazy dog " * 12, **GREEDY)
+    cached = ask.responses.create(input="the lazy dog " * 12, **GREEDY)
+    assert cached.output_text == again.output_text and cached.usage.input_tokens_details.cached_tokens >= 16
+
+
+def test_events(ask: "openai.OpenAI") -> None:
+    given = {"input": "the lazy dog", "include": ["message.output_text.logprobs"], "top_logprobs": 2, **GREEDY}
+    whole = ask.responses.create(**given)
+    events = list(ask.responses.create(stream=True, **given))
+    assert kinds(events) == ["created", "in_progress", *SAID, "output_item.done", "incomplete"]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == whole.output_text == events[-1].response.output_text
+    assert {event.item_id for event in deltas} == {events[-1].response.output[0].id}
+    [part] = whole.output[0].content
+    assert len(part.logprobs) == 8 and all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
+    assert events[-1].response.output[0].content == [part] and events[-1].response.usage is not None
+    assert events[0].response.status == "in_progress" and events[0].response.output == []
+    with ask.responses.stream(
+        model="tiny", input="Yes?", extra_body={"structured_outputs": {"choice": ["yes"]}}
+    ) as stream:
+        told = stream.get_final_response() if stream.until_done() is stream else None
+    assert told is not None and told.status == "completed" and told.output_text == "yes"
+
+
+def test_a_picture(ask: "openai.OpenAI") -> None:
+    content = [
+        {"type": "input_image", "image_url": PICTURE, "detail": "auto"},
+        {"type": "input_text", "text": "What is this?"},
+    ]
+    seen = ask.responses.create(input=[{"role": "user", "content": content}], **GREEDY)
+    parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "What is this?"}]
+    chat = ask.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": parts}], max_tokens=8, temperature=0
+    )
+    assert seen.output_text == chat.choices[0].message.content
+    assert seen.usage.input_tokens == chat.usage.prompt_tokens
+    turns = [{"role": "user", "content": content}, *seen.output, {"role": "user", "content": "And now?"}]
+    more = ask.responses.create(input=turns, **GREEDY)
+    assert more.usage.input_tokens > seen.usage.input_tokens + seen.usage.output_tokens
+
+
+def test_calls(ask: "openai.OpenAI") -> None:
+    pytest.importorskip("llguidance")
+    turns: list[Any] = [{"role": "user", "content": "Is it warm?"}]
+    given = {"input": turns, "tools": [WEATHER, NOW], "tool_choice": {"type": "function", "name": "weather"}}
+    given |= GREEDY | {"max_output_tokens": 60}
+    told = ask.responses.create(**given)
+    [call] = told.output
+    assert call.type == "function_call" and call.name == "weather" and told.status == "completed"
+    assert set(json.loads(call.arguments)) == {"warm"} and told.output_text == ""
+    assert told.tools[0].name == "weather" and told.tool_choice.name == "weather"
+    events = list(ask.responses.create(stream=True, **given))
+    assert kinds(events) == ["created", "in_progress", *CALLED, "output_item.done", "completed"]
+    assert events[-1].response.output[0].arguments == call.arguments
+    turns += [call, {"type": "function_call_output", "call_id": call.call_id, "output": '{"warm": true}'}]
+    assert ask.responses.create(input=turns, tools=[WEATHER], **GREEDY).usage.input_tokens > told.usage.input_tokens
+    choice = {"structured_outputs": {"choice": [f"Wait.{CALL}{CALL}"]}}
+    mixed = list(
+        ask.responses.create(input="Time?", tools=[NOW], stream=True, extra_body=choice, model="tiny", temperature=0)
+    )
+    assert kinds(mixed)[2:] == [*SAID, "output_item.done", *[*CALLED, "output_item.done"] * 2, "completed"]
+    whole = ask.responses.create(input="Time?", tools=[NOW], extra_body=choice, model="tiny", temperature=0)
+    assert [item.type for item in whole.output] == ["message", "function_call", "function_call"]
+    assert whole.output_text == "Wait." == mixed[-1].response.output_text
+    assert len({item.id for item in whole.output}) == len({item.call_id for item in whole.output[1:]}) + 1 == 3
+
+
+def test_a_form(ask: "openai.OpenAI") -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "name": "weather", "schema": SHAPE, "strict": True}
+    told = ask.responses.create(
+        model="tiny", input="Warm?", text={"format": form}, temperature=0, max_output_tokens=250
+    )
+    assert set(json.loads(told.output_text)) == {"warm"} and told.status == "completed"
+    assert told.text.format.name == "weather"
+
+
+def test_asynchronous(address: str) -> None:
+    async def both() -> tuple[str, str]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=300) as client:
+            whole = await client.responses.create(input="the lazy dog", **GREEDY)
+            stream = await client.responses.create(input="the lazy dog", stream=True, **GREEDY)
+            text = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+            return whole.output_text, "".join(text)
+
+    whole, streamed = asyncio.run(both())
+    assert whole == streamed
+
+
+def test_what_is_refused(ask: "openai.OpenAI") -> None:
+    user = {"role": "user", "content": "hi"}
+    file = {"type": "input_image", "file_id": "file-1"}
+    wrong: dict[str, dict[str, Any]] = {
+        "not kept here": {"store": True},
+        "send the whole conversation": {"previous_response_id": "resp_1"},
+        "use `stream`": {"background": True},
+        "never left out": {"truncation": "auto"},
+        "list is empty": {"input": []},
+        "input.1: items of type 'item_reference'": {"input": [user, {"type": "item_reference", "id": "msg_1"}]},
+        "input.0: call_id": {"input": [{"type": "function_call_output", "output": "x"}]},
+        "input.0: content": {"input": [{"role": "user"}]},
+        "no files are kept": {"input": [{"role": "user", "content": [file]}]},
+        "Unknown part type": {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]},
+        "arguments are not valid JSON": {
+            "input": [{"type": "function_call", "call_id": "a", "name": "now", "arguments": "{"}]
+        },
+        "each must be": {"tools": [{"type": "web_search"}]},
+        "`tools` must be set": {"tool_choice": "required"},
+        "must be none, auto": {"tool_choice": {"type": "web_search"}, "tools": [NOW]},
+        "needs `schema`": {"text": {"format": {"type": "json_schema", "name": "x"}}},
+        "whose type is one of": {"text": {"format": {"type": "xml"}}},
+        "max_output_tokens": {"max_output_tokens": 0},
+        "maximum context length": {"max_output_tokens": 10**6},
+    }
+    for words, more in wrong.items():
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match=words):
+                ask.responses.create(**{"model": "tiny", "input": "hi", "stream": stream, **more})
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        ask.responses.create(model="gpt-4", input="hi")
+    for late in (ask.responses.retrieve, ask.responses.cancel, ask.responses.delete, ask.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError, match="keeps none"):
+            late("resp_1")
+    assert ask.responses.create(input="hi", **GREEDY).output_text
+
+
+def test_items_become_messages() -> None:
+    call = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}", "id": "fc_1"}
+    given = [
+        {"type": "message", "role": "developer", "content": "Be brief."},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "Wait."}]},
+        call,
+        {**call, "call_id": "2"},
+        {"type": "function_call_output", "call_id": "1", "output": "noon"},
+        call,
+    ]
+    system, early, output, late = messages_of(given, None)
+    assert system == {"role": "system", "content": "Be brief."}
+    assert [made["id"] for made in early["tool_calls"]] == ["1", "2"] and early["content"][0]["text"] == "Wait."
+    assert output == {"role": "tool", "tool_call_id": "1", "content": "noon"}
+    assert late["role"] == "assistant" and late["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    assert "tool_calls" not in given[1], "what the client sent is left as it is"
+
+
+def test_each_event_under_its_name(client: TestClient) -> None:
+    body = {"input": "the lazy dog", "stream": True, **GREEDY}
+    blocks = client.post("/v1/responses", json=body).text.rstrip("\n").split("\n\n")
+    for block in blocks:
+        name, data = block.split("\n")
+        assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
+    assert blocks[-1].startswith("event: response.incomplete\n")
+
+
+def test_a_failure_is_the_last_event() -> None:
+    answer = Answer({"id": "resp_1", "output": [], "status": "in_progress"})
+    events = [*answer.begin(), *answer.take({"content": "Wait"}, None), answer.failed("gone")]
+    assert [event["sequence_number"] for event in events] == list(range(6))
+    assert events[-1]["type"] == "response.failed" and events[-1]["response"]["error"]["message"] == "gone"
+    assert events[0]["response"]["status"] == "in_progress" and events[0]["response"]["output"] == []
