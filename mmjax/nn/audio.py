@@ -80,25 +80,42 @@ class AudioConfig:
         return dataclasses.replace(self, tower=self.tower.split(ways))
 
 
-class AudioTower(Tower):
-    """Two convolutions over time, stored positions, blocks, a final norm."""
+class TimeTower(Tower):
+    """Two convolutions over time, blocks, a final norm. What stands between them is its heir's."""
 
-    def __init__(self, c: AudioConfig) -> None:
-        super().__init__(c.tower)
-        d = c.tower.width
-        self.conv1 = weight(3, c.bins, d, axes=("kernel", "patch", "embed"))
+    def __init__(self, c: TowerConfig, bins: int) -> None:
+        super().__init__(c)
+        d = c.width
+        self.conv1 = weight(3, bins, d, axes=("kernel", "patch", "embed"))
         self.conv1_bias = weight(d, axes=("embed",))
         self.conv2 = weight(3, d, d, axes=("kernel", "embed", "embed_out"))
         self.conv2_bias = weight(d, axes=("embed_out",))
-        self.positions = weight(c.steps, d, axes=("place", "embed"))
         self.norm = weight(d, axes=("embed",))
         self.norm_bias = weight(d, axes=("embed",))
 
+    def frames(self, mel: jax.Array, *, pad: int = 0) -> jax.Array:
+        """The first convolution of mel f32[U, t, bins], `pad` zeros at either end: [U, t', D]."""
+        return gelu(convolve(mel.astype(self.conv1.dtype), self.conv1[...], stride=1, pad=pad) + self.conv1_bias[...])
+
+    def steps(self, x: jax.Array, *, pad: int = 0) -> jax.Array:
+        """The second, of the first's [U, t, D], which halves them: [U, t', D]."""
+        return gelu(convolve(x, self.conv2[...], stride=2, pad=pad) + self.conv2_bias[...])
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """The final norm, [..., D]."""
+        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+
+
+class AudioTower(TimeTower):
+    """Whisper's, which stores its positions."""
+
+    def __init__(self, c: AudioConfig) -> None:
+        super().__init__(c.tower, c.bins)
+        self.positions = weight(c.steps, c.tower.width, axes=("place", "embed"))
+
     def windows(self, mel: jax.Array) -> jax.Array:
         """f32[U, bins, 2 * steps] to [U * steps, D], normed."""
-        x = mel.swapaxes(1, 2).astype(self.conv1.dtype)
-        x = gelu(convolve(x, self.conv1[...], stride=1, pad=1) + self.conv1_bias[...])
-        x = gelu(convolve(x, self.conv2[...], stride=2, pad=1) + self.conv2_bias[...]) + self.positions[...]
+        x = self.steps(self.frames(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
         units, steps, width = x.shape
         segment = jnp.arange(units * steps, dtype=jnp.int32) // steps
         return self.normed(self(x.reshape(-1, width), segment, uniform=steps))
@@ -110,22 +127,17 @@ class AudioTower(Tower):
         convolutions see nothing. Steps that are not wanted keep to themselves.
         """
         start, heard, reach = features["start"], features["heard"], features.get("reach")
-        x = features["mel"].astype(self.conv1.dtype)
-        x = gelu(convolve(x, self.conv1[...], stride=1) + self.conv1_bias[...])
+        x = self.frames(features["mel"])
         frame = jnp.arange(x.shape[1], dtype=jnp.int32) - 1  # counted from the piece's first
         inside = (frame + 2 * start[:, None] >= 0) & (frame < features["extent"][:, None])
         x = jnp.where(inside[..., None], x, jnp.zeros((), x.dtype))
-        x = gelu(convolve(x, self.conv2[...], stride=2) + self.conv2_bias[...])
+        x = self.steps(x)
         step = jnp.arange(x.shape[1], dtype=jnp.int32)
         x = x + jnp.take(self.positions[...], start[:, None] + step, axis=0, mode="clip")
         wanted = step < (heard if reach is None else reach)[:, None]
         segment = (2 * features["window"][:, None] + jnp.where(wanted, 0, 1)).reshape(-1)
         seen = None if reach is None else ((step < heard[:, None]) | ~wanted).reshape(-1)
         return self(x.reshape(-1, x.shape[-1]), segment, seen=seen)
-
-    def normed(self, x: jax.Array) -> jax.Array:
-        """The final norm, [..., D]."""
-        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, pad: int = 0) -> jax.Array:

@@ -14,14 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.nn.audio import EPS, convolve
+from mmjax.nn.audio import EPS, Fields, TimeTower
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.tower import ACTIVATIONS, Tower, TowerConfig, gelu
 from mmjax.nn.weight import weight
 
 CONVOLVED = 32  # chunks convolved at a time: of a published model each takes 6 MiB then
-
-Fields = dict[str, tuple[tuple[int, ...], str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,31 +102,22 @@ class ChunkConfig:
         return dataclasses.replace(self, tower=self.tower.split(ways))
 
 
-class ChunkTower(Tower):
+class ChunkTower(TimeTower):
     """The first generation: two convolutions over time, and the mean of every two steps."""
 
     def __init__(self, c: ChunkConfig) -> None:
-        super().__init__(c.tower)
-        d = c.tower.width
-        self.conv1 = weight(3, c.bins, d, axes=("kernel", "patch", "embed"))
-        self.conv1_bias = weight(d, axes=("embed",))
-        self.conv2 = weight(3, d, d, axes=("kernel", "embed", "embed_out"))
-        self.conv2_bias = weight(d, axes=("embed_out",))
-        self.norm = weight(d, axes=("embed",))
-        self.norm_bias = weight(d, axes=("embed",))
-        self.project = weight(d, c.out, axes=("embed", "embed_out"))
+        super().__init__(c.tower, c.bins)
+        self.project = weight(c.tower.width, c.out, axes=("embed", "embed_out"))
         self.project_bias = weight(c.out, axes=("embed_out",))
 
     def rows(self, features: Mapping[str, jax.Array]) -> jax.Array:
         """[R, out] of `ChunkConfig.features` [U, ...] and `ChunkConfig.picks` [R, ...]."""
         length, step = features["length"], features["step"]
-        x = features["mel"].astype(self.conv1.dtype)
-        x = gelu(convolve(x, self.conv1[...], stride=1, pad=1) + self.conv1_bias[...])
-        x = cut(x, length)  # what comes after the sound is nothing, not the echo of silence
-        x = gelu(convolve(x, self.conv2[...], stride=2, pad=1) + self.conv2_bias[...])
+        x = cut(self.frames(features["mel"], pad=1), length)  # after the sound is nothing, not the echo of silence
+        x = self.steps(x, pad=1)
         x = _blocks(self, x, jnp.arange(len(x), dtype=jnp.int32), halved(length, 1))
         x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
-        return layer_norm(x, self.norm[...], self.norm_bias[...], EPS) @ self.project[...] + self.project_bias[...]
+        return self.normed(x) @ self.project[...] + self.project_bias[...]
 
 
 class SpectrumTower(Tower):
