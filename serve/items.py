@@ -127,8 +127,8 @@ def messages_of(given: str | list[Json], instructions: str | None) -> list[Json]
     if not given:
         raise ValidationError("input: the list is empty", parameter="input")
     for index, item in enumerate(given):
-        kind = item.get("type", "message")
-        if kind not in READ:
+        kind = item.get("type") or "message"
+        if not isinstance(kind, str) or kind not in READ:
             words = f"items of type {kind!r} are not taken; known are {', '.join(READ)}"
             raise ValidationError(f"input.{index}: {words}", parameter="input")
         try:
@@ -166,7 +166,7 @@ def _content(item: Json, name: str) -> str | list[Any]:
     content = item.get(name)
     if not isinstance(content, (str, list)):
         raise ValueError(f"{name} must be a text or a list of parts")
-    for part in content:
+    for part in content if isinstance(content, list) else ():
         if isinstance(part, dict) and part.get("file_id") is not None:
             raise ValueError("file_id: no files are kept here; send the picture itself, as image_url")
     return content

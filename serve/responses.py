@@ -50,7 +50,8 @@ def router(context: Context) -> APIRouter:
 
 async def _events(conversation: Conversation, body: ResponsesRequest) -> AsyncGenerator[Json, None]:
     """The chunks of a chat as typed events. What fails on the way is told by the last."""
-    answer, reason, used = Answer(_head(conversation, body)), None, {}
+    answer, reason = Answer(_head(conversation, body)), None
+    used: Json = {}
     for event in answer.begin():
         yield event
     try:

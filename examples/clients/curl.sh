@@ -57,6 +57,18 @@ post /v1/chat/completions <<JSON
 }
 JSON
 
+echo "== the same in the form of OpenAI's newer clients"
+post /v1/responses <<JSON
+{
+  "instructions": "Answer in one sentence.",
+  "input": [{"role": "user", "content": [
+    {"type": "input_image", "image_url": "$image"},
+    {"type": "input_text", "text": "Which colour is this?"}
+  ]}],
+  "max_output_tokens": 24
+}
+JSON
+
 echo "== plain text, continued; two prompts in one request"
 post /v1/completions <<'JSON'
 {"prompt": ["Once upon a time", "It was a dark"], "max_tokens": 12, "temperature": 0}

@@ -135,15 +135,19 @@ def no_stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_langchain(address: str, no_stranger: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
         monkeypatch.setenv(name, "false")
-    chat = pytest.importorskip("langchain_openai").ChatOpenAI(
-        base_url=f"{address}/v1", api_key="none", model="tiny", temperature=0, max_tokens=6, max_retries=0
-    )
+    of = pytest.importorskip("langchain_openai").ChatOpenAI
+    options = {"base_url": f"{address}/v1", "api_key": "none", "model": "tiny", "temperature": 0, "max_tokens": 6}
+    chat, newer = (of(**options, max_retries=0, use_responses_api=asked) for asked in (False, True))
     whole = chat.invoke("the lazy dog")
     assert whole.content == "".join(chunk.content for chunk in chat.stream("the lazy dog"))
     assert whole.usage_metadata["output_tokens"] <= 6
+    assert whole.content == newer.invoke("the lazy dog").text
+    assert whole.content == "".join(chunk.text for chunk in newer.stream("the lazy dog"))
     picture = url(pil(1))
-    seen = chat.invoke([{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}])
+    asked = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
+    seen = chat.invoke(asked)
     assert seen.usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]
+    assert newer.invoke(asked).text == seen.content
 
 
 FOUND = "import importlib.util as u, sys; sys.exit(u.find_spec('litellm') is None)"

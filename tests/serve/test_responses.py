@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pydantic
 import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.items import messages_of
@@ -34,7 +35,9 @@ def ask(address: str) -> Iterator["openai.OpenAI"]:
 
 
 def kinds(events: list[Any]) -> list[str]:
-    """The types of events, each run of deltas once."""
+    """The types of events, each run of deltas once. All have what the client's types say."""
+    for event in events:
+        type(event).model_validate(event.to_dict())
     assert [event.sequence_number for event in events] == list(range(len(events)))
     found = [event.type.removeprefix("response.") for event in events]
     return [kind for i, kind in enumerate(found) if not (kind.endswith(".delta") and found[i - 1] == kind)]
@@ -136,6 +139,15 @@ def test_a_form(ask: "openai.OpenAI") -> None:
     assert set(json.loads(told.output_text)) == {"warm"} and told.status == "completed"
     assert told.text.format.name == "weather"
 
+    class Weather(pydantic.BaseModel):
+        """What the model has to fill in."""
+
+        model_config = pydantic.ConfigDict(extra="forbid")
+        warm: bool
+
+    read = ask.responses.parse(model="tiny", input="Warm?", text_format=Weather, temperature=0, max_output_tokens=250)
+    assert isinstance(read.output_parsed, Weather)
+
 
 def test_asynchronous(address: str) -> None:
     async def both() -> tuple[str, str]:
@@ -161,6 +173,7 @@ def test_what_is_refused(ask: "openai.OpenAI") -> None:
         "input.1: items of type 'item_reference'": {"input": [user, {"type": "item_reference", "id": "msg_1"}]},
         "input.0: call_id": {"input": [{"type": "function_call_output", "output": "x"}]},
         "input.0: content": {"input": [{"role": "user"}]},
+        "input.0: items of type": {"input": [{"type": ["message"], "role": "user", "content": "hi"}]},
         "no files are kept": {"input": [{"role": "user", "content": [file]}]},
         "Unknown part type": {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]},
         "arguments are not valid JSON": {
