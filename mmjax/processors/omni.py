@@ -24,7 +24,8 @@ WITH_SOUND = ("use_audio_in_video", "load_audio_from_video")
 class OmniProcessor(PatchProcessor):
     """What the families have in common. A family says how it hears, how rows take turns, and its default frame rate.
 
-    one_bos: the two tokens that open a video with sound share a position, and so do the two that close it.
+    one_bos: the two tokens that open a video with sound share a position, and so do the two that close it. thinker: the
+    part of config.json that is about understanding, which is all of it in a thinker's own.
     """
 
     kinds: Mapping[str, int | None] = {"image": None, "video": None, "audio": None}
@@ -34,7 +35,7 @@ class OmniProcessor(PatchProcessor):
     one_bos: bool
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
-        thinker = config.get("thinker_config", config)
+        self.thinker = thinker = config.get("thinker_config", config)
         self.ticks: float = thinker["position_id_per_seconds"]
         vision = thinker["vision_config"] | {"tokens_per_second": self.ticks}
         super().__init__(thinker | {"vision_config": vision}, files, tokenizer)
@@ -42,6 +43,7 @@ class OmniProcessor(PatchProcessor):
         self.bounds["video"] = area_bounds(files.get("video_preprocessor_config.json", {}), self.areas["video"])
         key = "audio_token_id" if "audio_token_id" in thinker else "audio_token_index"
         self.markers["audio"] = thinker[key]
+        self.chunk: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
         self.audio_bos, self.audio_eos = thinker["audio_start_token_id"], thinker["audio_end_token_id"]
         nested = files.get("processor_config.json", {}).get("feature_extractor")
         prepare = nested or files["preprocessor_config.json"]
@@ -61,6 +63,18 @@ class OmniProcessor(PatchProcessor):
     def from_mel(self, mel: np.ndarray) -> Item:
         """float32 [bins, frames] -> an audio item."""
         raise NotImplementedError
+
+    def chunked(self, mel: np.ndarray) -> dict[str, np.ndarray]:
+        """float32 [bins, frames] -> mel f32[chunks, frames, bins], length i32[chunks] in frames: the last may be short,
+        and has zeros behind."""
+        frames = mel.shape[1]
+        starts = np.arange(0, frames, self.chunk, dtype=np.int32)
+        padded = np.zeros((len(starts) * self.chunk, len(mel)), np.float32)
+        padded[:frames] = mel.T
+        return {
+            "mel": padded.reshape(len(starts), self.chunk, -1),
+            "length": np.minimum(self.chunk, frames - starts),
+        }
 
     @property
     def bins(self) -> int:

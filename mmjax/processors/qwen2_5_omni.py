@@ -31,9 +31,7 @@ class Processor(OmniProcessor, WindowProcessor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        thinker = config.get("thinker_config", config)
-        self.chunk: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
-        self.share = int(self.ticks * thinker["seconds_per_chunk"])  # positions that one turn covers
+        self.share = int(self.ticks * self.thinker["seconds_per_chunk"])  # positions that one turn covers
 
     def heard(self, samples: int) -> int:
         """Two convolution steps per row, two frames per step."""
@@ -53,18 +51,10 @@ class Processor(OmniProcessor, WindowProcessor):
         return self.from_mel(self.mel.before_silence(audio))
 
     def from_mel(self, mel: np.ndarray) -> Item:
-        """float32 [bins, frames] -> mel f32[chunks, frames, bins], length i32[chunks] in frames, step i32[rows]: the
-        first of the two steps that make a row. The last chunk may be short."""
-        frames, rows = mel.shape[1], self._rows(mel.shape[1])
-        units = -(-frames // self.chunk)
-        padded = np.zeros((units * self.chunk, len(mel)), np.float32)
-        padded[:frames] = mel.T
-        features = {
-            "mel": padded.reshape(units, self.chunk, -1),
-            "length": np.minimum(self.chunk, frames - self.chunk * np.arange(units, dtype=np.int32)),
-            "step": 2 * np.arange(rows, dtype=np.int32),
-        }
-        return Item("audio", features, units, rows)
+        """float32 [bins, frames] -> as `chunked`, and step i32[rows]: the first of the two steps that make a row."""
+        rows = self._rows(mel.shape[1])
+        features = self.chunked(mel) | {"step": 2 * np.arange(rows, dtype=np.int32)}
+        return Item("audio", features, len(features["mel"]), rows)
 
     def turns(self, clip: Item, sound: Item) -> list[Turn]:
         """A share of the video, the same share of its sound, and so on."""

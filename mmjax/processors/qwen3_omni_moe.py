@@ -33,10 +33,8 @@ class Processor(OmniProcessor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        thinker = config.get("thinker_config", config)
-        self.chunk: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
-        self.window: int = thinker["audio_config"]["n_window_infer"] // self.chunk  # chunks
-        self.side = round(thinker["vision_config"]["num_position_embeddings"] ** 0.5)
+        self.window: int = self.thinker["audio_config"]["n_window_infer"] // self.chunk  # chunks
+        self.side = round(self.thinker["vision_config"]["num_position_embeddings"] ** 0.5)
 
     def more(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         """Where each patch is in the table of positions."""
@@ -57,19 +55,15 @@ class Processor(OmniProcessor):
         return self.from_mel(self.mel.alone(audio))
 
     def from_mel(self, mel: np.ndarray) -> Item:
-        """float32 [bins, frames] -> mel f32[chunks, frames, bins]; length and extent i32[chunks]: the frames that are
-        sound, and those that the convolutions see; window i32[chunks]; step i32[rows]."""
+        """float32 [bins, frames] -> as `chunked`; extent i32[chunks]: the frames that the convolutions see; window
+        i32[chunks]; step i32[rows]."""
         frames, rows = mel.shape[1], self._rows(mel.shape[1])
-        units = -(-frames // self.chunk)
-        padded = np.zeros((units * self.chunk, len(mel)), np.float32)
-        padded[:frames] = mel.T
-        chunks = np.arange(units, dtype=np.int32)
-        features = {
-            "mel": padded.reshape(units, self.chunk, -1),
-            "length": np.minimum(self.chunk, frames - self.chunk * chunks),
+        features = self.chunked(mel)
+        units = len(features["mel"])
+        features |= {
             # silence follows a last chunk that is short, unless it is the only one
             "extent": np.full(units, frames if units == 1 else self.chunk, np.int32),
-            "window": chunks // self.window,
+            "window": np.arange(units, dtype=np.int32) // self.window,
             "step": np.arange(rows, dtype=np.int32),
         }
         return Item("audio", features, units, rows)
