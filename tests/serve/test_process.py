@@ -44,11 +44,13 @@ def leave(address: str, path: str, body: dict[str, Any], wait: Callable[[socket.
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/generate"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/completions", "/generate"])
 def test_clients_that_leave_free_their_pages(address: str, served: AsyncLLM, path: str, stream: bool) -> None:
     body: dict[str, Any] = {**LONG, "stream": stream}
     if path == "/v1/completions":
         body = {"prompt": ["the lazy", "a"], "max_tokens": 300, "ignore_eos": True, "stream": stream}
+    if path == "/v1/responses":
+        body = {"input": "Tell me more", "max_output_tokens": 300, "ignore_eos": True, "stream": stream}
     if path == "/generate":
         body = {"prompts": ["the", "a"], "sampling_params": {"max_tokens": 300, "ignore_eos": True}}
     made = served.llm.get_metrics()["output_tokens"]

@@ -2,16 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pydantic
 import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.items import messages_of
-from mmjax.serve.responses import Answer
 
 from asking import file_of, pil
+from mmjax import AsyncLLM, EngineDeadError
+from serving import until
 
 openai = pytest.importorskip("openai")
 
@@ -80,11 +81,6 @@ def test_events(ask: "openai.OpenAI") -> None:
     assert len(part.logprobs) == 8 and all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
     assert events[-1].response.output[0].content == [part] and events[-1].response.usage is not None
     assert events[0].response.status == "in_progress" and events[0].response.output == []
-    with ask.responses.stream(
-        model="tiny", input="Yes?", extra_body={"structured_outputs": {"choice": ["yes"]}}
-    ) as stream:
-        told = stream.get_final_response() if stream.until_done() is stream else None
-    assert told is not None and told.status == "completed" and told.output_text == "yes"
 
 
 def test_a_picture(ask: "openai.OpenAI") -> None:
@@ -147,6 +143,10 @@ def test_a_form(ask: "openai.OpenAI") -> None:
 
     read = ask.responses.parse(model="tiny", input="Warm?", text_format=Weather, temperature=0, max_output_tokens=250)
     assert isinstance(read.output_parsed, Weather)
+    choice = {"structured_outputs": {"choice": ["yes"]}}
+    with ask.responses.stream(model="tiny", input="Yes?", extra_body=choice) as stream:
+        whole = stream.get_final_response()
+    assert whole.status == "completed" and whole.output_text == "yes"
 
 
 def test_asynchronous(address: str) -> None:
@@ -226,9 +226,16 @@ def test_each_event_under_its_name(client: TestClient) -> None:
     assert blocks[-1].startswith("event: response.incomplete\n")
 
 
-def test_a_failure_is_the_last_event() -> None:
-    answer = Answer({"id": "resp_1", "output": [], "status": "in_progress"})
-    events = [*answer.begin(), *answer.take({"content": "Wait"}, None), answer.failed("gone")]
-    assert [event["sequence_number"] for event in events] == list(range(6))
-    assert events[-1]["type"] == "response.failed" and events[-1]["response"]["error"]["message"] == "gone"
-    assert events[0]["response"]["status"] == "in_progress" and events[0]["response"]["output"] == []
+def test_a_failure_is_the_last_event(ask: "openai.OpenAI", served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = served.stream
+
+    async def broken(ticket: Any) -> AsyncIterator[Any]:
+        async for delta in plain(ticket):
+            yield delta
+            raise EngineDeadError("no device")
+
+    monkeypatch.setattr(served, "stream", broken)
+    events = list(ask.responses.create(input="the lazy dog", stream=True, **GREEDY))
+    assert kinds(events) == ["created", "in_progress", *SAID[:3], "failed"]
+    assert events[-1].response.status == "failed" and events[-1].response.error.message == "no device"
+    until(lambda: served.open == 0 and served.load() == (0, 0, 0), "what it held is free", 10)
