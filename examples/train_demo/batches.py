@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lessons
 import numpy as np
 import speech
 from espeak import Espeak
@@ -133,7 +134,7 @@ def _painted(drawn: Sequence[scenes.Scene]) -> dict[str, np.ndarray]:
 
 
 def _loose(rng: np.random.Generator, turns: Sequence[ask.Asked]) -> list[ask.Asked]:
-    return [dataclasses.replace(turn, question=ask.loosely(rng, turn.question)) for turn in turns]
+    return [dataclasses.replace(turn, question=lessons.loosely(rng, turn.question)) for turn in turns]
 
 
 def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | None = None) -> Batch:
@@ -152,7 +153,11 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
         if pairs and rng.random() < 0.3:  # alike more often than chance has it
             thing = dataclasses.replace(shown[1].things[0], shape=shown[0].things[0].shape)
             shown[1] = dataclasses.replace(shown[1], things=(thing, *shown[1].things[1:]))
-        turns = ask.about_picture(rng, shown, 1 if skill else int(rng.integers(2, 7)), skill)
+        if skill:
+            tested = ask.about_picture(rng, shown, skill)
+            turns = [tested] if tested else []
+        else:
+            turns = lessons.about_picture(rng, shown, int(rng.integers(2, 7)))
         if not turns:
             continue
         questions.append(turns[0])

@@ -17,6 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import lessons  # noqa: E402
+
 from mmjax.demo import DIRECTORY, ask, scenes  # noqa: E402
 
 SPLIT = (
@@ -66,7 +68,7 @@ def corpus() -> list[str]:
     for _ in range(2500):
         pair = [scenes.draw_scene(rng) for _ in range(2)]
         for group in (pair[:1], pair):
-            lines += [text for asked in ask.about_picture(rng, group, 3) for text in (asked.question, asked.answer)]
+            lines += [text for asked in lessons.about_picture(rng, group, 3) for text in (asked.question, asked.answer)]
         moved = ask.about_clip(rng, scenes.draw_clip(rng, 4))
         lines += [moved.question, moved.answer]
         for said in (ask.WORDS[int(rng.integers(len(ask.WORDS)))], " ".join(ask.DIGITS)):

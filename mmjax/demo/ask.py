@@ -222,23 +222,15 @@ PICTURE: dict[str, Maker] = {
     "compare": _compare,
 }
 SKILLS = (*PICTURE, "motion", "digits", "words")
-# how often single pictures are asked for what: sides are learnt last, and few pictures allow the question
-LEARNT = ("color", "color", "shape", "count", "count", "exists", *("where",) * 5, "describe", "describe")
+TRIES = 6  # to find something to ask: what is drawn at random does not always allow it
 
 
-def about_picture(
-    rng: np.random.Generator, scenes: Sequence[Scene], turns: int, skill: str | None = None
-) -> list[Asked]:
-    """`turns` questions about one picture, or about two; of one skill if named. Fewer where the picture gives none."""
-    out: list[Asked] = []
-    for _ in range(turns * 6):
-        if len(out) == turns:
-            break
-        name = skill or ("compare" if len(scenes) > 1 else _any(rng, *LEARNT))
-        made = PICTURE[name](rng, scenes)
-        if made is not None and all(made[0] != asked.question for asked in out):
-            out.append(Asked(name, *made))
-    return out
+def about_picture(rng: np.random.Generator, scenes: Sequence[Scene], skill: str) -> Asked | None:
+    """A question of one skill about one picture, or about two. None where the picture gives none."""
+    for _ in range(TRIES):
+        if (made := PICTURE[skill](rng, scenes)) is not None:
+            return Asked(skill, *made)
+    return None
 
 
 def about_clip(rng: np.random.Generator, clip: Clip) -> Asked:
@@ -267,15 +259,6 @@ def about_speech(rng: np.random.Generator, said: str) -> list[Asked]:
         number = f"There {'is one digit' if len(parts) == 1 else f'are {COUNTS[len(parts)]} digits'}."
         out.append(Asked("digits", _any(rng, "How many digits are spoken?", "How many digits do you hear?"), number))
     return out
-
-
-def loosely(rng: np.random.Generator, question: str) -> str:
-    """The question as somebody might type it in haste."""
-    if rng.random() < 0.15:
-        question = question[0].lower() + question[1:]
-    if rng.random() < 0.1:
-        question = question.rstrip("?.")
-    return question
 
 
 def correct(asked: Asked, answer: str) -> bool:

@@ -75,8 +75,8 @@ def about_pictures(rng: np.random.Generator, skill: str) -> Question | None:
         first, *rest = shown[1].things
         alike = dataclasses.replace(first, shape=shown[0].things[0].shape)
         shown[1] = dataclasses.replace(shown[1], things=(alike, *rest))
-    asked = ask.about_picture(rng, shown, 1, skill)
-    return Question(asked[0], "image", list(paint.pictures(shown, side, rng))) if asked else None
+    asked = ask.about_picture(rng, shown, skill)
+    return Question(asked, "image", list(paint.pictures(shown, side, rng))) if asked else None
 
 
 def about_clip(rng: np.random.Generator) -> Question:

@@ -50,7 +50,7 @@ def make(folder: Path, seed: int) -> list[Shown]:
 def _picture(rng: np.random.Generator, folder: Path) -> Shown:
     while True:
         scene = scenes.draw_scene(rng, 4 / 3, 1.0, things=3)
-        asked = [one for skill in ABOUT_PICTURE for one in ask.about_picture(rng, [scene], 1, skill)]
+        asked = [one for skill in ABOUT_PICTURE if (one := ask.about_picture(rng, [scene], skill))]
         if len(asked) == len(ABOUT_PICTURE):
             break
     file = folder / "picture.png"
