@@ -20,7 +20,9 @@ class Item:
     """One processed media item. `features` lead with the `units` axis (patches, crops, clips), or with the rows where
     the encoder's `picks` say so; read-only.
 
-    times: when the layers of a clip's grid are, in the units that its family counts; empty where nothing is known.
+    times: when each layer of a clip's grid is; empty where nothing is known, and in the families that do not ask.
+    Qwen2.5-VL: positions, not yet rounded, from the first layer to where it begins. Qwen3-VL: seconds into the video,
+    in the middle between the layer's frames. The Omni families: seconds from the clip's start to where it begins.
     sound: a video that comes with its sound track, which is an audio item of the same prompt. ready: the rows
     themselves, float32 [rows, W], of an item that came as embeddings; it has no features and no units.
     """

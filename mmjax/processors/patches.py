@@ -122,7 +122,7 @@ class PatchProcessor:
         return features
 
     def times(self, video: Video, steps: int, kwargs: Kwargs) -> tuple[float, ...]:
-        """When each of the clip's steps is, in seconds, where the family cares."""
+        """When each of the clip's steps is, where the family asks; see `Item.times`."""
         return ()
 
     def _patches(self, frame: np.ndarray) -> np.ndarray:
