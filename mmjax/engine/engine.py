@@ -22,7 +22,7 @@ from mmjax.engine.scheduler import Limits, NeedsResults, Plan, Scheduler, Slice
 from mmjax.engine.sequence import Sequence
 from mmjax.models.family import Shape
 
-DEPTH = 2  # dispatches in flight: one running, one queued behind it
+DEPTH = 2  # dispatches in flight: one running, one queued behind it. A step between chunks of prompts is not counted.
 
 
 @dataclasses.dataclass
@@ -48,11 +48,14 @@ class Ticket:
     """A dispatch whose results the host has not read. members: (sequence, column of its results, steps it takes).
 
     calls: what the device thread was asked to do since the ticket before, whose errors come up with the results.
+    between: one decode step between chunks of prompts. It is done in a fraction of the time that packing the next
+    chunk's media takes, and so does not keep the device busy meanwhile.
     """
 
     sampled: Future[Any]
     members: list[tuple[Sequence, int, int]]
     calls: list[Future[Any]] = dataclasses.field(default_factory=list)
+    between: bool = False
     scores: Future[Any] | None = None
     scored: list[tuple[Sequence, int, int, int]] = dataclasses.field(default_factory=list)
 
@@ -126,8 +129,10 @@ class Engine:
             if unfed:
                 self.stats.idle_s += time.perf_counter() - begin
         changed = []
-        if self._flying and (plan is None or len(self._flying) >= DEPTH):
+        if plan is None and self._flying:
             changed = self._collect(self._flying.popleft())
+        while sum(not ticket.between for ticket in self._flying) >= DEPTH:
+            changed += self._collect(self._flying.popleft())
         self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
         return changed
 
@@ -147,6 +152,7 @@ class Engine:
                 self._run(self.runner.put, rows, dest)
         if plan.prefill or plan.decode:
             ticket = self._prefill(plan.prefill) if plan.prefill else self._decode(plan.decode)
+            ticket.between = plan.between
             ticket.calls, self._calls = self._calls, []
             self._flying.append(ticket)
         self.stats.dispatches += 1

@@ -55,12 +55,13 @@ class Encode:
 class Plan:
     """One dispatch: chunks of prompts (and the media they need first), or decode steps.
 
-    decode: sequences, each with how many steps it takes.
+    decode: sequences, each with how many steps it takes. between: it is one step, and more chunks come next.
     """
 
     encode: tuple[Encode, ...] = ()
     prefill: tuple[Slice, ...] = ()
     decode: tuple[tuple[Sequence, int], ...] = ()
+    between: bool = False
     started: tuple[Sequence, ...] = ()
 
 
@@ -102,7 +103,8 @@ class Scheduler:
         if plan is None:
             unfinished = bool(self.waiting and self.rows) or any(s.prefilling for s in self.running)
             self._prefilled_last = False
-            plan = self._plan_decode(1 if taking_turns and unfinished else self.limits.steps, in_flight)
+            between = taking_turns and unfinished
+            plan = self._plan_decode(1 if between else self.limits.steps, in_flight, between=between)
         if plan is None and taking_turns:
             plan = self._plan_prefill()
         if plan is None and in_flight and not self.idle:
@@ -131,7 +133,7 @@ class Scheduler:
     def _ready(self) -> list[Sequence]:
         return [s for s in self.running if not s.prefilling and s.sampled < s.max_tokens]
 
-    def _plan_decode(self, steps: int, in_flight: bool) -> Plan | None:
+    def _plan_decode(self, steps: int, in_flight: bool, *, between: bool) -> Plan | None:
         ready = self._ready()
         if any(s.constraints.dynamic for s in ready):  # what such a row may say depends on what it has said
             if in_flight:
@@ -153,7 +155,7 @@ class Scheduler:
         chosen = [(seq, n) for seq, n in chosen if seq.row is not None]
         for seq, n in chosen:
             seq.planned += n
-        return Plan(decode=tuple(chosen)) if chosen else None
+        return Plan(decode=tuple(chosen), between=between) if chosen else None
 
     def _grow(self, seq: Sequence, tokens: int) -> bool:
         """Pages for so many tokens of the sequence, if there are any."""

@@ -40,6 +40,27 @@ def test_a_prompt_cut_into_chunks_gives_the_same_answer(make_llm, alone: list[li
     assert ids(outputs) == alone
 
 
+def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, monkeypatch, alone) -> None:
+    """Packing a chunk's media takes long: it must not begin when the chunk before has been read, and all is idle."""
+    llm = make_llm("qwen2_vl", max_num_batched_tokens=32, enable_prefix_caching=False)
+    engine, queued, found = llm.parts.engines[0], [], []
+    prefill, collect = engine._prefill, engine._collect
+
+    def dispatching(slices):
+        queued.append(prefill(slices))
+        return queued[-1]
+
+    def reading(ticket):
+        if ticket in queued and any(s.prefilling for s in engine.scheduler.running):
+            found.append(len(queued) - 1 - queued.index(ticket))
+        return collect(ticket)
+
+    monkeypatch.setattr(engine, "_prefill", dispatching)
+    monkeypatch.setattr(engine, "_collect", reading)
+    assert ids(llm.generate(MIXED, greedy(), use_tqdm=False)) == alone
+    assert len(found) > 2 and min(found) == 1, found
+
+
 def test_preempted_sequences_come_back_and_give_the_same_answer(make_llm, qwen: LLM) -> None:
     prompts = [text("a" * 10 * i) for i in range(1, 5)]
     expected = ids(qwen.generate(prompts, greedy(100), use_tqdm=False))
