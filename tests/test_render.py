@@ -1,9 +1,11 @@
 """Rendering with tiny checkpoints: placeholders, cache, names, lengths, every refusal in its words."""
 
+import concurrent.futures
 import logging
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mmjax.processors.base import Item
-from mmjax.render import ItemCache, Rendered, Renderer
+from mmjax.render import AT_ONCE, ItemCache, Rendered, Renderer
 from mmjax.types import RequestError, ValidationError
 from rendering import load_processor, make_renderer
 
@@ -55,6 +57,26 @@ def test_items_come_in_the_order_of_the_prompt(qwen: Renderer) -> None:
     assert made.positions.shape == (3, len(made.tokens)) and made.tokens.dtype == np.int32
     assert (made.positions[:, -1] + 1 == len(made.tokens) + made.delta).all()
     assert (made.prompt, made.salt, made.encoder_tokens) == (f"a{PLACE}b{video}{PLACE}c", "s", None)
+
+
+def test_so_many_prompts_are_rendered_at_once_and_no_more(qwen: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread more would keep the one that feeds the device from running; who waits is not forgotten."""
+    inside, most, plain = [0], [0], qwen._tokens
+
+    def slowly(*arguments: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(qwen, "_tokens", slowly)
+    with concurrent.futures.ThreadPoolExecutor(4 * AT_ONCE) as pool:
+        made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * AT_ONCE)))
+    assert most == [AT_ONCE] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * AT_ONCE)]
+    for _ in range(AT_ONCE + 1):  # an error gives its place back
+        with pytest.raises(RequestError):
+            render(qwen, image_prompt(RED) | {"prompt": "no placeholder"})
 
 
 def test_expanded_ids_may_be_sent_again(qwen: Renderer) -> None:
