@@ -38,7 +38,9 @@ TRAIN, TEST = 1, 2  # first words of the seeds
 
 @dataclasses.dataclass
 class Batch:
-    """tokens i64[B, T]; wanted bool[B, T]: tokens to learn; lengths i64[B]. Everything else by what is shown.
+    """tokens i64[B, T]; wanted bool[B, T]: tokens to learn; lengths i64[B]. turns i8[B, T]: a token sees those of turn
+    0 and of its own turn before it; places i64[B, T]: how many it sees, the media's included. Everything else by what
+    is shown.
 
     pictures: things [N, MOST, FIELDS], ground [N, GROUND_FIELDS], noise [N]: N frames in the order of their tokens,
     two for each pair of a clip, `edges` wide and high in units of the
@@ -51,6 +53,8 @@ class Batch:
     tokens: np.ndarray
     wanted: np.ndarray
     lengths: np.ndarray
+    turns: np.ndarray
+    places: np.ndarray
     grid: tuple[int, int, int] = (1, 1, 1)
     seconds: float = 1.0
     things: np.ndarray | None = None
@@ -60,6 +64,23 @@ class Batch:
     sounds: np.ndarray | None = None
     quiet: bool = True
     asked: list[ask.Asked] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Row:
+    """One row of a batch, under construction; see `Batch`."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    wanted: list[bool] = dataclasses.field(default_factory=list)
+    turns: list[int] = dataclasses.field(default_factory=list)
+    places: list[int] = dataclasses.field(default_factory=list)
+
+    def add(self, part: Sequence[int], turn: int, *, learn: bool = False) -> None:
+        seen = self.turns.count(0) + (self.turns.count(turn) if turn else 0)
+        self.tokens.extend(part)
+        self.wanted.extend([learn] * len(part))
+        self.turns.extend([turn] * len(part))
+        self.places.extend(range(seen, seen + len(part)))
 
 
 class Rows:
@@ -82,36 +103,47 @@ class Rows:
         return (start, *[pad] * each, end) * count
 
     def row(
-        self, media: Sequence[int], turns: Sequence[ask.Asked], *, last: bool = False, system: bool = True
-    ) -> tuple[list[int], list[bool]]:
-        """(tokens, whether each is to be learnt). last: the question stands before what it is about."""
-        tokens: list[int] = []
-        wanted: list[bool] = []
-
-        def add(part: Sequence[int], learn: bool = False) -> None:
-            tokens.extend(part)
-            wanted.extend([learn] * len(part))
-
+        self,
+        media: Sequence[int],
+        turns: Sequence[ask.Asked],
+        *,
+        last: bool = False,
+        system: bool = True,
+        apart: bool = False,
+    ) -> Row:
+        """last: the question stands before what it is about. apart: every question is the first about the media, and
+        none is seen by another; what was answered before would otherwise be looked up there, and not in the media."""
+        row = Row()
         if system:
-            add(self.encode(SYSTEM))
+            row.add(self.encode(SYSTEM), 0)
+        if apart:
+            row.add((*self.encode("<|im_start|>user\n"), *media), 0)
         for index, asked in enumerate(turns):
-            add(self.encode("<|im_start|>user\n"))
-            parts = [media, self.encode(asked.question)] if index == 0 else [self.encode(asked.question)]
+            turn = index + 1 if apart else 0
+            question = self.encode(asked.question)
+            if not apart:
+                row.add(self.encode("<|im_start|>user\n"), 0)
+            parts = [media, question] if index == 0 and not apart else [question]
             for part in reversed(parts) if last else parts:
-                add(part)
-            add(self.encode("<|im_end|>\n<|im_start|>assistant\n"))
-            add(self.encode(asked.answer) + self.encode("<|im_end|>"), learn=True)
-            add(self.encode("\n"))
-        return tokens[:-1], wanted[:-1]
+                row.add(part, turn)
+            row.add(self.encode("<|im_end|>\n<|im_start|>assistant\n"), turn)
+            row.add(self.encode(asked.answer) + self.encode("<|im_end|>"), turn, learn=True)
+            if not apart and index + 1 < len(turns):
+                row.add(self.encode("\n"), 0)
+        return row
 
 
-def together(kind: str, rows: Sequence[tuple[list[int], list[bool]]], **fields: Any) -> Batch:
-    longest = -(-max(len(tokens) for tokens, _ in rows) // 8) * 8
-    tokens = np.zeros((len(rows), longest), np.int64)
+def together(kind: str, rows: Sequence[Row], **fields: Any) -> Batch:
+    """Rows of equal length; what fills them up is seen by nobody."""
+    longest = -(-max(len(row.tokens) for row in rows) // 8) * 8
+    tokens, turns, places = (np.zeros((len(rows), longest), dtype) for dtype in (np.int64, np.int8, np.int64))
     wanted = np.zeros((len(rows), longest), bool)
-    for index, (ids, learn) in enumerate(rows):
-        tokens[index, : len(ids)], wanted[index, : len(ids)] = ids, learn
-    return Batch(kind, tokens, wanted, np.array([len(ids) for ids, _ in rows]), **fields)
+    for index, row in enumerate(rows):
+        count = len(row.tokens)
+        tokens[index, :count], wanted[index, :count] = row.tokens, row.wanted
+        turns[index, :count], places[index, :count] = row.turns, row.places
+    lengths = np.array([len(row.tokens) for row in rows])
+    return Batch(kind, tokens, wanted, lengths, turns, places, **fields)
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Any]) -> Any:
@@ -143,7 +175,8 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
     height, width = _pick(rng, GRIDS)
     edges = _edges(rng, height, width)
     last, system = (False, True) if skill else (rng.random() < 0.12, rng.random() > 0.1)
-    out: list[tuple[list[int], list[bool]]] = []
+    apart = not skill and not last and rng.random() < 0.9
+    out: list[Row] = []
     drawn: list[scenes.Scene] = []
     questions: list[ask.Asked] = []
     media = rows.media("image", 1 + pairs, height * width)
@@ -161,7 +194,8 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
         if not turns:
             continue
         questions.append(turns[0])
-        out.append(rows.row(media, turns if skill else _loose(rng, turns), last=last, system=system))
+        shown_turns = turns if skill else _loose(rng, turns)
+        out.append(rows.row(media, shown_turns, last=last, system=system, apart=apart))
         drawn += shown
     return together("image", out, grid=(1, height, width), edges=edges, asked=questions, **_painted(drawn))
 
@@ -264,7 +298,8 @@ class Makers:
     ) -> None:
         context = multiprocessing.get_context("fork")
         self.queues = {kind: context.Queue(max(4, workers)) for kind in sizes}
-        shares = {kind: share * each[kind] for kind, share in {"image": 0.16, "video": 0.1, "audio": 0.74}.items()}
+        cost = {"image": 0.26, "video": 0.14, "audio": 0.6}  # of a batch
+        shares = {kind: share * cost[kind] for kind, share in each.items()}
         shares = {kind: share / sum(shares.values()) for kind, share in shares.items()}
         self.processes = []
         for kind, share in shares.items():

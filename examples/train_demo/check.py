@@ -6,19 +6,21 @@ small. Needs torchvision's absence or presence to be none of its business: only 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import lessons
 import numpy as np
 import torch
-from batches import Batch, Rows, clips, hear, pictures
+from batches import Batch, Row, Rows, clips, hear, pictures, together
 from forward import Fast
 from train import build
 
-from mmjax.demo import DIRECTORY
+from mmjax.demo import DIRECTORY, paint, scenes
 
 
 def check(name: str, got: Any, wanted: Any, limit: float) -> None:
@@ -67,8 +69,31 @@ def compare(model: Any, fast: Fast, batch: Batch, vision: Any, sound: Any) -> No
     known = mask.bool()
     check(f"{batch.kind} positions", fast.positions(tokens, batch)[:, known], wanted[:, known], 0)
     logits = model(input_ids=tokens, attention_mask=mask, position_ids=wanted, **inputs).logits
-    mine = model.lm_head(fast.states(tokens, batch, features))
+    mine = model.lm_head(fast.states(tokens, batch, features)[0])
     check(f"{batch.kind} logits (deviation {logits[known].std():.2g})", mine[known], logits[known], 1e-3)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
+def compare_turns(model: Any, fast: Fast, rng: np.random.Generator, rows: Rows) -> None:
+    """Questions that are kept apart against the same questions, each alone."""
+    shown = scenes.draw_scene(rng, things=3)
+    media, turns = rows.media("image", 1, 36), lessons.about_picture(rng, [shown], 4)
+
+    def logits(row: Row) -> torch.Tensor:
+        things, ground = paint.table(dataclasses.replace(shown, noise=0.0))
+        batch = together(
+            "image", [row], grid=(1, 6, 6), things=things[None], ground=ground[None], noise=np.zeros(1, np.float32)
+        )
+        hidden, _ = fast.states(torch.from_numpy(batch.tokens), batch, fast.features(batch))
+        return torch.as_tensor(model.lm_head(hidden)[0])
+
+    whole = rows.row(media, turns, apart=True)
+    got = logits(whole)
+    for index, turn in enumerate(turns):
+        alone = rows.row(media, [turn])
+        mine = [place for place, owner in enumerate(whole.turns) if owner in (0, index + 1)]
+        assert [whole.tokens[place] for place in mine] == alone.tokens
+        check("one turn of several", got[mine], logits(alone)[: len(mine)], 1e-4)
 
 
 def main() -> None:
@@ -86,8 +111,9 @@ def main() -> None:
     model.eval()
     rng, rows = np.random.default_rng(4), Rows()
     fast = Fast(model, "cpu", rows.encode("<|im_end|>")[0])
+    compare_turns(model, fast, rng, rows)
     for _ in range(3):
-        compare(model, fast, pictures(rng, rows, 3), vision, sound)
+        compare(model, fast, pictures(rng, rows, 3, skill="count"), vision, sound)
         compare(model, fast, clips(rng, rows, 4), vision, sound)
         noise = [
             ("four two", rng.standard_normal(n).astype(np.float32) * 0.1)

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from batches import Batch
+from hints import Hints
 
 from mmjax.demo import paint
+from mmjax.demo.scenes import SHAPES
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,6 +25,7 @@ class Fast:
     """Batch -> logits at the wanted tokens, and greedy answers."""
 
     def __init__(self, model: Any, device: str, end: int) -> None:
+        self.hints = Hints(model.config.text_config.hidden_size, len(SHAPES)).to(device)
         self.model, self.device, self.end = model, device, end
         self.config = model.config
         home = model.model if hasattr(model.model, "visual") else model  # moved between versions of transformers
@@ -32,6 +35,11 @@ class Fast:
         self.window = torch.hann_window(400, device=device)
         self.mel = torch.from_numpy(_mel_filters()).to(device)
         c = self.config
+        text = c.text_config
+        sections = text.rope_parameters["mrope_section"]
+        steps = torch.arange(sum(sections), device=device) / sum(sections)
+        self.speeds = text.rope_parameters["rope_theta"] ** -steps  # of every pair of dimensions, radians per position
+        self.axis = torch.arange(3, device=device).repeat_interleave(torch.tensor(sections, device=device))
         self.marks = {"image": c.image_token_id, "video": c.video_token_id, "audio": c.audio_token_id}
 
     def put(self, array: np.ndarray) -> torch.Tensor:
@@ -147,6 +155,8 @@ class Fast:
     def positions(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
         """[3, B, T] rotary positions of rows whose items all have the batch's grid."""
         place = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        if batch.turns.any():
+            place = self.put(batch.places)
         if batch.kind in ("text", "audio"):
             return place.expand(3, -1, -1)
         t, h, w = batch.grid
@@ -174,27 +184,60 @@ class Fast:
 
     def states(
         self, tokens: torch.Tensor, batch: Batch, features: torch.Tensor | None, media: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[B, T, width] before the head. media: where `features` go, in the flattened tokens, if known."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, width] before the head, and in the middle of the layers. media: where `features` go, in the flattened
+        tokens, if known."""
         embeds = self.text.embed_tokens(tokens)
         if features is not None:
             if media is None:
                 media = (tokens.flatten() == self.marks[batch.kind]).nonzero().squeeze(1)
             flat = embeds.flatten(0, 1).index_copy(0, media, features.flatten(0, 1).to(embeds.dtype))
             embeds = flat.view_as(embeds)
-        out = self.text(inputs_embeds=embeds, position_ids=self.positions(tokens, batch), use_cache=False)
-        return out.last_hidden_state
+        return self.think(embeds, self.positions(tokens, batch), self.seen(batch, tokens.shape[1]))
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean cross entropy of the wanted tokens, and the share predicted right."""
+    def seen(self, batch: Batch, length: int) -> torch.Tensor | None:
+        """bool [B, 1, T, T]: which tokens each one sees; None where that is all before it."""
+        if not batch.turns.any():
+            return None
+        turns = F.pad(self.put(batch.turns), (0, length - batch.turns.shape[1]))
+        before = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        return (before & ((turns[:, None] == 0) | (turns[:, None] == turns[:, :, None])))[:, None]
+
+    def think(
+        self, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decoder's layers on [B, T, width] at positions [3, B, T]: what the last gives, normed, and what the
+        middle one does. Rows end in what nobody looks at."""
+        angle = positions.permute(1, 2, 0)[..., self.axis] * self.speeds
+        cos, sin = (torch.cat((part, part), -1)[:, :, None] for part in (angle.cos(), angle.sin()))
+        b, t, _ = x.shape
+        for layer in self.text.layers:
+            a, y = layer.self_attn, layer.input_layernorm(x)
+            q, k, v = (part(y).view(b, t, -1, a.head_dim) for part in (a.q_proj, a.k_proj, a.v_proj))
+            q, k = (_turn(part, cos, sin).to(v.dtype) for part in (q, k))
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
+            x = x + a.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if layer is self.text.layers[1]:
+                middle = x
+        return self.text.norm(x), middle
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean cross entropy of the wanted tokens, the loss of the hints, and the share of tokens predicted right."""
         tokens = self.put(batch.tokens)
         wanted = np.flatnonzero(batch.wanted)  # a row never starts with one
         targets = self.put(batch.tokens.ravel()[wanted])
         known = batch.kind != "text"
         media = self.put(np.flatnonzero(batch.tokens == self.marks[batch.kind])) if known else None
-        hidden = self.states(tokens, batch, self.features(batch), media)
+        features = self.features(batch)
+        hidden, middle = self.states(tokens, batch, features, media)
         logits = self.model.lm_head(hidden.flatten(0, 1)[self.put(wanted - 1)]).float()
-        return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
+        loss = F.cross_entropy(logits, targets)
+        hint = torch.zeros_like(loss)
+        if batch.things is not None and features is not None:
+            hint = self.hints(batch, self.put(batch.things), features, middle.flatten(0, 1)[media])
+        return loss, hint, (logits.argmax(-1) == targets).float().mean()
 
     @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def answer(self, batch: Batch, most: int = 32) -> list[list[int]]:
@@ -209,7 +252,7 @@ class Fast:
         end = self.end
         rows = torch.arange(len(starts), device=self.device)
         for step in range(most):
-            hidden = self.states(tokens, batch, features)
+            hidden, _ = self.states(tokens, batch, features)
             logits = self.model.lm_head(hidden[rows, starts + step - 1])
             logits[:, list(self.marks.values())] = -torch.inf  # would be taken for one more item
             tokens[rows, starts + step] = logits.argmax(-1)

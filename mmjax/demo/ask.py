@@ -68,9 +68,9 @@ def _one(rng: np.random.Generator, things: Sequence[Thing]) -> Thing:
     return things[int(rng.integers(len(things)))]
 
 
-def listing(scene: Scene) -> str:
-    """A red circle, a blue square and a green star: from left to right."""
-    names = [_a(thing.name) for thing in sorted(scene.things, key=lambda thing: thing.x)]
+def listing(scene: Scene, order: Sequence[Thing] | None = None) -> str:
+    """A red circle, a blue square and a green star: from left to right, or in the order given."""
+    names = [_a(thing.name) for thing in order or sorted(scene.things, key=lambda thing: thing.x)]
     text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return text[0].upper() + text[1:] + "."
 

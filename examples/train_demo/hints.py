@@ -1,0 +1,63 @@
+"""What training adds to the answers: what is where in a picture, token by token.
+
+From answers alone a model this small learns what is easy and then stands still: which of two things is further left is
+one word in a sentence, and nothing says of which tokens it must be told. The scenes are known, so two linear readouts,
+thrown away after training, ask each token of a picture for what covers it, and for where that is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from batches import Batch
+
+SHAPES = slice(10, None)  # in a row of `Batch.things`
+
+
+class Hints(torch.nn.Module):  # type: ignore[misc, unused-ignore]
+    """Readouts of what the tower gives (which shape, if any; its colour) and of the middle of the decoder (the same
+    shape; whether its centre is here; where its centre is)."""
+
+    def __init__(self, width: int, shapes: int) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.seen = torch.nn.Linear(width, shapes + 1 + 3)
+        self.thought = torch.nn.Linear(width, shapes + 1 + 1 + 2)
+
+    def forward(self, batch: Batch, things: torch.Tensor, features: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """Mean loss. things: the batch's, on the device; features [N, tokens, width] of N pictures, middle [N * tokens,
+        width]: the same tokens later."""
+        label, color, centre, place = targets(batch, things, self.shapes)
+        covered = label < self.shapes
+        share = covered.float() / covered.sum().clamp(min=1)
+        seen, thought = self.seen(features.flatten(0, 1)).float(), self.thought(middle).float()
+        kinds = self.shapes + 1
+        shape = F.cross_entropy(seen[:, :kinds], label) + F.cross_entropy(thought[:, :kinds], label)
+        shade = ((seen[:, kinds:] - color).abs().mean(1) * share).sum()
+        here = F.binary_cross_entropy_with_logits(thought[:, kinds], centre)
+        where = ((thought[:, kinds + 1 :] - place).abs().mean(1) * share).sum()
+        return shape + 2 * shade + 2 * here + 4 * where
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
+def targets(batch: Batch, things: torch.Tensor, shapes: int) -> tuple[torch.Tensor, ...]:
+    """Of every token of every picture (of pairs of frames: of the first): which shape covers it i64 (`shapes`: none),
+    its colour f32 [.., 3], whether its centre is in this token f32, and that centre f32 [.., 2], 0..1 in the picture.
+    """
+    things = things[:: 2 if batch.kind == "video" else 1]
+    _, rows, columns = batch.grid
+    width, height = batch.edges
+    down, across = (
+        (torch.arange(n, device=things.device) + 0.5) / n * edge for n, edge in ((rows, height), (columns, width))
+    )
+    across = across[None, None, None, :] - things[:, :, 0, None, None]
+    down = down[None, None, :, None] - things[:, :, 1, None, None]
+    there = things[:, :, 9, None, None] > 0
+    far = torch.where(there, torch.sqrt(across**2 + down**2) / things[:, :, 9, None, None], torch.inf)
+    inside = (across.abs() <= width / columns / 2) & (down.abs() <= height / rows / 2) & there
+    far = torch.where(inside, far - 100, far).flatten(2)  # a thing smaller than its token is there all the same
+    least, near = far.min(1)
+    mine = things.gather(1, near[:, :, None].expand(-1, -1, things.shape[2])).flatten(0, 1)
+    label = torch.where(least.flatten() < 0.9, mine[:, SHAPES].argmax(1), shapes)
+    place = mine[:, :2] / torch.tensor([width, height], device=things.device)
+    return label, mine[:, 6:9], (least.flatten() < -50).float(), place
