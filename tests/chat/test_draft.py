@@ -1,6 +1,7 @@
 """From messages to prompts: formats, options, counts, and media fetched together, with and without an event loop."""
 
 import asyncio
+import concurrent.futures
 import json
 import logging
 import threading
@@ -69,6 +70,18 @@ class Source:
 
     def fetch_audio_embedding(self, data: str) -> Any:
         return np.full((3, 4), len(data), np.float32)
+
+
+class AtOnce(concurrent.futures.Executor):
+    """Does what it is given before it says so."""
+
+    def submit(self, work: Any, /, *arguments: Any, **options: Any) -> "concurrent.futures.Future[Any]":
+        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            done.set_result(work(*arguments, **options))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 def make(template: str | None = PRINT, *, source: Source | None = None, limit: int = 9, **options: Any) -> Chat:
@@ -172,8 +185,10 @@ def test_counts_are_checked_before_anything_is_fetched() -> None:
 
 
 def test_the_first_failure_ends_the_request() -> None:
-    with pytest.raises(RequestError, match="cannot fetch bad[12]"):  # whichever thread was first
-        make().prompt(user(image("a"), image("bad1"), image("bad2")), PLAIN)
+    chat = make()
+    vars(chat)["_threads"] = AtOnce()  # both have failed when the first is asked for
+    with pytest.raises(RequestError, match="cannot fetch bad1"):
+        chat.prompt(user(image("a"), image("bad1"), image("bad2")), PLAIN)
     source = Source()
     with pytest.raises(RequestError, match="cannot fetch bad"):
         asyncio.run(make(source=source).prompt_async(user(image("slow"), image("bad"), image("a")), PLAIN))
