@@ -59,14 +59,14 @@ class ResponsesRequest(Steering, ChatForm):
     @classmethod
     def _functions(cls, tools: list[Json] | None) -> list[Json] | None:
         for tool in tools or ():
-            if tool.get("type") != "function" or not isinstance(tool.get("name"), str):
+            if not _names_function(tool):
                 raise ValueError("each must be {'type': 'function', 'name': ..., 'parameters': ...}")
         return tools
 
     @field_validator("tool_choice")
     @classmethod
     def _one_function(cls, choice: str | Json | None) -> str | Json | None:
-        if isinstance(choice, dict) and (choice.get("type") != "function" or not isinstance(choice.get("name"), str)):
+        if isinstance(choice, dict) and not _names_function(choice):
             raise ValueError("must be none, auto, required or {'type': 'function', 'name': ...}")
         return choice
 
@@ -107,6 +107,10 @@ class ResponsesRequest(Steering, ChatForm):
         except FormError as error:
             told = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
             raise RequestValidationError(told) from None
+
+
+def _names_function(given: Json) -> bool:
+    return given.get("type") == "function" and isinstance(given.get("name"), str)
 
 
 def _without_type(given: Json) -> Json:

@@ -187,15 +187,13 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
             thing = dataclasses.replace(shown[1].things[0], shape=shown[0].things[0].shape)
             shown[1] = dataclasses.replace(shown[1], things=(thing, *shown[1].things[1:]))
         if skill:
-            tested = ask.about_picture(rng, shown, skill)
-            turns = [tested] if tested else []
+            turns = [tested] if (tested := ask.about_picture(rng, shown, skill)) else []
         else:
-            turns = lessons.about_picture(rng, shown, int(rng.integers(2, 7)))
+            turns = _loose(rng, lessons.about_picture(rng, shown, int(rng.integers(2, 7))))
         if not turns:
             continue
         questions.append(turns[0])
-        shown_turns = turns if skill else _loose(rng, turns)
-        out.append(rows.row(media, shown_turns, last=last, system=system, apart=apart))
+        out.append(rows.row(media, turns, last=last, system=system, apart=apart))
         drawn += shown
     return together("image", out, grid=(1, height, width), edges=edges, asked=questions, **_painted(drawn))
 

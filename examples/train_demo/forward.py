@@ -193,14 +193,14 @@ class Fast:
                 media = (tokens.flatten() == self.marks[batch.kind]).nonzero().squeeze(1)
             flat = embeds.flatten(0, 1).index_copy(0, media, features.flatten(0, 1).to(embeds.dtype))
             embeds = flat.view_as(embeds)
-        return self.think(embeds, self.positions(tokens, batch), self.seen(batch, tokens.shape[1]))
+        return self.think(embeds, self.positions(tokens, batch), self.seen(batch))
 
-    def seen(self, batch: Batch, length: int) -> torch.Tensor | None:
+    def seen(self, batch: Batch) -> torch.Tensor | None:
         """bool [B, 1, T, T]: which tokens each one sees; None where that is all before it."""
         if not batch.turns.any():
             return None
-        turns = F.pad(self.put(batch.turns), (0, length - batch.turns.shape[1]))
-        before = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        turns = self.put(batch.turns)
+        before = torch.ones(turns.shape[1], turns.shape[1], dtype=torch.bool, device=self.device).tril()
         return (before & ((turns[:, None] == 0) | (turns[:, None] == turns[:, :, None])))[:, None]
 
     def think(

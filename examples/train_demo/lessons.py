@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.demo.ask import PICTURE, TRIES, Asked, listing
+from mmjax.demo.ask import PICTURE, TRIES, Asked, listing, one, only
 from mmjax.demo.scenes import Scene, Thing
 
 # how often single pictures are asked for what: few pictures allow the question for sides
@@ -46,23 +46,14 @@ def loosely(rng: np.random.Generator, question: str) -> str:
     return question
 
 
-def _called(scene: Scene, thing: Thing) -> str:
-    """The shortest name that only this thing has; "" where there is none."""
-    for name in ("shape", "name"):
-        if sum(getattr(other, name) == getattr(thing, name) for other in scene.things) == 1:
-            return str(getattr(thing, name))
-    return ""
-
-
 def _place(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     """Where is the star? The star is left and below: of the middle."""
-    thing = scene.things[int(rng.integers(len(scene.things)))]
+    thing = one(rng, scene.things)
     across, down = thing.x - scene.width / 2, thing.y - scene.height / 2
-    name = _called(scene, thing)
-    if rng.random() < 0.5 and sum(other.name == thing.name for other in scene.things) == 1:
-        name = thing.name
-    if not name or min(abs(across), abs(down)) < CLEAR:
+    whole = rng.random() < 0.5 or not only(scene.things, shape=thing.shape)
+    if not only(scene.things, name=thing.name) or min(abs(across), abs(down)) < CLEAR:
         return None
+    name = thing.name if whole else thing.shape
     side = f"{'left' if across < 0 else 'right'} and {'above' if down < 0 else 'below'}"
     return f"Where is the {name}?", f"The {name} is {side}."
 

@@ -59,12 +59,12 @@ def _plural(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
 
 
-def _only(things: Sequence[Thing], **wanted: str) -> bool:
+def only(things: Sequence[Thing], **wanted: str) -> bool:
     """Whether exactly one thing is like that."""
     return sum(all(getattr(thing, key) == value for key, value in wanted.items()) for thing in things) == 1
 
 
-def _one(rng: np.random.Generator, things: Sequence[Thing]) -> Thing:
+def one(rng: np.random.Generator, things: Sequence[Thing]) -> Thing:
     return things[int(rng.integers(len(things)))]
 
 
@@ -91,8 +91,8 @@ def _describe(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, s
 
 def _color(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     things = scenes[0].things
-    thing = _one(rng, things)
-    if not _only(things, shape=thing.shape):
+    thing = one(rng, things)
+    if not only(things, shape=thing.shape):
         return None
     spelled = _any(rng, "color", "color", "colour")
     questions = [f"What {spelled} is the {thing.shape}?", f"Which {spelled} does the {thing.shape} have?"]
@@ -103,8 +103,8 @@ def _color(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]
 
 def _shape(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     things = scenes[0].things
-    thing = _one(rng, things)
-    if not _only(things, color=thing.color):
+    thing = one(rng, things)
+    if not only(things, color=thing.color):
         return None
     questions = [f"What shape is {thing.color}?", f"Which shape is {thing.color}?", f"What is {thing.color}?"]
     if len(things) == 1:
@@ -119,10 +119,10 @@ def _count(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]
     if form < 0.35:
         return f"How many {_any(rng, 'shapes', 'shapes', 'things', 'objects')}{end}", _some(len(things), "shape")
     if form < 0.75:
-        shape = _one(rng, things).shape if rng.random() < 0.8 else _any(rng, *SHAPES)
+        shape = one(rng, things).shape if rng.random() < 0.8 else _any(rng, *SHAPES)
         number = sum(thing.shape == shape for thing in things)
         return f"How many {_plural(shape)}{end}", _some(number, shape)
-    color = _one(rng, things).color if rng.random() < 0.8 else _any(rng, *COLORS)
+    color = one(rng, things).color if rng.random() < 0.8 else _any(rng, *COLORS)
     number = sum(thing.color == color for thing in things)
     return f"How many {color} {_any(rng, 'shapes', 'things')}{end}", _some(number, "shape", color)
 
@@ -130,7 +130,7 @@ def _count(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]
 def _exists(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]:
     things = scenes[0].things
     form, yes = rng.random(), rng.random() < 0.5
-    thing = _one(rng, things)
+    thing = one(rng, things)
     what = thing.shape if yes else _any(rng, *SHAPES)
     found = any(other.shape == what for other in things)
     if form < 0.5:
@@ -160,9 +160,9 @@ def _where(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]
         return None
     first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
     side = _side(first, second)
-    if not side or not all(_only(things, shape=thing.shape, color=thing.color) for thing in (first, second)):
+    if not side or not all(only(things, shape=thing.shape, color=thing.color) for thing in (first, second)):
         return None
-    short = all(_only(things, shape=thing.shape) for thing in (first, second)) and rng.random() < 0.4
+    short = all(only(things, shape=thing.shape) for thing in (first, second)) and rng.random() < 0.4
     a, b = (thing.shape if short else thing.name for thing in (first, second))
     if rng.random() < 0.5:
         question = _any(
@@ -204,7 +204,7 @@ def _compare(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, st
         place = ("first", "second")[which]
         question = _any(rng, f"What is in the {place} picture?", f"Describe the {place} image.")
         return question, listing(scenes[which])
-    shape = _one(rng, first if rng.random() < 0.5 else second).shape if rng.random() < 0.85 else _any(rng, *SHAPES)
+    shape = one(rng, first if rng.random() < 0.5 else second).shape if rng.random() < 0.85 else _any(rng, *SHAPES)
     here, there = (any(thing.shape == shape for thing in things) for things in (first, second))
     question = _any(rng, f"Which picture shows {_a(shape)}?", f"Which picture has {_a(shape)}?")
     if here != there:
@@ -238,7 +238,7 @@ def about_clip(rng: np.random.Generator, clip: Clip) -> Asked:
     thing = clip.scene.things[0]
     questions = ["What moves?", "What happens in the video?", "Describe the video.", "What does the video show?"]
     for name in (thing.name, thing.shape):
-        if _only(clip.scene.things, **({"shape": name} if name == thing.shape else {"shape": thing.shape})):
+        if only(clip.scene.things, **({"shape": name} if name == thing.shape else {"shape": thing.shape})):
             questions += [f"Which way does the {name} move?", f"In which direction does the {name} move?"]
     if len(clip.scene.things) == 1:
         questions += ["Which way does it move?", "Which way does the shape move?", "In which direction does it move?"]

@@ -104,7 +104,7 @@ class Scheduler:
             unfinished = bool(self.waiting and self.rows) or any(s.prefilling for s in self.running)
             self._prefilled_last = False
             between = taking_turns and unfinished
-            plan = self._plan_decode(1 if between else self.limits.steps, in_flight, between=between)
+            plan = self._plan_decode(in_flight, between=between)
         if plan is None and taking_turns:
             plan = self._plan_prefill()
         if plan is None and in_flight and not self.idle:
@@ -133,8 +133,9 @@ class Scheduler:
     def _ready(self) -> list[Sequence]:
         return [s for s in self.running if not s.prefilling and s.sampled < s.max_tokens]
 
-    def _plan_decode(self, steps: int, in_flight: bool, *, between: bool) -> Plan | None:
+    def _plan_decode(self, in_flight: bool, *, between: bool) -> Plan | None:
         ready = self._ready()
+        steps = 1 if between else self.limits.steps
         if any(s.constraints.dynamic for s in ready):  # what such a row may say depends on what it has said
             if in_flight:
                 raise NeedsResults
