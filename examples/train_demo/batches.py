@@ -43,10 +43,10 @@ class Batch:
     is shown.
 
     pictures: things [N, MOST, FIELDS], ground [N, GROUND_FIELDS], noise [N]: N frames in the order of their tokens,
-    two for each pair of a clip, `edges` wide and high in units of the
-    shorter side. sounds i16[B, samples], to which noise is to be
-    added unless `quiet`. grid: tokens (time, rows, columns) of one item; `seconds` between
-    pairs of frames. asked: what a test row is about.
+    two for each pair of a clip, `edges` wide and high in units of the shorter side. sounds i16[B, samples], to which
+    noise is to be added unless `quiet`. named i64[K], spots f32[K, 2]: which of the flattened tokens name a thing of a
+    single picture that can be no other, and where its centre is, 0..1. grid: tokens (time, rows, columns) of one item;
+    `seconds` between pairs of frames. asked: what a test row is about.
     """
 
     kind: str
@@ -63,6 +63,8 @@ class Batch:
     edges: tuple[float, float] = (1.0, 1.0)
     sounds: np.ndarray | None = None
     quiet: bool = True
+    named: np.ndarray | None = None
+    spots: np.ndarray | None = None
     asked: list[ask.Asked] = dataclasses.field(default_factory=list)
 
 
@@ -89,6 +91,9 @@ class Rows:
     def __init__(self, directory: Path = DIRECTORY) -> None:
         self.backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
         self.encode: Callable[[str], tuple[int, ...]] = functools.lru_cache(20000)(self._encode)
+        self.shapes, self.colors = (
+            {self.encode(f" {name}")[0]: name for name in names} for names in (scenes.SHAPES, scenes.COLORS)
+        )
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.backend.encode(text).ids)
@@ -131,6 +136,15 @@ class Rows:
             if not apart and index + 1 < len(turns):
                 row.add(self.encode("\n"), 0)
         return row
+
+    def named(self, row: Row, scene: scenes.Scene) -> Iterator[tuple[int, float, float]]:
+        """The tokens of a row that complete the name of one thing of a scene and of no other, and where that is."""
+        for index, token in enumerate(row.tokens):
+            if token in self.shapes:
+                color = self.colors.get(row.tokens[index - 1])
+                meant = [t for t in scene.things if t.shape == self.shapes[token] and color in (None, t.color)]
+                if len(meant) == 1:
+                    yield index, meant[0].x / scene.width, meant[0].y / scene.height
 
 
 def together(kind: str, rows: Sequence[Row], **fields: Any) -> Batch:
@@ -195,7 +209,14 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
         questions.append(turns[0])
         out.append(rows.row(media, turns, last=last, system=system, apart=apart))
         drawn += shown
-    return together("image", out, grid=(1, height, width), edges=edges, asked=questions, **_painted(drawn))
+    batch = together("image", out, grid=(1, height, width), edges=edges, asked=questions, **_painted(drawn))
+    if not pairs and not skill:
+        both = enumerate(zip(out, drawn, strict=True))
+        told = [(index, *each) for index, (row, scene) in both for each in rows.named(row, scene)]
+        indices, places, x, y = zip(*told, strict=True)
+        batch.named = np.array(indices) * batch.tokens.shape[1] + np.array(places)
+        batch.spots = np.array([x, y], np.float32).T
+    return batch
 
 
 def clips(rng: np.random.Generator, rows: Rows, size: int, *, test: bool = False) -> Batch:

@@ -84,7 +84,7 @@ def compare_turns(model: Any, fast: Fast, rng: np.random.Generator, rows: Rows) 
         batch = together(
             "image", [row], grid=(1, 6, 6), things=things[None], ground=ground[None], noise=np.zeros(1, np.float32)
         )
-        hidden, _ = fast.states(torch.from_numpy(batch.tokens), batch, fast.features(batch))
+        hidden, *_ = fast.states(torch.from_numpy(batch.tokens), batch, fast.features(batch))
         return torch.as_tensor(model.lm_head(hidden)[0])
 
     whole = rows.row(media, turns, apart=True)

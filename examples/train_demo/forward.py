@@ -108,7 +108,7 @@ class Fast:
         x = F.linear(patches, tower.patch_embed.proj.weight.flatten(1)).float()
         n, length, _ = x.shape
         for index, block in enumerate(tower.blocks):
-            y = block.norm1(x)
+            y = _norm(x, block.norm1)
             a = block.attn
             q, k, v = (part(y).view(n, length, a.num_heads, -1) for part in (a.q, a.k, a.v))
             q, k = (_turn(part, cos, sin).to(v.dtype) for part in (q, k))
@@ -116,8 +116,8 @@ class Fast:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             x = x + a.proj(y.transpose(1, 2).reshape(n, length, -1))
-            x = x + block.mlp(block.norm2(x))
-        return tower.merger.mlp(tower.merger.ln_q(x).reshape(n, length // 4, -1))
+            x = x + block.mlp(_norm(x, block.norm2))
+        return tower.merger.mlp(_norm(x, tower.merger.ln_q).reshape(n, length // 4, -1))
 
     def listen(self, mel: torch.Tensor) -> torch.Tensor:
         """[B, 128, frames] -> [B, tokens, width]."""
@@ -184,9 +184,9 @@ class Fast:
 
     def states(
         self, tokens: torch.Tensor, batch: Batch, features: torch.Tensor | None, media: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, width] before the head, and in the middle of the layers. media: where `features` go, in the flattened
-        tokens, if known."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T, width] before the head, after the first layer and after the second. media: where `features` go, in the
+        flattened tokens, if known."""
         embeds = self.text.embed_tokens(tokens)
         if features is not None:
             if media is None:
@@ -205,23 +205,26 @@ class Fast:
 
     def think(
         self, x: torch.Tensor, positions: torch.Tensor, seen: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The decoder's layers on [B, T, width] at positions [3, B, T]: what the last gives, normed, and what the
-        middle one does. Rows end in what nobody looks at."""
+        first and the second do. Rows end in what nobody looks at."""
         angle = positions.permute(1, 2, 0)[..., self.axis] * self.speeds
         cos, sin = (torch.cat((part, part), -1)[:, :, None] for part in (angle.cos(), angle.sin()))
         b, t, _ = x.shape
         for layer in self.text.layers:
-            a, y = layer.self_attn, layer.input_layernorm(x)
+            a, y = layer.self_attn, _norm(x, layer.input_layernorm)
             q, k, v = (part(y).view(b, t, -1, a.head_dim) for part in (a.q_proj, a.k_proj, a.v_proj))
             q, k = (_turn(part, cos, sin).to(v.dtype) for part in (q, k))
+            k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], 2) for part in (k, v))
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None)
             x = x + a.o_proj(y.transpose(1, 2).reshape(b, t, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            if layer is self.text.layers[1]:
+            x = x + layer.mlp(_norm(x, layer.post_attention_layernorm))
+            if layer is self.text.layers[0]:
+                early = x
+            elif layer is self.text.layers[1]:
                 middle = x
-        return self.text.norm(x), middle
+        return _norm(x, self.text.norm), early, middle
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean cross entropy of the wanted tokens, the loss of the hints, and the share of tokens predicted right."""
@@ -231,12 +234,15 @@ class Fast:
         known = batch.kind != "text"
         media = self.put(np.flatnonzero(batch.tokens == self.marks[batch.kind])) if known else None
         features = self.features(batch)
-        hidden, middle = self.states(tokens, batch, features, media)
+        hidden, early, middle = self.states(tokens, batch, features, media)
         logits = self.model.lm_head(hidden.flatten(0, 1)[self.put(wanted - 1)]).float()
         loss = F.cross_entropy(logits, targets)
         hint = torch.zeros_like(loss)
         if batch.things is not None and features is not None:
-            hint = self.hints(batch, self.put(batch.things), features, middle.flatten(0, 1)[media])
+            early, middle = early.flatten(0, 1), middle.flatten(0, 1)
+            hint = self.hints(batch, self.put(batch.things), features, early[media], middle[media])
+            if batch.named is not None and batch.spots is not None:
+                hint = hint + self.hints.words(middle[self.put(batch.named)], self.put(batch.spots))
         return loss, hint, (logits.argmax(-1) == targets).float().mean()
 
     @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
@@ -252,7 +258,7 @@ class Fast:
         end = self.end
         rows = torch.arange(len(starts), device=self.device)
         for step in range(most):
-            hidden, _ = self.states(tokens, batch, features)
+            hidden, *_ = self.states(tokens, batch, features)
             logits = self.model.lm_head(hidden[rows, starts + step - 1])
             logits[:, list(self.marks.values())] = -torch.inf  # would be taken for one more item
             tokens[rows, starts + step] = logits.argmax(-1)
@@ -272,6 +278,11 @@ def published(name: str) -> str:
             name = other + name.removeprefix(f"model.{prefix}")
             break
     return f"thinker.{name}"
+
+
+def _norm(x: torch.Tensor, module: Any) -> torch.Tensor:
+    """What transformers' RMSNorm does, in one kernel."""
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """What training adds to the answers: what is where in a picture, token by token.
 
 From answers alone a model this small learns what is easy and then stands still: which of two things is further left is
-one word in a sentence, and nothing says of which tokens it must be told. The scenes are known, so two linear readouts,
-thrown away after training, ask each token of a picture for what covers it, and for where that is.
+one word in a sentence, and nothing says of which tokens it must be told. The scenes are known, so linear readouts,
+thrown away after training, ask each token of a picture where it is, what covers it and where that is, and each word
+that names a thing where this is. The tower alone cannot know places: its attention only knows distances, and on an even
+ground one token sees what another does. The decoder can, from how far a token is from the mark before the picture.
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ SHAPES = slice(10, None)  # in a row of `Batch.things`
 
 
 class Hints(torch.nn.Module):  # type: ignore[misc, unused-ignore]
-    """Readouts of what the tower gives (which shape, if any; its colour) and of the middle of the decoder (the same
-    shape; whether its centre is here; where its centre is)."""
+    """Readouts of what the tower gives (which shape, if any; its colour), of the decoder's first layer (where a token
+    of the picture is itself) and of its second (the shape again; whether its centre is here; where that is; and of
+    words that name a thing, where this is)."""
 
     def __init__(self, width: int, shapes: int) -> None:
         super().__init__()
         self.shapes = shapes
         self.seen = torch.nn.Linear(width, shapes + 1 + 3)
+        self.placed = torch.nn.Linear(width, 2)
         self.thought = torch.nn.Linear(width, shapes + 1 + 1 + 2)
+        self.named = torch.nn.Linear(width, 2)
 
-    def forward(self, batch: Batch, things: torch.Tensor, features: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        """Mean loss. things: the batch's, on the device; features [N, tokens, width] of N pictures, middle [N * tokens,
-        width]: the same tokens later."""
-        label, color, centre, place = targets(batch, things, self.shapes)
+    def forward(
+        self, batch: Batch, things: torch.Tensor, features: torch.Tensor, early: torch.Tensor, middle: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean loss. things: the batch's, on the device; features [N, tokens, width] of N pictures; early and middle
+        [N * tokens, width]: the same tokens after the decoder's first and second layer."""
+        label, color, centre, place, own = targets(batch, things, self.shapes)
         covered = label < self.shapes
         share = covered.float() / covered.sum().clamp(min=1)
         seen, thought = self.seen(features.flatten(0, 1)).float(), self.thought(middle).float()
@@ -36,13 +43,19 @@ class Hints(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         shade = ((seen[:, kinds:] - color).abs().mean(1) * share).sum()
         here = F.binary_cross_entropy_with_logits(thought[:, kinds], centre)
         where = ((thought[:, kinds + 1 :] - place).abs().mean(1) * share).sum()
-        return shape + 2 * shade + 2 * here + 4 * where
+        itself = (self.placed(early).float() - own).abs().mean()
+        return shape + 2 * shade + 2 * here + 4 * where + 4 * itself
+
+    def words(self, told: torch.Tensor, spots: torch.Tensor) -> torch.Tensor:
+        """Mean loss. told [K, width]: words that name things, after the second layer; spots [K, 2]: where these are."""
+        return 4 * (self.named(told).float() - spots).abs().mean()
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def targets(batch: Batch, things: torch.Tensor, shapes: int) -> tuple[torch.Tensor, ...]:
     """Of every token of every picture (of pairs of frames: of the first): which shape covers it i64 (`shapes`: none),
-    its colour f32 [.., 3], whether its centre is in this token f32, and that centre f32 [.., 2], 0..1 in the picture.
+    its colour f32 [.., 3], whether its centre is in this token f32, that centre f32 [.., 2], and the token's own, both
+    0..1 in the picture.
     """
     things = things[:: 2 if batch.kind == "video" else 1]
     _, rows, columns = batch.grid
@@ -50,6 +63,8 @@ def targets(batch: Batch, things: torch.Tensor, shapes: int) -> tuple[torch.Tens
     down, across = (
         (torch.arange(n, device=things.device) + 0.5) / n * edge for n, edge in ((rows, height), (columns, width))
     )
+    own = torch.stack(torch.meshgrid(down / height, across / width, indexing="ij")[::-1], -1).flatten(0, 1)
+    own = own.expand(len(things), -1, -1).flatten(0, 1)
     across = across[None, None, None, :] - things[:, :, 0, None, None]
     down = down[None, None, :, None] - things[:, :, 1, None, None]
     there = things[:, :, 9, None, None] > 0
@@ -60,4 +75,4 @@ def targets(batch: Batch, things: torch.Tensor, shapes: int) -> tuple[torch.Tens
     mine = things.gather(1, near[:, :, None].expand(-1, -1, things.shape[2])).flatten(0, 1)
     label = torch.where(least.flatten() < 0.9, mine[:, SHAPES].argmax(1), shapes)
     place = mine[:, :2] / torch.tensor([width, height], device=things.device)
-    return label, mine[:, 6:9], (least.flatten() < -50).float(), place
+    return label, mine[:, 6:9], (least.flatten() < -50).float(), place, own
