@@ -210,12 +210,12 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
         out.append(rows.row(media, turns, last=last, system=system, apart=apart))
         drawn += shown
     batch = together("image", out, grid=(1, height, width), edges=edges, asked=questions, **_painted(drawn))
-    if not pairs and not skill:
+    if not pairs and not skill and not last:  # words before the picture cannot know
         both = enumerate(zip(out, drawn, strict=True))
-        told = [(index, *each) for index, (row, scene) in both for each in rows.named(row, scene)]
-        indices, places, x, y = zip(*told, strict=True)
-        batch.named = np.array(indices) * batch.tokens.shape[1] + np.array(places)
-        batch.spots = np.array([x, y], np.float32).T
+        if told := [(index, *each) for index, (row, scene) in both for each in rows.named(row, scene)]:
+            indices, places, x, y = zip(*told, strict=True)
+            batch.named = np.array(indices) * batch.tokens.shape[1] + np.array(places)
+            batch.spots = np.array([x, y], np.float32).T
     return batch
 
 
