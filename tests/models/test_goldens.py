@@ -52,8 +52,9 @@ BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder unit
 # Cases that transformers prepares otherwise: see test_omni.py and test_clips.py.
 APART = {"qwen2_5_omni": ("video",), "qwen3_omni_moe": ("video", "two_audios"), "ultravox": ("two_audios",)}
 FEATURES, LOGITS = 1e-4, 2e-4
-# The stored logits about 63 rows are 1.5e-4 off what float64 gives, ours 1.0e-4, to the other side.
-NOISY = {"qwen2_5_vl": 3e-4}
+# The stored logits are 1.5e-4 off what float64 gives; ours, to the other side, 1.0e-4 on a processor with AVX-512 and
+# 1.8e-4 on one without. Nearly all of it comes from the tower: its rows are 2e-5 off, and torch's 1.6e-5.
+NOISY = {"qwen2_5_vl": 4e-4}
 KINDS = [("encoder_hidden", "audio"), *((f"{kind}_features", kind) for kind in ("image", "video", "audio"))]
 NEW = 16  # tokens of each golden answer
 

@@ -43,8 +43,9 @@ pytestmark = pytest.mark.parity
 
 FAMILIES = tuple(QUESTIONS)
 LOGITS = 2e-4
-# In float32 transformers is up to 2.7e-4 off its own float64 here, ours 0.8e-4; of the second 2.4e-4 and 1.7e-4.
-NOISY = {"qwen2_5_vl": 4e-4, "qwen2_5_omni": 5e-4}
+# In float32 transformers is up to 2.7e-4 off its own float64 here, ours 0.8e-4 on a processor with AVX-512 and 2.8e-4
+# on one without; of the second 2.4e-4 and 1.7e-4. Often to opposite sides.
+NOISY = {"qwen2_5_vl": 6e-4, "qwen2_5_omni": 5e-4}
 NEW = 10
 CLEAR = 1.0  # bfloat16 must agree on the best token where it leads by so much
 
