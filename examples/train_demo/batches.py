@@ -32,8 +32,17 @@ GRIDS = (
 )
 LARGE = ((11, 12), (12, 11), (10, 13), (13, 10), (9, 15), (15, 9))  # what other software makes of small clips
 LENGTHS = (1, 2, 2, 3, 4, 4, 4, 4, 5, 6, 8)  # pairs of frames
+LENGTH = 32  # rows are filled up to a multiple of it: few lengths make few programs
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 TRAIN, TEST = 1, 2  # first words of the seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What decides how a batch is computed, besides the shapes of its arrays; see `Batch`."""
+
+    kind: str
+    grid: tuple[int, int, int]
 
 
 @dataclasses.dataclass
@@ -66,6 +75,10 @@ class Batch:
     named: np.ndarray | None = None
     spots: np.ndarray | None = None
     asked: list[ask.Asked] = dataclasses.field(default_factory=list)
+
+    @property
+    def form(self) -> Form:
+        return Form(self.kind, self.grid)
 
 
 @dataclasses.dataclass
@@ -149,7 +162,7 @@ class Rows:
 
 def together(kind: str, rows: Sequence[Row], **fields: Any) -> Batch:
     """Rows of equal length; what fills them up is seen by nobody."""
-    longest = -(-max(len(row.tokens) for row in rows) // 8) * 8
+    longest = -(-max(len(row.tokens) for row in rows) // LENGTH) * LENGTH
     tokens, turns, places = (np.zeros((len(rows), longest), dtype) for dtype in (np.int64, np.int8, np.int64))
     wanted = np.zeros((len(rows), longest), bool)
     for index, row in enumerate(rows):
@@ -254,8 +267,9 @@ def audio_tokens(frames: int) -> int:
 
 
 def hear(rng: np.random.Generator, rows: Rows, heard: Sequence[tuple[str, np.ndarray]], *, test: bool = False) -> Batch:
-    """Questions about sounds, all made as long as the longest."""
+    """Questions about sounds, all made as long as the longest, or a little longer: few lengths make few programs."""
     frames = max(-(-len(sound) // speech.HOP) for _, sound in heard)
+    frames = frames if test else -(-frames // 16) * 16
     sounds = np.zeros((len(heard), frames * speech.HOP), np.float32)
     media = rows.media("audio", 1, audio_tokens(frames))
     last, system = (False, True) if test else (rng.random() < 0.12, rng.random() > 0.1)
@@ -276,7 +290,7 @@ def sounds(rng: np.random.Generator, rows: Rows, espeak: Espeak, budget: int) ->
     shelves: dict[int, list[tuple[str, np.ndarray]]] = {}
     while True:
         said = speech.utterance(rng)
-        sound = speech.spoil(rng, speech.say(espeak, rng, said, speech.VOICES))
+        sound = speech.spoil(rng, speech.varied(rng, speech.say(espeak, rng, said, speech.VOICES)))
         frames = len(sound) // speech.HOP
         if not 40 < frames < speech.LONGEST * 100:
             continue

@@ -32,21 +32,22 @@ def check(name: str, got: Any, wanted: Any, limit: float) -> None:
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
 def compare(model: Any, fast: Fast, batch: Batch, vision: Any, sound: Any) -> None:
     """Every step for one batch."""
-    tokens = torch.from_numpy(batch.tokens)
+    given = fast.given(batch)
+    tokens = given["tokens"]
     mask = (torch.arange(tokens.shape[1])[None] < torch.from_numpy(batch.lengths)[:, None]).long()
     inputs: dict[str, Any] = {}
     if batch.kind == "audio":
         assert batch.sounds is not None
         waves = batch.sounds.astype(np.float32) / 32767
         made = sound(list(waves), sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
-        mel = fast.spectrum(torch.from_numpy(waves))
+        mel = given["mel"]
         frames = int(made["attention_mask"][0].sum())
         check("audio mel", mel, made["input_features"][:, :, :frames], 2e-4)
         inputs = {"input_features": made["input_features"], "feature_attention_mask": made["attention_mask"]}
         features = fast.listen(mel)
     else:
         torch.manual_seed(1)
-        pixels = fast.pixels(batch)
+        pixels = fast.pixels(batch.form, given)
         doubled = pixels if batch.kind == "video" else pixels.repeat_interleave(2, 0)
         patches = fast.patches(doubled)
         grid = torch.tensor([[batch.grid[0], 2 * batch.grid[1], 2 * batch.grid[2]]])
@@ -67,9 +68,9 @@ def compare(model: Any, fast: Fast, batch: Batch, vision: Any, sound: Any) -> No
         inputs.get("video_second_per_grid"),
     )  # fmt: skip
     known = mask.bool()
-    check(f"{batch.kind} positions", fast.positions(tokens, batch)[:, known], wanted[:, known], 0)
+    check(f"{batch.kind} positions", given["positions"][:, known], wanted[:, known], 0)
     logits = model(input_ids=tokens, attention_mask=mask, position_ids=wanted, **inputs).logits
-    mine = model.lm_head(fast.states(tokens, batch, features)[0])
+    mine = model.lm_head(fast.states(given, features)[0])
     check(f"{batch.kind} logits (deviation {logits[known].std():.2g})", mine[known], logits[known], 1e-3)
 
 
@@ -84,7 +85,8 @@ def compare_turns(model: Any, fast: Fast, rng: np.random.Generator, rows: Rows) 
         batch = together(
             "image", [row], grid=(1, 6, 6), things=things[None], ground=ground[None], noise=np.zeros(1, np.float32)
         )
-        hidden, *_ = fast.states(torch.from_numpy(batch.tokens), batch, fast.features(batch))
+        given = fast.given(batch)
+        hidden, *_ = fast.states(given, fast.features(batch.form, given))
         return torch.as_tensor(model.lm_head(hidden)[0])
 
     whole = rows.row(media, turns, apart=True)
@@ -119,7 +121,7 @@ def main() -> None:
             ("four two", rng.standard_normal(n).astype(np.float32) * 0.1)
             for n in (9000, 30000 + int(9e4 * rng.random()))
         ]
-        compare(model, fast, hear(rng, rows, noise), vision, sound)
+        compare(model, fast, hear(rng, rows, noise, test=True), vision, sound)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from batches import Batch
+from batches import Batch, Form
 from hints import Hints
 
 from mmjax.demo import paint
@@ -19,6 +19,15 @@ from mmjax.demo.scenes import SHAPES
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+Tensors = dict[str, torch.Tensor]
+FILL = 16  # per row: lists of tokens are filled up to multiples of it, so that few shapes occur
+
+
+def filled(array: np.ndarray, step: int, value: float = 0) -> np.ndarray:
+    """With as many more rows of `value` as make the number a multiple of `step`."""
+    return np.pad(array, ((0, -len(array) % step), *((0, 0),) * (array.ndim - 1)), constant_values=value)
 
 
 class Fast:
@@ -41,26 +50,56 @@ class Fast:
         self.speeds = text.rope_parameters["rope_theta"] ** -steps  # of every pair of dimensions, radians per position
         self.axis = torch.arange(3, device=device).repeat_interleave(torch.tensor(sections, device=device))
         self.marks = {"image": c.image_token_id, "video": c.video_token_id, "audio": c.audio_token_id}
+        self.places: dict[tuple[int, int], torch.Tensor] = {}
+
+    def arrays(self, batch: Batch, tokens: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """All that is read of a batch, or of other token rows about the same media. tokens i64[B, T]; positions
+        i64[3, B, T]; media i64[M]: the flattened tokens that `features` replace; wanted i64[W], targets i64[W]: the
+        flattened tokens whose successors are learnt, and these, or -100; told i64[K], spots f32[K, 3]: `named`, with 1
+        where it is meant; edges f32[2]; turns, things, ground, noise, sounds as in the batch, if they are there."""
+        tokens = batch.tokens if tokens is None else tokens
+        out = {"tokens": tokens, "positions": self.positions(tokens, batch)}
+        if batch.turns.any():
+            out["turns"] = batch.turns
+        if batch.kind != "text":
+            out["media"] = np.flatnonzero(tokens == self.marks[batch.kind])
+        wanted = np.flatnonzero(batch.wanted)  # a row never starts with one
+        step = FILL * len(tokens)
+        out["wanted"], out["targets"] = filled(wanted - 1, step), filled(batch.tokens.ravel()[wanted], step, -100)
+        for name in ("things", "ground", "noise", "sounds"):
+            if (array := getattr(batch, name)) is not None:
+                out[name] = array
+        if batch.things is not None:
+            out["edges"] = np.array(batch.edges, np.float32)
+        if batch.named is not None and batch.spots is not None:
+            out["told"] = filled(batch.named, step)
+            out["spots"] = filled(np.pad(batch.spots, ((0, 0), (0, 1)), constant_values=1), step)
+        return out
 
     def put(self, array: np.ndarray) -> torch.Tensor:
         """On the device, without waiting for what runs there."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor
 
+    def given(self, batch: Batch, tokens: np.ndarray | None = None) -> Tensors:
+        """`arrays` on the device; of sounds, in their place, mel f32[B, 128, frames]."""
+        out = {name: self.put(array) for name, array in self.arrays(batch, tokens).items()}
+        if "sounds" in out:
+            sounds = out.pop("sounds").float() / 32767
+            out["mel"] = self.spectrum(sounds if batch.quiet else self.noisy(sounds))
+        return out
+
     # -- features: the formulas of transformers' processors ----------------------------------------------------------
 
-    def pixels(self, batch: Batch) -> torch.Tensor:
+    def pixels(self, form: Form, given: Tensors) -> torch.Tensor:
         """[N, H, W, 3] in 0..1, rounded to bytes."""
-        _, rows, columns = batch.grid
-        assert batch.things is not None and batch.ground is not None and batch.noise is not None
-        things, ground, noise = (self.put(array) for array in (batch.things, batch.ground, batch.noise))
-        height, width = rows * 28, columns * 28
+        _, rows, columns = form.grid
         x, y = (
             (torch.arange(count, device=self.device) + 0.5) / count * edge
-            for count, edge in zip((width, height), batch.edges, strict=True)
+            for count, edge in zip((columns * 28, rows * 28), given["edges"], strict=True)
         )
-        out = paint.paint(torch, things, ground, x, y)
-        out += torch.randn(out.shape, device=self.device) * noise[:, None, None, None]
+        out = paint.paint(torch, given["things"], given["ground"], x, y)
+        out += torch.randn(out.shape, device=self.device) * given["noise"][:, None, None, None]
         return (out.clip(0, 1) * 255).round() / 255
 
     def patches(self, frames: torch.Tensor) -> torch.Tensor:
@@ -97,10 +136,9 @@ class Fast:
     def see(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """[N, patches, 1176] of one grid (in tokens) -> [N, rows * columns, width]."""
         tower = self.visual
-        grid = (
-            np.indices((2 * rows, 2 * columns)).reshape(2, rows, 2, columns, 2).transpose(0, 1, 3, 2, 4).reshape(2, -1)
-        )
-        places = self.put(np.ascontiguousarray(grid.T))
+        if (places := self.places.get((rows, columns))) is None:
+            grid = np.indices((2 * rows, 2 * columns)).reshape(2, rows, 2, columns, 2).transpose(0, 1, 3, 2, 4)
+            places = self.places[rows, columns] = torch.from_numpy(grid.reshape(2, -1).T.copy()).to(self.device)
         cos, sin = (part[None, :, None] for part in tower.rotary_pos_emb(patches, places))
         span = tower.window_size // tower.patch_size
         home = places[:, 0] // span * 1000 + places[:, 1] // span
@@ -152,54 +190,41 @@ class Fast:
 
     # -- the language model ------------------------------------------------------------------------------------------
 
-    def positions(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[3, B, T] rotary positions of rows whose items all have the batch's grid."""
-        place = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-        if batch.turns.any():
-            place = self.put(batch.places)
+    def positions(self, tokens: np.ndarray, batch: Batch) -> np.ndarray:
+        """i64[3, B, T] rotary positions of rows whose items all have the batch's grid."""
+        place = batch.places if batch.turns.any() else np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         if batch.kind in ("text", "audio"):
-            return place.expand(3, -1, -1)
+            return np.repeat(place[None], 3, 0)
         t, h, w = batch.grid
         places = np.indices((t, h, w)).reshape(3, -1)
         places[0] = (np.arange(t, dtype=np.float32) * np.float32(batch.seconds) * 25).astype(np.int64).repeat(h * w)
-        each, extent, grid = t * h * w, int(places.max()) + 1, self.put(places)
+        each, extent = t * h * w, int(places.max()) + 1
         media = tokens == self.marks[batch.kind]
-        before = media.cumsum(1) - media.long()
+        before = media.cumsum(1) - media
         base = place - before + before // each * extent
-        return torch.where(media, base + grid[:, before % each], base)
+        return np.where(media, base + places[:, before % each], base)
 
-    def features(self, batch: Batch) -> torch.Tensor | None:
+    def features(self, form: Form, given: Tensors) -> torch.Tensor | None:
         """What the towers give, in the order of the batch's tokens."""
-        if batch.kind == "text":
+        if form.kind == "text":
             return None
-        if batch.sounds is not None:
-            with torch.no_grad():
-                sounds = self.put(batch.sounds).float() / 32767
-                mel = self.spectrum(sounds if batch.quiet else self.noisy(sounds))
-            return self.listen(mel)
+        if form.kind == "audio":
+            return self.listen(given["mel"])
         with torch.no_grad():
-            frames = self.pixels(batch)
-            patches = self.patches(frames if batch.kind == "video" else frames.repeat_interleave(2, 0))
-        return self.see(patches, *batch.grid[1:])
+            frames = self.pixels(form, given)
+            patches = self.patches(frames if form.kind == "video" else frames.repeat_interleave(2, 0))
+        return self.see(patches, *form.grid[1:])
 
-    def states(
-        self, tokens: torch.Tensor, batch: Batch, features: torch.Tensor | None, media: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, T, width] before the head, after the first layer and after the second. media: where `features` go, in the
-        flattened tokens, if known."""
-        embeds = self.text.embed_tokens(tokens)
+    def states(self, given: Tensors, features: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, T, width] before the head, after the first layer and after the second."""
+        embeds = self.text.embed_tokens(given["tokens"])
         if features is not None:
-            if media is None:
-                media = (tokens.flatten() == self.marks[batch.kind]).nonzero().squeeze(1)
-            flat = embeds.flatten(0, 1).index_copy(0, media, features.flatten(0, 1).to(embeds.dtype))
+            flat = embeds.flatten(0, 1).index_copy(0, given["media"], features.flatten(0, 1).to(embeds.dtype))
             embeds = flat.view_as(embeds)
-        return self.think(embeds, self.positions(tokens, batch), self.seen(batch))
+        return self.think(embeds, given["positions"], self.seen(given["turns"]) if "turns" in given else None)
 
-    def seen(self, batch: Batch) -> torch.Tensor | None:
-        """bool [B, 1, T, T]: which tokens each one sees; None where that is all before it."""
-        if not batch.turns.any():
-            return None
-        turns = self.put(batch.turns)
+    def seen(self, turns: torch.Tensor) -> torch.Tensor:
+        """bool [B, 1, T, T]: which tokens each one sees."""
         before = torch.ones(turns.shape[1], turns.shape[1], dtype=torch.bool, device=self.device).tril()
         return (before & ((turns[:, None] == 0) | (turns[:, None] == turns[:, :, None])))[:, None]
 
@@ -226,43 +251,42 @@ class Fast:
                 middle = x
         return _norm(x, self.text.norm), early, middle
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean cross entropy of the wanted tokens, the loss of the hints, and the share of tokens predicted right."""
-        tokens = self.put(batch.tokens)
-        wanted = np.flatnonzero(batch.wanted)  # a row never starts with one
-        targets = self.put(batch.tokens.ravel()[wanted])
-        known = batch.kind != "text"
-        media = self.put(np.flatnonzero(batch.tokens == self.marks[batch.kind])) if known else None
-        features = self.features(batch)
-        hidden, early, middle = self.states(tokens, batch, features, media)
-        logits = self.model.lm_head(hidden.flatten(0, 1)[self.put(wanted - 1)]).float()
-        loss = F.cross_entropy(logits, targets)
+    def loss(self, form: Form, given: Tensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean cross entropy of the wanted tokens, the loss of the hints, and the share of tokens predicted right.
+        Waits for nothing, reads nothing of the host's and needs no cuFFT: a GPU may record it."""
+        features = self.features(form, given)
+        hidden, early, middle = self.states(given, features)
+        logits = self.model.lm_head(hidden.flatten(0, 1).index_select(0, given["wanted"])).float()
+        loss = F.cross_entropy(logits, given["targets"])
         hint = torch.zeros_like(loss)
-        if batch.things is not None and features is not None:
+        if "things" in given and features is not None:
             early, middle = early.flatten(0, 1), middle.flatten(0, 1)
-            hint = self.hints(batch, self.put(batch.things), features, early[media], middle[media])
-            if batch.named is not None and batch.spots is not None:
-                hint = hint + self.hints.words(middle[self.put(batch.named)], self.put(batch.spots))
-        return loss, hint, (logits.argmax(-1) == targets).float().mean()
+            media = given["media"]
+            hint = self.hints(form, given, features, early.index_select(0, media), middle.index_select(0, media))
+            if "told" in given:
+                hint = hint + self.hints.words(middle.index_select(0, given["told"]), given["spots"])
+        meant = given["targets"] >= 0
+        return loss, hint, ((logits.argmax(-1) == given["targets"]) & meant).sum() / meant.sum()
 
     @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
     def answer(self, batch: Batch, most: int = 32) -> list[list[int]]:
         """Greedy tokens of every row after its question, without the end mark."""
-        starts = torch.from_numpy(batch.wanted.argmax(1)).to(self.device)
-        room = int(starts.max()) + most
-        tokens = torch.zeros((len(starts), room), dtype=torch.long, device=self.device)
-        given = torch.from_numpy(batch.tokens).to(self.device)[:, :room]
-        tokens[:, : given.shape[1]] = given
-        tokens[torch.arange(room, device=self.device)[None] >= starts[:, None]] = 0
-        features = self.features(batch)
-        end = self.end
-        rows = torch.arange(len(starts), device=self.device)
+        first = batch.wanted.argmax(1)
+        room = int(first.max()) + most
+        rows = np.zeros((len(first), room), np.int64)
+        rows[:, : batch.tokens.shape[1]] = batch.tokens[:, :room]
+        rows[np.arange(room)[None] >= first[:, None]] = 0
+        given = self.given(batch, rows)
+        tokens, starts = given["tokens"], torch.from_numpy(first).to(self.device)
+        features = self.features(batch.form, given)
+        end, each = self.end, torch.arange(len(starts), device=self.device)
+        answered = torch.arange(room, device=self.device)[None] >= starts[:, None]
         for step in range(most):
-            hidden, *_ = self.states(tokens, batch, features)
-            logits = self.model.lm_head(hidden[rows, starts + step - 1])
+            hidden, *_ = self.states(given, features)
+            logits = self.model.lm_head(hidden[each, starts + step - 1])
             logits[:, list(self.marks.values())] = -torch.inf  # would be taken for one more item
-            tokens[rows, starts + step] = logits.argmax(-1)
-            if bool(((tokens == end) & (torch.arange(room, device=self.device)[None] >= starts[:, None])).any(1).all()):
+            tokens[each, starts + step] = logits.argmax(-1)
+            if bool(((tokens == end) & answered).any(1).all()):
                 break
         out = []
         for row, start in zip(tokens.tolist(), starts.tolist(), strict=True):

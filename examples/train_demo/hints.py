@@ -9,9 +9,11 @@ ground one token sees what another does. The decoder can, from how far a token i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
-from batches import Batch
+from batches import Form
 
 SHAPES = slice(10, None)  # in a row of `Batch.things`
 
@@ -30,11 +32,16 @@ class Hints(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         self.named = torch.nn.Linear(width, 2)
 
     def forward(
-        self, batch: Batch, things: torch.Tensor, features: torch.Tensor, early: torch.Tensor, middle: torch.Tensor
+        self,
+        form: Form,
+        given: Mapping[str, torch.Tensor],
+        features: torch.Tensor,
+        early: torch.Tensor,
+        middle: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean loss. things: the batch's, on the device; features [N, tokens, width] of N pictures; early and middle
-        [N * tokens, width]: the same tokens after the decoder's first and second layer."""
-        label, color, centre, place, own = targets(batch, things, self.shapes)
+        """Mean loss. given: what `Fast.given` makes of a batch; features [N, tokens, width] of N pictures; early and
+        middle [N * tokens, width]: the same tokens after the decoder's first and second layer."""
+        label, color, centre, place, own = targets(form, given, self.shapes)
         covered = label < self.shapes
         share = covered.float() / covered.sum().clamp(min=1)
         seen, thought = self.seen(features.flatten(0, 1)).float(), self.thought(middle).float()
@@ -47,19 +54,21 @@ class Hints(torch.nn.Module):  # type: ignore[misc, unused-ignore]
         return shape + 2 * shade + 2 * here + 4 * where + 4 * itself
 
     def words(self, told: torch.Tensor, spots: torch.Tensor) -> torch.Tensor:
-        """Mean loss. told [K, width]: words that name things, after the second layer; spots [K, 2]: where these are."""
-        return 4 * (self.named(told).float() - spots).abs().mean()
+        """Mean loss. told [K, width]: words that name things, after the second layer; spots [K, 3]: where these are,
+        and 1 if the word counts or else 0."""
+        sure = spots[:, 2]
+        return 4 * ((self.named(told).float() - spots[:, :2]).abs().mean(1) * sure).sum() / sure.sum()
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator, unused-ignore]
-def targets(batch: Batch, things: torch.Tensor, shapes: int) -> tuple[torch.Tensor, ...]:
+def targets(form: Form, given: Mapping[str, torch.Tensor], shapes: int) -> tuple[torch.Tensor, ...]:
     """Of every token of every picture (of pairs of frames: of the first): which shape covers it i64 (`shapes`: none),
     its colour f32 [.., 3], whether its centre is in this token f32, that centre f32 [.., 2], and the token's own, both
     0..1 in the picture.
     """
-    things = things[:: 2 if batch.kind == "video" else 1]
-    _, rows, columns = batch.grid
-    width, height = batch.edges
+    things = given["things"][:: 2 if form.kind == "video" else 1]
+    _, rows, columns = form.grid
+    width, height = given["edges"]
     down, across = (
         (torch.arange(n, device=things.device) + 0.5) / n * edge for n, edge in ((rows, height), (columns, width))
     )
@@ -74,5 +83,5 @@ def targets(batch: Batch, things: torch.Tensor, shapes: int) -> tuple[torch.Tens
     least, near = far.min(1)
     mine = things.gather(1, near[:, :, None].expand(-1, -1, things.shape[2])).flatten(0, 1)
     label = torch.where(least.flatten() < 0.9, mine[:, SHAPES].argmax(1), shapes)
-    place = mine[:, :2] / torch.tensor([width, height], device=things.device)
+    place = mine[:, :2] / given["edges"]
     return label, mine[:, 6:9], (least.flatten() < -50).float(), place, own

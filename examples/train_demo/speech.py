@@ -61,6 +61,18 @@ def resample(sound: np.ndarray, factor: float, cut: float = 1.0) -> np.ndarray:
     return out[start : start + round(len(sound) * size / len(padded))].astype(np.float32)
 
 
+def varied(rng: np.random.Generator, sound: np.ndarray) -> np.ndarray:
+    """As another throat might say it, faster or slower, and another room or microphone pass it on: every frequency
+    moved by the same factor, then highs stronger or weaker than lows by up to 3 dB an octave."""
+    if rng.random() < 0.6:
+        sound = resample(sound, float(np.exp(rng.uniform(-0.2, 0.2))))
+    if rng.random() < 0.6:
+        spectrum = np.fft.rfft(sound)
+        hertz = np.fft.rfftfreq(len(sound), 1 / RATE)
+        sound = np.fft.irfft(spectrum * (np.maximum(hertz, 100) / 1000) ** rng.uniform(-0.5, 0.5), len(sound))
+    return sound.astype(np.float32)
+
+
 def utterance(rng: np.random.Generator) -> str:
     """A word, or one to eight digits."""
     if rng.random() < 0.3:
