@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from batches import Form
+from forward import Tensors
 
 FIRST = 2  # steps of a shape before it is recorded: libraries make their plans in them
 
-Tensors = dict[str, torch.Tensor]
 Key = tuple[Form, tuple[tuple[str, torch.Size], ...]]
 Run = Callable[[Form, Tensors], torch.Tensor]
 
