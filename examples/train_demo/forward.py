@@ -6,6 +6,7 @@ transformers' own forward pass loops over the items of a batch; here the same su
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,6 @@ from mmjax.demo.scenes import SHAPES
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
 Tensors = dict[str, torch.Tensor]
 FILL = 16  # per row: lists of tokens are filled up to multiples of it, so that few shapes occur
 
@@ -52,19 +51,18 @@ class Fast:
         self.marks = {"image": c.image_token_id, "video": c.video_token_id, "audio": c.audio_token_id}
         self.places: dict[tuple[int, int], torch.Tensor] = {}
 
-    def arrays(self, batch: Batch, tokens: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """All that is read of a batch, or of other token rows about the same media. tokens i64[B, T]; positions
-        i64[3, B, T]; media i64[M]: the flattened tokens that `features` replace; wanted i64[W], targets i64[W]: the
-        flattened tokens whose successors are learnt, and these, or -100; told i64[K], spots f32[K, 3]: `named`, with 1
-        where it is meant; edges f32[2]; turns, things, ground, noise, sounds as in the batch, if they are there."""
-        tokens = batch.tokens if tokens is None else tokens
-        out = {"tokens": tokens, "positions": self.positions(tokens, batch)}
+    def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
+        """All that is read of a batch. tokens i64[B, T]; positions i64[3, B, T]; media i64[M]: the flattened tokens
+        that `features` replace; wanted i64[W], targets i64[W]: the flattened tokens whose successors are learnt, and
+        these, or -100; told i64[K], spots f32[K, 3]: `named`, with 1 where it is meant; edges f32[2]; turns, things,
+        ground, noise, sounds as in the batch, if they are there."""
+        out = {"tokens": batch.tokens, "positions": self.positions(batch)}
         if batch.turns.any():
             out["turns"] = batch.turns
         if batch.kind != "text":
-            out["media"] = np.flatnonzero(tokens == self.marks[batch.kind])
+            out["media"] = np.flatnonzero(batch.tokens == self.marks[batch.kind])
         wanted = np.flatnonzero(batch.wanted)  # a row never starts with one
-        step = FILL * len(tokens)
+        step = FILL * len(batch.tokens)
         out["wanted"], out["targets"] = filled(wanted - 1, step), filled(batch.tokens.ravel()[wanted], step, -100)
         for name in ("things", "ground", "noise", "sounds"):
             if (array := getattr(batch, name)) is not None:
@@ -81,12 +79,13 @@ class Fast:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device == "cuda" else tensor
 
-    def given(self, batch: Batch, tokens: np.ndarray | None = None) -> Tensors:
+    def given(self, batch: Batch) -> Tensors:
         """`arrays` on the device; of sounds, in their place, mel f32[B, 128, frames]."""
-        out = {name: self.put(array) for name, array in self.arrays(batch, tokens).items()}
+        out = {name: self.put(array) for name, array in self.arrays(batch).items()}
         if "sounds" in out:
             sounds = out.pop("sounds").float() / 32767
-            out["mel"] = self.spectrum(sounds if batch.quiet else self.noisy(sounds))
+            with torch.autocast(self.device, enabled=False):  # as the processors do, in training and in tests
+                out["mel"] = self.spectrum(sounds if batch.quiet else self.noisy(sounds))
         return out
 
     # -- features: the formulas of transformers' processors ----------------------------------------------------------
@@ -190,8 +189,9 @@ class Fast:
 
     # -- the language model ------------------------------------------------------------------------------------------
 
-    def positions(self, tokens: np.ndarray, batch: Batch) -> np.ndarray:
+    def positions(self, batch: Batch) -> np.ndarray:
         """i64[3, B, T] rotary positions of rows whose items all have the batch's grid."""
+        tokens = batch.tokens
         place = batch.places if batch.turns.any() else np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         if batch.kind in ("text", "audio"):
             return np.repeat(place[None], 3, 0)
@@ -276,7 +276,7 @@ class Fast:
         rows = np.zeros((len(first), room), np.int64)
         rows[:, : batch.tokens.shape[1]] = batch.tokens[:, :room]
         rows[np.arange(room)[None] >= first[:, None]] = 0
-        given = self.given(batch, rows)
+        given = self.given(dataclasses.replace(batch, tokens=rows, wanted=np.zeros_like(rows, bool)))
         tokens, starts = given["tokens"], torch.from_numpy(first).to(self.device)
         features = self.features(batch.form, given)
         end, each = self.end, torch.arange(len(starts), device=self.device)

@@ -128,13 +128,13 @@ class Training:
             self.before, self.step = state["minutes"], state["step"]
         self.total = args.total_minutes or args.minutes + self.before
         self.shares = {k: share for k, share in zip(KINDS, args.shares, strict=True) if k in args.kinds}
-        size = args.size or (1.0 if torch.cuda.is_available() else 0.1)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        size = args.size or (1.0 if self.device == "cuda" else 0.1)
         sizes = {kind: max(2, round(SIZES[kind] * size)) for kind in self.shares}
         total = sum(self.shares.values())
         self.shares = {kind: share / total for kind, share in self.shares.items()}
         speaks = "audio" in sizes
         self.makers = Makers(self.step, args.workers, sizes, args.espeak, self.shares)  # before the GPU is touched
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream())  # on the default one no step can be recorded
         self.tests = tests(Espeak(args.espeak) if speaks else None, args.test_size) if args.test_size else []
