@@ -76,8 +76,8 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
         (256, 1, 8, 64, jnp.float32),
     ):
         tag = f"H{head_dim} K{K} G{G} page{page} {jnp.dtype(dtype).name}"
-        H, Q = ops.pool_head_dim(head_dim, platform), ops.query_block(platform)
-        K = ops.pool_kv_heads(K, platform)
+        H, Q = ops.kv_cache_head_dim(head_dim, platform), ops.q_block_size(platform)
+        K = ops.kv_cache_heads(K, platform)
         pool, table = ((2048, page, K, H), dtype), ((16, 32), i32)
         decode = functools.partial(ops.paged_decode, scale=head_dim**-0.5, impl=impl)
         yield f"paged_decode {tag}", decode, (((16, K, G, H), dtype), pool, pool, table, ((16,), i32))
@@ -90,8 +90,8 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
                 (((32, Q, K, G, H), dtype), pool, pool, table, *vectors),
             )
         rows = ((64, K, H), dtype)
-        yield f"write_pages {tag}", ops.write_pages, (pool, pool, rows, rows, ((64,), i32))
-    for head_dim, N, U, uniform, dtype in (
+        yield f"write_kv_cache {tag}", ops.write_kv_cache, (pool, pool, rows, rows, ((64,), i32))
+    for head_dim, N, U, segment_len, dtype in (
         (64, 6, 12000, 1500, jnp.bfloat16),
         (64, 16, 577 * 8, 577, jnp.bfloat16),
         (72, 16, 729 * 4, 729, jnp.bfloat16),
@@ -101,8 +101,8 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
         (80, 16, 4096, None, jnp.float32),
         (256, 4, 4096, None, jnp.bfloat16),
     ):
-        attend = functools.partial(ops.segment_attention, scale=head_dim**-0.5, uniform=uniform, impl=impl)
-        tag = f"H{head_dim} N{N} U{U} uniform={uniform} {jnp.dtype(dtype).name}"
+        attend = functools.partial(ops.segment_attention, scale=head_dim**-0.5, segment_len=segment_len, impl=impl)
+        tag = f"H{head_dim} N{N} U{U} uniform={segment_len} {jnp.dtype(dtype).name}"
         yield f"segment_attention {tag}", attend, (((U, N, head_dim), dtype),) * 3 + (((U,), i32),)
 
 

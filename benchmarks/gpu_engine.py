@@ -64,7 +64,7 @@ class Watch:
         self.spans: list[tuple[float, float]] = []
         self.whole = (0.0, 0.0)  # when the last `generate` began and ended
         self.waiter = ThreadPoolExecutor(max_workers=1)
-        runner, self.generate, llm.generate = llm.parts.engines[0].runner, llm.generate, self.timed
+        runner, self.generate, llm.generate = llm.model.engines[0].runner, llm.generate, self.timed
         runner.encode = self.watched(runner.encode, ready=False)
         runner.prefill = self.watched(runner.prefill, ready=True)
         runner.decode = self.watched(runner.decode, ready=True)

@@ -107,19 +107,19 @@ def report(
 
 def next_layer(layer_pages: int) -> Callable[..., tuple[Any, ...]]:
     """`advance` for paged ops: call i reads another layer's pages, as in a model, and not what lies in the L2 cache."""
-    return lambda i, k, v, pages, *others: (k, v, pages + i % LAYERS * layer_pages, *others)
+    return lambda i, k, v, block_table, *others: (k, v, block_table + i % LAYERS * layer_pages, *others)
 
 
 def pool(rng: np.random.Generator, lengths: np.ndarray[Any, Any], K: int, H: int, dtype: Any) -> tuple[Any, Any, Any]:
     """Pools of LAYERS layers with room for the sequences, pages in random order, and the table of the first layer."""
     width = -(-int(lengths.max()) // PAGE)
     count = 1 + int((-(-lengths // PAGE)).sum())
-    ids, pages, at = 1 + rng.permutation(count - 1), np.zeros((len(lengths), width), np.int32), 0
+    ids, block_table, at = 1 + rng.permutation(count - 1), np.zeros((len(lengths), width), np.int32), 0
     for s, n in enumerate(-(-lengths // PAGE)):
-        pages[s, :n], at = ids[at : at + n], at + n
+        block_table[s, :n], at = ids[at : at + n], at + n
     keys = jax.random.split(jax.random.key(0), 2)
     k, v = (jax.random.normal(key, (LAYERS * count, PAGE, K, H), dtype) for key in keys)
-    return k, v, jnp.asarray(pages)
+    return k, v, jnp.asarray(block_table)
 
 
 def decode() -> None:
@@ -138,9 +138,9 @@ def decode() -> None:
         (4, 2, 4, 128, 500, 1000, jnp.float32),
     ):
         lengths = rng.integers(low, high + 1, S)
-        k, v, pages = pool(rng, lengths, K, H, dtype)
+        k, v, block_table = pool(rng, lengths, K, H, dtype)
         q = jax.random.normal(jax.random.key(1), (S, K, G, H), dtype)
-        arguments = (q, k, v, pages, jnp.asarray(lengths, jnp.int32))
+        arguments = (q, k, v, block_table, jnp.asarray(lengths, jnp.int32))
         rows = {
             impl: lambda *a, impl=impl, H=H: ops.paged_decode(*a, scale=H**-0.5, impl=impl)
             for impl in ("triton", "reference")
@@ -152,7 +152,7 @@ def decode() -> None:
 
 
 def prefill() -> None:
-    rng, Q = np.random.default_rng(1), ops.query_block("gpu")
+    rng, Q = np.random.default_rng(1), ops.q_block_size("gpu")
     for S, new, past, K, G, H, causal, dtype in (
         (16, 512, 0, 2, 8, 128, True, jnp.bfloat16),
         (1, 2048, 0, 2, 8, 128, True, jnp.bfloat16),
@@ -164,11 +164,11 @@ def prefill() -> None:
         (2, 128, 100, 2, 2, 64, True, jnp.float32),
     ):
         lengths = np.full(S, (new if causal else 0) + past)
-        owner = np.repeat(np.arange(S), new // Q).astype(np.int32)
-        start = np.tile((past if causal else 0) + np.arange(0, new, Q), S).astype(np.int32)
-        k, v, pages = pool(rng, lengths, K, H, dtype)
-        q = jax.random.normal(jax.random.key(1), (len(owner), Q, K, G, H), dtype)
-        arguments = (q, k, v, pages, *(jnp.asarray(x, jnp.int32) for x in (owner, start, lengths)))
+        seq_index = np.repeat(np.arange(S), new // Q).astype(np.int32)
+        q_start = np.tile((past if causal else 0) + np.arange(0, new, Q), S).astype(np.int32)
+        k, v, block_table = pool(rng, lengths, K, H, dtype)
+        q = jax.random.normal(jax.random.key(1), (len(seq_index), Q, K, G, H), dtype)
+        arguments = (q, k, v, block_table, *(jnp.asarray(x, jnp.int32) for x in (seq_index, q_start, lengths)))
         rows = {
             impl: lambda *a, impl=impl, H=H, causal=causal: ops.paged_prefill(
                 *a, scale=H**-0.5, causal=causal, impl=impl
@@ -176,14 +176,14 @@ def prefill() -> None:
             for impl in ("triton", "reference")
         }
         pairs = S * (new * past + (new * (new + 1) / 2 if causal else 0))
-        moved = float(2 * lengths.sum() * K * H + 2 * len(owner) * Q * K * G * H) * jnp.dtype(dtype).itemsize
+        moved = float(2 * lengths.sum() * K * H + 2 * len(seq_index) * Q * K * G * H) * jnp.dtype(dtype).itemsize
         name = f"prefill {S}x{new}+{past} K{K} G{G} H{H} causal={causal} {jnp.dtype(dtype).name}"
         report(name, rows, arguments, moved, 4 * pairs * K * G * H, next_layer(k.shape[0] // LAYERS))
 
 
 def segments() -> None:
     rng = np.random.default_rng(2)
-    for lengths, N, H, uniform, dtype in (
+    for lengths, N, H, segment_len, dtype in (
         ([1500] * 8, 6, 64, True, jnp.bfloat16),
         ([1500] * 8, 20, 64, True, jnp.float16),
         ([577] * 16, 16, 64, True, jnp.bfloat16),
@@ -193,28 +193,28 @@ def segments() -> None:
         ([16384], 16, 80, False, jnp.bfloat16),
         ([100, 300, 112], 4, 80, False, jnp.float32),
     ):
-        U, n = sum(lengths), lengths[0] if uniform else None
-        segment = jnp.asarray(np.repeat(rng.permutation(len(lengths)), lengths), jnp.int32)
+        U, n = sum(lengths), lengths[0] if segment_len else None
+        segment_ids = jnp.asarray(np.repeat(rng.permutation(len(lengths)), lengths), jnp.int32)
         qkv = (jax.random.normal(key, (U, N, H), dtype) for key in jax.random.split(jax.random.key(1), 3))
-        arguments = (*qkv, segment)
+        arguments = (*qkv, segment_ids)
 
         def attend(*a: Any, impl: str, n: int | None = n, H: int = H) -> Any:
-            return ops.segment_attention(*a, scale=H**-0.5, uniform=n, impl=impl)
+            return ops.segment_attention(*a, scale=H**-0.5, segment_len=n, impl=impl)
 
-        impls = ["triton", "reference"] + (["cudnn"] if uniform else [])
+        impls = ["triton", "reference"] + (["cudnn"] if segment_len else [])
         rows = {impl: lambda *a, impl=impl, attend=attend: attend(*a, impl=impl) for impl in impls}
         moved, flops = 4.0 * U * N * H * jnp.dtype(dtype).itemsize, 4.0 * sum(x * x for x in lengths) * N * H
         shown = f"{len(lengths)}x{lengths[0]}" if len(set(lengths)) == 1 else "+".join(map(str, lengths))
         report(f"segments {shown} N{N} H{H} {jnp.dtype(dtype).name}", rows, arguments, moved, flops)
 
 
-def pages() -> None:
+def block_table() -> None:
     """A kernel reading a pool of more than 4 GiB at its far end, and a write into it that must not copy it."""
     count, K, H = 40960, 8, 128
     k = jnp.ones((count, PAGE, K, H), jnp.bfloat16)
     v = jnp.zeros((count, PAGE, K, H), jnp.bfloat16)
     rows = jax.random.normal(jax.random.key(0), (64, K, H), jnp.bfloat16)
-    write = jax.jit(ops.write_pages, donate_argnums=(0, 1))
+    write = jax.jit(ops.write_kv_cache, donate_argnums=(0, 1))
     slot = (count - 1) * PAGE + jnp.arange(64, dtype=jnp.int32)
     times = []
     for _ in range(20):
@@ -222,10 +222,10 @@ def pages() -> None:
         k, v = jax.block_until_ready(write(k, v, rows, rows, slot))
         times.append(time.perf_counter() - begun)
     print(f"write of 64 tokens to pools of {k.nbytes / 2**30:.1f} GiB: {np.median(times) * 1e6:.0f} us")
-    table, length = jnp.full((1, 1), count - 1, jnp.int32), jnp.full((1,), 64, jnp.int32)
+    table, context_lens = jnp.full((1, 1), count - 1, jnp.int32), jnp.full((1,), 64, jnp.int32)
     q = jax.random.normal(jax.random.key(1), (1, K, 2, H), jnp.bfloat16)
-    got = ops.paged_decode(q, k, v, table, length, scale=H**-0.5, impl="triton")
-    small = ops.paged_decode(q, k[-1:], v[-1:], table * 0, length, scale=H**-0.5, impl="triton")
+    got = ops.paged_decode(q, k, v, table, context_lens, scale=H**-0.5, impl="triton")
+    small = ops.paged_decode(q, k[-1:], v[-1:], table * 0, context_lens, scale=H**-0.5, impl="triton")
     same = bool((got == small).all())
     print(f"decode at its far end: {'ok' if same else 'WRONG'}")
     if not same:
@@ -234,7 +234,7 @@ def pages() -> None:
 
 if __name__ == "__main__":
     print(jax.__version__, jax.devices()[0].device_kind)
-    parts = {"decode": decode, "prefill": prefill, "segments": segments, "pages": pages}
+    parts = {"decode": decode, "prefill": prefill, "segments": segments, "pages": block_table}
     for part in sys.argv[1:] or parts:
         begun = time.perf_counter()
         parts[part]()

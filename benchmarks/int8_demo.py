@@ -34,9 +34,9 @@ def logprobs(mode: dict[str, Any], prompts: list[dict[str, Any]]) -> tuple[np.nd
     for output in llm.generate(prompts, params, use_tqdm=False):
         for entry in (output.prompt_logprobs or [])[1:]:
             assert entry is not None
-            rows.append([entry[token].logprob for token in range(llm.parts.vocab_size)])
-    runner = llm.parts.engines[0].runner
-    leaves = zip(runner.paths, runner.leaves, strict=True)
+            rows.append([entry[token].logprob for token in range(llm.model.vocab_size)])
+    runner = llm.model.engines[0].runner
+    leaves = zip(runner.paths, runner.params, strict=True)
     held = sum(size(leaf) for path, leaf in leaves if path.startswith("text."))
     return np.asarray(rows, np.float32), held
 

@@ -3,7 +3,7 @@
     paged_decode        one query per sequence, keys and values in pages
     paged_prefill       blocks of queries, keys and values in pages, causal or not
     segment_attention   packed encoder units, attention inside each segment
-    write_pages         new keys and values into the pool
+    write_kv_cache         new keys and values into the pool
 
 Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U encoder units, P pages per sequence, K kv
 heads, G query heads per kv head, N = K * G query heads, H head dim. Which implementation serves which platform:
@@ -18,30 +18,30 @@ if __name__ != "kernels":
     # good.
     from .choose import (
         IMPLEMENTATIONS,
-        heads_first,
+        kv_cache_dtype,
+        kv_cache_head_dim,
+        kv_cache_heads,
+        kv_heads_first,
         multiplies_bfloat16,
-        pool_dtype,
-        pool_head_dim,
-        pool_kv_heads,
-        query_block,
+        q_block_size,
         select,
     )
     from .paged_decode import paged_decode
     from .paged_prefill import paged_prefill
-    from .pages import write_pages
+    from .pages import write_kv_cache
     from .segment_attention import segment_attention
 
     __all__ = [
         "IMPLEMENTATIONS",
-        "heads_first",
+        "kv_cache_dtype",
+        "kv_cache_head_dim",
+        "kv_cache_heads",
+        "kv_heads_first",
         "multiplies_bfloat16",
         "paged_decode",
         "paged_prefill",
-        "pool_dtype",
-        "pool_head_dim",
-        "pool_kv_heads",
-        "query_block",
+        "q_block_size",
         "segment_attention",
         "select",
-        "write_pages",
+        "write_kv_cache",
     ]

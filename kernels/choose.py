@@ -51,7 +51,7 @@ def refuse(op: str, impl: str, why: str, **arrays: jax.Array) -> NoReturn:
     raise NotImplementedError(f"{op}: {impl} does not serve {shapes}: {why}")
 
 
-def pool_head_dim(head_dim: int, platform: str) -> int:
+def kv_cache_head_dim(head_dim: int, platform: str) -> int:
     """The head dim to allocate the pool with; q, k and v are zero-padded to it by the caller.
 
     Zeros change no score and give zero outputs. The Triton blocks are powers of two and a masked tail would waste the
@@ -64,7 +64,7 @@ def pool_head_dim(head_dim: int, platform: str) -> int:
     return -(-head_dim // 128) * 128
 
 
-def pool_kv_heads(kv_heads: int, platform: str) -> int:
+def kv_cache_heads(kv_heads: int, platform: str) -> int:
     """The number of kv heads to allocate the pool with; the caller adds heads of zeros to q, k and v.
 
     A TPU keeps 2, 4 or a multiple of 8 heads without gaps; with any other number XLA copies the whole pool before a
@@ -75,7 +75,7 @@ def pool_kv_heads(kv_heads: int, platform: str) -> int:
     return max(2, 1 << (kv_heads - 1).bit_length()) if kv_heads <= 8 else -(-kv_heads // 8) * 8
 
 
-def heads_first(platform: str | None = None) -> bool:
+def kv_heads_first(platform: str | None = None) -> bool:
     """Whether a page is [K, page, H] instead of [page, K, H]; None: the default backend's platform.
 
     The kernels of accelerators copy whole pages and turn them on the way, and XLA there writes a token in place only
@@ -86,12 +86,12 @@ def heads_first(platform: str | None = None) -> bool:
     return (platform or jax.default_backend()) == "cpu"
 
 
-def pool_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
+def kv_cache_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     """The dtype to allocate the pool with, for a model computing in `dtype`.
 
     XLA:CPU has neither gather nor scatter of bfloat16: it converts the whole pool to float32 and, to write, back. With
     pools of 131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens 317 ms
-    instead of 0.01. So there the pool keeps the bits of bfloat16 as integers: see `pages.as_kept`.
+    instead of 0.01. So there the pool keeps the bits of bfloat16 as integers: see `pages.to_cache_dtype`.
     """
     return jnp.dtype(jnp.uint16 if platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16 else dtype)
 
@@ -108,7 +108,7 @@ def multiplies_bfloat16() -> bool:
     return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
-def query_block(platform: str) -> int:
+def q_block_size(platform: str) -> int:
     """Queries per block of `paged_prefill` that suits the platform.
 
     On the CPU 32 would make attention over 1024 keys a quarter faster, but each prompt is padded to whole blocks: a

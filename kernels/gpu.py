@@ -28,9 +28,9 @@ def query_rows(head_dim: int, dtype: jnp.dtype) -> int:
     return 64 if head_dim > 128 else 128
 
 
-def key_block(page: int, dtype: jnp.dtype) -> int:
+def key_block(block_size: int, dtype: jnp.dtype) -> int:
     """Keys a program takes at a time; in a paged pool they lie in one page."""
-    return min(page, 32 if dtype == jnp.float32 else 64)
+    return min(block_size, 32 if dtype == jnp.float32 else 64)
 
 
 def warps(rows: int, head_dim: int) -> int:

@@ -227,10 +227,10 @@ def _convert(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from mmjax.converters.orbax import convert_checkpoint
-    from mmjax.load import Checkpoint, declare
+    from mmjax.load import Checkpoint, param_specs
 
     checkpoint = Checkpoint.open(arguments.source)
-    _, leaves = declare(checkpoint.family, checkpoint.model_config())
+    _, leaves = param_specs(checkpoint.family, checkpoint.model_config())
     with tqdm(unit="B", unit_scale=True, desc="converting") as bar:
 
         def progress(path: str, done: int, total: int) -> None:
@@ -253,14 +253,14 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from mmjax.converters.inspect import describe, render
-    from mmjax.load import Checkpoint, declare
+    from mmjax.load import Checkpoint, param_specs
 
     try:
         checkpoint = Checkpoint.open(str(arguments.directory))
     except ValueError as error:  # no model of ours: what the files hold can still be told
         print(render(describe(arguments.directory)) + f"\nno model to compare with: {error}")
         return
-    _, leaves = declare(checkpoint.family, checkpoint.model_config())
+    _, leaves = param_specs(checkpoint.family, checkpoint.model_config())
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     print(render(describe(arguments.directory, table=checkpoint.family.table, shapes=shapes)), end="")
 

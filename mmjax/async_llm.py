@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from mmjax.chat import ChatOptions
 from mmjax.llm import LLM
-from mmjax.render import Rendered
-from mmjax.run import Run
+from mmjax.render import EngineInput
+from mmjax.run import GenerateRequest
 from mmjax.types import (
     Logprob,
     PoolingParams,
@@ -44,7 +44,7 @@ class Delta:
     stop_reason: int | str | None
 
 
-class Ticket:
+class RequestStream:
     """One request on its way: what the engine's thread hands over arrives here, on the caller's loop.
 
     `output` is set once the request has ended. With `streaming` each step's gains come as they are made.
@@ -52,14 +52,14 @@ class Ticket:
 
     def __init__(self, *, streaming: bool) -> None:
         self.streaming = streaming
-        self.run: Run | None = None
+        self.request: GenerateRequest | None = None
         self.output: RequestOutput | None = None
         self.closed = False
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()
         self._told: dict[int, tuple[int, int]] = {}
 
-    def tell(self, news: Delta | BaseException | None) -> None:
+    def put(self, news: Delta | BaseException | None) -> None:
         """Hand something to the waiting side, from any thread. None ends the request."""
         try:
             self._loop.call_soon_threadsafe(self._news.put_nowait, news)
@@ -73,26 +73,26 @@ class Ticket:
                 raise news
             yield news
 
-    def gains(self) -> list[Delta]:
+    def new_deltas(self) -> list[Delta]:
         """What is new since the last call. On the engine's thread only."""
-        assert self.run is not None
+        assert self.request is not None
         found = []
-        for answer in self.run.answers:
-            text, seq = answer.text, answer.seq
+        for state in self.request.states:
+            text, seq = state.text, state.seq
             told_text, told_tokens = self._told.get(seq.index, (0, 0))
-            if len(text) == told_text and seq.output_len == told_tokens and answer.finish_reason is None:
+            if len(text) == told_text and seq.output_len == told_tokens and state.finish_reason is None:
                 continue
             if (told_text, told_tokens) == (-1, -1):
                 continue
             delta = Delta(
                 seq.index,
                 text[told_text:],
-                seq.outputs[told_tokens:].tolist(),
-                None if answer.logprobs is None else answer.logprobs[told_tokens : seq.output_len],
-                answer.finish_reason,
-                answer.stop_reason,
+                seq.output_ids[told_tokens:].tolist(),
+                None if state.logprobs is None else state.logprobs[told_tokens : seq.output_len],
+                state.finish_reason,
+                state.stop_reason,
             )
-            ended = answer.finish_reason is not None
+            ended = state.finish_reason is not None
             self._told[seq.index] = (-1, -1) if ended else (len(text), seq.output_len)
             found.append(delta)
         return found
@@ -109,54 +109,60 @@ class AsyncLLM:
         self.llm = llm
         self.fault: BaseException | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._open: dict[int, Ticket] = {}
-        self._tickets: set[Ticket] = set()
+        self._running: dict[int, RequestStream] = {}
+        self._streams: set[RequestStream] = set()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     # -- the callers' side -------------------------------------------------------------------------------------------
 
-    async def prepare(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> Rendered:
+    async def prepare(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
         """Render one prompt as `LLM.generate` takes it. Raises TypeError or ValueError for what is wrong with it."""
-        renderer = self.llm.parts.renderer
-        return await self._on_thread(lambda: renderer.render(renderer.parse(prompt), tokenization_kwargs))
+        input_processor = self.llm.model.input_processor
+        return await self._on_thread(
+            lambda: input_processor.process(input_processor.parse(prompt), tokenization_kwargs)
+        )
 
     async def prepare_chat(
         self, messages: Any, tokenization_kwargs: Mapping[str, Any] | None = None, **options: Any
-    ) -> Rendered:
+    ) -> EngineInput:
         """Render one conversation as `LLM.chat` takes it; its media are fetched without holding a thread.
 
         options: fields of `mmjax.chat.ChatOptions`.
         """
-        chat, renderer = self.llm.parts.chat, self.llm.parts.renderer
-        draft = await self._on_thread(lambda: chat.draft(messages, ChatOptions(**options)))
-        prompt = await chat.fetch_async(draft)
+        chat, input_processor = self.llm.model.chat, self.llm.model.input_processor
+        rendered = await self._on_thread(lambda: chat.render(messages, ChatOptions(**options)))
+        prompt = await chat.fetch_async(rendered)
         tokenization = {"add_special_tokens": False, **(tokenization_kwargs or {})}  # the template has printed them
-        return await self._on_thread(lambda: renderer.render(renderer.parse(prompt), tokenization))
+        return await self._on_thread(lambda: input_processor.process(input_processor.parse(prompt), tokenization))
 
-    async def prepare_by_url(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> Rendered:
+    async def prepare_from_urls(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
         """Render a prompt whose media are URLs (http, https, data, file), and embeddings tensors in base64."""
         if isinstance(prompt, Mapping) and isinstance(prompt.get("multi_modal_data"), Mapping):
-            connector = self.llm.parts.chat.connect({})
+            connector = self.llm.model.chat.connect({})
             fetched = {
                 kind: await _fetch(connector, str(kind), value) for kind, value in prompt["multi_modal_data"].items()
             }
             prompt = {**prompt, "multi_modal_data": fetched}
-        renderer = self.llm.parts.renderer
-        if isinstance(prompt, Mapping) and isinstance(prompt.get("prompt_embeds"), str) and renderer.prompt_width:
-            decode = self.llm.parts.chat.connect({}).fetch_image_embedding
+        input_processor = self.llm.model.input_processor
+        if (
+            isinstance(prompt, Mapping)
+            and isinstance(prompt.get("prompt_embeds"), str)
+            and input_processor.prompt_embed_dim
+        ):
+            decode = self.llm.model.chat.connect({}).fetch_image_embedding
             prompt = {**prompt, "prompt_embeds": await self._on_thread(lambda: decode(prompt["prompt_embeds"]))}
         return await self.prepare(prompt, tokenization_kwargs)
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text; `special`: with what the tokenizer puts around it."""
-        tokenizer = self.llm.parts.tokenizer
+        tokenizer = self.llm.model.tokenizer
         if tokenizer is None:
             raise RequestError("There is no tokenizer (skip_tokenizer_init).", "no_tokenizer")
         return await self._on_thread(lambda: tokenizer.encode(text, special))
 
-    async def ready(self, params: SamplingParams) -> SamplingParams:
+    async def compile_grammar(self, params: SamplingParams) -> SamplingParams:
         """Parameters that are checked, and whose constraint is compiled where it holds up nobody else's answer.
 
         TypeError or ValueError for what cannot be.
@@ -164,7 +170,7 @@ class AsyncLLM:
         self.llm.verify(params)
         if params.structured_outputs is None:
             return params
-        vocabulary = self.llm.parts.vocabulary
+        vocabulary = self.llm.model.grammar_compiler
         rules = await self._on_thread(lambda: vocabulary.compile(params.structured_outputs))
         return dataclasses.replace(params, structured_outputs=rules)
 
@@ -174,7 +180,7 @@ class AsyncLLM:
         done: asyncio.Future[Out] = asyncio.get_running_loop().create_future()
         loop = asyncio.get_running_loop()
 
-        def run() -> None:
+        def request() -> None:
             try:
                 found = work()
             except Exception as error:
@@ -182,40 +188,40 @@ class AsyncLLM:
             else:
                 loop.call_soon_threadsafe(_settle, done, found, None)
 
-        self._inbox.put(run)
+        self._inbox.put(request)
         return await done
 
     async def _on_thread(self, work: Callable[[], Out]) -> Out:
         """Run host work on the LLM's threads."""
         return await asyncio.get_running_loop().run_in_executor(self.llm.workers, work)
 
-    async def generate(self, rendered: Rendered, params: SamplingParams) -> RequestOutput:
+    async def generate(self, engine_input: EngineInput, params: SamplingParams) -> RequestOutput:
         """Answer one rendered prompt. Cancelled, or left with an error, its pages are free at once."""
-        output: RequestOutput = await self._finish(self.submit(rendered, params, streaming=False))
+        output: RequestOutput = await self._finish(self.submit(engine_input, params, streaming=False))
         return output
 
-    async def generate_all(self, asked: Sequence[tuple[Rendered, SamplingParams]]) -> list[RequestOutput]:
+    async def generate_all(self, asked: Sequence[tuple[EngineInput, SamplingParams]]) -> list[RequestOutput]:
         """Answer several prompts together, in their order. When one fails, the others are dropped."""
-        tickets: list[Ticket] = []
+        streams: list[RequestStream] = []
         try:
-            for rendered, params in asked:
-                tickets.append(self.submit(rendered, params, streaming=False))
-            return [await self._finish(ticket) for ticket in tickets]
+            for engine_input, params in asked:
+                streams.append(self.submit(engine_input, params, streaming=False))
+            return [await self._finish(stream) for stream in streams]
         finally:
-            for ticket in tickets:
-                self.drop(ticket)
+            for stream in streams:
+                self.drop(stream)
 
-    async def stream(self, ticket: Ticket) -> AsyncIterator[Delta]:
+    async def stream(self, stream: RequestStream) -> AsyncIterator[Delta]:
         """What a streaming ticket's answers gain, step by step; leaving early ends the request."""
         try:
-            async for delta in ticket.deltas():
+            async for delta in stream.deltas():
                 yield delta
         finally:
-            self.drop(ticket)
+            self.drop(stream)
 
-    def check_length(self, rendered: Rendered, params: SamplingParams) -> None:
+    def check_length(self, engine_input: EngineInput, params: SamplingParams) -> None:
         """ValidationError when the prompt leaves no room for the tokens asked for."""
-        longest, length = self.llm.parts.max_model_len, len(rendered.tokens)
+        longest, length = self.llm.model.max_model_len, len(engine_input.token_ids)
         if params.max_tokens is not None and length + params.max_tokens > longest:
             raise ValidationError(
                 f"This model's maximum context length is {longest} tokens, but {length + params.max_tokens} were asked "
@@ -224,64 +230,64 @@ class AsyncLLM:
                 value=params.max_tokens,
             )
 
-    async def texts(self, parts: Sequence[Sequence[int]]) -> list[str]:
+    async def texts(self, model: Sequence[Sequence[int]]) -> list[str]:
         """`decode` of several lists, on a thread: for lists of any length."""
-        return await self._on_thread(lambda: [self.decode(tokens) for tokens in parts])
+        return await self._on_thread(lambda: [self.decode(tokens) for tokens in model])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special ones included. RequestError without a tokenizer."""
-        tokenizer = self.llm.parts.tokenizer
+        tokenizer = self.llm.model.tokenizer
         if tokenizer is None:
             raise RequestError("There is no tokenizer (skip_tokenizer_init).", "no_tokenizer")
         return tokenizer.decode([int(token) for token in tokens], False)
 
     def load(self) -> tuple[int, int, float]:
         """(answers on the device, answers that wait, share of the cache's pages in use), as they stand."""
-        engines = self.llm.parts.engines
+        engines = self.llm.model.engines
         running = sum(len(engine.scheduler.running) for engine in engines)
         waiting = sum(len(engine.scheduler.waiting) for engine in engines)
-        used = [1 - engine.pages.free / max(engine.pages.count - 1, 1) for engine in engines]
+        used = [1 - engine.block_pool.num_free / max(engine.block_pool.num_blocks - 1, 1) for engine in engines]
         return running, waiting, max(used)
 
-    def submit(self, rendered: Rendered, params: SamplingParams, *, streaming: bool) -> Ticket:
+    def submit(self, engine_input: EngineInput, params: SamplingParams, *, streaming: bool) -> RequestStream:
         """Queue a rendered prompt. The caller must `drop` the ticket when it wants no more of it.
 
         Raises EngineDeadError where nothing can run any more, ValueError for parameters that cannot be.
         """
         self.check()
         self.llm.verify(params)
-        return self._submit(lambda: self.llm.start(rendered, params), streaming)
+        return self._submit(lambda: self.llm.start(engine_input, params), streaming)
 
-    async def embed(self, rendered: Rendered, params: PoolingParams) -> PoolingRequestOutput:
+    async def embed(self, engine_input: EngineInput, params: PoolingParams) -> PoolingRequestOutput:
         """The vector of one rendered prompt. ValueError unless the model was loaded to pool."""
         self.check()
         self.llm.check_pooling("embed")
         [checked] = self.llm.pooling_params(params, 1, "embed")
-        return await self._finish(self._submit(lambda: self.llm.start_pooling(rendered, checked), False))
+        return await self._finish(self._submit(lambda: self.llm.start_pooling(engine_input, checked), False))
 
-    def _submit(self, start: Callable[[], Any], streaming: bool) -> Ticket:
-        ticket = Ticket(streaming=streaming)
-        self._tickets.add(ticket)
-        self._inbox.put(lambda: self._start(ticket, start))
+    def _submit(self, start: Callable[[], Any], streaming: bool) -> RequestStream:
+        stream = RequestStream(streaming=streaming)
+        self._streams.add(stream)
+        self._inbox.put(lambda: self._start(stream, start))
         if self._closed or self.fault is not None:  # the engine may have told its tickets before this one was there
-            ticket.tell(self._gone())
-        return ticket
+            stream.put(self._gone())
+        return stream
 
-    async def _finish(self, ticket: Ticket) -> Any:
+    async def _finish(self, stream: RequestStream) -> Any:
         try:
-            async for _ in ticket.deltas():
+            async for _ in stream.deltas():
                 pass
         finally:
-            self.drop(ticket)
-        assert ticket.output is not None
-        return ticket.output
+            self.drop(stream)
+        assert stream.output is not None
+        return stream.output
 
-    def drop(self, ticket: Ticket) -> None:
+    def drop(self, stream: RequestStream) -> None:
         """The caller is done with a request; if it still runs, it ends now."""
-        self._tickets.discard(ticket)
-        if ticket.output is None and not ticket.closed:
-            ticket.closed = True
-            self._inbox.put(lambda: self._end(ticket))
+        self._streams.discard(stream)
+        if stream.output is None and not stream.closed:
+            stream.closed = True
+            self._inbox.put(lambda: self._end(stream))
 
     def check(self) -> None:
         """Raises EngineDeadError when no request can be served any more."""
@@ -294,7 +300,7 @@ class AsyncLLM:
     @property
     def open(self) -> int:
         """Requests that are queued or running."""
-        return len(self._tickets)
+        return len(self._streams)
 
     def close(self) -> None:
         """End everything and wait for the engine's thread. Idempotent."""
@@ -308,69 +314,69 @@ class AsyncLLM:
     def _work(self) -> None:
         try:
             while self._take_in():
-                for engine in self.llm.parts.engines:
-                    if engine.busy:
+                for engine in self.llm.model.engines:
+                    if engine.has_work:
                         self._hand_out(engine.step())
         except BaseException as error:
             logger.exception("the engine has stopped")
             self.fault = error
         finally:
-            for ticket in list(self._tickets):
-                ticket.tell(self._gone())
+            for stream in list(self._streams):
+                stream.put(self._gone())
 
     def _take_in(self) -> bool:
         """Do what callers asked for, waiting while there is nothing to run. False: to be closed."""
-        busy = any(engine.busy for engine in self.llm.parts.engines)
+        busy = any(engine.has_work for engine in self.llm.model.engines)
         while True:
             try:
                 ask = self._inbox.get(block=not busy)
             except queue.Empty:
                 return True
             if ask is None:
-                for ticket in list(self._tickets):
-                    self._end(ticket)
+                for stream in list(self._streams):
+                    self._end(stream)
                 return False
             ask()
             busy = True  # one more look without waiting
 
-    def _start(self, ticket: Ticket, start: Callable[[], Any]) -> None:
-        if ticket.closed:
+    def _start(self, stream: RequestStream, start: Callable[[], Any]) -> None:
+        if stream.closed:
             return
         try:
-            ticket.run = start()
+            stream.request = start()
         except Exception as error:  # whatever a request holds, it is not the others' end
-            ticket.closed = True
-            ticket.tell(error)
+            stream.closed = True
+            stream.put(error)
             return
-        for answer in ticket.run.answers:
-            self._open[answer.seq.number] = ticket
+        for state in stream.request.states:
+            self._running[state.seq.seq_id] = stream
 
-    def _end(self, ticket: Ticket) -> None:
-        if ticket.run is not None:
-            ticket.run.abort()
-            self._forget(ticket.run)
+    def _end(self, stream: RequestStream) -> None:
+        if stream.request is not None:
+            stream.request.abort()
+            self._forget(stream.request)
 
-    def _forget(self, run: Run) -> None:
-        for answer in run.answers:
-            self._open.pop(answer.seq.number, None)
+    def _forget(self, request: GenerateRequest) -> None:
+        for state in request.states:
+            self._running.pop(state.seq.seq_id, None)
 
     def _hand_out(self, changed: Sequence[Any]) -> None:
-        tickets: dict[int, Ticket] = {}
-        for answer in changed:
-            ticket = self._open.get(answer.seq.number)
-            if ticket is not None and ticket.run is not None:
-                ticket.run.note(answer)
-                tickets[id(ticket)] = ticket
-        for ticket in tickets.values():
-            run = ticket.run
-            assert run is not None
-            if ticket.streaming:
-                for delta in ticket.gains():
-                    ticket.tell(delta)
-            if run.finished:
-                self._forget(run)
-                ticket.output = run.output()
-                ticket.tell(None)
+        streams: dict[int, RequestStream] = {}
+        for state in changed:
+            stream = self._running.get(state.seq.seq_id)
+            if stream is not None and stream.request is not None:
+                stream.request.record_times(state)
+                streams[id(stream)] = stream
+        for stream in streams.values():
+            request = stream.request
+            assert request is not None
+            if stream.streaming:
+                for delta in stream.new_deltas():
+                    stream.put(delta)
+            if request.finished:
+                self._forget(request)
+                stream.output = request.output()
+                stream.put(None)
 
 
 def _settle(done: asyncio.Future[Any], found: Any, error: Exception | None) -> None:

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
-Fields = tuple[tuple[str, tuple[int, ...], str], ...]
+LayoutFields = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pool:
+class KVCache:
     """Every layer's keys and values, in pages: layer i owns page ids [i * n, (i + 1) * n) of L * n.
 
     k, v: [L * n, page, K, H], on the CPU [L * n, K, page, H]. Page 0 of each layer belongs to nobody: padding points
@@ -39,22 +39,22 @@ class Batch:
     cross_pages: i32[S, X] and cross_length: i32[S], the encoder's keys (X = 0 for decoder-only models).
     """
 
-    tokens: Array
-    positions: Array
-    media: Array
-    slot: Array
-    owner: Array
-    start: Array
-    pages: Array
-    length: Array
-    cross_pages: Array
-    cross_length: Array
+    token_ids: Array
+    rope_positions: Array
+    mm_index: Array
+    slot_mapping: Array
+    seq_index: Array
+    q_start: Array
+    block_table: Array
+    context_lens: Array
+    cross_block_table: Array
+    cross_context_lens: Array
 
 
-class Layout:
+class PackedLayout:
     """Names, shapes and dtypes of arrays that share one int32 vector, so that a step costs one host-to-device copy."""
 
-    def __init__(self, fields: Fields) -> None:
+    def __init__(self, fields: LayoutFields) -> None:
         self.fields = fields
         self.sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape, _ in fields]
         self.size = sum(self.sizes)

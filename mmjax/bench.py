@@ -132,7 +132,7 @@ class Bench:
 
     def run(self, work: Workload, seed: int) -> Report:
         """Generate for one set of prompts. The first call should not be believed: see `warm_up`."""
-        tokenizer = self.llm.parts.tokenizer
+        tokenizer = self.llm.model.tokenizer
         if tokenizer is None:
             raise ValueError("the benchmark writes its prompts as text and needs the model's tokenizer")
         prompts = make_prompts(work, tokenizer.encode, seed)

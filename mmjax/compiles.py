@@ -10,7 +10,7 @@ import jax
 
 
 @dataclasses.dataclass
-class Compiles:
+class CompileCounter:
     """`count` programs were asked for: the same on every run. `loaded` of them came out of the persistent cache."""
 
     count: int = 0
@@ -32,9 +32,9 @@ class Compiles:
 
 
 @contextmanager
-def count_compiles() -> Iterator[Compiles]:
+def count_compiles() -> Iterator[CompileCounter]:
     """Count from here to the end of the block, in all threads."""
-    compiles = Compiles()
+    compiles = CompileCounter()
     jax.monitoring.register_event_duration_secs_listener(compiles.on_duration)
     jax.monitoring.register_event_listener(compiles.on_event)
     try:

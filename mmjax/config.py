@@ -13,9 +13,9 @@ from mmjax.types import UNLIMITED, ValidationError, read_limit
 
 DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 
-MAX_BATCHED_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 4096}
-MAX_SEQS = {"cpu": 32, "gpu": 256, "tpu": 128}
-PAGE = {"cpu": 64, "gpu": 64, "tpu": 64}
+MAX_NUM_BATCHED_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 4096}
+MAX_NUM_SEQS = {"cpu": 32, "gpu": 256, "tpu": 128}
+BLOCK_SIZES = {"cpu": 64, "gpu": 64, "tpu": 64}
 
 
 def env(name: str, default: str) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.build import Parts
-from mmjax.engine.constraints import Constraints
-from mmjax.engine.pooled import Pooled
+from mmjax.build import LoadedModel
+from mmjax.engine.constraints import LogitsBias
+from mmjax.engine.pooled import PoolingState
 from mmjax.engine.sequence import Sequence as EngineSequence
-from mmjax.render import Rendered
-from mmjax.run import Request, engine_prompt
+from mmjax.render import EngineInput
+from mmjax.run import EngineRequest, engine_prompt
 from mmjax.types import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -60,26 +60,26 @@ def pooling_params(given: Any, count: int, task: str | None, width: int) -> list
     return out
 
 
-class PoolingRun(Request):
+class PoolingRequest(EngineRequest):
     """One prompt in an engine that pools."""
 
-    def __init__(self, parts: Parts, request_id: str, rendered: Rendered, params: PoolingParams) -> None:
-        super().__init__(parts, request_id, rendered)
+    def __init__(self, model: LoadedModel, request_id: str, engine_input: EngineInput, params: PoolingParams) -> None:
+        super().__init__(model, request_id, engine_input)
         self.params = params
         none = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         seq = EngineSequence(
             request_id,
             0,
-            engine_prompt(rendered, parts.shape.cross),
+            engine_prompt(engine_input, model.spec.is_encoder_decoder),
             none,
             seed=0,
-            stops=(),
-            max_len=parts.max_model_len,
-            constraints=Constraints(none, parts.vocab_size, parts.tokenizer),
-            whole=TASKS[params.task or "embed"],
+            stop_ids=(),
+            max_model_len=model.max_model_len,
+            logits_processor=LogitsBias(none, model.vocab_size, model.tokenizer),
+            needs_all_tokens=TASKS[params.task or "embed"],
         )
-        self.pooled = Pooled(seq, whole=seq.whole)
-        self.answers = [self.pooled]
+        self.pooled = PoolingState(seq, whole=seq.needs_all_tokens)
+        self.states = [self.pooled]
         self.engine.add(self.pooled)
 
     def output(self) -> PoolingRequestOutput:
@@ -89,10 +89,10 @@ class PoolingRun(Request):
             hidden = hidden / np.maximum(np.linalg.norm(hidden, axis=-1, keepdims=True), TINY)
         return PoolingRequestOutput(
             request_id=self.request_id,
-            outputs=PoolingOutput(hidden if self.pooled.whole else hidden[0]),
-            prompt_token_ids=self.rendered.tokens.tolist(),
+            outputs=PoolingOutput(hidden if self.pooled.all_tokens else hidden[0]),
+            prompt_token_ids=self.engine_input.token_ids.tolist(),
             finished=self.finished,
-            num_cached_tokens=self.pooled.seq.cached or 0,
+            num_cached_tokens=self.pooled.seq.num_cached_tokens or 0,
         )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
 from mmjax.processors import prompt as whole_prompt
-from mmjax.processors.embeds import EmbedReader, Embeds
+from mmjax.processors.embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, prompts, read_limit
 
 # The forms of a prompt, under the name by which scripts for vLLM import them.
@@ -28,7 +28,7 @@ MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is ro
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Media:
+class MediaInput:
     """One media item as given; `Embeds` for one that comes as embeddings. `data` None: in the cache, under `uuid`."""
 
     data: Any
@@ -36,7 +36,7 @@ class Media:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Request:
+class ParsedPrompt:
     """A prompt of known form. Exactly one of `text`, `tokens` and `rows` drives the model: rows, floats [T, D], when
     they are given, else tokens.
 
@@ -44,16 +44,16 @@ class Request:
     """
 
     text: str | None = None
-    tokens: tuple[int, ...] | None = None
-    media: Mapping[str, tuple[Media, ...]] = dataclasses.field(default_factory=dict)
+    token_ids: tuple[int, ...] | None = None
+    media: Mapping[str, tuple[MediaInput, ...]] = dataclasses.field(default_factory=dict)
     processor_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     io_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    salt: str | None = None
+    cache_salt: str | None = None
     encoder_text: str | None = None
-    rows: np.ndarray | None = None
+    prompt_embeds: np.ndarray | None = None
 
 
-def batch(prompts: Any) -> list[Any]:
+def split_prompts(prompts: Any) -> list[Any]:
     """The prompts of a call: a dict, a str or a non-empty list of ints is one prompt, any other sequence many."""
     if isinstance(prompts, (Mapping, str, bytes)) or (_is_list(prompts) and prompts and all(map(_is_int, prompts))):
         return [prompts]
@@ -62,13 +62,13 @@ def batch(prompts: Any) -> list[Any]:
     return list(prompts)
 
 
-def parse(
+def parse_prompt(
     prompt: Any,
     *,
     encoder_decoder: bool = False,
-    embeds: EmbedReader | None = None,
+    embeds: MediaEmbedsReader | None = None,
     row_width: int | None = None,
-) -> Request:
+) -> ParsedPrompt:
     """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values.
 
     `embeds`: reads embeddings in place of media; None refuses them. `row_width`: of embeddings in place of a whole
@@ -83,19 +83,23 @@ def parse(
     return _parse_single(prompt, encoder_decoder, embeds)
 
 
-def _parse_pair(prompt: Mapping[str, Any], embeds: EmbedReader | None) -> Request:
+def _parse_pair(prompt: Mapping[str, Any], embeds: MediaEmbedsReader | None) -> ParsedPrompt:
     if "decoder_prompt" not in prompt:
         raise TypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
     encoder, decoder = _parse_single(prompt["encoder_prompt"], True, embeds), prompt["decoder_prompt"]
     if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
         raise TypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
-    half = Request(text="") if decoder is None else _parse_single(decoder, True, embeds)
+    half = ParsedPrompt(text="") if decoder is None else _parse_single(decoder, True, embeds)
     return dataclasses.replace(
-        encoder, text=half.text, tokens=half.tokens, encoder_text=encoder.text, salt=encoder.salt or half.salt
+        encoder,
+        text=half.text,
+        token_ids=half.token_ids,
+        encoder_text=encoder.text,
+        cache_salt=encoder.cache_salt or half.cache_salt,
     )
 
 
-def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> Request:
+def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
     """A prompt of embeddings; its text, if there is one, is only carried into the output."""
     if width is None:
         raise RequestError(
@@ -110,16 +114,18 @@ def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> Request:
     text = prompt.get("prompt")
     if text is not None and not isinstance(text, str):
         raise TypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
-    return Request(
-        text=text, rows=whole_prompt.read(prompt["prompt_embeds"], width), salt=_salt(prompt.get("cache_salt"))
+    return ParsedPrompt(
+        text=text,
+        prompt_embeds=whole_prompt.read(prompt["prompt_embeds"], width),
+        cache_salt=_salt(prompt.get("cache_salt")),
     )
 
 
-def _parse_single(prompt: Any, encoder_decoder: bool, embeds: EmbedReader | None) -> Request:
+def _parse_single(prompt: Any, encoder_decoder: bool, embeds: MediaEmbedsReader | None) -> ParsedPrompt:
     if isinstance(prompt, str):
-        return Request(text=prompt)
+        return ParsedPrompt(text=prompt)
     if _is_list(prompt):
-        return Request(tokens=_token_ids(prompt))
+        return ParsedPrompt(token_ids=_token_ids(prompt))
     if not isinstance(prompt, Mapping):
         raise _not_a_prompt(prompt)
     text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
@@ -138,13 +144,13 @@ def _parse_single(prompt: Any, encoder_decoder: bool, embeds: EmbedReader | None
     for name, value in (("mm_processor_kwargs", kwargs), ("media_io_kwargs", io_kwargs)):
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
-    return Request(
+    return ParsedPrompt(
         text=text,
-        tokens=None if tokens is None else _token_ids(tokens),
+        token_ids=None if tokens is None else _token_ids(tokens),
         media=parse_media(prompt.get("multi_modal_data"), prompt.get("multi_modal_uuids"), embeds),
         processor_kwargs=dict(kwargs),
         io_kwargs=dict(io_kwargs),
-        salt=_salt(prompt.get("cache_salt")),
+        cache_salt=_salt(prompt.get("cache_salt")),
     )
 
 
@@ -176,27 +182,31 @@ def _salt(salt: Any) -> str | None:
     return salt
 
 
-def parse_media(data: Any, uuids: Any = None, embeds: EmbedReader | None = None) -> dict[str, tuple[Media, ...]]:
+def parse_media(
+    data: Any, uuids: Any = None, embeds: MediaEmbedsReader | None = None
+) -> dict[str, tuple[MediaInput, ...]]:
     """`multi_modal_data` and `multi_modal_uuids` -> items per modality, each with its name."""
     data, uuids = data or {}, uuids or {}
     for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
         if not isinstance(value, Mapping):
             raise TypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
-        for kind in value:
-            if kind not in MODALITIES:
+        for modality in value:
+            if modality not in MODALITIES:
                 raise RequestError(
-                    f"Unsupported modality: {kind}. Known are {', '.join(MODALITIES)}.", "unknown_modality"
+                    f"Unsupported modality: {modality}. Known are {', '.join(MODALITIES)}.", "unknown_modality"
                 )
     media = {}
-    for kind in MODALITIES:
-        if kind in data or uuids.get(kind):
-            media[kind] = _pair(kind, split_items(kind, data.get(kind), embeds), _names(kind, uuids.get(kind)))
+    for modality in MODALITIES:
+        if modality in data or uuids.get(modality):
+            media[modality] = _pair(
+                modality, split_items(modality, data.get(modality), embeds), _names(modality, uuids.get(modality))
+            )
     return media
 
 
-def _pair(kind: str, items: list[Any], names: list[str | None]) -> tuple[Media, ...]:
+def _pair(modality: str, items: list[Any], names: list[str | None]) -> tuple[MediaInput, ...]:
     """Give every item its name, and require one or the other of each."""
-    where, by = f"multi_modal_data['{kind}']", f"multi_modal_uuids['{kind}']"
+    where, by = f"multi_modal_data['{modality}']", f"multi_modal_uuids['{modality}']"
     if not items:
         if not names:
             raise RequestError(f"{where} is empty but {by} is missing.", "missing_media")
@@ -209,60 +219,60 @@ def _pair(kind: str, items: list[Any], names: list[str | None]) -> tuple[Media, 
     for index, (item, name) in enumerate(zip(items, names, strict=True)):
         if item is None and name is None:
             raise RequestError(f"{where}[{index}] is empty but {by}[{index}] is missing.", "missing_media")
-    return tuple(map(Media, items, names))
+    return tuple(map(MediaInput, items, names))
 
 
-def _names(kind: str, uuids: Any) -> list[str | None]:
+def _names(modality: str, uuids: Any) -> list[str | None]:
     names = [uuids] if isinstance(uuids, str) else uuids
     if names is None:
         return []
     if not _is_list(names) or not all(name is None or (isinstance(name, str) and name) for name in names):
         raise RequestError(
-            f"multi_modal_uuids['{kind}'] must be a string, or a list of non-empty strings and None.", "bad_uuid"
+            f"multi_modal_uuids['{modality}'] must be a string, or a list of non-empty strings and None.", "bad_uuid"
         )
     return list(names)
 
 
-def split_items(kind: str, data: Any, embeds: EmbedReader | None = None) -> list[Any]:
+def split_items(modality: str, data: Any, embeds: MediaEmbedsReader | None = None) -> list[Any]:
     """The items in the value of one modality: one item, a list of items, or an array whose first axis counts them.
 
     Dictionaries are embeddings, as are arrays that `_holds_rows`; in a list they may stand among raw media.
     """
     if data is None:
         return []
-    if kind == "image":
+    if modality == "image":
         data = [unwrap(member) for member in data] if isinstance(data, (list, tuple)) else unwrap(data)
-    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(kind, data, embeds, alone=True)):
-        return list(_reader(kind, embeds).split(kind, data))
+    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(modality, data, embeds, alone=True)):
+        return list(_reader(modality, embeds).parse_items(modality, data))
     if is_array(data):
-        axes = {"image": 3, "video": 4, "audio": 1}[kind]  # of one item
+        axes = {"image": 3, "video": 4, "audio": 1}[modality]  # of one item
         if data.ndim == axes:
             return [data]
         if data.ndim == axes + 1:
             if data.shape[0] > MOST_ITEMS:
-                raise RequestError(f"An array of shape {tuple(data.shape)} is too many {kind}s.", "too_many_items")
+                raise RequestError(f"An array of shape {tuple(data.shape)} is too many {modality}s.", "too_many_items")
             return list(data if hasattr(data, "__getitem__") else to_numpy(data))
         raise RequestError(
-            f"An array of shape {tuple(data.shape)} is no {kind}: one {kind} has {axes} axes, several have {axes + 1}.",
+            f"An array of shape {tuple(data.shape)} is no {modality}: one {modality} has {axes} axes, several have {axes + 1}.",
             "bad_media",
         )
-    if not _is_list(data) or is_one_item(kind, data):
+    if not _is_list(data) or is_one_item(modality, data):
         return [data]
-    if kind == "audio" and len(data) == 2 and is_array(data[0]) and isinstance(data[1], (int, float)):
+    if modality == "audio" and len(data) == 2 and is_array(data[0]) and isinstance(data[1], (int, float)):
         raise RequestError("Audio with its sampling rate must be a tuple (array, rate), not a list.", "bad_media")
-    return [_member(kind, member, embeds) for member in data]
+    return [_member(modality, member, embeds) for member in data]
 
 
-def _member(kind: str, data: Any, embeds: EmbedReader | None) -> Any:
+def _member(modality: str, data: Any, embeds: MediaEmbedsReader | None) -> Any:
     """One item of a list."""
-    if isinstance(data, Embeds):
+    if isinstance(data, EmbedsInput):
         return data
-    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(kind, data, embeds, alone=False)):
-        return _reader(kind, embeds).one(kind, data)
+    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(modality, data, embeds, alone=False)):
+        return _reader(modality, embeds).parse_item(modality, data)
     return data
 
 
-def _holds_rows(kind: str, array: Any, embeds: EmbedReader | None, *, alone: bool) -> bool:
+def _holds_rows(modality: str, array: Any, embeds: MediaEmbedsReader | None, *, alone: bool) -> bool:
     """Whether an array holds embeddings and no medium; `alone`: outside of a list.
 
     What has an axis too few for a medium does: [rows, W] for an image or a video. Arrays of torch and JAX do in every
@@ -271,57 +281,57 @@ def _holds_rows(kind: str, array: Any, embeds: EmbedReader | None, *, alone: boo
     """
     if array.ndim not in (2, 3):
         return False
-    rows = is_tensor(array) or (embeds is not None and embeds.looks_like(kind, array))
+    rows = is_tensor(array) or (embeds is not None and embeds.looks_like(modality, array))
     if array.ndim == 2:
-        if kind == "audio":  # clips of one length, or in a list the channels of one
+        if modality == "audio":  # clips of one length, or in a list the channels of one
             return rows and not alone
         return rows or not alone or embeds is not None
-    if kind == "image" and not alone:
-        return array.shape[0] == 1 and embeds is not None and embeds.looks_like(kind, array)
-    return rows or (kind == "video" and embeds is not None)
+    if modality == "image" and not alone:
+        return array.shape[0] == 1 and embeds is not None and embeds.looks_like(modality, array)
+    return rows or (modality == "video" and embeds is not None)
 
 
-def _reader(kind: str, embeds: EmbedReader | None) -> EmbedReader:
+def _reader(modality: str, embeds: MediaEmbedsReader | None) -> MediaEmbedsReader:
     if embeds is None:
-        raise embeds_disabled(kind)
+        raise embeds_disabled(modality)
     return embeds
 
 
-def is_one_item(kind: str, data: Sequence[Any]) -> bool:
+def is_one_item(modality: str, data: Sequence[Any]) -> bool:
     """Whether a list or tuple is itself one item: a video's frames, audio samples, or media with metadata."""
-    if not data or kind == "image":
+    if not data or modality == "image":
         return False
     first = data[0]
     if isinstance(data, tuple) and len(data) == 2 and (is_array(first) or _is_list(first)):
         second = data[1]
-        if kind == "video" and isinstance(second, Mapping):
+        if modality == "video" and isinstance(second, Mapping):
             return True
-        if kind == "audio" and (second is None or isinstance(second, numbers.Real)):
+        if modality == "audio" and (second is None or isinstance(second, numbers.Real)):
             return True
-    if kind == "video":
+    if modality == "video":
         # a flat list of 3-D arrays is one video, as are PIL images; arrays with four axes are videos themselves
         return all(isinstance(f, Image.Image) or (is_array(f) and f.ndim == 3) for f in data)
     return isinstance(first, numbers.Real) and not isinstance(first, bool)
 
 
-def embeds_disabled(kind: str) -> RequestError:
+def embeds_disabled(modality: str) -> RequestError:
     """Embeddings where the operator allows none."""
     return RequestError(
-        f"You must set `--enable-mm-embeds` to input `{kind}_embeds`. (Three-axis arrays of torch or JAX, lists of 2-D "
-        f"arrays and dictionaries are read as embeddings; pass raw {kind} data as NumPy or PIL.)",
+        f"You must set `--enable-mm-embeds` to input `{modality}_embeds`. (Three-axis arrays of torch or JAX, lists of 2-D "
+        f"arrays and dictionaries are read as embeddings; pass raw {modality} data as NumPy or PIL.)",
         "embeds_disabled",
     )
 
 
-def read_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
+def mm_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
     """`limit_mm_per_prompt` -> most items per modality; see `mmjax.types.read_limit`."""
     counts = dict.fromkeys(MODALITIES, UNLIMITED)
-    return counts | {kind: read_limit(kind, limit) for kind, limit in (limits or {}).items()}
+    return counts | {modality: read_limit(modality, limit) for modality, limit in (limits or {}).items()}
 
 
-def check_count(kind: str, count: int, limit: int, hard: int | None) -> None:
+def check_count(modality: str, count: int, limit: int, hard: int | None) -> None:
     """RequestError when a prompt holds more items than `limit` (the operator's) or `hard` (the model's, None: any)."""
     most = limit if hard is None else min(limit, hard)
     if count > most:
         advice = " Set `--limit-mm-per-prompt` to increase this limit." if hard is None or most < hard else ""
-        raise RequestError(f"At most {most} {kind}(s) may be provided in one prompt.{advice}", "too_many_items")
+        raise RequestError(f"At most {most} {modality}(s) may be provided in one prompt.{advice}", "too_many_items")

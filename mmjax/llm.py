@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmjax import inputs
-from mmjax.build import Parts, build
-from mmjax.chat import ChatOptions, Draft, load_template, split
+from mmjax.build import LoadedModel, load_model
+from mmjax.chat import ChatOptions, RenderedChat, load_template, split
 from mmjax.config import EngineArgs, env_number
-from mmjax.embed import PoolingRun, as_embeddings, pooling_params
-from mmjax.render import Rendered
-from mmjax.run import Job, Progress, Run
+from mmjax.embed import PoolingRequest, as_embeddings, pooling_params
+from mmjax.render import EngineInput
+from mmjax.run import BatchJob, GenerateRequest, Progress
 from mmjax.types import (
     EmbeddingRequestOutput,
     PoolingParams,
@@ -40,7 +40,7 @@ class LLM:
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.args = EngineArgs(str(model), **kwargs)
-        self.parts: Parts = build(self.args)
+        self.model: LoadedModel = load_model(self.args)
         self._requests = 0
         self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="render")
 
@@ -64,12 +64,12 @@ class LLM:
         model's defaults; one for all; or one per prompt. priority: per prompt, lower first. Raises TypeError for
         something that is no prompt, ValueError for one that cannot be served; the engine stays usable.
         """
-        batch = inputs.batch(prompts)
+        batch = inputs.split_prompts(prompts)
         params = self._params(sampling_params, len(batch))
         self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
-        renderer = self.parts.renderer
-        requests = [renderer.parse(prompt) for prompt in batch]
-        work = [functools.partial(renderer.render, request, tokenization_kwargs) for request in requests]
+        input_processor = self.model.input_processor
+        requests = [input_processor.parse(prompt) for prompt in batch]
+        work = [functools.partial(input_processor.process, request, tokenization_kwargs) for request in requests]
         return self._answer(work, params, use_tqdm, priority)
 
     def chat(
@@ -97,7 +97,7 @@ class LLM:
         file, Jinja text or the name of a stored template. continue_final_message: go on with the last message; needs
         add_generation_prompt=False. Raises as `generate` does; no medium is fetched before every message was checked.
         """
-        chat = self.parts.chat
+        chat = self.model.chat
         options = ChatOptions(
             chat_template=load_template(chat_template, chat.stored),
             chat_template_content_format=chat_template_content_format,
@@ -112,15 +112,15 @@ class LLM:
         conversations = split(messages)
         params = self._params(sampling_params, len(conversations))
         self._check_lengths(len(conversations), lora_request=lora_request)
-        drafts = [chat.draft(conversation, options) for conversation in conversations]
+        rendered_chats = [chat.render(conversation, options) for conversation in conversations]
         # the template has printed the special tokens already
         tokenization = {"add_special_tokens": False, **(tokenization_kwargs or {})}
-        renderer = self.parts.renderer
+        input_processor = self.model.input_processor
 
-        def render(draft: Draft) -> Rendered:
-            return renderer.render(renderer.parse(chat.fetch(draft)), tokenization)
+        def render(rendered: RenderedChat) -> EngineInput:
+            return input_processor.process(input_processor.parse(chat.fetch(rendered)), tokenization)
 
-        return self._answer([functools.partial(render, draft) for draft in drafts], params, use_tqdm)
+        return self._answer([functools.partial(render, rendered) for rendered in rendered_chats], params, use_tqdm)
 
     # -- vectors -----------------------------------------------------------------------------------------------------
 
@@ -166,12 +166,12 @@ class LLM:
         """`embed` with NumPy arrays. pooling_task: "embed" (unless the parameters say otherwise), or "token_embed" for
         the final hidden states of all tokens [T, D]."""
         self.check_pooling("encode")
-        batch = inputs.batch(prompts)
+        batch = inputs.split_prompts(prompts)
         params = self.pooling_params(pooling_params, len(batch), pooling_task)
         self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
-        renderer = self.parts.renderer
-        requests = [renderer.parse(prompt) for prompt in batch]
-        work = [functools.partial(renderer.render, request, tokenization_kwargs) for request in requests]
+        input_processor = self.model.input_processor
+        requests = [input_processor.parse(prompt) for prompt in batch]
+        work = [functools.partial(input_processor.process, request, tokenization_kwargs) for request in requests]
         return self._answer(work, params, use_tqdm, priority)
 
     def check_pooling(self, method: str) -> None:
@@ -184,18 +184,18 @@ class LLM:
 
     def pooling_params(self, given: Any, count: int, task: str | None = None) -> list[PoolingParams]:
         """One set of checked parameters per prompt; TypeError or ValueError for those this model cannot serve."""
-        return pooling_params(given, count, task, self.parts.shape.width)
+        return pooling_params(given, count, task, self.model.spec.hidden_size)
 
-    def start_pooling(self, rendered: Rendered, params: PoolingParams) -> PoolingRun:
+    def start_pooling(self, engine_input: EngineInput, params: PoolingParams) -> PoolingRequest:
         """Queue one rendered prompt that wants vectors."""
         self._requests += 1
-        return PoolingRun(self.parts, str(self._requests - 1), rendered, params)
+        return PoolingRequest(self.model, str(self._requests - 1), engine_input, params)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def _answer(
         self,
-        work: Sequence[Callable[[], Rendered]],
+        work: Sequence[Callable[[], EngineInput]],
         params: Sequence[Any],
         use_tqdm: Progress,
         priority: Sequence[int] | None = None,
@@ -203,7 +203,7 @@ class LLM:
         """Run prompts, each still to be rendered, to their ends."""
         order = sorted(range(len(work)), key=lambda i: priority[i]) if priority is not None else range(len(work))
         start = self.start_pooling if self.args.pooling else self.start
-        job = Job(self.parts, start, self.workers, use_tqdm, len(work))
+        job = BatchJob(self.model, start, self.workers, use_tqdm, len(work))
         try:
             for i in order:
                 job.submit(i, work[i], params[i])
@@ -247,39 +247,39 @@ class LLM:
             )
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
-        params.verify(self.parts.vocab_size, self.args.max_logprobs)
+        params.verify(self.model.vocab_size, self.args.max_logprobs)
         if params.n > (most := env_number("MAX_N_SEQUENCES", MAX_N)):
             raise ValidationError(f"n must be at most {most:g}, got {params.n}.", parameter="n", value=params.n)
-        if params.stop and self.parts.tokenizer is None:
+        if params.stop and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer: do not set skip_tokenizer_init.", "no_tokenizer")
 
-    def start(self, rendered: Rendered, params: SamplingParams) -> Run:
+    def start(self, engine_input: EngineInput, params: SamplingParams) -> GenerateRequest:
         """Queue one rendered prompt on the least busy engine."""
         self._requests += 1
-        return Run(self.parts, str(self._requests - 1), rendered, params)
+        return GenerateRequest(self.model, str(self._requests - 1), engine_input, params)
 
     # -- what else users ask for -------------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the model."""
-        if self.parts.tokenizer is None:
+        if self.model.tokenizer is None:
             raise ValueError("Unable to get the tokenizer because skip_tokenizer_init is True")
-        return self.parts.tokenizer.hf
+        return self.model.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses without `sampling_params`: the defaults of the model's generation_config.json."""
-        return SamplingParams.from_generation_config(self.parts.generation)
+        return SamplingParams.from_generation_config(self.model.generation_config)
 
     def get_metrics(self) -> dict[str, float]:
         """Counters since start, by name: engine work and times in seconds, compilations, cache queries and hits."""
-        cache = self.parts.renderer.cache
+        cache = self.model.input_processor.cache
         out: dict[str, float] = {
-            "startup_s": self.parts.startup_s,
-            "compile_s": self.parts.compile_s,
+            "startup_s": self.model.startup_s,
+            "compile_s": self.model.compile_s,
             "mm_cache_queries": cache.queries,
             "mm_cache_hits": cache.hits,
         }
-        for engine in self.parts.engines:
+        for engine in self.model.engines:
             counted = vars(engine.stats) | {
                 "compiles": engine.runner.compiles,
                 "compiles_after_warmup": engine.runner.compiles_after_warmup,
@@ -291,10 +291,10 @@ class LLM:
 
     def reset_mm_cache(self) -> None:
         """Forget processed media and their embeddings."""
-        self.parts.renderer.cache.clear()
-        for engine in self.parts.engines:
-            engine.slab.clear()
+        self.model.input_processor.cache.clear()
+        for engine in self.model.engines:
+            engine.encoder_cache.clear()
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False, and nothing done, while requests run."""
-        return all([engine.pages.forget() for engine in self.parts.engines])
+        return all([engine.block_pool.reset_prefix_cache() for engine in self.model.engines])

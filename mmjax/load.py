@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mmjax import demo, sharding
 from mmjax.converters.table import Part, convert
 from mmjax.models import Family
-from mmjax.nn.weight import Quantised, inputs_of, is_matrix, quantise
+from mmjax.nn.weight import QuantizedArray, contracted_axes, is_matrix, quantize
 
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HEAD = "lm_head.weight"
@@ -28,7 +28,7 @@ TEXT, EMBEDDING = "text.", "text.embed"  # where every family keeps its language
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ParamSpec:
     """A parameter before it exists: its shape and its logical axes."""
 
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class Checkpoint:
     ) -> Checkpoint:
         """From a local directory or a hub id. overrides: values that replace those of config.json, such as the places
         of parts that another checkpoint holds. Raises ValueError saying what is missing."""
-        directory = find(model, revision=revision, token=token)
+        directory = find_model(model, revision=revision, token=token)
         files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}  # not the vocabulary
         nested = files.get("processor_config.json", {})
         for part, name in (
@@ -112,9 +112,9 @@ class Checkpoint:
             stored = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
         return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or headless or not stored)
 
-    def values(self, leaves: Mapping[str, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
+    def param_values(self, specs: Mapping[str, ParamSpec]) -> Iterator[tuple[str, np.ndarray]]:
         """Every parameter of `leaves`, one at a time. Raises ConversionError when the checkpoint does not fit."""
-        shapes = {path: leaf.shape for path, leaf in leaves.items()}
+        shapes = {path: spec.shape for path, spec in specs.items()}
         if not self.converted:
             yield from convert(self.tensors, self.family.table, shapes)
             return
@@ -127,7 +127,7 @@ class Checkpoint:
             yield path, self.tensors[path].read()
 
 
-def find(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
+def find_model(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
     """The directory of a model: a local path as it is, anything else through huggingface_hub's cache.
 
     "demo" is the model that ships with mmjax, unless a local directory of that name holds a config.json.
@@ -152,7 +152,7 @@ def find(model: str, *, revision: str | None = None, token: str | None = None) -
 def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
     """The directory that holds a part of a model. Raises ValueError saying how to name another."""
     try:
-        return find(config[part.key], token=token)
+        return find_model(config[part.key], token=token)
     except ValueError as error:
         raise ValueError(
             f"{part.key} of config.json: {error}. hf_overrides={{{part.key!r}: ...}} names another place."
@@ -168,29 +168,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def declare(family: Family, config: Any) -> tuple[nnx.GraphDef[Any], dict[str, Leaf]]:
+def param_specs(family: Family, config: Any) -> tuple[nnx.GraphDef[Any], dict[str, ParamSpec]]:
     """The module's graph and its parameters by dotted path. Nothing is allocated."""
     graph, state = nnx.split(family.model(config))
-    leaves = {}
+    specs = {}
     for path, param in nnx.to_flat_state(state):
-        leaves[".".join(map(str, path))] = Leaf(tuple(param.get_value().shape), tuple(param.axes))
-    return graph, leaves
+        specs[".".join(map(str, path))] = ParamSpec(tuple(param.get_value().shape), tuple(param.axes))
+    return graph, specs
 
 
 def load_params(
     checkpoint: Checkpoint,
     config: Any,
     mesh: Mesh,
-    dtype: Any,
-    held: Any,
+    weight_dtype: Any,
+    compute_dtype: Any,
     *,
-    matrices: Any = None,
+    matmul_dtype: Any = None,
     dummy: bool = False,
     seed: int = 0,
     int8: bool = False,
     text_only: bool = False,
     progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
-) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array | Quantised]]:
+) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array | QuantizedArray]]:
     """(graph, configuration as split over the mesh, parameters by path on the mesh).
 
     dtype: what the values are rounded to. held: the dtype they are then kept and computed in. matrices: another dtype
@@ -198,56 +198,64 @@ def load_params(
     is on the devices in both forms. text_only: whatever belongs to no language model stays off the devices; no program
     may use it.
     """
-    ways = sharding.ways(mesh)
-    split = config.split(ways)
-    graph, leaves = declare(checkpoint.family, split)
+    tp_size = sharding.tp_size(mesh)
+    split = config.for_tp(tp_size)
+    graph, specs = param_specs(checkpoint.family, split)
 
     def dtype_of(path: str) -> Any:
-        apart = matrices is not None and not (int8 and in_int8(path, leaves[path])) and is_matrix(leaves[path].axes)
-        return jnp.dtype(matrices if apart else held)
+        apart = (
+            matmul_dtype is not None and not (int8 and is_int8_param(path, specs[path])) and is_matrix(specs[path].axes)
+        )
+        return jnp.dtype(matmul_dtype if apart else compute_dtype)
 
     if dummy:
-        make = progress(iter(leaves.items()), len(leaves))
-        none = Leaf((0,), ("one",))
-        kept = ((path, none if text_only and not path.startswith(TEXT) else leaf) for path, leaf in make)
-        made = ((path, random_leaf(path, leaf, mesh, dtype_of(path), seed)) for path, leaf in kept)
-        return graph, split, {path: keep(path, leaves[path], array, mesh, int8=int8) for path, array in made}
-    _, stored = declare(checkpoint.family, config)
-    params: dict[str, jax.Array | Quantised] = {}
-    for path, value in progress(checkpoint.values(stored), len(stored)):
-        leaf = leaves[path]
+        make = progress(iter(specs.items()), len(specs))
+        none = ParamSpec((0,), ("size_1",))
+        kept = ((path, none if text_only and not path.startswith(TEXT) else spec) for path, spec in make)
+        made = ((path, random_param(path, spec, mesh, dtype_of(path), seed)) for path, spec in kept)
+        return graph, split, {path: store_param(path, specs[path], array, mesh, int8=int8) for path, array in made}
+    _, stored = param_specs(checkpoint.family, config)
+    params: dict[str, jax.Array | QuantizedArray] = {}
+    for path, value in progress(checkpoint.param_values(stored), len(stored)):
+        spec = specs[path]
         if text_only and not path.startswith(TEXT):
-            params[path] = jnp.zeros((0,), jnp.dtype(held), device=sharding.place(mesh, ("one",)))
+            params[path] = jnp.zeros((0,), jnp.dtype(compute_dtype), device=sharding.named_sharding(mesh, ("size_1",)))
             continue
-        array = fit(value, stored[path], leaf).astype(jnp.dtype(dtype), copy=False).astype(dtype_of(path), copy=False)
-        params[path] = keep(path, leaf, jax.device_put(array, sharding.place(mesh, leaf.axes)), mesh, int8=int8)
+        array = (
+            fit_to_mesh(value, stored[path], spec)
+            .astype(jnp.dtype(weight_dtype), copy=False)
+            .astype(dtype_of(path), copy=False)
+        )
+        params[path] = store_param(
+            path, spec, jax.device_put(array, sharding.named_sharding(mesh, spec.axes)), mesh, int8=int8
+        )
     return graph, split, params
 
 
-def keep(path: str, leaf: Leaf, array: jax.Array, mesh: Mesh, *, int8: bool) -> jax.Array | Quantised:
+def store_param(path: str, spec: ParamSpec, array: jax.Array, mesh: Mesh, *, int8: bool) -> jax.Array | QuantizedArray:
     """A parameter in the form in which it stays: as it is, or a matrix of the language model in int8.
 
     The embedding stays as it is: rows of it are looked up, and it may be the head as well.
     """
-    if not (int8 and in_int8(path, leaf)):
+    if not (int8 and is_int8_param(path, spec)):
         return array
-    inputs = inputs_of(leaf.axes)
-    scale = tuple("one" if i in inputs else axis for i, axis in enumerate(leaf.axes))
-    kept = _quantiser(inputs, sharding.place(mesh, leaf.axes), sharding.place(mesh, scale))(array)
+    inputs = contracted_axes(spec.axes)
+    scale = tuple("size_1" if i in inputs else axis for i, axis in enumerate(spec.axes))
+    kept = _quantiser(inputs, sharding.named_sharding(mesh, spec.axes), sharding.named_sharding(mesh, scale))(array)
     return jax.block_until_ready(kept)  # else the next ones would be sent before this one's first form is freed
 
 
-def in_int8(path: str, leaf: Leaf) -> bool:
+def is_int8_param(path: str, spec: ParamSpec) -> bool:
     """Whether a parameter is one of those that int8 is for."""
-    return path.startswith(TEXT) and path != EMBEDDING and bool(inputs_of(leaf.axes))
+    return path.startswith(TEXT) and path != EMBEDDING and bool(contracted_axes(spec.axes))
 
 
 @functools.cache
-def _quantiser(inputs: tuple[int, ...], steps: Any, scale: Any) -> Callable[[jax.Array], Quantised]:
-    return jax.jit(lambda array: quantise(array, inputs), out_shardings=Quantised(steps, scale))
+def _quantiser(inputs: tuple[int, ...], steps: Any, scale: Any) -> Callable[[jax.Array], QuantizedArray]:
+    return jax.jit(lambda array: quantize(array, inputs), out_shardings=QuantizedArray(steps, scale))
 
 
-def fit(value: np.ndarray, stored: Leaf, wanted: Leaf) -> np.ndarray:
+def fit_to_mesh(value: np.ndarray, stored: ParamSpec, wanted: ParamSpec) -> np.ndarray:
     """Bring a stored parameter to the shape it has on the mesh.
 
     Key/value heads that are fewer than the devices are repeated, each copy with its share of the query heads; every
@@ -276,10 +284,10 @@ def _repeat(value: np.ndarray, axis: int, copies: int, keys: int) -> np.ndarray:
     return np.moveaxis(np.concatenate([queries, shared], axis=1), (0, 1), (axis, axis + 1))
 
 
-def random_leaf(path: str, leaf: Leaf, mesh: Mesh, dtype: Any, seed: int) -> jax.Array:
+def random_param(path: str, spec: ParamSpec, mesh: Mesh, dtype: Any, seed: int) -> jax.Array:
     """A parameter of the right shape made on the device: ones for norms, small noise otherwise."""
     kind = "ones" if re.search(r"norm\d?$", path) else "noise"
-    make = _maker(leaf.shape, sharding.place(mesh, leaf.axes), jnp.dtype(dtype), kind)
+    make = _maker(spec.shape, sharding.named_sharding(mesh, spec.axes), jnp.dtype(dtype), kind)
     return make(np.uint32(seed), np.uint32(zlib.crc32(path.encode())))
 
 

@@ -17,14 +17,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax import inputs
-from mmjax.inputs import Media, Request
+from mmjax.inputs import MediaInput, ParsedPrompt
 from mmjax.multimodal import audio, bounds, image, video
 from mmjax.multimodal.hash import content_id, named_id
-from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.multimodal.limits import DEFAULT, MediaLimits
 from mmjax.processors import prompt as whole_prompt
-from mmjax.processors.base import Expanded, Item, Processor, Span, Timestamps, linear_positions
-from mmjax.processors.embeds import EmbedReader, Embeds
-from mmjax.processors.options import check as check_options
+from mmjax.processors.base import (
+    ExpandedPrompt,
+    MediaItem,
+    PlaceholderSpan,
+    Processor,
+    TimestampTokens,
+    linear_positions,
+)
+from mmjax.processors.embeds import EmbedsInput, MediaEmbedsReader
+from mmjax.processors.options import check_kwargs as check_options
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
@@ -33,30 +40,30 @@ log = logging.getLogger(__name__)
 TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
 
 
-class MediaItem(NamedTuple):
+class HashedItem(NamedTuple):
     """A processed item under the name by which every cache knows it: equal keys mean equal features."""
 
-    kind: str
-    key: str
-    item: Item
+    modality: str
+    item_hash: str
+    item: MediaItem
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rendered:
+class EngineInput:
     """A prompt the engine can schedule. `items` are in the order of `spans` (in the order given where they fill no
     tokens); `spans` index items within their kind. Token i >= T sits at position i + `delta` on every row."""
 
     prompt: str | None
-    tokens: np.ndarray  # int32 [T]
-    positions: np.ndarray  # int32 [R, T]
-    delta: int
-    spans: list[Span]
-    items: list[MediaItem]
-    salt: str | None = None
+    token_ids: np.ndarray  # int32 [T]
+    rope_positions: np.ndarray  # int32 [R, T]
+    rope_delta: int
+    spans: list[PlaceholderSpan]
+    items: list[HashedItem]
+    cache_salt: str | None = None
     encoder_prompt: str | None = None
-    encoder_tokens: np.ndarray | None = None  # int32, encoder-decoder models only
-    timestamps: Timestamps | None = None  # what the answer keeps to where it tells times
-    embedded: bool = False  # the prompt came as embeddings: its tokens, all 0, say nothing
+    encoder_token_ids: np.ndarray | None = None  # int32, encoder-decoder models only
+    timestamps: TimestampTokens | None = None  # what the answer keeps to where it tells times
+    is_embeds: bool = False  # the prompt came as embeddings: its tokens, all 0, say nothing
 
 
 class _Asked(NamedTuple):
@@ -69,16 +76,16 @@ class _Asked(NamedTuple):
     serial: int
 
 
-class ItemCache:
+class ProcessorCache:
     """Processed items by key, least recently used out first, within a budget of bytes. Items above it are not kept."""
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
         self.queries = self.hits = self.used_bytes = 0
-        self._items: collections.OrderedDict[str, Item] = collections.OrderedDict()
+        self._items: collections.OrderedDict[str, MediaItem] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Item | None:
+    def get(self, key: str) -> MediaItem | None:
         with self._lock:
             self.queries += 1
             item = self._items.get(key)
@@ -87,7 +94,7 @@ class ItemCache:
                 self._items.move_to_end(key)
             return item
 
-    def put(self, key: str, item: Item) -> None:
+    def put(self, key: str, item: MediaItem) -> None:
         with self._lock:
             if item.nbytes > self.budget_bytes or key in self._items:
                 return
@@ -106,10 +113,10 @@ class ItemCache:
 # Prompts rendered at once, however many threads ask. More of them keep Python's lock from the thread that feeds the
 # device: on 16 cores, 20 made a batch of images wait 90 to 140 ms before its first dispatch, 4 to 8 make it wait 30 to
 # 45 ms and keep up with an H100.
-AT_ONCE = min(8, (os.cpu_count() or 1) + 1)
+MAX_CONCURRENT = min(8, (os.cpu_count() or 1) + 1)
 
 
-class Renderer:
+class InputProcessor:
     """Turns requests into prompts for one model.
 
     `processor` None: a plain language model, which takes no media. `tokenizer` None: prompts must be token ids.
@@ -133,58 +140,62 @@ class Renderer:
         cache_gb: float = 4.0,
         prefix_caching: bool = True,
         encoder_decoder: bool = False,
-        answers: bool = True,
-        max_item_rows: int | None = None,
-        max_item_units: Mapping[str, int] | None = None,
-        embed_width: int | None = None,
-        prompt_width: int | None = None,
-        slab_width: int = 0,
-        page: int = 1,
-        limits: Limits = DEFAULT,
+        generates: bool = True,
+        max_item_embeds: int | None = None,
+        max_item_inputs: Mapping[str, int] | None = None,
+        mm_embeds_dim: int | None = None,
+        prompt_embed_dim: int | None = None,
+        mm_embed_dim: int = 0,
+        block_size: int = 1,
+        media_limits: MediaLimits = DEFAULT,
     ):
         self.processor, self.tokenizer, self.model_id = processor, tokenizer, model_id
-        self.vocab_size, self.max_model_len, self.max_item_rows = vocab_size, max_model_len, max_item_rows
-        self.max_item_units = max_item_units or {}
-        self.counts = inputs.read_limits(limit_mm_per_prompt)
+        self.vocab_size, self.max_model_len, self.max_item_embeds = vocab_size, max_model_len, max_item_embeds
+        self.max_item_inputs = max_item_inputs or {}
+        self.mm_limits = inputs.mm_limits(limit_mm_per_prompt)
         self.processor_kwargs = dict(mm_processor_kwargs or {})
-        self.io_kwargs = {kind: dict(kwargs) for kind, kwargs in (media_io_kwargs or {}).items()}
+        self.io_kwargs = {modality: dict(kwargs) for modality, kwargs in (media_io_kwargs or {}).items()}
         _background(self.io_kwargs)  # a bad colour is told at start
-        self.answers = answers
-        self.encoder_decoder, self.limits = encoder_decoder, limits
-        self.embeds = EmbedReader(processor, embed_width) if processor and embed_width is not None else None
-        self.prompt_width, self.slab_width, self.page = prompt_width, slab_width, page
-        self.cache = ItemCache(int(cache_gb * 2**30))
-        self.named = cache_gb > 0 or prefix_caching
-        markers = [tokenizer.id_of(name) for name in processor.marker.values()] if processor and tokenizer else []
+        self.generates = generates
+        self.encoder_decoder, self.media_limits = encoder_decoder, media_limits
+        self.embeds = MediaEmbedsReader(processor, mm_embeds_dim) if processor and mm_embeds_dim is not None else None
+        self.prompt_embed_dim, self.mm_embed_dim, self.block_size = prompt_embed_dim, mm_embed_dim, block_size
+        self.cache = ProcessorCache(int(cache_gb * 2**30))
+        self.hashed = cache_gb > 0 or prefix_caching
+        placeholder_ids = (
+            [tokenizer.id_of(name) for name in processor.placeholder_token.values()] if processor and tokenizer else []
+        )
         # a marker may lie past the embedding, since media always take its place
-        self.beyond = {token for token in markers if token is not None and token >= vocab_size}
-        self._room = threading.Semaphore(AT_ONCE)
+        self.out_of_vocab_ids = {token for token in placeholder_ids if token is not None and token >= vocab_size}
+        self._room = threading.Semaphore(MAX_CONCURRENT)
         self._serial = itertools.count()
         self._warned: set[str] = set()
 
-    def parse(self, prompt: Any) -> Request:
+    def parse(self, prompt: Any) -> ParsedPrompt:
         """A prompt as a caller writes it -> Request; see `mmjax.inputs.parse`."""
-        request = inputs.parse(
-            prompt, encoder_decoder=self.encoder_decoder, embeds=self.embeds, row_width=self.prompt_width
+        request = inputs.parse_prompt(
+            prompt, encoder_decoder=self.encoder_decoder, embeds=self.embeds, row_width=self.prompt_embed_dim
         )
         self.check_counts(request)
         return request
 
-    def check_counts(self, request: Request) -> None:
+    def check_counts(self, request: ParsedPrompt) -> None:
         """RequestError if the prompt holds more media than the model or the operator allows."""
-        for kind, media in request.media.items():
-            embedded = sum(isinstance(x.data, Embeds) or (x.data is None and self.embeds is not None) for x in media)
-            self.check_count(kind, len(media), embedded)
+        for modality, media in request.media.items():
+            embedded = sum(
+                isinstance(x.data, EmbedsInput) or (x.data is None and self.embeds is not None) for x in media
+            )
+            self.check_count(modality, len(media), embedded)
 
-    def check_count(self, kind: str, count: int, embedded: int = 0) -> None:
+    def check_count(self, modality: str, count: int, embedded: int = 0) -> None:
         """RequestError if `count` items of a modality are more than the model or the operator allows; `embedded` of
         them come as embeddings."""
-        kinds = self.processor.kinds if self.processor else {}
+        kinds = self.processor.mm_limits if self.processor else {}
         if embedded and self.embeds is None:
-            raise inputs.embeds_disabled(kind)
-        if embedded and not self.counts[kind]:
+            raise inputs.embeds_disabled(modality)
+        if embedded and not self.mm_limits[modality]:
             count -= embedded  # a limit of 0 with embeddings allowed means: nothing but embeddings
-        inputs.check_count(kind, count, self.counts[kind], kinds.get(kind, 0))
+        inputs.check_count(modality, count, self.mm_limits[modality], kinds.get(modality, 0))
 
     def merged_io_kwargs(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """`media_io_kwargs` of the engine and of a request together, the request's winning, by modality."""
@@ -192,79 +203,86 @@ class Renderer:
             return self.io_kwargs
         from mmjax.multimodal.media import MediaIO, VideoMediaIO
 
-        for kind, kwargs in given.items():
+        for modality, kwargs in given.items():
             if kwargs is not None and not isinstance(kwargs, Mapping):
                 raise RequestError(
-                    f"media_io_kwargs[{kind!r}] must be a dictionary, got {type(kwargs).__name__}.", "bad_media_kwargs"
+                    f"media_io_kwargs[{modality!r}] must be a dictionary, got {type(kwargs).__name__}.",
+                    "bad_media_kwargs",
                 )
         return {
-            kind: (VideoMediaIO if kind == "video" else MediaIO).merge_kwargs(self.io_kwargs.get(kind), given.get(kind))
-            for kind in {**self.io_kwargs, **given}
+            modality: (VideoMediaIO if modality == "video" else MediaIO).merge_kwargs(
+                self.io_kwargs.get(modality), given.get(modality)
+            )
+            for modality in {**self.io_kwargs, **given}
         }
 
-    def render(self, request: Request, tokenization_kwargs: Mapping[str, Any] | None = None) -> Rendered:
+    def process(self, request: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
         """Tokenise, process, expand, check and place. RequestError for everything the caller can mend.
 
         `tokenization_kwargs`: add_special_tokens (bool), truncate_prompt_tokens (keep the last n; -1: max_model_len).
         """
         with self._room:
-            return self._render(request, tokenization_kwargs)
+            return self._process_prompt(request, tokenization_kwargs)
 
-    def _render(self, request: Request, tokenization_kwargs: Mapping[str, Any] | None) -> Rendered:
-        if request.rows is not None:
-            return self._embedded(request, request.rows)
+    def _process_prompt(self, request: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None) -> EngineInput:
+        if request.prompt_embeds is not None:
+            return self._embedded(request, request.prompt_embeds)
         self.check_counts(request)
         tokens = self._tokens(request, tokenization_kwargs or {})
         media = self._items(request)
-        items = {kind: [entry.item for entry in entries] for kind, entries in media.items()}
-        expanded = self.processor.expand(tokens, items) if self.processor else Expanded(tokens, [])
-        self._check_length(len(expanded.tokens))
+        items = {modality: [entry.item for entry in entries] for modality, entries in media.items()}
+        expanded = self.processor.expand_prompt(tokens, items) if self.processor else ExpandedPrompt(tokens, [])
+        self._check_length(len(expanded.token_ids))
         if self.processor:
-            positions, delta = self.processor.positions(expanded.tokens, expanded.spans, items)
+            positions, delta = self.processor.rope_positions(expanded.token_ids, expanded.spans, items)
         else:
-            positions, delta = linear_positions(len(expanded.tokens))
-        placed = [media[span.kind][span.index] for span in expanded.spans]
-        encoder = np.asarray(expanded.encoder_tokens, np.int32) if self.encoder_decoder else None
-        return Rendered(
+            positions, delta = linear_positions(len(expanded.token_ids))
+        placed = [media[span.modality][span.item_index] for span in expanded.spans]
+        encoder = np.asarray(expanded.encoder_token_ids, np.int32) if self.encoder_decoder else None
+        return EngineInput(
             prompt=request.text,
-            tokens=np.asarray(expanded.tokens, np.int32),
-            positions=positions,
-            delta=delta,
+            token_ids=np.asarray(expanded.token_ids, np.int32),
+            rope_positions=positions,
+            rope_delta=delta,
             spans=expanded.spans,
             items=placed or [entry for entries in media.values() for entry in entries],
-            salt=request.salt,
+            cache_salt=request.cache_salt,
             encoder_prompt=request.encoder_text,
-            encoder_tokens=encoder,
+            encoder_token_ids=encoder,
             timestamps=expanded.timestamps,
         )
 
-    def _embedded(self, request: Request, rows: np.ndarray) -> Rendered:
+    def _embedded(self, request: ParsedPrompt, rows: np.ndarray) -> EngineInput:
         """A prompt of embeddings, in items as long as a page, so that prompts that begin alike share pages."""
         self._check_length(len(rows))
-        items = whole_prompt.items(rows, self.slab_width, self.page)
+        items = whole_prompt.to_items(rows, self.mm_embed_dim, self.block_size)
         tokens = [0] * len(rows)
-        positions, delta = self.processor.positions(tokens, [], {}) if self.processor else linear_positions(len(tokens))
-        kind = whole_prompt.KIND
-        return Rendered(
+        positions, delta = (
+            self.processor.rope_positions(tokens, [], {}) if self.processor else linear_positions(len(tokens))
+        )
+        modality = whole_prompt.PROMPT_MODALITY
+        return EngineInput(
             prompt=request.text,
-            tokens=np.asarray(tokens, np.int32),
-            positions=positions,
-            delta=delta,
-            spans=[Span(i * self.page, item.rows, kind, i) for i, item in enumerate(items)],
-            items=[MediaItem(kind, content_id(self.model_id, kind, item.ready, {}, {}), item) for item in items],
-            salt=request.salt,
-            embedded=True,
+            token_ids=np.asarray(tokens, np.int32),
+            rope_positions=positions,
+            rope_delta=delta,
+            spans=[PlaceholderSpan(i * self.block_size, item.num_embeds, modality, i) for i, item in enumerate(items)],
+            items=[
+                HashedItem(modality, content_id(self.model_id, modality, item.embeds, {}, {}), item) for item in items
+            ],
+            cache_salt=request.cache_salt,
+            is_embeds=True,
         )
 
     # --- text
 
-    def _tokens(self, request: Request, options: Mapping[str, Any]) -> list[int]:
+    def _tokens(self, request: ParsedPrompt, options: Mapping[str, Any]) -> list[int]:
         """Ids of the prompt before expansion."""
-        if request.tokens is not None:
-            for token in request.tokens:
-                if not 0 <= token < self.vocab_size and token not in self.beyond:
+        if request.token_ids is not None:
+            for token in request.token_ids:
+                if not 0 <= token < self.vocab_size and token not in self.out_of_vocab_ids:
                     raise RequestError(f"Token id {token} is out of vocabulary", "bad_token_id")
-            return list(request.tokens)
+            return list(request.token_ids)
         if self.tokenizer is None:
             raise RequestError(
                 "Without a tokenizer (skip_tokenizer_init) prompts must be `prompt_token_ids`.", "no_tokenizer"
@@ -300,22 +318,30 @@ class Renderer:
         special = bool(options.get("add_special_tokens", not self.encoder_decoder))
         return special, self.max_model_len - 1 if keep == -1 else keep
 
-    def _with_placeholders(self, request: Request) -> str:
+    def _with_placeholders(self, request: ParsedPrompt) -> str:
         """The text, with `<image>`, `<video>` and `<audio>` replaced by the model's placeholders: only where the text
         has none of the model's own for that modality and exactly as many generic ones as items."""
         text = request.text or ""
-        for kind, media in request.media.items():
-            generic, marker = f"<{kind}>", self.processor.marker.get(kind) if self.processor else None
-            if self.processor and marker and marker not in text and text.count(generic) == len(media):
+        for modality, media in request.media.items():
+            generic, placeholder_token = (
+                f"<{modality}>",
+                self.processor.placeholder_token.get(modality) if self.processor else None,
+            )
+            if (
+                self.processor
+                and placeholder_token
+                and placeholder_token not in text
+                and text.count(generic) == len(media)
+            ):
                 first, *rest = text.split(generic)
-                placeholder = self.processor.placeholder[kind]
+                placeholder = self.processor.placeholder_text[modality]
                 text = first + "".join(placeholder.replace("{i}", str(i)) + part for i, part in enumerate(rest, 1))
         return text
 
     def _check_length(self, length: int) -> None:
         if not length:
             raise RequestError("The decoder prompt cannot be empty", "empty_prompt")
-        if length + self.answers > self.max_model_len:  # there must be room for one generated token
+        if length + self.generates > self.max_model_len:  # there must be room for one generated token
             raise RequestError(self._too_long(length), "prompt_too_long")
 
     def _too_long(self, length: int) -> str:
@@ -327,87 +353,89 @@ class Renderer:
 
     # --- media
 
-    def _items(self, request: Request) -> dict[str, list[MediaItem]]:
+    def _items(self, request: ParsedPrompt) -> dict[str, list[HashedItem]]:
         """Every item of the request, from the cache or processed now."""
         if not request.media:
             return {}
         kwargs = self._kwargs(request)
         io_kwargs = self.merged_io_kwargs(request.io_kwargs)
-        asked = _Asked(kwargs, io_kwargs, _background(io_kwargs), request.salt, next(self._serial))
+        asked = _Asked(kwargs, io_kwargs, _background(io_kwargs), request.cache_salt, next(self._serial))
         return {
-            kind: [self._item(kind, index, entry, asked) for index, entry in enumerate(media)]
-            for kind, media in request.media.items()
+            modality: [self._item(modality, index, entry, asked) for index, entry in enumerate(media)]
+            for modality, media in request.media.items()
         }
 
-    def _kwargs(self, request: Request) -> dict[str, Any]:
+    def _kwargs(self, request: ParsedPrompt) -> dict[str, Any]:
         """Engine and request kwargs together, the request's winning; keys the processor does not know are dropped."""
         assert self.processor is not None  # counts were checked: no processor, no media
         merged = {**self.processor_kwargs, **request.processor_kwargs}
         check_options(merged)
-        for name in merged.keys() - self.processor.accepts:
+        for name in merged.keys() - self.processor.accepted_kwargs:
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning("mm_processor_kwargs: %r is not used by this model and dropped", name)
-        return {name: value for name, value in merged.items() if name in self.processor.accepts}
+        return {name: value for name, value in merged.items() if name in self.processor.accepted_kwargs}
 
-    def _item(self, kind: str, index: int, media: Media, asked: _Asked) -> MediaItem:
-        data, io_kwargs = media.data, asked.io_kwargs.get(kind, {})
-        if data is not None and not isinstance(data, Embeds):
-            bounds.check(kind, data, self.limits)
-        if not self.named:
-            key = f"{asked.serial}-{kind}-{index}"
+    def _item(self, modality: str, index: int, media: MediaInput, asked: _Asked) -> HashedItem:
+        data, io_kwargs = media.data, asked.io_kwargs.get(modality, {})
+        if data is not None and not isinstance(data, EmbedsInput):
+            bounds.check_size(modality, data, self.media_limits)
+        if not self.hashed:
+            key = f"{asked.serial}-{modality}-{index}"
         elif media.uuid is not None:
-            key = named_id(self.model_id, kind, media.uuid, asked.salt, asked.kwargs, io_kwargs)
+            key = named_id(self.model_id, modality, media.uuid, asked.salt, asked.kwargs, io_kwargs)
         else:
-            content = data.fields if isinstance(data, Embeds) else data
-            key = content_id(self.model_id, kind, content, asked.kwargs, io_kwargs)
-        passing = isinstance(data, Embeds) and media.uuid is None  # rows cost nothing to make again
+            content = data.fields if isinstance(data, EmbedsInput) else data
+            key = content_id(self.model_id, modality, content, asked.kwargs, io_kwargs)
+        passing = isinstance(data, EmbedsInput) and media.uuid is None  # rows cost nothing to make again
         item = None if passing else self.cache.get(key)
         if item is None:
             if data is None:
-                raise RequestError(f"Cache miss for {kind} at index {index} but data is not provided.", "cache_miss")
-            item = self._process(kind, index, data, asked)
+                raise RequestError(
+                    f"Cache miss for {modality} at index {index} but data is not provided.", "cache_miss"
+                )
+            item = self._process_item(modality, index, data, asked)
             if not passing:
                 self.cache.put(key, item)
-        if self.max_item_rows is not None and item.rows > self.max_item_rows:
+        if self.max_item_embeds is not None and item.num_embeds > self.max_item_embeds:
             raise RequestError(
-                f"The {kind} item at index {index} with length {item.rows} exceeds the pre-allocated encoder cache "
-                f"size {self.max_item_rows}. Reduce the input resolution, or raise `max_num_batched_tokens` to "
-                f"at least {item.rows}.",
+                f"The {modality} item at index {index} with length {item.num_embeds} exceeds the pre-allocated encoder cache "
+                f"size {self.max_item_embeds}. Reduce the input resolution, or raise `max_num_batched_tokens` to "
+                f"at least {item.num_embeds}.",
                 "item_too_large",
             )
-        most = self.max_item_units.get(kind, item.units)
-        if item.units > most:
+        most = self.max_item_inputs.get(modality, item.num_inputs)
+        if item.num_inputs > most:
             raise RequestError(
-                f"The {kind} item at index {index} has {item.units} parts to encode, but at most {most} are encoded at "
+                f"The {modality} item at index {index} has {item.num_inputs} parts to encode, but at most {most} are encoded at "
                 "once. Reduce its resolution, length or number of frames.",
                 "item_too_large",
             )
-        return MediaItem(kind, key, item)
+        return HashedItem(modality, key, item)
 
-    def _process(self, kind: str, index: int, data: Any, asked: _Asked) -> Item:
+    def _process_item(self, modality: str, index: int, data: Any, asked: _Asked) -> MediaItem:
         """Decode and process one item. What goes wrong in there is about this item; its content stays out of words."""
         assert self.processor is not None
         try:
-            if isinstance(data, Embeds):
+            if isinstance(data, EmbedsInput):
                 assert self.embeds is not None  # parsed, so allowed
-                return self.embeds.item(kind, index, data, asked.kwargs)
-            return self.processor.item(kind, self._decode(kind, data, asked.background), asked.kwargs)
+                return self.embeds.to_media_item(modality, index, data, asked.kwargs)
+            return self.processor.process_item(modality, self._decode(modality, data, asked.background), asked.kwargs)
         except RequestError:
             raise
         except Exception as error:
             raise RequestError(
-                f"Failed to apply {type(self.processor).__module__} on {kind} item {index} ({type(error).__name__}).",
+                f"Failed to apply {type(self.processor).__module__} on {modality} item {index} ({type(error).__name__}).",
                 "processing_failed",
             ) from error
 
-    def _decode(self, kind: str, data: Any, background: image.Color) -> Any:
+    def _decode(self, modality: str, data: Any, background: image.Color) -> Any:
         assert self.processor is not None
-        if kind == "image":
-            return image.decode(data, background=background, limits=self.limits)
-        if kind == "video":
-            return video.decode(data, background=background, limits=self.limits)
-        return audio.decode(data, self.processor.sampling_rate, limits=self.limits)
+        if modality == "image":
+            return image.decode(data, background=background, limits=self.media_limits)
+        if modality == "video":
+            return video.decode(data, background=background, limits=self.media_limits)
+        return audio.decode(data, self.processor.sampling_rate, limits=self.media_limits)
 
 
 def _background(io_kwargs: Mapping[str, Mapping[str, Any]]) -> image.Color:

@@ -21,7 +21,7 @@ RULES: dict[str, str | None] = {
     "mlp": MODEL,
     "experts": MODEL,
     "expert_mlp": None,
-    "route": None,
+    "router": None,
     "embed": None,
     "embed_out": None,
     "group": None,
@@ -30,13 +30,13 @@ RULES: dict[str, str | None] = {
     "pair": None,
     "depth": None,
     "patch": None,
-    "place": None,
+    "position": None,
     "kernel": None,
-    "one": None,
+    "size_1": None,
 }
 
 
-def spec(axes: Sequence[str]) -> P:
+def partition_spec(axes: Sequence[str]) -> P:
     """The partition of an array whose dimensions carry these logical axes."""
     names = [RULES[axis] for axis in axes]
     while names and names[-1] is None:  # P("a", None) and P("a") mean the same but are two jit cache keys
@@ -49,22 +49,22 @@ def mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.asarray(devices), (MODEL,), axis_types=(AxisType.Auto,))
 
 
-def ways(mesh: Mesh) -> int:
+def tp_size(mesh: Mesh) -> int:
     """Over how many devices the model is split."""
     return int(mesh.shape[MODEL])
 
 
-def place(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
+def named_sharding(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
     """The sharding of an array whose dimensions carry these logical axes."""
-    return NamedSharding(mesh, spec(axes))
+    return NamedSharding(mesh, partition_spec(axes))
 
 
-def up(n: int, ways: int) -> int:
+def round_up(n: int, multiple: int) -> int:
     """n rounded up to a multiple of `ways`: the padded size of an axis that is split that many ways."""
-    return -(-n // ways) * ways
+    return -(-n // multiple) * multiple
 
 
-def per_head(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> Any:
+def map_heads(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> Any:
     """Run `function` on each device's own heads: a shard_map over the current mesh, or the function itself on one.
 
     Attention never mixes heads, so nothing is communicated inside.
@@ -75,13 +75,13 @@ def per_head(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> 
     is_axes = lambda x: isinstance(x, tuple) and all(isinstance(a, str) for a in x)  # noqa: E731
     return jax.shard_map(
         function,
-        in_specs=tuple(spec(axes) for axes in in_axes),
-        out_specs=jax.tree.map(spec, out_axes, is_leaf=is_axes),
+        in_specs=tuple(partition_spec(axes) for axes in in_axes),
+        out_specs=jax.tree.map(partition_spec, out_axes, is_leaf=is_axes),
         check_vma=False,
     )
 
 
-def summed(function: Any, in_axes: Sequence[Sequence[str]]) -> Any:
+def sum_over_shards(function: Any, in_axes: Sequence[Sequence[str]]) -> Any:
     """Run `function(shard, *args)` on each device's own part of the arguments and add up what comes out.
 
     shard: i32[], which part it is. On one device it is 0 and there is nothing to add.
@@ -93,4 +93,4 @@ def summed(function: Any, in_axes: Sequence[Sequence[str]]) -> Any:
     def run(*args: Any) -> Any:
         return jax.lax.psum(function(jax.lax.axis_index(MODEL), *args), MODEL)
 
-    return jax.shard_map(run, in_specs=tuple(spec(axes) for axes in in_axes), out_specs=P(), check_vma=False)
+    return jax.shard_map(run, in_specs=tuple(partition_spec(axes) for axes in in_axes), out_specs=P(), check_vma=False)

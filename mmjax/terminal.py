@@ -36,9 +36,9 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any]) -> None:
     served = AsyncLLM(LLM(arguments.model, **engine))
     try:
         defaults = served.llm.get_default_sampling_params()
-        heat = defaults.temperature if arguments.temperature is None else arguments.temperature
+        temperature = defaults.temperature if arguments.temperature is None else arguments.temperature
         params = SamplingParams(
-            temperature=heat,
+            temperature=temperature,
             top_p=defaults.top_p,
             top_k=defaults.top_k,
             repetition_penalty=defaults.repetition_penalty,
@@ -108,16 +108,16 @@ class Terminal:
         content: Any = [*self.media, {"type": "text", "text": text}] if self.media else text
         self.media = []
         messages = [*self.messages, {"role": "user", "content": content}]
-        rendered = await self.served.prepare_chat(messages)
-        ticket = self.served.submit(rendered, self.params, streaming=True)
+        engine_input = await self.served.prepare_chat(messages)
+        stream = self.served.submit(engine_input, self.params, streaming=True)
         said = []
         try:
-            async for delta in self.served.stream(ticket):
+            async for delta in self.served.stream(stream):
                 said.append(delta.text)
                 write(delta.text)
             write("\n")
         finally:
-            self.served.drop(ticket)
+            self.served.drop(stream)
             if said:
                 self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 

@@ -11,15 +11,15 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from mmjax.serve import audio, chat, completions, embeddings, errors, plain, published, responses
-from mmjax.serve.context import Context, Settings
-from mmjax.serve.gate import Gate
+from mmjax.serve.context import ServerContext, ServerSettings
+from mmjax.serve.gate import RequestGate
 
 from mmjax import AsyncLLM, Speech, __version__
 
 
-def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
+def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     """A FastAPI application over an engine. Closing it closes the engine."""
-    context = Context(engine, settings)
+    context = ServerContext(engine, settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -43,7 +43,7 @@ def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
     for router in (plain.tokens_router, *_routers(engine)):
         app.include_router(router(context), responses=published.REFUSALS, **keyed)
     app.add_middleware(
-        Gate,
+        RequestGate,
         keys=settings.keys,
         max_body=int(settings.max_body_mb * 2**20),
         tell_id=settings.tell_ids,
@@ -58,10 +58,10 @@ def create_app(engine: AsyncLLM, settings: Settings) -> FastAPI:
     return app
 
 
-def _routers(engine: AsyncLLM) -> list[Callable[[Context], APIRouter]]:
+def _routers(engine: AsyncLLM) -> list[Callable[[ServerContext], APIRouter]]:
     """The routes that the model can serve."""
     if engine.llm.args.pooling:
         return [embeddings.router]
-    if Speech.suits(engine):
+    if Speech.supports(engine):
         return [audio.router, plain.generate_router]
     return [completions.router, chat.router, responses.router, plain.generate_router]

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import PlainTextResponse, Response
 from mmjax.serve import published as say
-from mmjax.serve.context import Context, event_stream, unless_gone, usage
-from mmjax.serve.schema import Form as Body
+from mmjax.serve.context import ServerContext, event_stream, unless_gone, usage
+from mmjax.serve.schema import RequestBody as Body
 from mmjax.serve.schema import Seed, sampling
 from pydantic import ConfigDict, Field
 
@@ -91,7 +91,7 @@ class SpeechForm(Body):
         return self.response_format in ("verbose_json", "srt", "vtt")
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     """Both routes."""
     routes, speech = APIRouter(), Speech(context.engine)
 
@@ -100,23 +100,23 @@ def router(context: Context) -> APIRouter:
         body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
     ) -> Response | Json:
         """The text of a sound file, in the language that is spoken."""
-        return await Listener(context, speech, body, request, translate=False).respond()
+        return await AudioHandler(context, speech, body, request, translate=False).respond()
 
     @routes.post("/v1/audio/translations", response_model=None, responses=say.TRANSCRIPT)
     async def translate(
         body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
     ) -> Response | Json:
         """The text of a sound file, in English."""
-        return await Listener(context, speech, body, request, translate=True).respond()
+        return await AudioHandler(context, speech, body, request, translate=True).respond()
 
     return routes
 
 
-class Listener:
+class AudioHandler:
     """One request."""
 
     def __init__(
-        self, context: Context, speech: Speech, body: SpeechForm, request: Request, *, translate: bool
+        self, context: ServerContext, speech: Speech, body: SpeechForm, request: Request, *, translate: bool
     ) -> None:
         self.context = context
         self.request = request
@@ -147,7 +147,7 @@ class Listener:
         if (body.file.size or 0) > most:
             raise ValidationError(f"Maximum file size exceeded: {most / 1e6:g} MB.", parameter="file")
         async with self.context.admitted():
-            recording = await self.speech.hear(await body.file.read())
+            recording = await self.speech.decode(await body.file.read())
             return await self.speech.prepare(recording, self.task, params)
 
     async def _answer(self, work: Any) -> Transcript:
@@ -202,7 +202,7 @@ class Listener:
             yield {**self._head(), "choices": [], "usage": self._usage(work, outputs)}
 
     def _usage(self, work: Any, outputs: Sequence[RequestOutput]) -> Json:
-        prompt = sum(len(each.tokens) for each in work.rendered)
+        prompt = sum(len(each.token_ids) for each in work.engine_inputs)
         counts = usage(prompt, sum(len(output.outputs[0].token_ids) for output in outputs))
         return {"type": "duration", "seconds": math.ceil(work.recording.seconds)} | counts
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import httpx
 from mmjax.serve.app import create_app
-from mmjax.serve.context import Settings
+from mmjax.serve.context import ServerSettings
 from tqdm import tqdm
 
 from mmjax import LLM, AsyncLLM
@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concurrency", type=int, default=128, help="requests under way at once (default: 128)")
 
 
-def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settings) -> None:
+def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: ServerSettings) -> None:
     """Answer every line that has no answer yet. ValueError for a file that is not in the batch format."""
     asked = read_requests(arguments.input_file.read_text())
     answered = keep_answered(arguments.output_file)
@@ -88,7 +88,7 @@ def keep_answered(file: Path) -> set[str]:
     return set(kept)
 
 
-async def answer_all(served: AsyncLLM, settings: Settings, asked: Iterable[Json], out: TextIO, bar: Any) -> int:
+async def answer_all(served: AsyncLLM, settings: ServerSettings, asked: Iterable[Json], out: TextIO, bar: Any) -> int:
     """Write an answer for every request as soon as it is made. Returns how many failed."""
     transport = httpx.ASGITransport(create_app(served, settings), raise_app_exceptions=False)
     unasked, failed = iter(asked), 0

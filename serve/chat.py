@@ -8,10 +8,20 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import Context, as_json, event_stream, finite, merged, together, token_text, unless_gone, usage
+from mmjax.serve.context import (
+    ServerContext,
+    as_json,
+    event_stream,
+    finite,
+    merged,
+    together,
+    token_text,
+    unless_gone,
+    usage,
+)
 from mmjax.serve.published import STREAM
 from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling
-from mmjax.serve.tools import CLOSE, MAX_CALLS, Call, Forced, Reader, schema_of
+from mmjax.serve.tools import CLOSE, MAX_CALLS, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestOutput, SamplingParams
 
@@ -19,7 +29,7 @@ Json = dict[str, Any]
 PER_PROMPT = ("prompt_logprobs", "prompt_token_ids")
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     """The chat route."""
     routes = APIRouter()
 
@@ -27,7 +37,7 @@ def router(context: Context) -> APIRouter:
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation: text, image, video and audio parts; streamed on request."""
         context.check_model(body.model)
-        conversation = Conversation(context, body, request.state.request_id)
+        conversation = ChatHandler(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, conversation.prepare())
             return event_stream(conversation.events())
@@ -40,7 +50,7 @@ def router(context: Context) -> APIRouter:
         if not body.messages:
             raise ValueError("messages: the list of conversations is empty")
         context.check_prompts(len(body.messages))
-        all_of_them = [Conversation(context, each, request.state.request_id) for each in body.each()]
+        all_of_them = [ChatHandler(context, each, request.state.request_id) for each in body.each()]
         answers = await unless_gone(request, together(*(each.answer() for each in all_of_them)))
         return await as_json(_as_one(answers))
 
@@ -62,10 +72,10 @@ def _as_one(answers: Sequence[Json]) -> Json:
     }
 
 
-class Conversation:
+class ChatHandler:
     """One request on its way to an answer. `details`: usage tells cached tokens, whatever the operator chose."""
 
-    def __init__(self, context: Context, body: ChatRequest, request_id: str, *, details: bool = False) -> None:
+    def __init__(self, context: ServerContext, body: ChatRequest, request_id: str, *, details: bool = False) -> None:
         self.context = context
         self.body = body
         self.details = details or context.settings.prompt_details
@@ -90,17 +100,17 @@ class Conversation:
         elif self._one_call():
             fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), CLOSE]
         async with self.context.admitted():
-            params = await engine.ready(sampling(fields, engine.llm.get_default_sampling_params()))
-            rendered = await engine.prepare_chat(body.messages, body.tokenization(), **options)
-        engine.check_length(rendered, params)
-        self.prepared = rendered, params
+            params = await engine.compile_grammar(sampling(fields, engine.llm.get_default_sampling_params()))
+            engine_input = await engine.prepare_chat(body.messages, body.tokenization(), **options)
+        engine.check_length(engine_input, params)
+        self.prepared = engine_input, params
         return self.prepared
 
     async def answer(self) -> Json:
         """The whole answer."""
-        rendered, params = await self.prepare()
+        engine_input, params = await self.prepare()
         async with self.context.admitted(again=True):
-            output = await self.context.engine.generate(rendered, params)
+            output = await self.context.engine.generate(engine_input, params)
         self.context.metrics.note(output)
         body = {
             **self._head("chat.completion"),
@@ -115,40 +125,40 @@ class Conversation:
     async def events(self) -> AsyncGenerator[Json, None]:
         """The answer in chunks."""
         assert self.prepared is not None
-        rendered, params = self.prepared
+        engine_input, params = self.prepared
         options = self.body.stream_options
         always = options is not None and options.continuous_usage_stats
         want = self.context.settings.always_usage or (options is not None and options.include_usage)
         readers = {index: self._reader() for index in range(params.n)}
         made = dict.fromkeys(readers, 0)
         async with self.context.admitted(again=True):
-            ticket = self.context.engine.submit(rendered, params, streaming=True)
+            stream = self.context.engine.submit(engine_input, params, streaming=True)
             try:
                 for index in readers:
                     chunk = self._chunk(index, {"role": self.context.settings.role, "content": ""})
-                    yield chunk | ({"usage": usage(len(rendered.tokens), 0)} if always else {})
-                async for delta in self.context.engine.stream(ticket):
+                    yield chunk | ({"usage": usage(len(engine_input.token_ids), 0)} if always else {})
+                async for delta in self.context.engine.stream(stream):
                     made[delta.index] += len(delta.token_ids)
                     for chunk in self._chunks(delta, readers[delta.index]):
                         if always:
-                            chunk["usage"] = usage(len(rendered.tokens), sum(made.values()))
+                            chunk["usage"] = usage(len(engine_input.token_ids), sum(made.values()))
                         yield chunk
             finally:
-                self.context.engine.drop(ticket)
-        assert ticket.output is not None
-        self.context.metrics.note(ticket.output)
+                self.context.engine.drop(stream)
+        assert stream.output is not None
+        self.context.metrics.note(stream.output)
         if want:
-            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(ticket.output)}
+            yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(stream.output)}
 
-    def _chunks(self, delta: Delta, reader: Reader | Forced | None) -> list[Json]:
+    def _chunks(self, delta: Delta, reader: ToolCallParser | ForcedToolCallParser | None) -> list[Json]:
         """The chunks of one gain."""
         ended = delta.finish_reason is not None
-        pieces: list[str | Call] = [delta.text]
+        pieces: list[str | ToolCall] = [delta.text]
         if reader is not None:
             pieces = list(reader.feed(delta.text, last=ended))
         chunks = []
         for piece in pieces:
-            if isinstance(piece, Call):
+            if isinstance(piece, ToolCall):
                 assert reader is not None
                 call = {"index": reader.calls, **piece.as_json()}
                 reader.calls += 1
@@ -169,16 +179,16 @@ class Conversation:
                 last["token_ids"] = delta.token_ids
         return chunks
 
-    def _reader(self) -> Reader | Forced | None:
+    def _reader(self) -> ToolCallParser | ForcedToolCallParser | None:
         """What looks for tool calls, when there may be any."""
         if self.schema is not None:
-            return Forced(self.function)
+            return ForcedToolCallParser(self.function)
         asked = self.body.tools and self.body.tool_choice != "none"
-        return Reader() if asked and self.context.settings.tool_parser else None
+        return ToolCallParser() if asked and self.context.settings.tool_parser else None
 
     def _one_call(self) -> bool:
         """Whether the answer ends with the first call."""
-        return self.body.parallel_tool_calls is False and isinstance(self._reader(), Reader)
+        return self.body.parallel_tool_calls is False and isinstance(self._reader(), ToolCallParser)
 
     def _stop_reason(self, found: int | str | None) -> int | str | None:
         """The stop that the client asked for, if it was one."""
@@ -193,7 +203,7 @@ class Conversation:
 
     def _choice(self, answer: CompletionOutput) -> Json:
         said = answer.text
-        calls: list[Call] = []
+        calls: list[ToolCall] = []
         reader = self._reader()
         if reader is not None:
             said, calls = reader.read(answer.text)

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from mmjax.serve.app import create_app
-from mmjax.serve.context import Settings
+from mmjax.serve.context import ServerSettings
 
 from mmjax import LLM, AsyncLLM
 
@@ -64,9 +64,9 @@ def _json(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"not JSON: {text!r}") from None
 
 
-def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environment: Any) -> Settings:
+def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environment: Any) -> ServerSettings:
     """What the flags say. keys: of the environment, where no flag names any. environment: fields that have no flag."""
-    return Settings(
+    return ServerSettings(
         names=tuple(arguments.served_model_name or (arguments.model,)),
         keys=tuple(arguments.api_key or keys),
         role=arguments.response_role,
@@ -108,7 +108,7 @@ def _logging(level: str) -> dict[str, Any]:
     return chosen
 
 
-def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Settings, keep_alive: int) -> None:
+def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: ServerSettings, keep_alive: int) -> None:
     """Load the model and serve it until the process is told to stop; running requests then have time to end."""
     check(arguments)
     log = _logging(arguments.uvicorn_log_level)

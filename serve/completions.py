@@ -8,7 +8,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import Context, as_json, event_stream, finite, merged, together, token_text, unless_gone, usage
+from mmjax.serve.context import (
+    ServerContext,
+    as_json,
+    event_stream,
+    finite,
+    merged,
+    together,
+    token_text,
+    unless_gone,
+    usage,
+)
 from mmjax.serve.published import STREAM
 from mmjax.serve.schema import CompletionRequest, sampling, tokenization
 
@@ -17,7 +27,7 @@ from mmjax import RequestOutput, SamplingParams
 Json = dict[str, Any]
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     """The completions route."""
     routes = APIRouter()
 
@@ -25,7 +35,7 @@ def router(context: Context) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several; the choices of prompt i are numbered from i * n."""
         context.check_model(body.model)
-        work = Completion(context, body, request.state.request_id)
+        work = CompletionHandler(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, work.prepare())
             return event_stream(work.events())
@@ -34,10 +44,10 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-class Completion:
+class CompletionHandler:
     """One request, of one prompt or several."""
 
-    def __init__(self, context: Context, body: CompletionRequest, request_id: str) -> None:
+    def __init__(self, context: ServerContext, body: CompletionRequest, request_id: str) -> None:
         self.context = context
         self.body = body
         self.id = f"cmpl-{body.request_id or request_id}"
@@ -60,19 +70,19 @@ class Completion:
             return await engine.prepare({name: prompt, **salt}, options)
 
         async with self.context.admitted():
-            params = await engine.ready(sampling(body.fields(), engine.llm.get_default_sampling_params()))
-            rendered = await together(*map(one, prompts))
-        for each in rendered:
+            params = await engine.compile_grammar(sampling(body.fields(), engine.llm.get_default_sampling_params()))
+            engine_input = await together(*map(one, prompts))
+        for each in engine_input:
             engine.check_length(each, params)
-        self.prepared = rendered, params
+        self.prepared = engine_input, params
         return self.prepared
 
     async def answer(self) -> Json:
         """The whole answer."""
-        rendered, params = await self.prepare()
+        engine_input, params = await self.prepare()
 
         async with self.context.admitted(again=True):
-            outputs = await self.context.engine.generate_all([(each, params) for each in rendered])
+            outputs = await self.context.engine.generate_all([(each, params) for each in engine_input])
         for output in outputs:
             self.context.metrics.note(output)
         choices = [self._choice(output, i * params.n) for i, output in enumerate(outputs)]
@@ -81,20 +91,20 @@ class Completion:
     async def events(self) -> AsyncGenerator[Json, None]:
         """The answers in chunks, prompt after prompt; while one is sent the others are already being made."""
         assert self.prepared is not None
-        rendered, params = self.prepared
+        engine_input, params = self.prepared
         engine, options = self.context.engine, self.body.stream_options
         always = options is not None and options.continuous_usage_stats
-        length, made = sum(len(prompt.tokens) for prompt in rendered), 0
+        length, made = sum(len(prompt.token_ids) for prompt in engine_input), 0
         async with self.context.admitted(again=True):
-            tickets: list[Any] = []
+            streams: list[Any] = []
             try:
-                for prompt in rendered:
-                    tickets.append(engine.submit(prompt, params, streaming=True))
-                for i, ticket in enumerate(tickets):
+                for prompt in engine_input:
+                    streams.append(engine.submit(prompt, params, streaming=True))
+                for i, stream in enumerate(streams):
                     if self.body.echo:
                         for index in range(params.n):
-                            yield self._chunk(i * params.n + index, self._prompt_text(ticket, rendered[i]))
-                    async for delta in engine.stream(ticket):
+                            yield self._chunk(i * params.n + index, self._prompt_text(stream, engine_input[i]))
+                    async for delta in engine.stream(stream):
                         chunk = self._chunk(i * params.n + delta.index, delta.text)
                         choice = chunk["choices"][0]
                         choice["finish_reason"], choice["stop_reason"] = delta.finish_reason, delta.stop_reason
@@ -105,16 +115,20 @@ class Completion:
                         made += len(delta.token_ids)
                         yield chunk | ({"usage": usage(length, made)} if always else {})
             finally:
-                for ticket in tickets:
-                    engine.drop(ticket)
-        outputs = [ticket.output for ticket in tickets if ticket.output is not None]
+                for stream in streams:
+                    engine.drop(stream)
+        outputs = [stream.output for stream in streams if stream.output is not None]
         for output in outputs:
             self.context.metrics.note(output)
         if self.context.settings.always_usage or (options is not None and options.include_usage):
             yield {**self._head(), "choices": [], "usage": self._usage(outputs)}
 
-    def _prompt_text(self, ticket: Any, rendered: Any) -> str:
-        return str(rendered.prompt) if rendered.prompt is not None else self.context.engine.decode(rendered.tokens)
+    def _prompt_text(self, stream: Any, engine_input: Any) -> str:
+        return (
+            str(engine_input.prompt)
+            if engine_input.prompt is not None
+            else self.context.engine.decode(engine_input.token_ids)
+        )
 
     def _head(self) -> Json:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.context.name}

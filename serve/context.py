@@ -22,7 +22,7 @@ Out = TypeVar("Out")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """What the operator chose.
 
     names: under which the model is served, the first being the one that answers carry. max_queue: requests under way
@@ -54,10 +54,10 @@ class Settings:
     development: bool = False
 
 
-class Context:
+class ServerContext:
     """Shared by all routes of one server."""
 
-    def __init__(self, engine: AsyncLLM, settings: Settings) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics(engine, settings.names[0])
@@ -202,6 +202,6 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
-def merged(parts: Sequence[list[Any]]) -> list[Any]:
+def merged(model: Sequence[list[Any]]) -> list[Any]:
     """One list of many."""
-    return [entry for part in parts for entry in part]
+    return [entry for part in model for entry in part]

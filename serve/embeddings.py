@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import Context, as_json, together, unless_gone, usage
+from mmjax.serve.context import ServerContext, as_json, together, unless_gone, usage
 from mmjax.serve.published import As, Conversation
-from mmjax.serve.schema import ChatForm, tokenization
+from mmjax.serve.schema import ChatFields, tokenization
 from pydantic import ConfigDict, Field, model_validator
 
 from mmjax import PoolingParams, PoolingRequestOutput
@@ -23,7 +23,7 @@ MAX_INPUTS = 2048
 Inputs = str | list[int] | list[str] | list[list[int]]
 
 
-class EmbeddingRequest(ChatForm):
+class EmbeddingRequest(ChatFields):
     """`input`: one text or list of token ids, or a list of those. `messages`: a conversation instead."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["input"]}, {"required": ["messages"]}]})
@@ -54,7 +54,7 @@ class EmbeddingRequest(ChatForm):
         return [{"prompt" if isinstance(each, str) else "prompt_token_ids": each} for each in given or ()]
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     """The embeddings route."""
     routes = APIRouter()
 
@@ -82,7 +82,7 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-async def _answer(context: Context, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
+async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
     engine = context.engine
     params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize)
     options = tokenization(body.truncate_prompt_tokens)
@@ -90,8 +90,8 @@ async def _answer(context: Context, body: EmbeddingRequest) -> list[PoolingReque
         options["add_special_tokens"] = body.add_special_tokens
     if body.messages is not None:
         async with context.admitted():
-            rendered = await engine.prepare_chat(body.messages, options, **context.chat_options(body.options()))
-            return [await engine.embed(rendered, params)]
+            engine_input = await engine.prepare_chat(body.messages, options, **context.chat_options(body.options()))
+            return [await engine.embed(engine_input, params)]
     prompts = body.prompts()
     if not prompts:
         raise ValueError("input: the list is empty")

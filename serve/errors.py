@@ -76,8 +76,8 @@ def _first(error: RequestValidationError) -> str:
 
 
 def _param(error: RequestValidationError) -> str | None:
-    parts = [str(part) for part in error.errors()[0]["loc"] if part != "body"] if error.errors() else []
-    return parts[0] if parts else None
+    model = [str(part) for part in error.errors()[0]["loc"] if part != "body"] if error.errors() else []
+    return model[0] if model else None
 
 
 def install(app: FastAPI) -> None:

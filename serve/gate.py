@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/docs", "/redoc", "/openapi.json"})
 
 
-class Gate:
+class RequestGate:
     """ASGI middleware. keys: any of them opens every route that uses the model; none needed when empty.
     max_body: bytes.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from mmjax.serve import published as say
-from mmjax.serve.schema import ChatForm, ChatRequest, Steering, StreamOptions
+from mmjax.serve.schema import ChatFields, ChatRequest, GenerationFields, StreamOptions
 from pydantic import Field, field_validator
 from pydantic import ValidationError as FormError
 
@@ -27,7 +27,7 @@ NOT_TO_BE_HAD = {
 }
 
 
-class ResponsesRequest(Steering, ChatForm):
+class ResponsesRequest(GenerationFields, ChatFields):
     """POST /v1/responses. Nothing is kept from one request to the next: `input` is the whole conversation."""
 
     input: say.ResponseInput
@@ -89,7 +89,7 @@ class ResponsesRequest(Steering, ChatForm):
 
     def chat(self) -> ChatRequest:
         """The same request to /v1/chat/completions. ValidationError for an item that cannot be read."""
-        names = (Steering.model_fields.keys() | ChatForm.model_fields.keys()) - {"tools"}
+        names = (GenerationFields.model_fields.keys() | ChatFields.model_fields.keys()) - {"tools"}
         wants = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
         try:
             return ChatRequest(

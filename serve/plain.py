@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from mmjax.serve.context import Context, as_json, together, unless_gone
+from mmjax.serve.context import ServerContext, as_json, together, unless_gone
 from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
 
 from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
@@ -25,7 +25,7 @@ POLICY = (
 )
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     """Health, metrics, version, load, and the page."""
     routes = APIRouter()
 
@@ -63,14 +63,14 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-def models_router(context: Context) -> APIRouter:
+def models_router(context: ServerContext) -> APIRouter:
     """What is served."""
     routes = APIRouter()
 
     @routes.get("/v1/models")
     async def models() -> Json:
         """What is served, under each of its names."""
-        limit = context.engine.llm.parts.max_model_len
+        limit = context.engine.llm.model.max_model_len
         cards: list[Json] = [
             {
                 "id": name, "object": "model", "created": context.started, "owned_by": "mmjax",
@@ -89,7 +89,7 @@ def models_router(context: Context) -> APIRouter:
     return routes
 
 
-def development_router(context: Context) -> APIRouter:
+def development_router(context: ServerContext) -> APIRouter:
     """What only developers need: emptying the caches."""
     routes = APIRouter()
 
@@ -107,7 +107,7 @@ def development_router(context: Context) -> APIRouter:
     return routes
 
 
-def tokens_router(context: Context) -> APIRouter:
+def tokens_router(context: ServerContext) -> APIRouter:
     """Tokenize and detokenize."""
     routes = APIRouter()
 
@@ -121,17 +121,17 @@ def tokens_router(context: Context) -> APIRouter:
         else:
             options = context.chat_options(body.options())
             special = {"add_special_tokens": bool(body.add_special_tokens)}
-            rendered = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
-            tokens = rendered.tokens.tolist()
+            engine_input = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
+            tokens = engine_input.token_ids.tolist()
         strings = await engine.texts([[token] for token in tokens]) if body.return_token_strs else None
-        limit = engine.llm.parts.max_model_len
+        limit = engine.llm.model.max_model_len
         return await as_json({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings})
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Json:
         """The text of token ids."""
         context.check_model(body.model)
-        vocab = context.engine.llm.parts.vocab_size
+        vocab = context.engine.llm.model.vocab_size
         if (largest := max(body.tokens, default=0)) >= vocab:
             raise ValueError(f"Token id {largest} is out of vocabulary")
         return {"prompt": (await context.engine.texts([body.tokens]))[0]}
@@ -139,7 +139,7 @@ def tokens_router(context: Context) -> APIRouter:
     return routes
 
 
-def generate_router(context: Context) -> APIRouter:
+def generate_router(context: ServerContext) -> APIRouter:
     """POST /generate."""
     routes = APIRouter()
 
@@ -156,12 +156,12 @@ def generate_router(context: Context) -> APIRouter:
         context.check_stops((fields or {}).get("stop"))
 
         async def one(prompt: Any) -> RequestOutput:
-            output = await engine.generate(await engine.prepare_by_url(prompt, body.tokenization_kwargs), params)
+            output = await engine.generate(await engine.prepare_from_urls(prompt, body.tokenization_kwargs), params)
             context.metrics.note(output)
             return output
 
         async with context.admitted():
-            params = await unless_gone(request, engine.ready(params))
+            params = await unless_gone(request, engine.compile_grammar(params))
             outputs = await unless_gone(request, together(*map(one, prompts)))
         return JSONResponse(await asyncio.to_thread(_plain, outputs))
 

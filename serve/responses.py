@@ -10,8 +10,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve import errors
-from mmjax.serve.chat import Conversation
-from mmjax.serve.context import Context, as_json, event_stream, unless_gone
+from mmjax.serve.chat import ChatHandler
+from mmjax.serve.context import ServerContext, as_json, event_stream, unless_gone
 from mmjax.serve.items import ResponsesRequest
 from mmjax.serve.published import STREAM
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 Json = dict[str, Any]
 
 
-def router(context: Context) -> APIRouter:
+def router(context: ServerContext) -> APIRouter:
     """The route of responses."""
     routes = APIRouter()
 
@@ -27,12 +27,12 @@ def router(context: Context) -> APIRouter:
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation that is given as items; in typed events on request. Nothing is kept."""
         context.check_model(body.model)
-        conversation = Conversation(context, body.chat(), request.state.request_id, details=True)
+        conversation = ChatHandler(context, body.chat(), request.state.request_id, details=True)
         if body.stream:
             await unless_gone(request, conversation.prepare())
             return event_stream(_events(conversation, body), named=True)
         told = await unless_gone(request, conversation.answer())
-        answer, [choice] = Answer(_head(conversation, body)), told["choices"]
+        answer, [choice] = ResponseBuilder(_head(conversation, body)), told["choices"]
         for _ in answer.take(choice["message"], choice["logprobs"]):
             pass
         for _ in answer.end(choice["finish_reason"], told["usage"]):
@@ -48,9 +48,9 @@ def router(context: Context) -> APIRouter:
     return routes
 
 
-async def _events(conversation: Conversation, body: ResponsesRequest) -> AsyncGenerator[Json, None]:
+async def _events(conversation: ChatHandler, body: ResponsesRequest) -> AsyncGenerator[Json, None]:
     """The chunks of a chat as typed events. What fails on the way is told by the last."""
-    answer, reason = Answer(_head(conversation, body)), None
+    answer, reason = ResponseBuilder(_head(conversation, body)), None
     used: Json = {}
     for event in answer.begin():
         yield event
@@ -68,7 +68,7 @@ async def _events(conversation: Conversation, body: ResponsesRequest) -> AsyncGe
         yield answer.failed(errors.describe(error)[1]["error"]["message"])
 
 
-def _head(conversation: Conversation, body: ResponsesRequest) -> Json:
+def _head(conversation: ChatHandler, body: ResponsesRequest) -> Json:
     """A Response object without an answer: what was asked for, and how it was understood."""
     assert conversation.prepared is not None
     _, params = conversation.prepared
@@ -101,7 +101,7 @@ def _head(conversation: Conversation, body: ResponsesRequest) -> Json:
     }
 
 
-class Answer:
+class ResponseBuilder:
     """A Response object as it grows, and the events that tell of it, numbered. Each event is as of when it is made."""
 
     def __init__(self, head: Json) -> None:
@@ -213,8 +213,8 @@ class Answer:
         return self._event("output_item.done", output_index=len(self.response["output"]) - 1, item=item)
 
 
-def _message(status: str, *parts: Json) -> Json:
-    return {"type": "message", "status": status, "role": "assistant", "content": list(parts)}
+def _message(status: str, *model: Json) -> Json:
+    return {"type": "message", "status": status, "role": "assistant", "content": list(model)}
 
 
 def _part(text: str, logprobs: list[Json]) -> Json:

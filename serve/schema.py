@@ -19,7 +19,7 @@ Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class Form(BaseModel):
+class RequestBody(BaseModel):
     """A JSON body. Numbers are finite, and nothing is coerced that a client did not mean. A switch that is null, as
     many clients send those they do not set, is as its default."""
 
@@ -34,14 +34,14 @@ class Form(BaseModel):
         return {name: value for name, value in given.items() if value is not None or name not in switches}
 
 
-class StreamOptions(Form):
+class StreamOptions(RequestBody):
     """`include_usage`: a last chunk with the usage; `continuous_usage_stats`: usage in every chunk."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class Steering(Form):
+class GenerationFields(RequestBody):
     """How tokens are chosen, and the prompt cut: the fields that mean the same in every generating route. None: the
     model's default."""
 
@@ -71,7 +71,7 @@ class Steering(Form):
     request_id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:-]+$")] | None = None
 
 
-class Sampling(Steering):
+class SamplingFields(GenerationFields):
     """What else chats and completions share."""
 
     stream_options: StreamOptions | None = None
@@ -85,7 +85,7 @@ class Sampling(Steering):
     user: str | None = None
 
     @model_validator(mode="after")
-    def _streaming(self) -> Sampling:
+    def _streaming(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("Stream options can only be defined when `stream=True`.")
         if self.prompt_logprobs is not None:
@@ -142,7 +142,7 @@ def structure(structured: Json | None, response_format: Json | None) -> Json | N
     raise ValueError(f"response_format: unknown type {kind!r}; known are text, json_object, json_schema")
 
 
-class ChatForm(Form):
+class ChatFields(RequestBody):
     """How messages become a prompt: the fields of every route that takes a conversation."""
 
     add_generation_prompt: bool = True
@@ -173,10 +173,10 @@ class ChatForm(Form):
 
     def options(self) -> Json:
         """The keywords of `AsyncLLM.prepare_chat`."""
-        return {name: getattr(self, name) for name in ChatForm.model_fields}
+        return {name: getattr(self, name) for name in ChatFields.model_fields}
 
 
-class ChatRequest(Sampling, ChatForm):
+class ChatRequest(SamplingFields, ChatFields):
     """POST /v1/chat/completions."""
 
     messages: say.Messages
@@ -223,7 +223,7 @@ class ConversationsRequest(ChatRequest):
         return [ChatRequest.model_construct(**{**dict(self), "messages": messages}) for messages in self.messages]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingFields):
     """POST /v1/completions: text without media."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -250,7 +250,7 @@ class CompletionRequest(Sampling):
         return given
 
 
-class GenerateRequest(Form):
+class GenerateRequest(RequestBody):
     """POST /generate: one prompt or a list of them as `LLM.generate` takes them, their media as URLs (http, https,
     data, file)."""
 
@@ -259,7 +259,7 @@ class GenerateRequest(Form):
     tokenization_kwargs: say.TokenOptions | None = None
 
 
-class TokenizeRequest(ChatForm):
+class TokenizeRequest(ChatFields):
     """POST /tokenize: a prompt, or messages as for a chat."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
@@ -276,7 +276,7 @@ class TokenizeRequest(ChatForm):
         return self
 
 
-class DetokenizeRequest(Form):
+class DetokenizeRequest(RequestBody):
     """POST /detokenize."""
 
     model: str | None = None

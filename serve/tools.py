@@ -14,7 +14,7 @@ MAX_CALLS = 16  # in an answer that must be calls: without an end, some models f
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class ToolCall:
     """One call as OpenAI writes it; `arguments` is JSON text."""
 
     name: str
@@ -26,7 +26,7 @@ class Call:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
-class Reader:
+class ToolCallParser:
     """Splits an answer, as it comes, into what is said and what is called.
 
     Text that may be the beginning of a call is held back. A call that is no valid JSON, or never closed, is text.
@@ -37,7 +37,7 @@ class Reader:
         self._held = ""
         self._called = False  # the last piece was a call: a line break after it belongs to it
 
-    def feed(self, text: str, *, last: bool = False) -> Iterator[str | Call]:
+    def feed(self, text: str, *, last: bool = False) -> Iterator[str | ToolCall]:
         """More of the answer: pieces of text and calls, in their order. `last`: nothing is held back any more."""
         self._held += text
         while self._held:
@@ -66,15 +66,15 @@ class Reader:
             self._called = call is not None
             yield call or whole
 
-    def read(self, text: str) -> tuple[str, list[Call]]:
+    def read(self, text: str) -> tuple[str, list[ToolCall]]:
         """(what is said, calls) of a whole answer."""
         pieces = list(self.feed(text, last=True))
         said = "".join(piece for piece in pieces if isinstance(piece, str))
-        calls = [piece for piece in pieces if isinstance(piece, Call)]
+        calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
         return said.strip() if calls else said, calls
 
 
-class Forced:
+class ForcedToolCallParser:
     """Reads an answer that can be nothing but calls: the arguments of `name`, or without one a list of calls."""
 
     def __init__(self, name: str | None) -> None:
@@ -82,8 +82,8 @@ class Forced:
         self.calls = 0
         self._held = ""
 
-    def feed(self, text: str, *, last: bool = False) -> Iterator[str | Call]:
-        """As `Reader.feed`; all of it comes at the end."""
+    def feed(self, text: str, *, last: bool = False) -> Iterator[str | ToolCall]:
+        """As `ToolCallParser.feed`; all of it comes at the end."""
         self._held += text
         if last:
             found = self._calls()
@@ -91,19 +91,19 @@ class Forced:
             if not found:
                 yield self._held
 
-    def read(self, text: str) -> tuple[str, list[Call]]:
-        """As `Reader.read`. An answer that was cut short is text."""
+    def read(self, text: str) -> tuple[str, list[ToolCall]]:
+        """As `ToolCallParser.read`. An answer that was cut short is text."""
         self._held = text
         calls = self._calls()
         return ("" if calls else text), calls
 
-    def _calls(self) -> list[Call]:
+    def _calls(self) -> list[ToolCall]:
         try:
             value = json.loads(self._held)
         except ValueError:
             return []
         if self.name is not None:
-            return [Call(self.name, json.dumps(value, ensure_ascii=False))]
+            return [ToolCall(self.name, json.dumps(value, ensure_ascii=False))]
         entries = value if isinstance(value, list) else []
         calls = [read_call(json.dumps(entry, ensure_ascii=False)) for entry in entries]
         return [call for call in calls if call is not None]
@@ -145,7 +145,7 @@ def schema_of(
     return {"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}, None
 
 
-def read_call(text: str) -> Call | None:
+def read_call(text: str) -> ToolCall | None:
     """The call that JSON text writes, if it does."""
     try:
         value = json.loads(text)
@@ -155,8 +155,8 @@ def read_call(text: str) -> Call | None:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        return Call(value["name"], arguments)
-    return Call(value["name"], json.dumps(arguments, ensure_ascii=False))
+        return ToolCall(value["name"], arguments)
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
 
 
 def _overlap(text: str, mark: str) -> int:

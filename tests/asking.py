@@ -69,10 +69,10 @@ def same(*outputs: RequestOutput) -> bool:
 def rows_of(llm: LLM, prompt: dict[str, Any]) -> list[np.ndarray]:
     """What the encoder makes of each item of a prompt: float32 [rows, W], read from the device."""
     answer(llm, prompt, 1)
-    renderer, engine = llm.parts.renderer, llm.parts.engines[0]
-    slab, found = np.asarray(engine.runner.state.slab), []
-    for entry in renderer.render(renderer.parse(prompt)).items:
-        places = engine.slab.get(entry.key)
+    renderer, engine = llm.model.input_processor, llm.model.engines[0]
+    slab, found = np.asarray(engine.runner.state.mm_embeds), []
+    for entry in renderer.process(renderer.parse(prompt)).items:
+        places = engine.encoder_cache.get(entry.item_hash)
         assert places is not None
         found.append(slab[places])
     return found

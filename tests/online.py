@@ -28,7 +28,7 @@ def online(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
     finally:
         engine.close()
         del engine.llm  # FastAPI remembers the functions of every app, and they would keep the model with its programs
-    assert not any(each.busy for each in llm.parts.engines)
+    assert not any(each.has_work for each in llm.model.engines)
 
 
 def ask(client: "openai.OpenAI", messages: Any, n: int = 6, **body: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.models import FAMILIES
 from mmjax.processors.base import Processor
-from mmjax.render import Renderer
+from mmjax.render import InputProcessor
 from mmjax.text.tokenizer import Tokenizer
 
 
@@ -23,7 +23,7 @@ def load_processor(family: str, directory: Path) -> tuple[Processor, Tokenizer]:
     return module.Processor(files["config.json"], files, tokenizer), tokenizer
 
 
-def make_renderer(family: str, directory: Path, **options: Any) -> Renderer:
+def make_renderer(family: str, directory: Path, **options: Any) -> InputProcessor:
     processor, tokenizer = load_processor(family, directory)
     config = read_files(directory)["config.json"]
     defaults: dict[str, Any] = {
@@ -32,4 +32,4 @@ def make_renderer(family: str, directory: Path, **options: Any) -> Renderer:
         "max_model_len": 448 if family.startswith("whisper") else 4096,
         "encoder_decoder": family.startswith("whisper"),
     }
-    return Renderer(processor, tokenizer, **{**defaults, **options})
+    return InputProcessor(processor, tokenizer, **{**defaults, **options})

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.testclient import TestClient
 from mmjax.serve.app import create_app
-from mmjax.serve.context import Settings
+from mmjax.serve.context import ServerSettings
 
 from mmjax import LLM, AsyncLLM
 
@@ -24,13 +24,13 @@ def serving(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
     engine = AsyncLLM(llm)
     yield engine
     engine.close()
-    assert not any(each.busy for each in llm.parts.engines)
+    assert not any(each.has_work for each in llm.model.engines)
     assert llm.reset_prefix_cache(), "a request kept pages"
 
 
 def over(engine: AsyncLLM, **settings: Any) -> TestClient:
     """A client of a server over an engine; leaving it does not close the engine."""
-    app = create_app(engine, Settings(names=("tiny", "alias"), **settings))
+    app = create_app(engine, ServerSettings(names=("tiny", "alias"), **settings))
     app.router.lifespan_context = contextlib.nullcontext  # the engine outlives its servers
     return TestClient(app, raise_server_exceptions=False)
 

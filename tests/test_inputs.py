@@ -35,17 +35,17 @@ def count(kind: str, data: Any) -> int:
 
 
 def test_batches() -> None:
-    assert inputs.batch("hello") == ["hello"]
-    assert inputs.batch({"prompt": "x"}) == [{"prompt": "x"}]
-    assert inputs.batch(b"x") == [b"x"]
-    assert inputs.batch([1, 2]) == [[1, 2]]
-    assert inputs.batch([]) == []
-    assert inputs.batch(["a", [1, 2], {"prompt": "b"}]) == ["a", [1, 2], {"prompt": "b"}]
-    assert inputs.batch(("a", "b")) == ["a", "b"]
-    assert inputs.batch([[1], [2]]) == [[1], [2]]
+    assert inputs.split_prompts("hello") == ["hello"]
+    assert inputs.split_prompts({"prompt": "x"}) == [{"prompt": "x"}]
+    assert inputs.split_prompts(b"x") == [b"x"]
+    assert inputs.split_prompts([1, 2]) == [[1, 2]]
+    assert inputs.split_prompts([]) == []
+    assert inputs.split_prompts(["a", [1, 2], {"prompt": "b"}]) == ["a", [1, 2], {"prompt": "b"}]
+    assert inputs.split_prompts(("a", "b")) == ["a", "b"]
+    assert inputs.split_prompts([[1], [2]]) == [[1], [2]]
     for wrong in (None, 3, object()):
         with pytest.raises(TypeError, match="Prompt should be a string, list of tokens, or dictionary"):
-            inputs.batch(wrong)
+            inputs.split_prompts(wrong)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_batches() -> None:
 )
 def test_wrong_kinds_of_object_are_type_errors(prompt: Any, encoder_decoder: bool, words: str) -> None:
     with pytest.raises(TypeError, match=re.escape(words)):
-        inputs.parse(prompt, encoder_decoder=encoder_decoder)
+        inputs.parse_prompt(prompt, encoder_decoder=encoder_decoder)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_wrong_kinds_of_object_are_type_errors(prompt: Any, encoder_decoder: boo
 )
 def test_wrong_values_are_request_errors(prompt: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
-        inputs.parse({"prompt": "x", **prompt})
+        inputs.parse_prompt({"prompt": "x", **prompt})
     assert words in str(caught.value) and caught.value.code != "invalid_request"
 
 
@@ -209,19 +209,21 @@ def test_audio_items(data: Any, items: int) -> None:
 
 
 def test_text_and_token_prompts() -> None:
-    assert inputs.parse("hi").text == "hi" and inputs.parse("hi").tokens is None
-    assert inputs.parse([1, 2]).tokens == (1, 2)
-    assert inputs.parse({"prompt_token_ids": [np.int32(4)], "prompt": "told", "other": 1}).tokens == (4,)
-    whole = inputs.parse(
+    assert inputs.parse_prompt("hi").text == "hi" and inputs.parse_prompt("hi").token_ids is None
+    assert inputs.parse_prompt([1, 2]).token_ids == (1, 2)
+    assert inputs.parse_prompt({"prompt_token_ids": [np.int32(4)], "prompt": "told", "other": 1}).token_ids == (4,)
+    whole = inputs.parse_prompt(
         {"prompt": "x", "multi_modal_data": None, "mm_processor_kwargs": {"a": 1}, "cache_salt": "s", "other": 1}
     )
-    assert (whole.media, whole.processor_kwargs, whole.salt) == ({}, {"a": 1}, "s")
-    assert inputs.parse({"prompt": "x", "multi_modal_data": {}}).media == {}
+    assert (whole.media, whole.processor_kwargs, whole.cache_salt) == ({}, {"a": 1}, "s")
+    assert inputs.parse_prompt({"prompt": "x", "multi_modal_data": {}}).media == {}
 
 
 def test_names() -> None:
     def media(**given: Any) -> list[tuple[bool, str | None]]:
-        parsed = inputs.parse({"prompt": "x", **{f"multi_modal_{name}": value for name, value in given.items()}}).media
+        parsed = inputs.parse_prompt(
+            {"prompt": "x", **{f"multi_modal_{name}": value for name, value in given.items()}}
+        ).media
         return [(entry.data is None, entry.uuid) for entry in parsed["image"]]
 
     assert media(data={"image": PICTURE}, uuids={"image": "a"}) == [(False, "a")]
@@ -237,23 +239,28 @@ def test_names() -> None:
 
 def test_encoder_decoder_prompts() -> None:
     sound = {"prompt": "of the encoder", "multi_modal_data": {"audio": SOUND}, "cache_salt": "s"}
-    pair = inputs.parse({"encoder_prompt": sound, "decoder_prompt": "start"}, encoder_decoder=True)
-    assert (pair.text, pair.encoder_text, pair.salt, len(pair.media["audio"])) == ("start", "of the encoder", "s", 1)
-    pair = inputs.parse({"encoder_prompt": sound, "decoder_prompt": None}, encoder_decoder=True)
-    assert pair.text == "" and pair.tokens is None
-    pair = inputs.parse({"encoder_prompt": sound, "decoder_prompt": [5]}, encoder_decoder=True)
-    assert pair.text is None and pair.tokens == (5,)
+    pair = inputs.parse_prompt({"encoder_prompt": sound, "decoder_prompt": "start"}, encoder_decoder=True)
+    assert (pair.text, pair.encoder_text, pair.cache_salt, len(pair.media["audio"])) == (
+        "start",
+        "of the encoder",
+        "s",
+        1,
+    )
+    pair = inputs.parse_prompt({"encoder_prompt": sound, "decoder_prompt": None}, encoder_decoder=True)
+    assert pair.text == "" and pair.token_ids is None
+    pair = inputs.parse_prompt({"encoder_prompt": sound, "decoder_prompt": [5]}, encoder_decoder=True)
+    assert pair.text is None and pair.token_ids == (5,)
 
 
 def test_limits() -> None:
-    assert inputs.read_limits(None) == {"image": 999, "video": 999, "audio": 999}
-    assert inputs.read_limits({"image": 2, "video": {"count": 0, "num_frames": 8}, "audio": {"length": 9}}) == {
+    assert inputs.mm_limits(None) == {"image": 999, "video": 999, "audio": 999}
+    assert inputs.mm_limits({"image": 2, "video": {"count": 0, "num_frames": 8}, "audio": {"length": 9}}) == {
         "image": 2, "video": 0, "audio": 999,
     }  # fmt: skip
     for wrong in ({"smell": 1}, {"image": -1}, {"image": 1.5}, {"image": True}, {"image": {"length": 3}},
                   {"image": {"width": 0}}):  # fmt: skip
         with pytest.raises(RequestError, match="limit_mm_per_prompt"):
-            inputs.read_limits(wrong)
+            inputs.mm_limits(wrong)
 
 
 def test_counts() -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.processors.base import Item
-from mmjax.render import AT_ONCE, ItemCache, Rendered, Renderer
+from mmjax.processors.base import MediaItem
+from mmjax.render import MAX_CONCURRENT, EngineInput, InputProcessor, ProcessorCache
 from mmjax.types import RequestError, ValidationError
 from rendering import load_processor, make_renderer
 
@@ -26,12 +26,12 @@ CLIP = np.zeros((3, 56, 56, 3), np.uint8)
 
 
 @pytest.fixture
-def qwen(tiny_dir: Make) -> Renderer:
+def qwen(tiny_dir: Make) -> InputProcessor:
     return make_renderer("qwen2_vl", tiny_dir("qwen2_vl"))
 
 
-def render(renderer: Renderer, prompt: Any, **options: Any) -> Rendered:
-    return renderer.render(renderer.parse(prompt), **options)
+def render(renderer: InputProcessor, prompt: Any, **options: Any) -> EngineInput:
+    return renderer.process(renderer.parse(prompt), **options)
 
 
 def image_prompt(*images: Any, uuids: Any = None, **more: Any) -> dict[str, Any]:
@@ -39,27 +39,29 @@ def image_prompt(*images: Any, uuids: Any = None, **more: Any) -> dict[str, Any]
     return {"prompt": PLACE * len(images) + "Hi", "multi_modal_data": {"image": list(images)}, **names, **more}
 
 
-def keys(rendered: Rendered) -> list[str]:
-    return [entry.key for entry in rendered.items]
+def keys(rendered: EngineInput) -> list[str]:
+    return [entry.item_hash for entry in rendered.items]
 
 
-def test_items_come_in_the_order_of_the_prompt(qwen: Renderer) -> None:
+def test_items_come_in_the_order_of_the_prompt(qwen: InputProcessor) -> None:
     video = PLACE.replace("image", "video")
     data = {"image": [RED, BLUE], "video": CLIP}
     made = render(qwen, {"prompt": f"a{PLACE}b{video}{PLACE}c", "multi_modal_data": data, "cache_salt": "s"})
-    assert [(span.kind, span.index) for span in made.spans] == [("image", 0), ("video", 0), ("image", 1)]
-    assert [entry.kind for entry in made.items] == ["image", "video", "image"]
+    assert [(span.modality, span.item_index) for span in made.spans] == [("image", 0), ("video", 0), ("image", 1)]
+    assert [entry.modality for entry in made.items] == ["image", "video", "image"]
     for span, entry in zip(made.spans, made.items, strict=True):
-        marker = qwen.tokenizer.id_of(f"<|{span.kind}_pad|>")  # type: ignore[union-attr]
-        run = made.tokens[span.start : span.start + span.length]
-        assert (run == marker).all() and span.length == entry.item.rows == entry.item.units // 4
-        assert marker not in made.tokens[[span.start - 1, span.start + span.length]]
-    assert made.positions.shape == (3, len(made.tokens)) and made.tokens.dtype == np.int32
-    assert (made.positions[:, -1] + 1 == len(made.tokens) + made.delta).all()
-    assert (made.prompt, made.salt, made.encoder_tokens) == (f"a{PLACE}b{video}{PLACE}c", "s", None)
+        marker = qwen.tokenizer.id_of(f"<|{span.modality}_pad|>")  # type: ignore[union-attr]
+        run = made.token_ids[span.start : span.start + span.length]
+        assert (run == marker).all() and span.length == entry.item.num_embeds == entry.item.num_inputs // 4
+        assert marker not in made.token_ids[[span.start - 1, span.start + span.length]]
+    assert made.rope_positions.shape == (3, len(made.token_ids)) and made.token_ids.dtype == np.int32
+    assert (made.rope_positions[:, -1] + 1 == len(made.token_ids) + made.rope_delta).all()
+    assert (made.prompt, made.cache_salt, made.encoder_token_ids) == (f"a{PLACE}b{video}{PLACE}c", "s", None)
 
 
-def test_so_many_prompts_are_rendered_at_once_and_no_more(qwen: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_prompts_are_rendered_at_once_and_no_more(
+    qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thread more would keep the one that feeds the device from running; who waits is not forgotten."""
     inside, most, plain = [0], [0], qwen._tokens
 
@@ -71,28 +73,28 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(qwen: Renderer, monkey
         return plain(*arguments)
 
     monkeypatch.setattr(qwen, "_tokens", slowly)
-    with concurrent.futures.ThreadPoolExecutor(4 * AT_ONCE) as pool:
-        made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * AT_ONCE)))
-    assert most == [AT_ONCE] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * AT_ONCE)]
-    for _ in range(AT_ONCE + 1):  # an error gives its place back
+    with concurrent.futures.ThreadPoolExecutor(4 * MAX_CONCURRENT) as pool:
+        made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * MAX_CONCURRENT)))
+    assert most == [MAX_CONCURRENT] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * MAX_CONCURRENT)]
+    for _ in range(MAX_CONCURRENT + 1):  # an error gives its place back
         with pytest.raises(RequestError):
             render(qwen, image_prompt(RED) | {"prompt": "no placeholder"})
 
 
-def test_expanded_ids_may_be_sent_again(qwen: Renderer) -> None:
+def test_expanded_ids_may_be_sent_again(qwen: InputProcessor) -> None:
     once = render(qwen, image_prompt(RED, BLUE))
-    again = render(qwen, {**image_prompt(RED, BLUE), "prompt_token_ids": once.tokens.tolist()})
-    np.testing.assert_array_equal(again.tokens, once.tokens)
+    again = render(qwen, {**image_prompt(RED, BLUE), "prompt_token_ids": once.token_ids.tolist()})
+    np.testing.assert_array_equal(again.token_ids, once.token_ids)
     assert again.spans == once.spans and again.prompt == once.prompt and keys(again) == keys(once)
 
 
-def test_generic_placeholders(qwen: Renderer, tiny_dir: Make) -> None:
+def test_generic_placeholders(qwen: InputProcessor, tiny_dir: Make) -> None:
     native = render(qwen, image_prompt(RED, BLUE))
     generic = render(qwen, {**image_prompt(RED, BLUE), "prompt": "<image><image>Hi"})
-    np.testing.assert_array_equal(native.tokens, generic.tokens)
+    np.testing.assert_array_equal(native.token_ids, generic.token_ids)
     assert generic.prompt == "<image><image>Hi"
     both = render(qwen, {"prompt": f"{PLACE}<video>Hi", "multi_modal_data": {"image": RED, "video": CLIP}})
-    assert [span.kind for span in both.spans] == ["image", "video"]
+    assert [span.modality for span in both.spans] == ["image", "video"]
     # with native ones about, or in another number, they are text
     for prompt in (f"{PLACE}<image>Hi", "<image><image><image>Hi"):
         with pytest.raises(RequestError, match="2 prompt placeholders corresponding to 2 image items"):
@@ -100,8 +102,8 @@ def test_generic_placeholders(qwen: Renderer, tiny_dir: Make) -> None:
     assert render(qwen, {**image_prompt(RED), "prompt": f"{PLACE}<image>Hi"}).spans
     llava = make_renderer("llava", tiny_dir("llava"))
     made = render(llava, {"prompt": "USER: <image>\nHi ASSISTANT:", "multi_modal_data": {"image": RED}})
-    assert made.spans[0].length == 16 and made.tokens[0] == llava.tokenizer.bos_id  # type: ignore[union-attr]
-    assert made.positions.shape == (1, len(made.tokens)) and made.delta == 0
+    assert made.spans[0].length == 16 and made.token_ids[0] == llava.tokenizer.bos_id  # type: ignore[union-attr]
+    assert made.rope_positions.shape == (1, len(made.token_ids)) and made.rope_delta == 0
 
 
 @pytest.mark.parametrize(
@@ -127,11 +129,11 @@ def test_generic_placeholders(qwen: Renderer, tiny_dir: Make) -> None:
         (image_prompt(np.full((4, 4, 3), np.inf)), "must lie in 0..255"),
     ],
 )
-def test_refusals_leave_the_renderer_usable(qwen: Renderer, prompt: dict[str, Any], words: str) -> None:
+def test_refusals_leave_the_renderer_usable(qwen: InputProcessor, prompt: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
         render(qwen, prompt)
     assert words in str(caught.value)
-    assert len(render(qwen, "Hello").tokens)
+    assert len(render(qwen, "Hello").token_ids)
 
 
 def test_limits_of_the_operator(tiny_dir: Make) -> None:
@@ -146,7 +148,7 @@ def test_limits_of_the_operator(tiny_dir: Make) -> None:
 
 def test_lengths(tiny_dir: Make) -> None:
     renderer = make_renderer("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20)
-    assert len(render(renderer, [3] * 19).tokens) == 19
+    assert len(render(renderer, [3] * 19).token_ids) == 19
     for length in (20, 21, 500):
         with pytest.raises(
             RequestError, match=rf"decoder prompt \(length {length}\) is longer than the maximum model len"
@@ -166,17 +168,17 @@ def test_truncation_and_special_tokens(tiny_dir: Make) -> None:
     renderer = make_renderer("llava", tiny_dir("llava"), max_model_len=10)
     text = "Hello there, how are you?"
     bare = make_renderer("llava", tiny_dir("llava")).tokenizer.encode(text, False)  # type: ignore[union-attr]
-    assert render(renderer, text, tokenization_kwargs={"truncate_prompt_tokens": 4}).tokens.tolist() == bare[-4:]
-    assert len(render(renderer, text, tokenization_kwargs={"truncate_prompt_tokens": -1}).tokens) == 9
+    assert render(renderer, text, tokenization_kwargs={"truncate_prompt_tokens": 4}).token_ids.tolist() == bare[-4:]
+    assert len(render(renderer, text, tokenization_kwargs={"truncate_prompt_tokens": -1}).token_ids) == 9
     roomy = make_renderer("llava", tiny_dir("llava"))
-    assert render(roomy, text, tokenization_kwargs={"add_special_tokens": False}).tokens.tolist() == bare
+    assert render(roomy, text, tokenization_kwargs={"add_special_tokens": False}).token_ids.tolist() == bare
     for wrong in ({"truncate_prompt_tokens": -2}, {"truncate_prompt_tokens": "4"}, {"padding": True}):
         with pytest.raises(ValidationError):
             render(roomy, text, tokenization_kwargs=wrong)
 
 
 def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
-    renderer = make_renderer("qwen2_vl", tiny_dir("qwen2_vl"), max_item_rows=3)
+    renderer = make_renderer("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=3)
     with pytest.raises(RequestError) as caught:
         render(renderer, image_prompt(RED))
     for words in (
@@ -189,7 +191,7 @@ def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
         assert words in str(caught.value)
 
 
-def test_statistics_of_the_cache(qwen: Renderer) -> None:
+def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
     def counts(picture: Image.Image) -> tuple[int, int]:
         render(qwen, image_prompt(picture))
         return qwen.cache.queries, qwen.cache.hits
@@ -199,7 +201,7 @@ def test_statistics_of_the_cache(qwen: Renderer) -> None:
     assert counts(RED) == (4, 1) and counts(RED) == (5, 2)
 
 
-def test_names_stand_for_data(qwen: Renderer) -> None:
+def test_names_stand_for_data(qwen: InputProcessor) -> None:
     first = render(qwen, image_prompt(RED, uuids=["sku-1234-a"]))
     later = render(qwen, image_prompt(None, BLUE, uuids=["sku-1234-a", None]))
     assert later.items[0].item is first.items[0].item and keys(later)[1] == keys(render(qwen, image_prompt(BLUE)))[0]
@@ -231,14 +233,14 @@ def test_without_caches(tiny_dir: Make, prefix_caching: bool) -> None:
         render(renderer, image_prompt(None, uuids=["a"]))
 
 
-def test_arrays_changed_after_the_call_do_not_poison(qwen: Renderer) -> None:
+def test_arrays_changed_after_the_call_do_not_poison(qwen: InputProcessor) -> None:
     array = np.full((56, 56, 3), 9, np.uint8)
     first = render(qwen, image_prompt(array)).items[0]
     before = first.item.features["pixels"].copy()
     array[:] = 200
     np.testing.assert_array_equal(first.item.features["pixels"], before)
     second = render(qwen, image_prompt(array)).items[0]
-    assert second.key != first.key and (second.item.features["pixels"] == 200).all()
+    assert second.item_hash != first.item_hash and (second.item.features["pixels"] == 200).all()
     array[:] = 9
     assert render(qwen, image_prompt(array)).items[0].item is first.item
 
@@ -265,11 +267,11 @@ def test_background_of_transparent_images(tiny_dir: Make) -> None:
         make_renderer("qwen2_vl", tiny_dir("qwen2_vl"), media_io_kwargs={"image": {"rgba_background_color": "red"}})
 
 
-def test_failures_of_a_processor_do_not_show_the_media(qwen: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(kind: str, media: Any, kwargs: Any) -> Item:
+def test_failures_of_a_processor_do_not_show_the_media(qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(kind: str, media: Any, kwargs: Any) -> MediaItem:
         raise KeyError("secret pixels")
 
-    monkeypatch.setattr(qwen.processor, "item", fail)
+    monkeypatch.setattr(qwen.processor, "process_item", fail)
     with pytest.raises(RequestError, match=r"Failed to apply .*qwen2_vl on image item 0 \(KeyError\)") as caught:
         render(qwen, image_prompt(RED))
     assert "secret" not in str(caught.value) and caught.value.code == "processing_failed"
@@ -290,9 +292,9 @@ def test_whisper(tiny_dir: Make) -> None:
         ({"encoder_prompt": {"prompt": "e", "multi_modal_data": sound}, "decoder_prompt": None}, [start]),
     ):
         made = render(renderer, prompt)
-        assert made.tokens.tolist() == tokens and made.positions.tolist() == [list(range(len(tokens)))]
-        assert made.spans == [] and [entry.kind for entry in made.items] == ["audio"]
-        assert made.encoder_tokens is not None and len(made.encoder_tokens) == 200
+        assert made.token_ids.tolist() == tokens and made.rope_positions.tolist() == [list(range(len(tokens)))]
+        assert made.spans == [] and [entry.modality for entry in made.items] == ["audio"]
+        assert made.encoder_token_ids is not None and len(made.encoder_token_ids) == 200
         assert made.encoder_prompt == ("e" if "encoder_prompt" in prompt else None)
     with pytest.raises(RequestError, match=r"At most 1 audio\(s\) may be provided in one prompt\.$"):
         render(renderer, {"prompt": "", "multi_modal_data": {"audio": [sound["audio"]] * 2}})
@@ -307,22 +309,24 @@ def test_whisper(tiny_dir: Make) -> None:
 
 def test_a_plain_language_model(tiny_dir: Make) -> None:
     _, tokenizer = load_processor("llava", tiny_dir("llava"))
-    plain = Renderer(None, tokenizer, model_id="m", vocab_size=500, max_model_len=50)
+    plain = InputProcessor(None, tokenizer, model_id="m", vocab_size=500, max_model_len=50)
     made = render(plain, "Hi")
-    assert made.positions.tolist() == [list(range(len(made.tokens)))] and made.delta == 0 and made.items == []
+    assert (
+        made.rope_positions.tolist() == [list(range(len(made.token_ids)))] and made.rope_delta == 0 and made.items == []
+    )
     with pytest.raises(RequestError, match=r"At most 0 image\(s\)"):
         render(plain, image_prompt(RED))
-    ids_only = Renderer(None, None, model_id="m", vocab_size=500, max_model_len=50)
-    assert render(ids_only, [1, 2]).tokens.tolist() == [1, 2]
+    ids_only = InputProcessor(None, None, model_id="m", vocab_size=500, max_model_len=50)
+    assert render(ids_only, [1, 2]).token_ids.tolist() == [1, 2]
     with pytest.raises(RequestError, match="prompt_token_ids"):
         render(ids_only, "Hi")
 
 
 def test_the_cache_forgets_the_least_recently_used() -> None:
-    def item(size: int) -> Item:
-        return Item("image", {"pixels": np.zeros((size, 1), np.uint8)}, units=size, rows=size)
+    def item(size: int) -> MediaItem:
+        return MediaItem("image", {"pixels": np.zeros((size, 1), np.uint8)}, num_inputs=size, num_embeds=size)
 
-    cache = ItemCache(100)
+    cache = ProcessorCache(100)
     for key in "abc":
         cache.put(key, item(40))
         cache.get("a")
@@ -343,7 +347,7 @@ def test_many_threads(tiny_dir: Make) -> None:
         try:
             for picture, wanted in zip(images, expected, strict=True):
                 made = render(renderer, image_prompt(picture))
-                np.testing.assert_array_equal(made.tokens, wanted.tokens)
+                np.testing.assert_array_equal(made.token_ids, wanted.token_ids)
                 assert keys(made) == keys(wanted)
         except Exception as error:
             faults.append(error)
@@ -360,7 +364,7 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
     code = (
         "import sys; from rendering import make_renderer; import numpy as np; from pathlib import Path\n"
         f"r = make_renderer('qwen2_vl', Path({str(tiny_dir('qwen2_vl'))!r}))\n"
-        "r.render(r.parse({'prompt': '<image>', 'multi_modal_data': {'image': np.zeros((60, 60, 3), np.uint8)}}))\n"
+        "r.process(r.parse({'prompt': '<image>', 'multi_modal_data': {'image': np.zeros((60, 60, 3), np.uint8)}}))\n"
         "print(*sorted({'jax', 'torch', 'transformers', 'scipy', 'librosa'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parent

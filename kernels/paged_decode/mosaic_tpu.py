@@ -27,28 +27,28 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: jax.Array,
-    length: jax.Array,
+    block_table: jax.Array,
+    context_lens: jax.Array,
     *,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
     """See `paged_decode`."""
     S, K, G, H = q.shape
-    page = k.shape[1]
+    block_size = k.shape[1]
     if jnp.float16 in (q.dtype, k.dtype):
         refuse("paged_decode", "mosaic_tpu", "the TPU has no float16", q=q, k=k)
-    count = max(1, min(STEP_KEYS // page, MOST_PAGES, pages.shape[1]))
+    count = max(1, min(STEP_KEYS // block_size, MOST_PAGES, block_table.shape[1]))
     rows = tpu.sublanes(G, q.dtype)
     query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
-    steps = jnp.maximum(lax.div(jnp.max(length) + (count * page - 1), count * page), 1)
+    steps = jnp.maximum(lax.div(jnp.max(context_lens) + (count * block_size - 1), count * block_size), 1)
 
     def pool(j: int) -> pl.BlockSpec:
-        def index(s: jax.Array, p: jax.Array, pages: Any, length: Any) -> tuple[Any, ...]:
-            last = jnp.maximum(lax.div(length[s] + (page - 1), page) - 1, 0)
-            return pages[s, jnp.minimum(p * count + j, last)], 0, 0, 0
+        def index(s: jax.Array, p: jax.Array, block_table: Any, context_lens: Any) -> tuple[Any, ...]:
+            last = jnp.maximum(lax.div(context_lens[s] + (block_size - 1), block_size) - 1, 0)
+            return block_table[s, jnp.minimum(p * count + j, last)], 0, 0, 0
 
-        return pl.BlockSpec((None, page, K, H), index)
+        return pl.BlockSpec((None, block_size, K, H), index)
 
     heads = pl.BlockSpec((None, K, rows, H), lambda s, p, *_: (s, 0, 0, 0))
     out = pl.pallas_call(
@@ -64,29 +64,29 @@ def run(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="paged_decode",
-    )(pages, length, query, *[k] * count, *[v] * count)
+    )(block_table, context_lens, query, *[k] * count, *[v] * count)
     return out[:, :, :G]
 
 
-def _kernel(pages_ref: Any, length_ref: Any, q_ref: Any, *refs: Any, count: int, scale: float) -> None:
+def _kernel(block_table_ref: Any, context_lens_ref: Any, q_ref: Any, *refs: Any, count: int, scale: float) -> None:
     k_refs, v_refs = refs[:count], refs[count : 2 * count]
     out_ref, top, total, values = refs[2 * count :]
     s, p = pl.program_id(0), pl.program_id(1)
-    page, K, _ = k_refs[0].shape
-    length = length_ref[s]
+    block_size, K, _ = k_refs[0].shape
+    context_lens = context_lens_ref[s]
     pl.when(p == 0)(lambda: tpu.start(top, total, values))
     for j in range(count):
-        first = (p * count + j) * page
+        first = (p * count + j) * block_size
 
         def fold(first: jax.Array = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
-            live = first + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < length
-            seen = first + lax.broadcasted_iota(jnp.int32, (1, page), 1) < length
+            live = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < context_lens
+            seen = first + lax.broadcasted_iota(jnp.int32, (1, block_size), 1) < context_lens
             for h in range(K):
                 x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]
                 tpu.fold((h,), top, total, values, x, jnp.where(live, value, jnp.zeros_like(value)))
 
-        pl.when(first < length)(fold)
+        pl.when(first < context_lens)(fold)
 
     @pl.when(p == pl.num_programs(1) - 1)
     def finish() -> None:

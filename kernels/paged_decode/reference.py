@@ -1,6 +1,6 @@
 """Decode in jnp: the CPU's implementation.
 
-Pages are [K, page, H] here: see `heads_first`. Measured on two cores of an EPYC, jax 0.10.2, 8 sequences of 1500 keys,
+Pages are [K, page, H] here: see `kv_heads_first`. Measured on two cores of an EPYC, jax 0.10.2, 8 sequences of 1500 keys,
 K 6, G 1, H 64, pages of 64 (of 16, it took 2.5 times as long): 2.7 ms in float32, 1.5 ms with a pool of bfloat16; in
 chunks of 64 keys 3.0 and 2.3, of 256 keys 3.0 and 2.0. Batch dimensions first, dot_general beat one contracting
 block-diagonal queries, and multiply-and-sum (10 times slower at G 1).
@@ -11,34 +11,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
-from ..pages import as_float32
+from ..pages import cache_to_float32
 
 CHUNK = 128
 """Keys per trip."""
 
 
-def run(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, length: jax.Array, *, scale: float) -> jax.Array:
+def run(
+    q: jax.Array, k: jax.Array, v: jax.Array, block_table: jax.Array, context_lens: jax.Array, *, scale: float
+) -> jax.Array:
     """See `paged_decode`. All sequences go through their keys together, chunk by chunk, up to the longest length."""
     S, K, G, H = q.shape
-    page = k.shape[2]
-    step = max(1, CHUNK // page)
-    keys = step * page
-    pages = jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % step)))
+    block_size = k.shape[2]
+    step = max(1, CHUNK // block_size)
+    keys = step * block_size
+    block_table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % step)))
     query = q.astype(jnp.float32) * scale
 
     def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
-        ids = lax.dynamic_slice_in_dim(pages, c * step, step, 1)
-        live = (c * keys + jnp.arange(keys, dtype=jnp.int32))[None] < length[:, None]
+        ids = lax.dynamic_slice_in_dim(block_table, c * step, step, 1)
+        live = (c * keys + jnp.arange(keys, dtype=jnp.int32))[None] < context_lens[:, None]
 
         def gather(pool: jax.Array) -> jax.Array:
             rows = jnp.take(pool, ids, axis=0, mode="clip")
-            return as_float32(rows.swapaxes(1, 2).reshape(S, K, keys, H))
+            return cache_to_float32(rows.swapaxes(1, 2).reshape(S, K, keys, H))
 
         scores = jnp.einsum("skgh,skjh->skgj", query, gather(k))
         scores = jnp.where(live[:, None, None], scores, online_softmax.MASKED)
         values = jnp.where(live[:, None, :, None], gather(v), 0.0)  # what a page held before may be anything
         return online_softmax.fold(state, scores, lambda weights: jnp.einsum("skgj,skjh->skgh", weights, values))
 
-    trips = lax.div(jnp.max(length) + (keys - 1), keys)
+    trips = lax.div(jnp.max(context_lens) + (keys - 1), keys)
     state = lax.fori_loop(0, trips, chunk, online_softmax.start((S, K, G), H))
     return online_softmax.finish(state).astype(q.dtype)

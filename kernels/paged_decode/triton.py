@@ -25,20 +25,20 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: jax.Array,
-    length: jax.Array,
+    block_table: jax.Array,
+    context_lens: jax.Array,
     *,
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
     """See `paged_decode`. The page and the pool's head dim must be powers of two, from 16 up."""
     S, K, G, H = q.shape
-    page = k.shape[1]
-    if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H) < gpu.TENSOR_CORE_ROWS:
+    block_size = k.shape[1]
+    if not (gpu.power_of_2(block_size) and gpu.power_of_2(H)) or min(block_size, H) < gpu.TENSOR_CORE_ROWS:
         refuse("paged_decode", "triton", "page and head dim must be powers of two >= 16", q=q, k=k)
-    block = gpu.key_block(page, k.dtype)
+    block = gpu.key_block(block_size, k.dtype)
     rows = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(G))
-    splits = max(1, min(MAX_SPLITS, PROGRAMS // (S * K), pages.shape[1] * page // block))
+    splits = max(1, min(MAX_SPLITS, PROGRAMS // (S * K), block_table.shape[1] * block_size // block))
     query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
     top, total, values = pl.pallas_call(
         functools.partial(_kernel, block=block, splits=splits, scale=scale * gpu.LOG2E),
@@ -57,7 +57,7 @@ def run(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if H * k.dtype.itemsize <= 256 else 2),
         interpret=interpret,
         name="paged_decode",
-    )(query, k, v, pages, length)
+    )(query, k, v, block_table, context_lens)
     weight = jnp.exp2(top - top.max(2, keepdims=True))[:, :, :, :G]
     values = (values[:, :, :, :G] * weight[..., None]).sum(2)
     total = (total[:, :, :, :G] * weight).sum(2)
@@ -68,8 +68,8 @@ def _kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    pages_ref: Any,
-    length_ref: Any,
+    block_table_ref: Any,
+    context_lens_ref: Any,
     top_ref: Any,
     total_ref: Any,
     values_ref: Any,
@@ -79,16 +79,16 @@ def _kernel(
     scale: float,
 ) -> None:
     s, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    page = k_ref.shape[1]
-    length = length_ref[s]
-    blocks = lax.div(length + (block - 1), block)
+    block_size = k_ref.shape[1]
+    context_lens = context_lens_ref[s]
+    blocks = lax.div(context_lens + (block - 1), block)
     share = lax.div(blocks + (splits - 1), splits)
     query = q_ref[...]
 
     def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
         at = c * block
-        page_id, rows = pages_ref[s, lax.div(at, page)], pl.ds(lax.rem(at, page), block)
-        live = at + jnp.arange(block, dtype=jnp.int32) < length
+        page_id, rows = block_table_ref[s, lax.div(at, block_size)], pl.ds(lax.rem(at, block_size), block)
+        live = at + jnp.arange(block, dtype=jnp.int32) < context_lens
         x = tile.scores(query, k_ref[page_id, rows, h, :]) * scale
         value = plgpu.load(v_ref.at[page_id, rows, h, :], mask=live[:, None], other=0.0)
         x = jnp.where(live[None], x, online_softmax.MASKED)

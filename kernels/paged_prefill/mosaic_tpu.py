@@ -23,10 +23,10 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: jax.Array,
-    owner: jax.Array,
-    start: jax.Array,
-    length: jax.Array,
+    block_table: jax.Array,
+    seq_index: jax.Array,
+    q_start: jax.Array,
+    context_lens: jax.Array,
     *,
     causal: bool,
     scale: float,
@@ -34,23 +34,25 @@ def run(
 ) -> jax.Array:
     """See `paged_prefill`. The rows of a kv head's matrix are query * G + head."""
     B, Q, K, G, H = q.shape
-    page = k.shape[1]
+    block_size = k.shape[1]
     if jnp.float16 in (q.dtype, k.dtype):
         refuse("paged_prefill", "mosaic_tpu", "the TPU has no float16", q=q, k=k)
-    count = max(1, min(STEP_KEYS // page, MOST_PAGES, pages.shape[1]))
+    count = max(1, min(STEP_KEYS // block_size, MOST_PAGES, block_table.shape[1]))
     rows = tpu.sublanes(Q * G, q.dtype)
     query = q.transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, H)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
-    length = jnp.where(start > -Q, length[owner], 0)  # from here on per block
-    end = jnp.clip(start + Q, 0, length) if causal else length
-    steps = jnp.maximum(lax.div(jnp.max(end) + (count * page - 1), count * page), 1)
+    context_lens = jnp.where(q_start > -Q, context_lens[seq_index], 0)  # from here on per block
+    end = jnp.clip(q_start + Q, 0, context_lens) if causal else context_lens
+    steps = jnp.maximum(lax.div(jnp.max(end) + (count * block_size - 1), count * block_size), 1)
 
     def pool(j: int) -> pl.BlockSpec:
-        def index(b: jax.Array, p: jax.Array, pages: Any, owner: Any, start: Any, end: Any) -> tuple[Any, ...]:
-            last = jnp.maximum(lax.div(end[b] + (page - 1), page) - 1, 0)
-            return pages[owner[b], jnp.minimum(p * count + j, last)], 0, 0, 0
+        def index(
+            b: jax.Array, p: jax.Array, block_table: Any, seq_index: Any, q_start: Any, end: Any
+        ) -> tuple[Any, ...]:
+            last = jnp.maximum(lax.div(end[b] + (block_size - 1), block_size) - 1, 0)
+            return block_table[seq_index[b], jnp.minimum(p * count + j, last)], 0, 0, 0
 
-        return pl.BlockSpec((None, page, K, H), index)
+        return pl.BlockSpec((None, block_size, K, H), index)
 
     heads = pl.BlockSpec((None, K, rows, H), lambda b, p, *_: (b, 0, 0, 0))
     out = pl.pallas_call(
@@ -68,14 +70,14 @@ def run(
         ),
         interpret=interpret,
         name="paged_prefill",
-    )(pages, owner, start, end, query, *[k] * count, *[v] * count)
+    )(block_table, seq_index, q_start, end, query, *[k] * count, *[v] * count)
     return out[:, :, : Q * G].reshape(B, K, Q, G, H).transpose(0, 2, 1, 3, 4)
 
 
 def _kernel(
-    pages_ref: Any,
-    owner_ref: Any,
-    start_ref: Any,
+    block_table_ref: Any,
+    seq_index_ref: Any,
+    q_start_ref: Any,
     end_ref: Any,
     q_ref: Any,
     *refs: Any,
@@ -87,19 +89,19 @@ def _kernel(
     k_refs, v_refs = refs[:count], refs[count : 2 * count]
     out_ref, top, total, values = refs[2 * count :]
     b, p = pl.program_id(0), pl.program_id(1)
-    page, K, _ = k_refs[0].shape
+    block_size, K, _ = k_refs[0].shape
     rows = q_ref.shape[1]
     end = end_ref[b]
     pl.when(p == 0)(lambda: tpu.start(top, total, values))
     for j in range(count):
-        first = (p * count + j) * page
+        first = (p * count + j) * block_size
 
         def fold(first: jax.Array = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
-            live = first + lax.broadcasted_iota(jnp.int32, (page, 1), 0) < end
-            at = first + lax.broadcasted_iota(jnp.int32, (rows, page), 1)
+            live = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
+            at = first + lax.broadcasted_iota(jnp.int32, (rows, block_size), 1)
             seen = at < end
             if causal:
-                seen &= at <= start_ref[b] + lax.div(lax.broadcasted_iota(jnp.int32, (rows, page), 0), group)
+                seen &= at <= q_start_ref[b] + lax.div(lax.broadcasted_iota(jnp.int32, (rows, block_size), 0), group)
             for h in range(K):
                 x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]

@@ -2,7 +2,7 @@
 
 Measured on two cores of an EPYC, jax 0.10.2, float32, a prompt of 1024 tokens, K 2, G 6, H 128: 90, 70, 69 and 50 ms in
 blocks of 16, 32, 64 and 128 queries; chunks of 64 to 512 keys differ by less than the machine's noise. Pages are
-[K, page, H] here: see `heads_first`.
+[K, page, H] here: see `kv_heads_first`.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
-from ..pages import as_float32
+from ..pages import cache_to_float32
 
 CHUNK = 128
 """Keys per trip."""
@@ -20,28 +20,28 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: jax.Array,
-    owner: jax.Array,
-    start: jax.Array,
-    length: jax.Array,
+    block_table: jax.Array,
+    seq_index: jax.Array,
+    q_start: jax.Array,
+    context_lens: jax.Array,
     *,
     causal: bool,
     scale: float,
 ) -> jax.Array:
     """See `paged_prefill`. Block after block, each over the chunks of keys that it sees and no more."""
     B, Q, K, G, H = q.shape
-    page = k.shape[2]
-    step = max(1, CHUNK // page)
-    keys = step * page
-    pages = jnp.pad(pages, ((0, 0), (0, -pages.shape[1] % step)))
+    block_size = k.shape[2]
+    step = max(1, CHUNK // block_size)
+    keys = step * block_size
+    block_table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % step)))
 
     def block(b: jax.Array, out: jax.Array) -> jax.Array:
         query = lax.dynamic_index_in_dim(q, b, keepdims=False).astype(jnp.float32) * scale
         query = query.transpose(1, 2, 0, 3).reshape(K, G * Q, H)
-        position = start[b] + jnp.tile(jnp.arange(Q, dtype=jnp.int32), G)
-        row = lax.dynamic_index_in_dim(pages, owner[b], keepdims=False)
-        total = jnp.where(start[b] > -Q, length[owner[b]], 0)
-        end = jnp.minimum(total, start[b] + Q) if causal else total
+        position = q_start[b] + jnp.tile(jnp.arange(Q, dtype=jnp.int32), G)
+        row = lax.dynamic_index_in_dim(block_table, seq_index[b], keepdims=False)
+        total = jnp.where(q_start[b] > -Q, context_lens[seq_index[b]], 0)
+        end = jnp.minimum(total, q_start[b] + Q) if causal else total
 
         def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
             ids = lax.dynamic_slice_in_dim(row, c * step, step)
@@ -49,7 +49,7 @@ def run(
 
             def gather(pool: jax.Array) -> jax.Array:
                 rows = jnp.take(pool, ids, axis=0, mode="clip")
-                return as_float32(rows.swapaxes(0, 1).reshape(K, keys, H))
+                return cache_to_float32(rows.swapaxes(0, 1).reshape(K, keys, H))
 
             seen = (at < end)[None]
             if causal:

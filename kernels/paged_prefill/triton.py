@@ -22,10 +22,10 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    pages: jax.Array,
-    owner: jax.Array,
-    start: jax.Array,
-    length: jax.Array,
+    block_table: jax.Array,
+    seq_index: jax.Array,
+    q_start: jax.Array,
+    context_lens: jax.Array,
     *,
     causal: bool,
     scale: float,
@@ -34,15 +34,15 @@ def run(
     """See `paged_prefill`. The page and the pool's head dim must be powers of two from 16 up, and Q * G a multiple of
     16."""
     B, Q, K, G, H = q.shape
-    page = k.shape[1]
+    block_size = k.shape[1]
     rows = min(gpu.query_rows(H, q.dtype), Q * G & -(Q * G))  # the largest power of two that leaves no tile half empty
-    if not (gpu.power_of_2(page) and gpu.power_of_2(H)) or min(page, H, rows) < gpu.TENSOR_CORE_ROWS:
+    if not (gpu.power_of_2(block_size) and gpu.power_of_2(H)) or min(block_size, H, rows) < gpu.TENSOR_CORE_ROWS:
         refuse(
             "paged_prefill", "triton", "page and head dim must be powers of two >= 16, Q * G a multiple of 16", q=q, k=k
         )
     return pl.pallas_call(
         functools.partial(
-            _kernel, rows=rows, block=gpu.key_block(page, k.dtype), causal=causal, scale=scale * gpu.LOG2E
+            _kernel, rows=rows, block=gpu.key_block(block_size, k.dtype), causal=causal, scale=scale * gpu.LOG2E
         ),
         grid=(Q * G // rows, K, B),
         in_specs=[pl.no_block_spec] * 7,
@@ -51,17 +51,17 @@ def run(
         compiler_params=plgpu.CompilerParams(num_warps=gpu.warps(rows, H), num_stages=2),
         interpret=interpret,
         name="paged_prefill",
-    )(q, k, v, pages, owner, start, length)
+    )(q, k, v, block_table, seq_index, q_start, context_lens)
 
 
 def _kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    pages_ref: Any,
-    owner_ref: Any,
-    start_ref: Any,
-    length_ref: Any,
+    block_table_ref: Any,
+    seq_index_ref: Any,
+    q_start_ref: Any,
+    context_lens_ref: Any,
     out_ref: Any,
     *,
     rows: int,
@@ -71,27 +71,27 @@ def _kernel(
 ) -> None:
     i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     _, Q, _, G, H = q_ref.shape
-    page = k_ref.shape[1]
+    block_size = k_ref.shape[1]
     row = i * rows + jnp.arange(rows, dtype=jnp.int32)
     j, g = lax.div(row, G), lax.rem(row, G)
-    sequence, start = owner_ref[b], start_ref[b]
-    length = jnp.where(start > -Q, length_ref[sequence], 0)
-    first_query, last_query = start + lax.div(i * rows, G), start + lax.div((i + 1) * rows - 1, G)
-    seen_by_any = jnp.maximum(jnp.minimum(length, last_query + 1), 0) if causal else length
-    seen_by_all = jnp.maximum(jnp.minimum(length, first_query + 1), 0) if causal else length
+    sequence, q_start = seq_index_ref[b], q_start_ref[b]
+    context_lens = jnp.where(q_start > -Q, context_lens_ref[sequence], 0)
+    first_query, last_query = q_start + lax.div(i * rows, G), q_start + lax.div((i + 1) * rows - 1, G)
+    seen_by_any = jnp.maximum(jnp.minimum(context_lens, last_query + 1), 0) if causal else context_lens
+    seen_by_all = jnp.maximum(jnp.minimum(context_lens, first_query + 1), 0) if causal else context_lens
     query = q_ref[b, j, h, g, :]
 
     def chunk(c: jax.Array, state: online_softmax.State, masked: bool) -> online_softmax.State:
         at = c * block
-        page_id, keys = pages_ref[sequence, lax.div(at, page)], pl.ds(lax.rem(at, page), block)
+        page_id, keys = block_table_ref[sequence, lax.div(at, block_size)], pl.ds(lax.rem(at, block_size), block)
         x = tile.scores(query, k_ref[page_id, keys, h, :]) * scale
         if not masked:
             value = v_ref[page_id, keys, h, :]
         else:
             position = at + jnp.arange(block, dtype=jnp.int32)
-            live = position < length
+            live = position < context_lens
             value = plgpu.load(v_ref.at[page_id, keys, h, :], mask=live[:, None], other=0.0)
-            seen = (position[None] <= (start + j)[:, None]) & live[None] if causal else live[None]
+            seen = (position[None] <= (q_start + j)[:, None]) & live[None] if causal else live[None]
             x = jnp.where(seen, x, online_softmax.MASKED)
         return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
 

@@ -25,11 +25,11 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment: jax.Array,
+    segment_ids: jax.Array,
     *,
     scale: float,
-    uniform: int | None = None,
-    seen: jax.Array | None = None,
+    segment_len: int | None = None,
+    key_mask: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `segment_attention`."""
@@ -37,9 +37,9 @@ def run(
     if q.dtype == jnp.float16:
         refuse("segment_attention", "mosaic_tpu", "the TPU has no float16", q=q)
     block = BLOCK if q.shape[0] >= BLOCK else tpu.LANES
-    (q, k, v), segment = whole_blocks((q, k, v), segment, block, uniform)
+    (q, k, v), segment_ids = whole_blocks((q, k, v), segment_ids, block, segment_len)
     query, key, value = (x.swapaxes(0, 1) for x in (q, k, v))
-    low, high, _ = bounds(segment, block)
+    low, high, _ = bounds(segment_ids, block)
     first, last = lax.div(low, block), lax.div(high + (block - 1), block)
     steps = jnp.maximum(jnp.max(last - first), 1)
 
@@ -52,7 +52,7 @@ def run(
         functools.partial(_kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(N, segment.shape[0] // block, steps),
+            grid=(N, segment_ids.shape[0] // block, steps),
             in_specs=[
                 queries,
                 others,
@@ -67,8 +67,8 @@ def run(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="segment_attention",
-    )(first, last, query, key, value, segment[:, None], as_keys(segment, seen)[None])
-    return unpad(out.swapaxes(0, 1), U, uniform)
+    )(first, last, query, key, value, segment_ids[:, None], as_keys(segment_ids, key_mask)[None])
+    return unpad(out.swapaxes(0, 1), U, segment_len)
 
 
 def _kernel(

@@ -21,16 +21,16 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment: jax.Array,
+    segment_ids: jax.Array,
     *,
     scale: float,
-    uniform: int | None = None,
-    seen: jax.Array | None = None,
+    segment_len: int | None = None,
+    key_mask: jax.Array | None = None,
 ) -> jax.Array:
     """See `segment_attention`."""
-    if uniform is not None:
-        return _uniform(q, k, v, uniform, scale)
-    return _ragged(q, k, v, segment, seen, scale)
+    if segment_len is not None:
+        return _uniform(q, k, v, segment_len, scale)
+    return _ragged(q, k, v, segment_ids, key_mask, scale)
 
 
 def _uniform(q: jax.Array, k: jax.Array, v: jax.Array, n: int, scale: float) -> jax.Array:
@@ -51,20 +51,20 @@ def _uniform(q: jax.Array, k: jax.Array, v: jax.Array, n: int, scale: float) -> 
 
 
 def _ragged(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, seen: jax.Array | None, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, key_mask: jax.Array | None, scale: float
 ) -> jax.Array:
     """Block of queries after block, each over the blocks of keys that its segments span."""
     U, N, H = q.shape
     block = min(QUERIES, U)
-    padded, segment = whole_blocks((q, k, v), segment, block, None)
-    low, high, _ = bounds(segment, block)
-    other = as_keys(segment, seen)
+    padded, segment_ids = whole_blocks((q, k, v), segment_ids, block, None)
+    low, high, _ = bounds(segment_ids, block)
+    other = as_keys(segment_ids, key_mask)
     query, key, value = (x.swapaxes(0, 1).astype(jnp.float32) for x in padded)
     query = query * scale
 
     def rows(i: jax.Array, out: jax.Array) -> jax.Array:
         mine = lax.dynamic_slice_in_dim(query, i * block, block, 1)
-        own = lax.dynamic_slice_in_dim(segment, i * block, block)
+        own = lax.dynamic_slice_in_dim(segment_ids, i * block, block)
 
         def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
             scores = jnp.einsum("nqh,nkh->nqk", mine, lax.dynamic_slice_in_dim(key, c * block, block, 1))

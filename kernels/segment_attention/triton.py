@@ -18,23 +18,23 @@ def run(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment: jax.Array,
+    segment_ids: jax.Array,
     *,
     scale: float,
-    uniform: int | None = None,
-    seen: jax.Array | None = None,
+    segment_len: int | None = None,
+    key_mask: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See `segment_attention`. Head dims other than powers of two are padded in a copy."""
     U, N, H = q.shape
     width = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(H))
     queries = gpu.query_rows(width, q.dtype)
-    (q, k, v), segment = whole_blocks((q, k, v), segment, queries, uniform)
+    (q, k, v), segment_ids = whole_blocks((q, k, v), segment_ids, queries, segment_len)
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, width - H))) for x in (q, k, v))
-    low, high, single = bounds(segment, queries)
-    other = as_keys(segment, seen)
-    if seen is not None:  # blocks of keys without a mask are for segments that are seen as a whole
-        unseen = jnp.cumsum(jnp.pad(other != segment, (1, 0)), dtype=jnp.int32)
+    low, high, single = bounds(segment_ids, queries)
+    other = as_keys(segment_ids, key_mask)
+    if key_mask is not None:  # blocks of keys without a mask are for segments that are seen as a whole
+        unseen = jnp.cumsum(jnp.pad(other != segment_ids, (1, 0)), dtype=jnp.int32)
         single = jnp.where(unseen[low] == unseen[high], single, 0)
     block = pl.BlockSpec((queries, None, width), lambda i, n: (i, n, 0))
     out = pl.pallas_call(
@@ -46,15 +46,15 @@ def run(
         compiler_params=plgpu.CompilerParams(num_warps=gpu.warps(queries, width), num_stages=2),
         interpret=interpret,
         name="segment_attention",
-    )(query, key, value, segment, other, low, high, single)
-    return unpad(out[:, :, :H], U, uniform)
+    )(query, key, value, segment_ids, other, low, high, single)
+    return unpad(out[:, :, :H], U, segment_len)
 
 
 def _kernel(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
-    segment_ref: Any,
+    segment_ids_ref: Any,
     other_ref: Any,
     low_ref: Any,
     high_ref: Any,
@@ -67,7 +67,7 @@ def _kernel(
     i, n = pl.program_id(0), pl.program_id(1)
     queries = q_ref.shape[0]
     query = q_ref[...]
-    own = segment_ref[pl.ds(i * queries, queries)]
+    own = segment_ids_ref[pl.ds(i * queries, queries)]
     low, high = low_ref[i], high_ref[i]
 
     def chunk(c: jax.Array, state: online_softmax.State, masked: bool) -> online_softmax.State:

@@ -2,16 +2,16 @@
 
 from mmjax.chat.content import content_format
 from mmjax.chat.conversation import split
-from mmjax.chat.draft import Chat, ChatOptions, Draft
+from mmjax.chat.draft import ChatOptions, ChatRenderer, RenderedChat
 from mmjax.chat.parts import UnknownPart
-from mmjax.chat.template import ChatTemplateResolutionError, Stored, load_template
+from mmjax.chat.template import ChatTemplateResolutionError, StoredTemplates, load_template
 
 __all__ = [
-    "Chat",
     "ChatOptions",
+    "ChatRenderer",
     "ChatTemplateResolutionError",
-    "Draft",
-    "Stored",
+    "RenderedChat",
+    "StoredTemplates",
     "UnknownPart",
     "content_format",
     "load_template",

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmjax.chat.parts import Medium, read_part
+from mmjax.chat.parts import MediaRef, read_part
 from mmjax.types import RequestError
 
 CARRIED = ("name", "tool_call_id")
@@ -18,7 +18,7 @@ class Message:
     """One message, read: texts and media in their order, and what else a template may ask for."""
 
     role: str
-    pieces: tuple[str | Medium, ...]
+    pieces: tuple[str | MediaRef, ...]
     extra: Mapping[str, Any]
 
 
@@ -85,9 +85,9 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
     return read
 
 
-def media_of(messages: list[Message]) -> list[Medium]:
+def media_of(messages: list[Message]) -> list[MediaRef]:
     """Every medium of a conversation, in its order."""
-    return [piece for message in messages for piece in message.pieces if isinstance(piece, Medium)]
+    return [piece for message in messages for piece in message.pieces if isinstance(piece, MediaRef)]
 
 
 def in_parts(messages: list[Message]) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ def in_parts(messages: list[Message]) -> list[dict[str, Any]]:
         {
             "role": message.role,
             "content": [
-                {"type": piece.kind} if isinstance(piece, Medium) else {"type": "text", "text": piece}
+                {"type": piece.modality} if isinstance(piece, MediaRef) else {"type": "text", "text": piece}
                 for piece in message.pieces
             ],
             **message.extra,
@@ -121,8 +121,8 @@ def in_strings(
             if isinstance(piece, str):
                 pieces.append((False, piece))
                 continue
-            counts[piece.kind] += 1
-            stands = placeholder(piece.kind, counts[piece.kind])
+            counts[piece.modality] += 1
+            stands = placeholder(piece.modality, counts[piece.modality])
             if stands:
                 pieces.append((True, stands))
         content = "\n".join(text for _, text in pieces) if interleave else _in_front(pieces)

@@ -11,8 +11,8 @@ from typing import Any
 from mmjax.chat import conversation, template
 from mmjax.chat.content import content_format
 from mmjax.chat.fetch import Connector, at_hand, fetch_all, fetch_all_async, is_elsewhere
-from mmjax.chat.parts import Medium
-from mmjax.chat.template import Stored
+from mmjax.chat.parts import MediaRef
+from mmjax.chat.template import StoredTemplates
 from mmjax.config import env_number
 from mmjax.types import RequestError
 
@@ -69,20 +69,20 @@ class ChatOptions:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Draft:
+class RenderedChat:
     """A conversation written out, its media not fetched yet."""
 
     prompt: str
-    media: tuple[Medium, ...]
+    media: tuple[MediaRef, ...]
     options: ChatOptions
 
     def finish(self, fetched: Sequence[Any]) -> dict[str, Any]:
         """The prompt as `LLM.generate` takes it, with the data of each medium."""
         data: collections.defaultdict[str, list[Any]] = collections.defaultdict(list)
         names: collections.defaultdict[str, list[str | None]] = collections.defaultdict(list)
-        for medium, value in zip(self.media, fetched, strict=True):
-            data[medium.kind].append(value)
-            names[medium.kind].append(medium.uuid)
+        for ref, value in zip(self.media, fetched, strict=True):
+            data[ref.modality].append(value)
+            names[ref.modality].append(ref.uuid)
         made: dict[str, Any] = {"prompt": self.prompt, "multi_modal_data": dict(data), "multi_modal_uuids": dict(names)}
         for name in ("mm_processor_kwargs", "media_io_kwargs", "cache_salt"):
             if getattr(self.options, name) is not None:
@@ -90,7 +90,7 @@ class Draft:
         return made
 
 
-class Chat:
+class ChatRenderer:
     """Writes conversations for one model. Safe to use from several threads.
 
     placeholder: modality -> what stands for one item in a string, with `{i}` for its number. check: (modality, media,
@@ -100,7 +100,7 @@ class Chat:
 
     def __init__(
         self,
-        stored: Stored,
+        stored: StoredTemplates,
         *,
         placeholder: Mapping[str, str],
         check: Callable[[str, int, int], None],
@@ -119,15 +119,15 @@ class Chat:
         most = max(1, int(env_number("MEDIA_LOADING_THREAD_COUNT", 8)))
         return concurrent.futures.ThreadPoolExecutor(max_workers=most, thread_name_prefix="fetch")
 
-    def draft(self, messages: Any, options: ChatOptions) -> Draft:
+    def render(self, messages: Any, options: ChatOptions) -> RenderedChat:
         """Check and write out one conversation. Nothing is fetched before everything that needs no media is checked.
 
         TypeError: no messages. RequestError: something in them, in the options or in the template.
         """
         read = conversation.read(messages)
         media = self._with_sound_tracks(conversation.media_of(read), options)
-        for kind, count in collections.Counter(medium.kind for medium in media).items():
-            self.check(kind, count, sum(m.kind == kind and m.form == "embeds" for m in media))
+        for modality, count in collections.Counter(ref.modality for ref in media).items():
+            self.check(modality, count, sum(m.modality == modality and m.form == "embeds" for m in media))
         text = self.stored.resolve(options.chat_template or self.default_template, tools=bool(options.tools))
         form = self._form(text, options.chat_template_content_format)
         if form == "openai":
@@ -144,30 +144,34 @@ class Chat:
             documents=options.documents,
             kwargs=options.chat_template_kwargs or {},
         )
-        return Draft(prompt, tuple(media), options)
+        return RenderedChat(prompt, tuple(media), options)
 
-    def fetch(self, draft: Draft) -> dict[str, Any]:
+    def fetch(self, rendered: RenderedChat) -> dict[str, Any]:
         """Fetch the media of a draft, several at a time: the prompt as `LLM.generate` takes it."""
-        if not any(map(is_elsewhere, draft.media)):
-            return draft.finish([at_hand(medium) for medium in draft.media])
-        return draft.finish(fetch_all(draft.media, self.connect(draft.options.media_io_kwargs or {}), self._threads))
+        if not any(map(is_elsewhere, rendered.media)):
+            return rendered.finish([at_hand(ref) for ref in rendered.media])
+        return rendered.finish(
+            fetch_all(rendered.media, self.connect(rendered.options.media_io_kwargs or {}), self._threads)
+        )
 
-    async def fetch_async(self, draft: Draft) -> dict[str, Any]:
+    async def fetch_async(self, rendered: RenderedChat) -> dict[str, Any]:
         """`fetch` without blocking the event loop."""
-        if not any(map(is_elsewhere, draft.media)):
-            return draft.finish([at_hand(medium) for medium in draft.media])
-        return draft.finish(await fetch_all_async(draft.media, self.connect(draft.options.media_io_kwargs or {})))
+        if not any(map(is_elsewhere, rendered.media)):
+            return rendered.finish([at_hand(ref) for ref in rendered.media])
+        return rendered.finish(
+            await fetch_all_async(rendered.media, self.connect(rendered.options.media_io_kwargs or {}))
+        )
 
     def prompt(self, messages: Any, options: ChatOptions) -> dict[str, Any]:
         """One conversation -> prompt, multi_modal_data, multi_modal_uuids and what else `LLM.generate` reads."""
-        return self.fetch(self.draft(messages, options))
+        return self.fetch(self.render(messages, options))
 
     async def prompt_async(self, messages: Any, options: ChatOptions) -> dict[str, Any]:
         """`prompt` without blocking the event loop on a download."""
-        return await self.fetch_async(self.draft(messages, options))
+        return await self.fetch_async(self.render(messages, options))
 
-    def _placeholder(self, kind: str, number: int) -> str | None:
-        stands = self.placeholder.get(kind)
+    def _placeholder(self, modality: str, number: int) -> str | None:
+        stands = self.placeholder.get(modality)
         return stands and stands.replace("{i}", str(number))
 
     def _form(self, text: str, asked: str) -> str:
@@ -184,14 +188,14 @@ class Chat:
             self._warned.add(words)
             log.warning("%s", words)
 
-    def _with_sound_tracks(self, media: list[Medium], options: ChatOptions) -> list[Medium]:
+    def _with_sound_tracks(self, media: list[MediaRef], options: ChatOptions) -> list[MediaRef]:
         """With `use_audio_in_video` the sound track of each video is an audio item of its own, under the same name."""
         kwargs = {**self.processor_kwargs, **(options.mm_processor_kwargs or {})}
         if not kwargs.get("use_audio_in_video"):
             return media
         made = []
-        for medium in media:
-            made.append(medium)
-            if medium.kind == "video" and medium.form == "url":
-                made.append(dataclasses.replace(medium, kind="audio"))
+        for ref in media:
+            made.append(ref)
+            if ref.modality == "video" and ref.form == "url":
+                made.append(dataclasses.replace(ref, modality="audio"))
         return made

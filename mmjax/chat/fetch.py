@@ -5,7 +5,7 @@ import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from mmjax.chat.parts import Medium
+from mmjax.chat.parts import MediaRef
 
 Fetched = Any
 
@@ -23,11 +23,11 @@ class Connector(Protocol):
     def fetch_audio_embedding(self, data: str) -> Any: ...
 
 
-def fetch_all(media: Sequence[Medium], connector: Connector, pool: concurrent.futures.Executor) -> list[Fetched]:
+def fetch_all(media: Sequence[MediaRef], connector: Connector, pool: concurrent.futures.Executor) -> list[Fetched]:
     """The data of each medium, in order; None for those to be found in the cache."""
     if sum(map(is_elsewhere, media)) < 2:
-        return [_fetch(medium, connector) for medium in media]
-    futures = [pool.submit(_fetch, medium, connector) for medium in media]
+        return [_fetch(ref, connector) for ref in media]
+    futures = [pool.submit(_fetch, ref, connector) for ref in media]
     try:
         concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
         for future in futures:
@@ -39,9 +39,9 @@ def fetch_all(media: Sequence[Medium], connector: Connector, pool: concurrent.fu
             future.cancel()
 
 
-async def fetch_all_async(media: Sequence[Medium], connector: Connector) -> list[Fetched]:
+async def fetch_all_async(media: Sequence[MediaRef], connector: Connector) -> list[Fetched]:
     """The same without blocking the event loop. A failure cancels the other downloads before it is raised."""
-    tasks = [asyncio.ensure_future(_fetch_async(medium, connector)) for medium in media]
+    tasks = [asyncio.ensure_future(_fetch_async(ref, connector)) for ref in media]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -50,51 +50,51 @@ async def fetch_all_async(media: Sequence[Medium], connector: Connector) -> list
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def is_elsewhere(medium: Medium) -> bool:
+def is_elsewhere(ref: MediaRef) -> bool:
     """Whether there is something to fetch or to decode."""
-    if medium.form == "embeds":
-        return any(isinstance(value, str) for value in _named(medium).values())
-    return medium.value is not None and medium.form == "url"
+    if ref.form == "embeds":
+        return any(isinstance(value, str) for value in _named(ref).values())
+    return ref.value is not None and ref.form == "url"
 
 
-def at_hand(medium: Medium) -> Fetched:
+def at_hand(ref: MediaRef) -> Fetched:
     """The data of a medium that is not elsewhere."""
-    return _named(medium) or None if medium.form == "embeds" else medium.value
+    return _named(ref) or None if ref.form == "embeds" else ref.value
 
 
-def _fetch(medium: Medium, connector: Connector) -> Fetched:
-    if not is_elsewhere(medium):
-        return at_hand(medium)
-    if medium.form == "embeds":
-        return _embeds(medium, connector)
+def _fetch(ref: MediaRef, connector: Connector) -> Fetched:
+    if not is_elsewhere(ref):
+        return at_hand(ref)
+    if ref.form == "embeds":
+        return _embeds(ref, connector)
     fetch: Mapping[str, Callable[[str], Any]] = {
         "image": connector.fetch_image,
         "audio": connector.fetch_audio,
         "video": connector.fetch_video,
     }
-    return fetch[medium.kind](medium.value)
+    return fetch[ref.modality](ref.value)
 
 
-async def _fetch_async(medium: Medium, connector: Connector) -> Fetched:
-    if not is_elsewhere(medium):
-        return at_hand(medium)
-    if medium.form == "embeds":
-        return await asyncio.to_thread(_embeds, medium, connector)
-    if medium.kind == "image":
-        return await connector.fetch_image_async(medium.value)
-    if medium.kind == "audio":
-        return await connector.fetch_audio_async(medium.value)
-    return await connector.fetch_video_async(medium.value)
+async def _fetch_async(ref: MediaRef, connector: Connector) -> Fetched:
+    if not is_elsewhere(ref):
+        return at_hand(ref)
+    if ref.form == "embeds":
+        return await asyncio.to_thread(_embeds, ref, connector)
+    if ref.modality == "image":
+        return await connector.fetch_image_async(ref.value)
+    if ref.modality == "audio":
+        return await connector.fetch_audio_async(ref.value)
+    return await connector.fetch_video_async(ref.value)
 
 
-def _embeds(medium: Medium, connector: Connector) -> dict[str, Any]:
+def _embeds(ref: MediaRef, connector: Connector) -> dict[str, Any]:
     """Named arrays, decoded where they came as base64."""
-    decode = connector.fetch_audio_embedding if medium.kind == "audio" else connector.fetch_image_embedding
-    return {name: decode(value) if isinstance(value, str) else value for name, value in _named(medium).items()}
+    decode = connector.fetch_audio_embedding if ref.modality == "audio" else connector.fetch_image_embedding
+    return {name: decode(value) if isinstance(value, str) else value for name, value in _named(ref).items()}
 
 
-def _named(medium: Medium) -> dict[str, Any]:
+def _named(ref: MediaRef) -> dict[str, Any]:
     """The arrays of embeddings by name; none for those to be found in the cache."""
-    if medium.value is None or isinstance(medium.value, dict):
-        return medium.value or {}
-    return {f"{medium.kind}_embeds": medium.value}
+    if ref.value is None or isinstance(ref.value, dict):
+        return ref.value or {}
+    return {f"{ref.modality}_embeds": ref.value}

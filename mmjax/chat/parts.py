@@ -16,24 +16,24 @@ log = logging.getLogger(__name__)
 TEXTS = ("text", "input_text", "output_text", "refusal", "thinking")
 
 
-class Form(NamedTuple):
+class PartFormat(NamedTuple):
     """What a type of part holds: a modality, under which key, and in which form."""
 
-    kind: str
+    modality: str
     key: str
     form: str
 
 
 MEDIA = {
-    "image_url": Form("image", "image_url", "url"),
-    "image_pil": Form("image", "image_pil", "object"),
-    "image_embeds": Form("image", "image_embeds", "embeds"),
-    "audio_url": Form("audio", "audio_url", "url"),
-    "input_audio": Form("audio", "input_audio", "sound"),
-    "audio_embeds": Form("audio", "audio_embeds", "embeds"),
-    "video_url": Form("video", "video_url", "url"),
-    "video_embeds": Form("video", "video_embeds", "embeds"),
-    "input_image": Form("image", "image_url", "url"),
+    "image_url": PartFormat("image", "image_url", "url"),
+    "image_pil": PartFormat("image", "image_pil", "object"),
+    "image_embeds": PartFormat("image", "image_embeds", "embeds"),
+    "audio_url": PartFormat("audio", "audio_url", "url"),
+    "input_audio": PartFormat("audio", "input_audio", "sound"),
+    "audio_embeds": PartFormat("audio", "audio_embeds", "embeds"),
+    "video_url": PartFormat("video", "video_url", "url"),
+    "video_embeds": PartFormat("video", "video_embeds", "embeds"),
+    "input_image": PartFormat("image", "image_url", "url"),
 }
 UNTYPED = [form for name, form in MEDIA.items() if name != "input_image"]  # recognised by their key alone
 ELSEWHERE = {  # what other libraries call them
@@ -54,16 +54,16 @@ class UnknownPart(RequestError, NotImplementedError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Medium:
+class MediaRef:
     """A medium of a conversation. form: "url", "object" or "embeds". value None: to be found in the cache, by uuid."""
 
-    kind: str
+    modality: str
     form: str
     value: Any
     uuid: str | None = None
 
 
-def read_part(part: Any, where: str) -> str | Medium | None:
+def read_part(part: Any, where: str) -> str | MediaRef | None:
     """A text, a medium, or None for a part that says nothing. `where` names the part in errors.
 
     TypeError: no part at all. RequestError: a part with something missing; UnknownPart is one.
@@ -110,22 +110,22 @@ def _uuid(value: Any, where: str) -> str | None:
     return str(value)
 
 
-def _medium(form: Form, part: Mapping[str, Any], uuid: str | None, where: str, *, bare: bool) -> Medium:
+def _medium(form: PartFormat, part: Mapping[str, Any], uuid: str | None, where: str, *, bare: bool) -> MediaRef:
     """`bare`: a URL may stand alone, without the dictionary around it."""
     payload = part.get(form.key)
     empty = payload is None or (isinstance(payload, Mapping) and not payload)
     value = None if empty else READ[form.form](payload, form, where, bare)
     if value is None and uuid is None:
         raise _wrong(form, where, "it is empty and has no `uuid` under which it was sent before")
-    return Medium(form.kind, "url" if form.form == "sound" else form.form, value, uuid)
+    return MediaRef(form.modality, "url" if form.form == "sound" else form.form, value, uuid)
 
 
-def _wrong(form: Form, where: str, found: str) -> RequestError:
+def _wrong(form: PartFormat, where: str, found: str) -> RequestError:
     example = EXAMPLE[form.form].format(key=form.key)
     return RequestError(f"{where}: '{form.key}' cannot be read: {found}. Write {example}.", "bad_part")
 
 
-def _url(payload: Any, form: Form, where: str, bare: bool) -> str | None:
+def _url(payload: Any, form: PartFormat, where: str, bare: bool) -> str | None:
     if isinstance(payload, Mapping):
         if payload.get("detail") not in (None, "auto"):
             log.warning("%s: 'detail' is ignored; the model's processor decides the resolution", where)
@@ -140,7 +140,7 @@ def _url(payload: Any, form: Form, where: str, bare: bool) -> str | None:
     return payload
 
 
-def _sound(payload: Any, form: Form, where: str, bare: bool) -> str | None:
+def _sound(payload: Any, form: PartFormat, where: str, bare: bool) -> str | None:
     """Sound in base64 as a data: URL."""
     if isinstance(payload, str) and bare:
         return _url(payload, form, where, bare)
@@ -156,13 +156,13 @@ def _sound(payload: Any, form: Form, where: str, bare: bool) -> str | None:
     return f"data:audio/{name};base64,{data}"
 
 
-def _object(payload: Any, form: Form, where: str, bare: bool) -> Image.Image:
+def _object(payload: Any, form: PartFormat, where: str, bare: bool) -> Image.Image:
     if not isinstance(payload, Image.Image):
         raise _wrong(form, where, f"got {type(payload).__name__}")
     return payload
 
 
-def _embeds(payload: Any, form: Form, where: str, bare: bool) -> Any:
+def _embeds(payload: Any, form: PartFormat, where: str, bare: bool) -> Any:
     """Base64, an array, or named ones of either; all fields None is None."""
     if isinstance(payload, Mapping):
         if all(value is None for value in payload.values()):
@@ -181,7 +181,7 @@ def _is_field(value: Any) -> bool:
     return (isinstance(value, str) and value != "") or is_array(value) or (isinstance(value, list) and bool(value))
 
 
-READ: Mapping[str, Callable[[Any, Form, str, bool], Any]] = {
+READ: Mapping[str, Callable[[Any, PartFormat, str, bool], Any]] = {
     "url": _url,
     "sound": _sound,
     "object": _object,

@@ -26,7 +26,7 @@ class ChatTemplateResolutionError(RequestError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredTemplates:
     """The templates that come with a checkpoint, by name, and the special tokens that they may print.
 
     processor: from chat_template.jinja or chat_template.json. tokenizer: from tokenizer_config.json.
@@ -38,7 +38,7 @@ class Stored:
     fallback: str | None = None
 
     @classmethod
-    def read(cls, directory: Path, tokenizer: Tokenizer | None, model_type: str | None) -> "Stored":
+    def read(cls, directory: Path, tokenizer: Tokenizer | None, model_type: str | None) -> "StoredTemplates":
         """From a model's directory and its tokenizer, which may live in another."""
         processor = {}
         jinja = directory / "chat_template.jinja"
@@ -89,7 +89,7 @@ class Stored:
         return given
 
 
-def load_template(given: str | os.PathLike[str] | None, stored: Stored) -> str | None:
+def load_template(given: str | os.PathLike[str] | None, stored: StoredTemplates) -> str | None:
     """A template as an operator writes it: a file, Jinja text, the name of a stored one or of one that mmjax brings.
 
     RequestError for what looks like a file and cannot be read. Never for text out of a request: it reads files.
@@ -117,7 +117,7 @@ def load_template(given: str | os.PathLike[str] | None, stored: Stored) -> str |
 def apply(
     template: str,
     messages: Sequence[Mapping[str, Any]],
-    stored: Stored,
+    stored: StoredTemplates,
     *,
     add_generation_prompt: bool,
     continue_final_message: bool,

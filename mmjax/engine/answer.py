@@ -13,17 +13,17 @@ from mmjax.types import CompletionOutput, Logprob
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class LogprobsChunk:
     """What the sampler says of n tokens: i32[n], logprob f32[n], rank i32[n], rivals i32[n, top] and f32[n, top]."""
 
-    tokens: np.ndarray
-    logprob: np.ndarray
-    rank: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
 
 
-class Answer:
+class CompletionState:
     """One of a request's answers. `eos`: the end-of-sequence token, whose stop has no reason to tell."""
 
     def __init__(self, seq: Sequence, tokenizer: Any, eos: int | None) -> None:
@@ -31,37 +31,37 @@ class Answer:
         self.eos = eos
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.cumulative = 0.0
+        self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, Logprob]] | None = None if seq.params.logprobs is None else []
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if seq.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * seq.prompt_len
         self._tokenizer = tokenizer
         wants_text = tokenizer is not None and seq.params.detokenize
-        self._text = Detokenizer(tokenizer, seq.prompt.tokens.tolist(), seq.params) if wants_text else None
+        self._text = Detokenizer(tokenizer, seq.prompt.token_ids.tolist(), seq.params) if wants_text else None
 
-    def take(self, tokens: np.ndarray, report: Report | None) -> None:
+    def append(self, tokens: np.ndarray, report: LogprobsChunk | None) -> None:
         """Take the device's newest tokens i32[n], up to where the answer ends."""
-        seq, before = self.seq, self.seq.known
+        seq, before = self.seq, self.seq.num_tokens
         new, end = self._until_end(tokens.tolist())
-        seq.extend(new)
+        seq.append_tokens(new)
         if self._text is not None:
             unseen = end is not None and end[0] == "stop" and not seq.params.include_stop_str_in_output
             self._text.push(new[:-1] if unseen else new)
             if self._text.stopped is not None:
-                seq.known = before + self._text.consumed
+                seq.num_tokens = before + self._text.consumed
                 end = ("stop", self._text.stopped)
         if report is not None and self.logprobs is not None:
-            for i in range(seq.known - before):
-                self.cumulative += float(report.logprob[i])
+            for i in range(seq.num_tokens - before):
+                self.cumulative_logprob += float(report.logprobs[i])
                 self.logprobs.append(self._entry(report, i, seq.params.logprobs or 0))
         if end is not None:
             self.finish(*end)
 
-    def take_prompt(self, first: int, report: Report) -> None:
+    def append_prompt_logprobs(self, first: int, report: LogprobsChunk) -> None:
         """Take the report on prompt tokens from `first` on."""
         assert self.prompt_logprobs is not None
-        for i in range(len(report.tokens)):
+        for i in range(len(report.token_ids)):
             self.prompt_logprobs[first + i] = self._entry(report, i, self.seq.params.prompt_logprobs or 0)
 
     def finish(self, reason: str, stop: int | str | None) -> None:
@@ -81,8 +81,8 @@ class Answer:
         return CompletionOutput(
             index=self.seq.index,
             text=self.text,
-            token_ids=self.seq.outputs.tolist(),
-            cumulative_logprob=self.cumulative if self.logprobs is not None else None,
+            token_ids=self.seq.output_ids.tolist(),
+            cumulative_logprob=self.cumulative_logprob if self.logprobs is not None else None,
             logprobs=self.logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -95,16 +95,16 @@ class Answer:
         tokens = tokens[: seq.max_tokens - done]
         for i in range(max(0, p.min_tokens - done), len(tokens)):
             token = tokens[i]
-            if token in seq.stops:
+            if token in seq.stop_ids:
                 return tokens[: i + 1], ("stop", None if token == self.eos and not p.ignore_eos else token)
         return tokens, ("length", None) if done + len(tokens) == seq.max_tokens else None
 
-    def _entry(self, report: Report, i: int, count: int) -> dict[int, Logprob]:
+    def _entry(self, report: LogprobsChunk, i: int, count: int) -> dict[int, Logprob]:
         """The sampled token and its `count` best rivals (all when -1), by id."""
         count = report.top_ids.shape[1] if count == -1 else count
-        ids = [int(report.tokens[i]), *report.top_ids[i, :count].tolist()]
-        values = [float(report.logprob[i]), *report.top_logprobs[i, :count].tolist()]
-        ranks = [int(report.rank[i]), *range(1, count + 1)]
+        ids = [int(report.token_ids[i]), *report.top_ids[i, :count].tolist()]
+        values = [float(report.logprobs[i]), *report.top_logprobs[i, :count].tolist()]
+        ranks = [int(report.ranks[i]), *range(1, count + 1)]
         texts = [None if self._tokenizer is None else self._tokenizer.text_of(t) for t in ids]
         entry: dict[int, Logprob] = {}
         for token, value, rank, text in zip(ids, values, ranks, texts, strict=True):

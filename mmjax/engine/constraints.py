@@ -10,13 +10,13 @@ import numpy as np
 from mmjax.types import SamplingParams, ValidationError
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """The half of a tokenizer that bad words need."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
 
-class Constraints:
+class LogitsBias:
     """What a request forbids and prefers, for a vocabulary of `vocab` logits.
 
     `dynamic`: the row changes as tokens come (bad words of several tokens), so it has to be asked for before each one.
@@ -24,9 +24,9 @@ class Constraints:
     parameters have passed SamplingParams.verify.
     """
 
-    stamp = 0  # no token is a timestamp
+    first_timestamp = 0  # no token is a timestamp
 
-    def __init__(self, params: SamplingParams, vocab: int, tokenizer: Encoder | None) -> None:
+    def __init__(self, params: SamplingParams, vocab: int, tokenizer: TextEncoder | None) -> None:
         words = _bad_word_ids(params.bad_words or (), vocab, tokenizer)
         self._phrases = [word for word in words if len(word) > 1]
         self.dynamic = bool(self._phrases)
@@ -34,7 +34,7 @@ class Constraints:
         if words or params.logit_bias or params.allowed_token_ids is not None:
             self._fixed = _fixed_row(params, vocab, [word[0] for word in words if len(word) == 1])
 
-    def row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
+    def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
         """f32[V] to add to the logits of the token after `output_ids`, not to be written to; None = nothing ever."""
         if self._fixed is None or not self.dynamic:
             return self._fixed
@@ -60,7 +60,7 @@ def _fixed_row(params: SamplingParams, vocab: int, banned: Sequence[int]) -> np.
     return row
 
 
-def _bad_word_ids(words: Sequence[str], vocab: int, tokenizer: Encoder | None) -> list[tuple[int, ...]]:
+def _bad_word_ids(words: Sequence[str], vocab: int, tokenizer: TextEncoder | None) -> list[tuple[int, ...]]:
     """Each word as it is tokenised at the start of a text and, where that differs, after a space.
 
     The second form counts if its first token differs from the first form's and both are equally long: otherwise the

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclasses.dataclass
-class Entry:
+class CachedEmbeds:
     """One item's rows i32[n] of the slab and the sequences that still need them."""
 
     rows: np.ndarray
@@ -22,7 +22,7 @@ class EncoderCache:
     def __init__(self, rows: int) -> None:
         self.capacity = rows
         self._free = list(range(rows - 1, -1, -1))
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self._entries: OrderedDict[str, CachedEmbeds] = OrderedDict()
         self._idle = 0  # rows of entries without users
 
     def get(self, key: str) -> np.ndarray | None:
@@ -42,7 +42,7 @@ class EncoderCache:
         """Whether that many rows can be had, by evicting idle entries if need be."""
         return rows <= len(self._free) + self._idle
 
-    def put(self, key: str, rows: int, user: int) -> np.ndarray:
+    def allocate(self, key: str, rows: int, user: int) -> np.ndarray:
         """Rows for a new item, used by `user`. The caller has checked `fits`."""
         idle = (
             iter([k for k, entry in self._entries.items() if not entry.users]) if rows > len(self._free) else iter(())
@@ -52,7 +52,7 @@ class EncoderCache:
             self._free.extend(gone.rows.tolist())
             self._idle -= len(gone.rows)
         taken = np.asarray([self._free.pop() for _ in range(rows)], np.int32)
-        self._entries[key] = Entry(taken, {user})
+        self._entries[key] = CachedEmbeds(taken, {user})
         return taken
 
     def release(self, key: str, user: int) -> None:

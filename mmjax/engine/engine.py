@@ -12,21 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.engine.answer import Answer, Report
+from mmjax.engine.answer import CompletionState, LogprobsChunk
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.pack import RowTable, Sizes, pack_biases, pack_decode, pack_encode, pack_prefill, pack_ready
-from mmjax.engine.pages import Pages
-from mmjax.engine.pooled import Pooled
-from mmjax.engine.sample import history_row
-from mmjax.engine.scheduler import Limits, NeedsResults, Plan, Scheduler, Slice
+from mmjax.engine.pack import (
+    BucketConfig,
+    SamplingState,
+    build_decode,
+    build_embed_writes,
+    build_encode,
+    build_logit_biases,
+    build_prefill,
+)
+from mmjax.engine.pages import BlockPool
+from mmjax.engine.pooled import PoolingState
+from mmjax.engine.sample import token_counts_row
+from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
 from mmjax.engine.sequence import Sequence
-from mmjax.models.family import Shape
+from mmjax.models.family import ModelSpec
 
-DEPTH = 2  # dispatches in flight: one running, one queued behind it. A step between chunks of prompts is not counted.
+MAX_IN_FLIGHT = (
+    2  # dispatches in flight: one running, one queued behind it. A step between chunks of prompts is not counted.
+)
 
 
 @dataclasses.dataclass
-class Stats:
+class EngineStats:
     """What the engine did. Seconds: `call_s` in which the device thread was calling programs, `wait_s` in which the
     engine waited for results, `host_s` in which it planned, packed and committed in Python. idle_s: the part of host_s
     during which nothing was in flight.
@@ -44,7 +54,7 @@ class Stats:
 
 
 @dataclasses.dataclass
-class Ticket:
+class InFlightStep:
     """A dispatch whose results the host has not read. members: (sequence, column of its results, steps it takes).
 
     calls: what the device thread was asked to do since the ticket before, whose errors come up with the results.
@@ -52,12 +62,12 @@ class Ticket:
     chunk's media takes, and so does not keep the device busy meanwhile.
     """
 
-    sampled: Future[Any]
+    output: Future[Any]
     members: list[tuple[Sequence, int, int]]
     calls: list[Future[Any]] = dataclasses.field(default_factory=list)
-    between: bool = False
-    scores: Future[Any] | None = None
-    scored: list[tuple[Sequence, int, int, int]] = dataclasses.field(default_factory=list)
+    interleaved_decode: bool = False
+    prompt_logprobs: Future[Any] | None = None
+    prompt_chunks: list[tuple[Sequence, int, int, int]] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -69,132 +79,141 @@ class Engine:
     """
 
     def __init__(
-        self, runner: Any, sizes: Sizes, shape: Shape, *, pages: int, slab_rows: int, prefix_caching: bool
+        self,
+        runner: Any,
+        buckets: BucketConfig,
+        spec: ModelSpec,
+        *,
+        num_blocks: int,
+        num_mm_rows: int,
+        prefix_caching: bool,
     ) -> None:
         self.runner = runner
-        self.sizes = sizes
-        self.shape = shape
-        limits = Limits(
-            seqs=sizes.seqs[-1],
-            tokens=sizes.tokens[-1],
-            block=sizes.block,
-            steps=sizes.steps,
-            units={name: ladder[-1] for name, ladder in sizes.units.items()},
-            encoders={kind: name for name, encoder in shape.encoders.items() for kind in encoder.kinds},
-            cross_keys=shape.cross_keys,
-            table=sizes.table,
+        self.buckets = buckets
+        self.spec = spec
+        limits = SchedulerConfig(
+            max_num_seqs=buckets.seq_buckets[-1],
+            max_num_batched_tokens=buckets.token_buckets[-1],
+            q_block_size=buckets.q_block_size,
+            num_decode_steps=buckets.num_decode_steps,
+            max_encoder_inputs={name: sizes[-1] for name, sizes in buckets.encoder_buckets.items()},
+            encoder_of={kind: name for name, encoder in spec.encoders.items() for kind in encoder.modalities},
+            cross_len=spec.cross_len,
+            max_blocks_per_seq=buckets.max_blocks_per_seq,
         )
-        self.pages = Pages(pages, sizes.page)
-        self.slab = EncoderCache(slab_rows)
-        self.scheduler = Scheduler(limits, self.pages, self.slab, prefix_caching=prefix_caching)
-        self.rows = RowTable(sizes)
+        self.block_pool = BlockPool(num_blocks, buckets.block_size)
+        self.encoder_cache = EncoderCache(num_mm_rows)
+        self.scheduler = Scheduler(limits, self.block_pool, self.encoder_cache, prefix_caching=prefix_caching)
+        self.sampling_state = SamplingState(buckets)
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._calls: list[Future[Any]] = []
-        self.stats = Stats()
-        self._answers: dict[int, Any] = {}  # `Answer`s, or `Pooled` in an engine that pools
-        self._flying: deque[Ticket] = deque()
+        self.stats = EngineStats()
+        self._states: dict[int, Any] = {}  # `Answer`s, or `Pooled` in an engine that pools
+        self._in_flight: deque[InFlightStep] = deque()
 
-    def add(self, answer: Answer | Pooled) -> None:
+    def add(self, state: CompletionState | PoolingState) -> None:
         """Queue an answer."""
-        self._answers[answer.seq.number] = answer
-        self.scheduler.add(answer.seq)
+        self._states[state.seq.seq_id] = state
+        self.scheduler.add(state.seq)
 
-    def abort(self, answers: Seq[Answer | Pooled]) -> None:
+    def abort(self, states: Seq[CompletionState | PoolingState]) -> None:
         """End answers now; their pages are free at once."""
-        for answer in answers:
-            if not answer.seq.finished:
-                answer.finish("abort", None)
-                self._end(answer)
+        for state in states:
+            if not state.seq.finished:
+                state.finish("abort", None)
+                self._end(state)
 
     @property
-    def load(self) -> int:
+    def num_unfinished(self) -> int:
         """Answers that are queued or running."""
-        return len(self._answers)
+        return len(self._states)
 
     @property
-    def busy(self) -> bool:
+    def has_work(self) -> bool:
         """Whether stepping would do anything."""
-        return not self.scheduler.idle or bool(self._flying)
+        return not self.scheduler.idle or bool(self._in_flight)
 
     def step(self) -> list[Any]:
         """Dispatch what can be, then read what has come back: the answers that changed."""
         begin, waited = time.perf_counter(), self.stats.wait_s
-        unfed = not self._flying
+        unfed = not self._in_flight
         try:
-            plan = self.scheduler.plan(in_flight=bool(self._flying))
+            scheduled = self.scheduler.schedule(in_flight=bool(self._in_flight))
         except NeedsResults:
-            plan = None
-        if plan:
-            self._dispatch(plan)
+            scheduled = None
+        if scheduled:
+            self._dispatch(scheduled)
             if unfed:
                 self.stats.idle_s += time.perf_counter() - begin
         changed = []
-        if plan is None and self._flying:
-            changed = self._collect(self._flying.popleft())
-        while sum(not ticket.between for ticket in self._flying) >= DEPTH:
-            changed += self._collect(self._flying.popleft())
+        if scheduled is None and self._in_flight:
+            changed = self._collect(self._in_flight.popleft())
+        while sum(not pending.interleaved_decode for pending in self._in_flight) >= MAX_IN_FLIGHT:
+            changed += self._collect(self._in_flight.popleft())
         self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
         return changed
 
-    def _dispatch(self, plan: Plan) -> None:
-        for seq in plan.started:
+    def _dispatch(self, scheduled: SchedulerOutput) -> None:
+        for seq in scheduled.started:
             seq.scheduled_time = seq.scheduled_time or time.monotonic()
-            self.rows.set(seq, self.shape.cross_keys)
+            self.sampling_state.set(seq, self.spec.cross_len)
             self._set_tables(seq)
-        for name, encoder in self.shape.encoders.items():
-            work = [e for e in plan.encode if e.name == name]
+        for name, encoder in self.spec.encoders.items():
+            work = [e for e in scheduled.encode if e.encoder == name]
             if work:
-                self._run(self.runner.encode, name, *pack_encode(self.sizes, name, encoder, work))
+                self._run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, work))
                 self.stats.encoded_items += len(work)
-        ready = [e for e in plan.encode if e.item.ready is not None]
+        ready = [e for e in scheduled.encode if e.item.embeds is not None]
         if ready:
-            for rows, dest in pack_ready(self.sizes, ready):
-                self._run(self.runner.put, rows, dest)
-        if plan.prefill or plan.decode:
-            ticket = self._prefill(plan.prefill) if plan.prefill else self._decode(plan.decode)
-            ticket.between = plan.between
-            ticket.calls, self._calls = self._calls, []
-            self._flying.append(ticket)
+            for rows, dest in build_embed_writes(self.buckets, ready):
+                self._run(self.runner.write_embeds, rows, dest)
+        if scheduled.prefill or scheduled.decode:
+            pending = self._prefill(scheduled.prefill) if scheduled.prefill else self._decode(scheduled.decode)
+            pending.interleaved_decode = scheduled.interleaved_decode
+            pending.calls, self._calls = self._calls, []
+            self._in_flight.append(pending)
         self.stats.dispatches += 1
 
-    def _prefill(self, slices: tuple[Slice, ...]) -> Ticket:
-        total, vector = pack_prefill(self.sizes, slices, self.rows, self.scheduler.tables, self.slab)
+    def _prefill(self, chunks: tuple[ScheduledChunk, ...]) -> InFlightStep:
+        total, vector = build_prefill(
+            self.buckets, chunks, self.sampling_state, self.scheduler.block_tables, self.encoder_cache
+        )
         done = self._run(self.runner.prefill, total, vector)
-        members = [(piece.seq, s, 1) for s, piece in enumerate(slices) if piece.last]
-        self.stats.prefill_tokens += sum(piece.count for piece in slices)
-        if self.shape.pooling:
-            return Ticket(done, members, scored=self._wholes(slices))
-        ticket = Ticket(self._run(lambda: done.result()[0]), members)
+        members = [(chunk.seq, s, 1) for s, chunk in enumerate(chunks) if chunk.is_last]
+        self.stats.prefill_tokens += sum(chunk.num_tokens for chunk in chunks)
+        if self.spec.pooling:
+            return InFlightStep(done, members, prompt_chunks=self._all_token_chunks(chunks))
+        pending = InFlightStep(self._run(lambda: done.result()[0]), members)
         targets, at = np.zeros(total, np.int32), 0
-        for piece in slices:
-            seq = piece.seq
-            count = min(piece.start + piece.count, seq.prompt_len - 1) - piece.start
+        for chunk in chunks:
+            seq = chunk.seq
+            count = min(chunk.start + chunk.num_tokens, seq.prompt_len - 1) - chunk.start
             if seq.params.prompt_logprobs is not None and count > 0:
-                targets[at : at + count] = seq.tokens[piece.start + 1 : piece.start + 1 + count]
-                ticket.scored.append((seq, at, piece.start + 1, count))
-            at += -(-piece.count // self.sizes.block) * self.sizes.block
-        if ticket.scored:
-            ticket.scores = self._run(lambda: self.runner.score(done.result()[1], targets))
-        return ticket
+                targets[at : at + count] = seq.token_ids[chunk.start + 1 : chunk.start + 1 + count]
+                pending.prompt_chunks.append((seq, at, chunk.start + 1, count))
+            at += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
+        if pending.prompt_chunks:
+            pending.prompt_logprobs = self._run(lambda: self.runner.prompt_logprobs(done.result()[1], targets))
+        return pending
 
-    def _wholes(self, slices: tuple[Slice, ...]) -> list[tuple[Sequence, int, int, int]]:
+    def _all_token_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> list[tuple[Sequence, int, int, int]]:
         """(sequence, where its tokens lie in the dispatch, first token, tokens) of those that want every token."""
         found, at = [], 0
-        for piece in slices:
-            if piece.seq.whole:
-                found.append((piece.seq, at, piece.start, piece.count))
-            at += -(-piece.count // self.sizes.block) * self.sizes.block
+        for chunk in chunks:
+            if chunk.seq.needs_all_tokens:
+                found.append((chunk.seq, at, chunk.start, chunk.num_tokens))
+            at += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
         return found
 
-    def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> Ticket:
-        changing = [seq for seq, _ in chosen if seq.constraints.dynamic]
+    def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> InFlightStep:
+        changing = [seq for seq, _ in chosen if seq.logits_processor.dynamic]
         if changing:
-            self._run(self.runner.set_biases, *pack_biases(self.sizes, changing, self.shape.vocab))
-        total, vector = pack_decode(self.sizes, chosen, self.rows, self.scheduler.tables)
+            self._run(self.runner.set_logit_biases, *build_logit_biases(self.buckets, changing, self.spec.vocab_size))
+        total, vector = build_decode(self.buckets, chosen, self.sampling_state, self.scheduler.block_tables)
         most = max(steps for _, steps in chosen)
         sampled = self._run(self.runner.decode, total, vector, most)
         self.stats.decode_steps += most
-        return Ticket(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)])
+        return InFlightStep(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)])
 
     def _run(self, program: Callable[..., Any], *args: Any) -> Future[Any]:
         """Have the device thread call a program, after all it was asked before."""
@@ -213,76 +232,76 @@ class Engine:
         """Bring a row's sampling tables up to what its sequence needs."""
         assert seq.row is not None
         seen = None
-        if seq.penalised:
-            seen = history_row(seq.prompt.tokens.tolist(), seq.outputs.tolist(), self.shape.vocab)
-        bias = seq.constraints.row(seq.outputs.tolist())
-        if seq.penalised or bias is not None:
-            self._run(self.runner.set_row, seq.row, seen, bias)
+        if seq.has_penalties:
+            seen = token_counts_row(seq.prompt.token_ids.tolist(), seq.output_ids.tolist(), self.spec.vocab_size)
+        bias = seq.logits_processor.bias_row(seq.output_ids.tolist())
+        if seq.has_penalties or bias is not None:
+            self._run(self.runner.set_sampling_row, seq.row, seen, bias)
 
-    def _collect(self, ticket: Ticket) -> list[Any]:
+    def _collect(self, pending: InFlightStep) -> list[Any]:
         """Read one dispatch's results and let the answers take them."""
         begin = time.perf_counter()
-        for call in ticket.calls:
+        for call in pending.calls:
             call.result()
-        sampled = ticket.sampled.result()
-        if self.shape.pooling:
-            return self._collect_hidden(ticket, *sampled)
-        tokens = np.asarray(sampled.token)
+        sampled = pending.output.result()
+        if self.spec.pooling:
+            return self._collect_hidden(pending, *sampled)
+        tokens = np.asarray(sampled.token_ids)
         self.stats.wait_s += time.perf_counter() - begin
         tokens = tokens.reshape(-1, tokens.shape[-1])
-        scores: Any = ticket.scores.result() if ticket.scores else None
-        for seq, at, first, count in ticket.scored:
+        scores: Any = pending.prompt_logprobs.result() if pending.prompt_logprobs else None
+        for seq, at, first, count in pending.prompt_chunks:
             if not seq.finished:
                 logprob, rank, ids, top = (np.asarray(x)[at : at + count] for x in scores)
-                self._answers[seq.number].take_prompt(
-                    first, Report(seq.tokens[first : first + count], logprob, rank, ids, top)
+                self._states[seq.seq_id].append_prompt_logprobs(
+                    first, LogprobsChunk(seq.token_ids[first : first + count], logprob, rank, ids, top)
                 )
         changed = []
-        for seq, column, steps in ticket.members:
+        for seq, column, steps in pending.members:
             if seq.finished:
                 continue
-            answer = self._answers[seq.number]
+            state = self._states[seq.seq_id]
             mine = tokens[:steps, column]
             mine = mine[mine >= 0]
-            before = seq.known
-            answer.take(mine, self._report(sampled, column, mine) if seq.params.logprobs is not None else None)
-            self.stats.output_tokens += seq.known - before
-            self.scheduler.register(seq, seq.known - 1)
-            if answer.finish_reason is not None:
-                self._end(answer)
-            changed.append(answer)
+            before = seq.num_tokens
+            state.append(mine, self._logprobs_chunk(sampled, column, mine) if seq.params.logprobs is not None else None)
+            self.stats.output_tokens += seq.num_tokens - before
+            self.scheduler.cache_blocks(seq, seq.num_tokens - 1)
+            if state.finish_reason is not None:
+                self._end(state)
+            changed.append(state)
         return changed
 
-    def _collect_hidden(self, ticket: Ticket, ends: Any, hidden: Any) -> list[Any]:
+    def _collect_hidden(self, pending: InFlightStep, ends: Any, hidden: Any) -> list[Any]:
         """Hand out the hidden states f32[S, D] of last tokens and [T, D] of all."""
         begin = time.perf_counter()
         ends = np.asarray(ends)
-        rows = np.asarray(hidden).astype(np.float32) if ticket.scored else ends
+        rows = np.asarray(hidden).astype(np.float32) if pending.prompt_chunks else ends
         self.stats.wait_s += time.perf_counter() - begin
-        for seq, at, _, count in ticket.scored:
+        for seq, at, _, count in pending.prompt_chunks:
             if not seq.finished:
-                self._answers[seq.number].take(rows[at : at + count])
+                self._states[seq.seq_id].append(rows[at : at + count])
         changed = []
-        for seq, column, _ in ticket.members:
+        for seq, column, _ in pending.members:
             if seq.finished:
                 continue
-            pooled = self._answers[seq.number]
-            if not seq.whole:
-                pooled.take(ends[column : column + 1])
+            pooled = self._states[seq.seq_id]
+            if not seq.needs_all_tokens:
+                pooled.append(ends[column : column + 1])
             pooled.finish("stop", None)
             self._end(pooled)
             changed.append(pooled)
         return changed
 
-    def _report(self, sampled: Any, column: int, tokens: np.ndarray) -> Report:
+    def _logprobs_chunk(self, sampled: Any, column: int, tokens: np.ndarray) -> LogprobsChunk:
         n, s = len(tokens), sampled
 
         def column_of(x: Any) -> np.ndarray:
             array = np.asarray(x)
-            return array[column][None] if np.ndim(sampled.token) == 1 else array[:n, column]
+            return array[column][None] if np.ndim(sampled.token_ids) == 1 else array[:n, column]
 
-        return Report(tokens, *map(column_of, (s.logprob, s.rank, s.top_ids, s.top_logprobs)))
+        return LogprobsChunk(tokens, *map(column_of, (s.logprobs, s.ranks, s.top_ids, s.top_logprobs)))
 
-    def _end(self, answer: Answer | Pooled) -> None:
-        self.scheduler.finish(answer.seq)
-        del self._answers[answer.seq.number]
+    def _end(self, state: CompletionState | PoolingState) -> None:
+        self.scheduler.finish(state.seq)
+        del self._states[state.seq.seq_id]

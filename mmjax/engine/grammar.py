@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.engine.constraints import Constraints
+from mmjax.engine.constraints import LogitsBias
 from mmjax.types import RequestError, ValidationError
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
@@ -22,14 +22,14 @@ MAX_SIZE = 1 << 20  # characters of a grammar
 SPACE = r"[\x20\t]|\r?\n[\x20\t]{0,32}"
 
 
-class Rules:
+class CompiledGrammar:
     """A constraint, read and compiled; each answer follows a copy of `matcher`."""
 
     def __init__(self, matcher: Any) -> None:
         self.matcher = matcher
 
 
-class Vocabulary:
+class GrammarCompiler:
     """The tokens as llguidance wants them; made on first use, which takes about a second for 150 000 tokens."""
 
     def __init__(self, tokenizer: Any, vocab: int, eos: Sequence[int]) -> None:
@@ -37,12 +37,12 @@ class Vocabulary:
         self._made: Any = None
         self._lock = threading.Lock()
 
-    def compile(self, structured: Any) -> Rules:
+    def compile(self, structured: Any) -> CompiledGrammar:
         """Compile a constraint, which may take long; Rules are passed on. The interpreter is free meanwhile.
 
         RequestError for a constraint that cannot be, or no llguidance.
         """
-        if isinstance(structured, Rules):
+        if isinstance(structured, CompiledGrammar):
             return structured
         try:
             import llguidance
@@ -62,16 +62,16 @@ class Vocabulary:
                 f"This constraint cannot be followed: {matcher.get_error().splitlines()[0]}",
                 parameter="structured_outputs",
             )
-        return Rules(matcher)
+        return CompiledGrammar(matcher)
 
 
-class Grammar:
+class StructuredOutput:
     """The constraints of one answer that keeps to a grammar, on top of the request's others. See `Constraints`."""
 
     dynamic = True
-    stamp = 0
+    first_timestamp = 0
 
-    def __init__(self, vocabulary: Vocabulary, rules: Rules, others: Constraints) -> None:
+    def __init__(self, vocabulary: GrammarCompiler, rules: CompiledGrammar, others: LogitsBias) -> None:
         self._matcher = rules.matcher.deep_copy()
         self._others = others
         self._vocab, self._eos = vocabulary.vocab, [t for t in vocabulary.eos if t < vocabulary.vocab]
@@ -79,7 +79,7 @@ class Grammar:
         self._address = self._mask.ctypes.data
         self._taken = 0
 
-    def row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """f32[V] to add to the logits of the token after `output_ids`, which only ever grow."""
         new = [int(token) for token in output_ids[self._taken :]]
         self._taken = len(output_ids)
@@ -93,7 +93,7 @@ class Grammar:
         if not allowed.any():  # the grammar has ended
             allowed[self._eos] = True
         row = np.where(allowed, np.float32(0), np.float32(-np.inf))
-        others = self._others.row(output_ids)
+        others = self._others.bias_row(output_ids)
         both = row if others is None else row + others
         return both if np.isfinite(both).any() else row
 

@@ -7,34 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from mmjax.batch import Fields, Layout, bucket
+from mmjax.batch import LayoutFields, PackedLayout, bucket
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.scheduler import Encode, Slice
+from mmjax.engine.scheduler import ScheduledChunk, ScheduledEncode
 from mmjax.engine.sequence import Sequence as Seq
-from mmjax.models.family import Encoder
+from mmjax.models.family import EncoderSpec
 
-FAR = np.iinfo(np.int32).max  # an index that falls off every array
+OUT_OF_RANGE = np.iinfo(np.int32).max  # an index that falls off every array
 
-SAMPLING: tuple[tuple[str, str], ...] = (
+SAMPLING_FIELDS: tuple[tuple[str, str], ...] = (
     ("temperature", "f32"),
     ("top_k", "i32"),
     ("top_p", "f32"),
     ("min_p", "f32"),
-    ("presence", "f32"),
-    ("frequency", "f32"),
-    ("repetition", "f32"),
-    ("index", "i32"),
+    ("presence_penalty", "f32"),
+    ("frequency_penalty", "f32"),
+    ("repetition_penalty", "f32"),
+    ("output_len", "i32"),
     ("row", "i32"),
-    ("penalised", "bool"),
-    ("biased", "bool"),
-    ("stamp", "i32"),
-    ("min_left", "i32"),
+    ("has_penalties", "bool"),
+    ("has_bias", "bool"),
+    ("first_timestamp", "i32"),
+    ("min_tokens_left", "i32"),
     ("want_logprobs", "bool"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class BucketConfig:
     """Every static size of the step's programs.
 
     tokens, seqs: ascending buckets; units: of each encoder, by its name. slab: rows that media may take. block:
@@ -43,77 +43,83 @@ class Sizes:
     encoder, 0 where none are taken.
     """
 
-    tokens: tuple[int, ...]
-    seqs: tuple[int, ...]
-    units: Mapping[str, tuple[int, ...]]
-    slab: int
-    block: int
-    page: int
-    table: int
-    cross: int
-    rope_rows: int
-    rows: int
-    stops: int
-    steps: int
-    top: int
-    ready: int = 0
+    token_buckets: tuple[int, ...]
+    seq_buckets: tuple[int, ...]
+    encoder_buckets: Mapping[str, tuple[int, ...]]
+    num_mm_rows: int
+    q_block_size: int
+    block_size: int
+    max_blocks_per_seq: int
+    cross_blocks_per_seq: int
+    rope_axes: int
+    num_rows: int
+    max_stop_ids: int
+    num_decode_steps: int
+    max_logprobs: int
+    embed_rows: int = 0
 
-    def rows_of(self, encoder: Encoder, units: int) -> int:
+    def num_embeds(self, encoder: EncoderSpec, num_inputs: int) -> int:
         """Length of the row axis of an encoder's program: what is picked must find its place in the slab."""
-        rows = encoder.rows_of(units)
-        return min(rows, self.slab) if encoder.picks else rows
+        rows = encoder.num_embeds(num_inputs)
+        return min(rows, self.num_mm_rows) if encoder.gather_fields else rows
 
-    def seqs_of(self, tokens: int) -> int:
+    def max_seqs_in(self, tokens: int) -> int:
         """Sequences in a prefill of so many tokens: each has at least one block."""
-        return min(tokens // self.block, self.seqs[-1])
+        return min(tokens // self.q_block_size, self.seq_buckets[-1])
 
-    def prefill(self, tokens: int) -> Layout:
+    def prefill_layout(self, tokens: int) -> PackedLayout:
         """Layout of a prefill dispatch of T tokens."""
-        s, b = self.seqs_of(tokens), tokens // self.block
-        fields: Fields = (
-            ("tokens", (tokens,), "i32"),
-            ("place", (tokens,), "i32"),
-            ("positions", (self.rope_rows, tokens), "i32"),
-            ("media", (tokens,), "i32"),
-            ("owner", (b,), "i32"),
-            ("start", (b,), "i32"),
-            ("final", (s,), "i32"),
+        s, b = self.max_seqs_in(tokens), tokens // self.q_block_size
+        fields: LayoutFields = (
+            ("token_ids", (tokens,), "i32"),
+            ("positions", (tokens,), "i32"),
+            ("rope_positions", (self.rope_axes, tokens), "i32"),
+            ("mm_index", (tokens,), "i32"),
+            ("seq_index", (b,), "i32"),
+            ("q_start", (b,), "i32"),
+            ("last_token_index", (s,), "i32"),
             *self._shared(s),
         )
-        return Layout(fields)
+        return PackedLayout(fields)
 
-    def decode(self, seqs: int) -> Layout:
+    def decode_layout(self, seqs: int) -> PackedLayout:
         """Layout of a decode dispatch of S sequences."""
-        fields: Fields = (("place", (seqs,), "i32"), ("delta", (seqs,), "i32"), ("steps", (seqs,), "i32"))
-        return Layout((*fields, *self._shared(seqs)))
-
-    def _shared(self, seqs: int) -> Fields:
-        pages: Fields = (
-            ("pages", (seqs, self.table), "i32"),
-            ("length", (seqs,), "i32"),
-            ("cross_pages", (seqs, self.cross), "i32"),
-            ("cross_length", (seqs,), "i32"),
-            ("seed", (seqs, 2), "i32"),
-            ("stop", (seqs, self.stops), "i32"),
+        fields: LayoutFields = (
+            ("positions", (seqs,), "i32"),
+            ("rope_delta", (seqs,), "i32"),
+            ("num_steps", (seqs,), "i32"),
         )
-        return (*pages, *((name, (seqs,), dtype) for name, dtype in SAMPLING))
+        return PackedLayout((*fields, *self._shared(seqs)))
+
+    def _shared(self, seqs: int) -> LayoutFields:
+        block_ids: LayoutFields = (
+            ("block_table", (seqs, self.max_blocks_per_seq), "i32"),
+            ("context_lens", (seqs,), "i32"),
+            ("cross_block_table", (seqs, self.cross_blocks_per_seq), "i32"),
+            ("cross_context_lens", (seqs,), "i32"),
+            ("seed", (seqs, 2), "i32"),
+            ("stop_ids", (seqs, self.max_stop_ids), "i32"),
+        )
+        return (*block_ids, *((name, (seqs,), dtype) for name, dtype in SAMPLING_FIELDS))
 
 
 LARGEST = np.iinfo(np.int32).max  # more than any vocabulary or length
 
 
-class RowTable:
+class SamplingState:
     """What the sampler must know of each running sequence, by table row, so that packing a step is a few gathers."""
 
-    FIELDS = (*((name, dtype) for name, dtype in SAMPLING if name not in ("index", "row", "min_left")),)
+    FIELDS = (
+        *((name, dtype) for name, dtype in SAMPLING_FIELDS if name not in ("output_len", "row", "min_tokens_left")),
+    )
 
-    def __init__(self, sizes: Sizes) -> None:
-        n = sizes.rows
+    def __init__(self, buckets: BucketConfig) -> None:
+        n = buckets.num_rows
         self.fields = {name: np.zeros(n, np.float32 if dtype == "f32" else np.int32) for name, dtype in self.FIELDS}
         self.fields["seed"] = np.zeros((n, 2), np.int32)
-        self.fields["stop"] = np.full((n, sizes.stops), -1, np.int32)
-        self.fields["cross_pages"] = np.zeros((n, sizes.cross), np.int32)
-        self.fields["cross_length"] = np.zeros(n, np.int32)
+        self.fields["stop_ids"] = np.full((n, buckets.max_stop_ids), -1, np.int32)
+        self.fields["cross_block_table"] = np.zeros((n, buckets.cross_blocks_per_seq), np.int32)
+        self.fields["cross_context_lens"] = np.zeros(n, np.int32)
         self.min_tokens = np.zeros(n, np.int32)
 
     def set(self, seq: Seq, cross_keys: int) -> None:
@@ -123,18 +129,18 @@ class RowTable:
         f["top_k"][row] = min(max(p.top_k, 0), LARGEST)
         f["top_p"][row] = p.top_p
         f["min_p"][row] = p.min_p
-        f["presence"][row] = p.presence_penalty
-        f["frequency"][row] = p.frequency_penalty
-        f["repetition"][row] = p.repetition_penalty
-        f["penalised"][row] = seq.penalised
-        f["biased"][row] = seq.biased
-        f["stamp"][row] = seq.constraints.stamp
+        f["presence_penalty"][row] = p.presence_penalty
+        f["frequency_penalty"][row] = p.frequency_penalty
+        f["repetition_penalty"][row] = p.repetition_penalty
+        f["has_penalties"][row] = seq.has_penalties
+        f["has_bias"][row] = seq.has_bias
+        f["first_timestamp"][row] = seq.logits_processor.first_timestamp
         f["want_logprobs"][row] = p.logprobs is not None
         f["seed"][row] = seq.seed_words
-        f["stop"][row] = -1
-        f["stop"][row, : len(seq.stops)] = seq.stops
-        f["cross_pages"][row, : len(seq.cross_pages)] = seq.cross_pages
-        f["cross_length"][row] = cross_keys if seq.cross_pages else 0
+        f["stop_ids"][row] = -1
+        f["stop_ids"][row, : len(seq.stop_ids)] = seq.stop_ids
+        f["cross_block_table"][row, : len(seq.cross_block_ids)] = seq.cross_block_ids
+        f["cross_context_lens"][row] = cross_keys if seq.cross_block_ids else 0
         self.min_tokens[row] = min(p.min_tokens, LARGEST)
 
     def fill(self, f: Mapping[str, np.ndarray], rows: np.ndarray, index: np.ndarray, tables: np.ndarray) -> None:
@@ -142,151 +148,164 @@ class RowTable:
         n = len(rows)
         for name, values in self.fields.items():
             f[name][:n] = values[rows]
-        f["pages"][:n] = tables[rows]
+        f["block_table"][:n] = tables[rows]
         f["row"][:n] = rows
-        f["index"][:n] = index
-        f["min_left"][:n] = np.maximum(self.min_tokens[rows] - index, 0)
+        f["output_len"][:n] = index
+        f["min_tokens_left"][:n] = np.maximum(self.min_tokens[rows] - index, 0)
 
 
-def pack_prefill(
-    sizes: Sizes, slices: Sequence[Slice], rows: RowTable, tables: np.ndarray, slab: EncoderCache
+def build_prefill(
+    buckets: BucketConfig,
+    chunks: Sequence[ScheduledChunk],
+    sampling_state: SamplingState,
+    block_tables: np.ndarray,
+    encoder_cache: EncoderCache,
 ) -> tuple[int, np.ndarray]:
     """(token bucket T, vector) of chunks of prompts; each chunk starts on a block boundary."""
-    block = sizes.block
-    used = sum(-(-piece.count // block) for piece in slices)
-    total = bucket(used * block, sizes.tokens)
-    layout = sizes.prefill(total)
+    block = buckets.q_block_size
+    used = sum(-(-chunk.num_tokens // block) for chunk in chunks)
+    total = bucket(used * block, buckets.token_buckets)
+    layout = buckets.prefill_layout(total)
     vector = np.zeros(layout.size, np.int32)
     f = layout.views(vector)
-    f["place"].fill(-1)  # padding has no place, so nothing is written for it
-    f["media"].fill(-1)
-    f["start"].fill(-block)  # a padding block sees no key
-    f["final"].fill(-1)
-    _pad_rows(f, sizes)
+    f["positions"].fill(-1)  # padding has no place, so nothing is written for it
+    f["mm_index"].fill(-1)
+    f["q_start"].fill(-block)  # a padding block sees no key
+    f["last_token_index"].fill(-1)
+    _pad_rows(f, buckets)
     at = 0
-    for s, piece in enumerate(slices):
-        seq, end = piece.seq, piece.start + piece.count
-        here = slice(at, at + piece.count)
-        f["tokens"][here] = seq.tokens[piece.start : end]
-        f["place"][here] = np.arange(piece.start, end)
-        _positions(seq, piece.start, end, f["positions"][:, here])
-        _media(seq, piece.start, end, f["media"][here], slab)
-        blocks = slice(at // block, at // block + -(-piece.count // block))
-        f["owner"][blocks] = s
-        f["start"][blocks] = np.arange(piece.start, end, block)
-        f["length"][s] = end
-        if piece.last:
-            f["final"][s] = at + piece.count - 1
-        at += -(-piece.count // block) * block
-    own = np.array([piece.seq.row for piece in slices], np.int32)
-    rows.fill(f, own, np.array([piece.seq.output_len for piece in slices], np.int32), tables)
+    for s, chunk in enumerate(chunks):
+        seq, end = chunk.seq, chunk.start + chunk.num_tokens
+        here = slice(at, at + chunk.num_tokens)
+        f["token_ids"][here] = seq.token_ids[chunk.start : end]
+        f["positions"][here] = np.arange(chunk.start, end)
+        _positions(seq, chunk.start, end, f["rope_positions"][:, here])
+        _media(seq, chunk.start, end, f["mm_index"][here], encoder_cache)
+        blocks = slice(at // block, at // block + -(-chunk.num_tokens // block))
+        f["seq_index"][blocks] = s
+        f["q_start"][blocks] = np.arange(chunk.start, end, block)
+        f["context_lens"][s] = end
+        if chunk.is_last:
+            f["last_token_index"][s] = at + chunk.num_tokens - 1
+        at += -(-chunk.num_tokens // block) * block
+    own = np.array([chunk.seq.row for chunk in chunks], np.int32)
+    sampling_state.fill(f, own, np.array([chunk.seq.output_len for chunk in chunks], np.int32), block_tables)
     return total, vector
 
 
-def pack_decode(
-    sizes: Sizes, chosen: Sequence[tuple[Seq, int]], rows: RowTable, tables: np.ndarray
+def build_decode(
+    buckets: BucketConfig, chosen: Sequence[tuple[Seq, int]], sampling_state: SamplingState, block_tables: np.ndarray
 ) -> tuple[int, np.ndarray]:
     """(sequence bucket S, vector) of decode steps. Called after planning: `planned` already counts these steps."""
-    total = bucket(len(chosen), sizes.seqs)
-    layout = sizes.decode(total)
+    total = bucket(len(chosen), buckets.seq_buckets)
+    layout = buckets.decode_layout(total)
     vector = np.zeros(layout.size, np.int32)
     f = layout.views(vector)
-    _pad_rows(f, sizes)
+    _pad_rows(f, buckets)
     n = len(chosen)
-    of = np.array([(q.row, q.planned - steps, q.prompt.delta, steps, q.prompt_len) for q, steps in chosen], np.int32).T
-    f["place"][:n], f["delta"][:n], f["steps"][:n] = of[1:4]
-    rows.fill(f, of[0], of[1] + 1 - of[4], tables)
+    of = np.array(
+        [(q.row, q.num_scheduled - steps, q.prompt.rope_delta, steps, q.prompt_len) for q, steps in chosen], np.int32
+    ).T
+    f["positions"][:n], f["rope_delta"][:n], f["num_steps"][:n] = of[1:4]
+    sampling_state.fill(f, of[0], of[1] + 1 - of[4], block_tables)
     return total, vector
 
 
-def pack_encode(
-    sizes: Sizes, name: str, encoder: Encoder, work: Sequence[Encode]
+def build_encode(
+    buckets: BucketConfig, name: str, encoder: EncoderSpec, work: Sequence[ScheduledEncode]
 ) -> tuple[int, dict[str, np.ndarray], np.ndarray]:
     """(unit bucket U, features and picks by name, destination) of media items, end to end in one row of units.
 
     Destination: slab row of each encoded row, or place in the pages of each key for cross attention.
     """
-    total = bucket(sum(e.item.units for e in work), sizes.units[name])
-    count = sizes.rows_of(encoder, total)
+    total = bucket(sum(e.item.num_inputs for e in work), buckets.encoder_buckets[name])
+    count = buckets.num_embeds(encoder, total)
     features = {}
-    for axis, fields in ((total, encoder.features), (count, encoder.picks)):
+    for axis, fields in ((total, encoder.features), (count, encoder.gather_fields)):
         for field, (tail, dtype, fill) in fields.items():
             parts = _parts(encoder, field, work)
             out = np.full((axis, *tail), fill, dtype)
             np.concatenate(parts, out=out[: sum(map(len, parts))])
             features[field] = out
-    if encoder.keys:
-        places = np.concatenate([_places(e.pages, sizes.page)[: e.item.units * encoder.keys] for e in work])
-        dest = np.full(total * encoder.keys, -1, np.int32)  # negative slots are dropped
-        dest[: len(places)] = places
+    if encoder.keys_per_input:
+        slots = np.concatenate(
+            [_places(e.block_ids, buckets.block_size)[: e.item.num_inputs * encoder.keys_per_input] for e in work]
+        )
+        dest = np.full(total * encoder.keys_per_input, -1, np.int32)  # negative slots are dropped
+        dest[: len(slots)] = slots
     else:
-        dest = np.full(count, FAR, np.int32)
+        dest = np.full(count, OUT_OF_RANGE, np.int32)
         rows = np.concatenate([e.rows for e in work])
         dest[: len(rows)] = rows
     return total, features, dest
 
 
-def pack_ready(sizes: Sizes, work: Sequence[Encode]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def build_embed_writes(
+    buckets: BucketConfig, work: Sequence[ScheduledEncode]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows that came ready, in dispatches of `sizes.ready`: (f32[N, W], slab row of each), padding off the slab."""
-    given = np.concatenate([e.item.ready for e in work if e.item.ready is not None])
+    given = np.concatenate([e.item.embeds for e in work if e.item.embeds is not None])
     where = np.concatenate([e.rows for e in work])
-    for start in range(0, len(given), sizes.ready):
-        part = given[start : start + sizes.ready]
-        rows, dest = np.zeros((sizes.ready, given.shape[1]), np.float32), np.full(sizes.ready, FAR, np.int32)
-        rows[: len(part)], dest[: len(part)] = part, where[start : start + sizes.ready]
+    for start in range(0, len(given), buckets.embed_rows):
+        part = given[start : start + buckets.embed_rows]
+        rows, dest = (
+            np.zeros((buckets.embed_rows, given.shape[1]), np.float32),
+            np.full(buckets.embed_rows, OUT_OF_RANGE, np.int32),
+        )
+        rows[: len(part)], dest[: len(part)] = part, where[start : start + buckets.embed_rows]
         yield rows, dest
 
 
-def _parts(encoder: Encoder, field: str, work: Sequence[Encode]) -> list[np.ndarray]:
+def _parts(encoder: EncoderSpec, field: str, work: Sequence[ScheduledEncode]) -> list[np.ndarray]:
     """One array of every item, with the numbers in it made the batch's."""
     parts, segments, units = [], 0, 0
     for e in work:
         part = e.item.features[field]
-        if field in encoder.numbered:
+        if field in encoder.segment_fields:
             part = part + segments
             segments = int(part.max()) + 1
-        elif field in encoder.based:
-            part = np.where(part >= 0, part + units * encoder.based[field], part)
-        units += e.item.units
+        elif field in encoder.offset_fields:
+            part = np.where(part >= 0, part + units * encoder.offset_fields[field], part)
+        units += e.item.num_inputs
         parts.append(part)
     return parts
 
 
-def _places(pages: Sequence[int], size: int) -> np.ndarray:
-    return (np.asarray(pages, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
+def _places(block_ids: Sequence[int], size: int) -> np.ndarray:
+    return (np.asarray(block_ids, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
 
 
-def pack_biases(sizes: Sizes, seqs: Sequence[Seq], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+def build_logit_biases(buckets: BucketConfig, seqs: Sequence[Seq], vocab: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows i32[S], f32[S, V] to add to their logits) of sequences whose constraints change with every token."""
-    total = bucket(len(seqs), sizes.seqs)
-    rows, biases = np.full(total, sizes.rows - 1, np.int32), np.zeros((total, vocab), np.float32)
+    total = bucket(len(seqs), buckets.seq_buckets)
+    rows, biases = np.full(total, buckets.num_rows - 1, np.int32), np.zeros((total, vocab), np.float32)
     for s, seq in enumerate(seqs):
         assert seq.row is not None
-        rows[s], bias = seq.row, seq.constraints.row(seq.outputs.tolist())
+        rows[s], bias = seq.row, seq.logits_processor.bias_row(seq.output_ids.tolist())
         if bias is not None:
             biases[s] = bias
     return rows, biases
 
 
-def _pad_rows(f: Mapping[str, np.ndarray], sizes: Sizes) -> None:
+def _pad_rows(f: Mapping[str, np.ndarray], buckets: BucketConfig) -> None:
     """Rows that ask for nothing and write to the table row that belongs to nobody."""
-    f["row"].fill(sizes.rows - 1)
-    f["stop"].fill(-1)
+    f["row"].fill(buckets.num_rows - 1)
+    f["stop_ids"].fill(-1)
     f["top_p"].fill(1)
-    f["repetition"].fill(1)
+    f["repetition_penalty"].fill(1)
 
 
 def _positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:
     given = min(max(seq.prompt_len - start, 0), end - start)
-    out[:, :given] = seq.prompt.positions[:, start : start + given]
-    out[:, given:] = np.arange(start + given, end) + seq.prompt.delta
+    out[:, :given] = seq.prompt.rope_positions[:, start : start + given]
+    out[:, given:] = np.arange(start + given, end) + seq.prompt.rope_delta
 
 
-def _media(seq: Seq, start: int, end: int, out: np.ndarray, slab: EncoderCache) -> None:
+def _media(seq: Seq, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
     for span in seq.prompt.spans:
         first, last = max(start, span.start), min(end, span.start + span.length)
         if first < last:
-            rows = slab.get(span.key)
+            rows = encoder_cache.get(span.item_hash)
             assert rows is not None, "the scheduler encodes before it plans"
-            shift = span.first - span.start
+            shift = span.embed_offset - span.start
             out[first - start : last - start] = rows[first + shift : last + shift]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-class Pages:
+class BlockPool:
     """Allocator of page ids 1..count-1 (page 0 belongs to nobody), with a cache of full pages by content key.
 
     A page that nobody references stays findable by its key until it is needed for something else; the page that has
@@ -17,80 +17,80 @@ class Pages:
     """
 
     def __init__(self, count: int, size: int) -> None:
-        self.size = size
-        self.count = count
+        self.block_size = size
+        self.num_blocks = count
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, count))
         self._refs = [0] * count
-        self._page_of: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
 
     @property
-    def free(self) -> int:
+    def num_free(self) -> int:
         """Pages that nobody references."""
         return len(self._free)
 
-    def need(self, tokens: int) -> int:
+    def blocks_for(self, tokens: int) -> int:
         """Pages that hold this many tokens."""
-        return -(-tokens // self.size)
+        return -(-tokens // self.block_size)
 
-    def take(self, n: int) -> list[int]:
+    def allocate(self, n: int) -> list[int]:
         """n pages nobody references, now with one reference each. The caller has checked `free`."""
-        pages = []
+        block_ids = []
         for _ in range(n):
-            page, _ = self._free.popitem(last=False)
-            key = self._key_of.pop(page, None)
-            if key is not None:
-                del self._page_of[key]
-            self._refs[page] = 1
-            pages.append(page)
-        return pages
+            block_id, _ = self._free.popitem(last=False)
+            block_hash = self._hash_of.pop(block_id, None)
+            if block_hash is not None:
+                del self._block_of[block_hash]
+            self._refs[block_id] = 1
+            block_ids.append(block_id)
+        return block_ids
 
-    def release(self, pages: Sequence[int]) -> None:
+    def free(self, block_ids: Sequence[int]) -> None:
         """Drop one reference of each page; the tail of a sequence is reused before its head."""
-        for page in reversed(pages):
-            self._refs[page] -= 1
-            if self._refs[page] == 0:
-                self._free[page] = None
-                if page not in self._key_of:  # nothing to find again in it, so it goes first
-                    self._free.move_to_end(page, last=False)
+        for block_id in reversed(block_ids):
+            self._refs[block_id] -= 1
+            if self._refs[block_id] == 0:
+                self._free[block_id] = None
+                if block_id not in self._hash_of:  # nothing to find again in it, so it goes first
+                    self._free.move_to_end(block_id, last=False)
 
-    def match(self, keys: Sequence[bytes]) -> list[int]:
+    def find_cached(self, hashes: Sequence[bytes]) -> list[int]:
         """The pages of the longest prefix of `keys` that is cached. Takes no reference."""
-        pages = []
-        for key in keys:
-            page = self._page_of.get(key)
-            if page is None:
+        block_ids = []
+        for block_hash in hashes:
+            block_id = self._block_of.get(block_hash)
+            if block_id is None:
                 break
-            pages.append(page)
-        return pages
+            block_ids.append(block_id)
+        return block_ids
 
-    def share(self, pages: Sequence[int]) -> None:
+    def add_reference(self, block_ids: Sequence[int]) -> None:
         """Take one more reference of each page."""
-        for page in pages:
-            if self._refs[page] == 0:
-                del self._free[page]
-            self._refs[page] += 1
+        for block_id in block_ids:
+            if self._refs[block_id] == 0:
+                del self._free[block_id]
+            self._refs[block_id] += 1
 
-    def unreferenced(self, pages: Sequence[int]) -> int:
+    def num_unreferenced(self, block_ids: Sequence[int]) -> int:
         """How many of these pages are counted in `free`."""
-        return sum(self._refs[page] == 0 for page in pages)
+        return sum(self._refs[block_id] == 0 for block_id in block_ids)
 
-    def register(self, page: int, key: bytes) -> None:
+    def cache_block(self, block_id: int, block_hash: bytes) -> None:
         """Make a full page findable. The first page with a key keeps it."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+        if block_hash not in self._block_of and block_id not in self._hash_of:
+            self._block_of[block_hash] = block_id
+            self._hash_of[block_id] = block_hash
 
-    def forget(self) -> bool:
+    def reset_prefix_cache(self) -> bool:
         """Empty the cache. False, and nothing done, while any page is referenced."""
-        if self.free != self.count - 1:
+        if self.num_free != self.num_blocks - 1:
             return False
-        self._page_of.clear()
-        self._key_of.clear()
+        self._block_of.clear()
+        self._hash_of.clear()
         return True
 
 
-def page_key(parent: bytes, tokens: np.ndarray, extra: bytes) -> bytes:
+def block_hash(parent: bytes, tokens: np.ndarray, extra: bytes) -> bytes:
     """The content key of a full page: all that came before it, its tokens i32[size], and the media it overlaps."""
     digest = hashlib.blake2b(parent, digest_size=16)
     digest.update(tokens.tobytes())

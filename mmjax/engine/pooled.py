@@ -7,7 +7,7 @@ import numpy as np
 from mmjax.engine.sequence import Sequence
 
 
-class Pooled:
+class PoolingState:
     """The hidden states of a prompt's last token, or with `whole` of every token, as the device hands them over.
 
     Beside `Answer`, for engines that pool.
@@ -15,12 +15,12 @@ class Pooled:
 
     def __init__(self, seq: Sequence, *, whole: bool) -> None:
         self.seq = seq
-        self.whole = whole
+        self.all_tokens = whole
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._parts: list[np.ndarray] = []
 
-    def take(self, rows: np.ndarray) -> None:
+    def append(self, rows: np.ndarray) -> None:
         """The next tokens' f32[n, D]."""
         self._parts.append(rows)
 

@@ -37,40 +37,42 @@ BLOCK = 1024  # at most so many vocabulary entries per block of the two-level se
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rows:
+class SamplingMetadata:
     """What each of the S rows of a step asks of the sampler."""
 
     temperature: Array  # f32[S]; 0 = greedy
     top_k: Array  # i32[S]; 0 = off
     top_p: Array  # f32[S]; 1 = off
     min_p: Array  # f32[S]; 0 = off
-    presence: Array  # f32[S]; 0 = off
-    frequency: Array  # f32[S]; 0 = off
-    repetition: Array  # f32[S]; 1 = off
+    presence_penalty: Array  # f32[S]; 0 = off
+    frequency_penalty: Array  # f32[S]; 0 = off
+    repetition_penalty: Array  # f32[S]; 1 = off
     seed: Array  # i32[S, 2]; the low 64 bits of the request's seed, low word first
-    index: Array  # i32[S]; how many output tokens the sequence already has
+    output_len: Array  # i32[S]; how many output tokens the sequence already has
     row: Array  # i32[S]; the sequence's row of the `seen` and `bias` tables; padding points at a row nobody owns
-    penalised: Array  # bool[S]; False = the three penalties are ignored and `seen` is neither read nor kept
-    biased: Array  # bool[S]; False = `bias` is ignored
-    stamp: Array  # i32[S]; of biased rows: the first timestamp token, all from it on being such; 0 = there are none
-    min_left: Array  # i32[S]; tokens still required before a stop may happen
-    stop: Array  # i32[S, E]; ids that end the sequence; -1 = padding
+    has_penalties: Array  # bool[S]; False = the three penalties are ignored and `seen` is neither read nor kept
+    has_bias: Array  # bool[S]; False = `bias` is ignored
+    first_timestamp: (
+        Array  # i32[S]; of biased rows: the first timestamp token, all from it on being such; 0 = there are none
+    )
+    min_tokens_left: Array  # i32[S]; tokens still required before a stop may happen
+    stop_ids: Array  # i32[S, E]; ids that end the sequence; -1 = padding
     want_logprobs: Array  # bool[S]; the report is computed for all rows when any row wants it
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Sampled:
+class SamplerOutput:
     """One step's tokens and the report on them, which is all zeros when no row wants it."""
 
-    token: Array  # i32[S]
-    logprob: Array  # f32[S]; natural log
-    rank: Array  # i32[S]; 1 = the most likely
+    token_ids: Array  # i32[S]
+    logprobs: Array  # f32[S]; natural log
+    ranks: Array  # i32[S]; 1 = the most likely
     top_ids: Array  # i32[S, top]; most likely first
     top_logprobs: Array  # f32[S, top]
 
 
-def history_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int) -> np.ndarray:
+def token_counts_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int) -> np.ndarray:
     """Host: one row i32[V] of the `seen` table. Ids outside the vocabulary (embedding inputs) are left out."""
 
     def valid(ids: Sequence[int]) -> np.ndarray:
@@ -82,38 +84,42 @@ def history_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int
     return row
 
 
-def note(seen: Array, rows: Rows, token: Array, active: Array) -> Array:
+def count_tokens(token_counts: Array, metadata: SamplingMetadata, token: Array, active: Array) -> Array:
     """Count token i32[S] in `seen` i32[R, V] for the rows that are active bool[S] and penalised.
 
     In place when `seen` is donated. The others are dropped, so several padding rows may share one table row.
     """
-    row = jnp.where(active & rows.penalised, rows.row, seen.shape[0])
-    return seen.at[row, token].add(jnp.int32(1), mode="drop")
+    row = jnp.where(active & metadata.has_penalties, metadata.row, token_counts.shape[0])
+    return token_counts.at[row, token].add(jnp.int32(1), mode="drop")
 
 
-def sample(logits: Array, rows: Rows, seen: Array, bias: Array, *, top: int) -> Sampled:
+def sample(
+    logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array, *, num_logprobs: int
+) -> SamplerOutput:
     """Choose one token per row of logits f32[S, V], with seen i32[R, V] and bias f32[R, V].
 
     A row's token depends on its own logits, parameters, seed and index only: not on its neighbours, its place in the
     batch or the batch's padding. `top` is how many rivals the report lists.
     """
-    plain = ~jnp.any(rows.penalised | rows.biased | (rows.min_left > 0) | (rows.temperature > 0))
-    token = lax.cond(plain, lambda: _argmax(logits), lambda: _choose(logits, rows, seen, bias))
+    plain = ~jnp.any(
+        metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0) | (metadata.temperature > 0)
+    )
+    token = lax.cond(plain, lambda: _argmax(logits), lambda: _choose(logits, metadata, token_counts, logit_bias))
     size = logits.shape[0]
 
     def nothing() -> tuple[Array, Array, Array, Array]:
         return (
             jnp.zeros(size, jnp.float32),
             jnp.zeros(size, jnp.int32),
-            jnp.zeros((size, top), jnp.int32),
-            jnp.zeros((size, top), jnp.float32),
+            jnp.zeros((size, num_logprobs), jnp.int32),
+            jnp.zeros((size, num_logprobs), jnp.float32),
         )
 
-    report = lax.cond(jnp.any(rows.want_logprobs), lambda: prompt_logprobs(logits, token, top), nothing)
-    return Sampled(token, *report)
+    report = lax.cond(jnp.any(metadata.want_logprobs), lambda: prompt_logprobs(logits, token, num_logprobs), nothing)
+    return SamplerOutput(token, *report)
 
 
-def prompt_logprobs(logits: Array, targets: Array, top: int) -> tuple[Array, Array, Array, Array]:
+def prompt_logprobs(logits: Array, targets: Array, num_logprobs: int) -> tuple[Array, Array, Array, Array]:
     """How likely the model finds targets i32[T] under logits f32[T, V].
 
     Returns (logprob f32[T], rank i32[T], top_ids i32[T, top], top_logprobs f32[T, top]). The rank is one more than the
@@ -122,16 +128,16 @@ def prompt_logprobs(logits: Array, targets: Array, top: int) -> tuple[Array, Arr
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
     rank = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
-    ids, best = _largest(logits, top)
+    ids, best = _largest(logits, num_logprobs)
     return (own - norm)[:, 0], rank, ids, best - norm
 
 
-def _choose(logits: Array, rows: Rows, seen: Array, bias: Array) -> Array:
+def _choose(logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
     """The token of each row when at least one row is not plainly greedy."""
-    changed = rows.penalised | rows.biased | (rows.min_left > 0)
-    x = _when(changed, lambda x: _adjust(x, rows, seen, bias), logits)
-    hot = rows.temperature > 0
-    return lax.cond(jnp.any(hot), lambda: jnp.where(hot, _draw(x, rows), _argmax(x)), lambda: _argmax(x))
+    changed = metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0)
+    x = _when(changed, lambda x: _adjust(x, metadata, token_counts, logit_bias), logits)
+    hot = metadata.temperature > 0
+    return lax.cond(jnp.any(hot), lambda: jnp.where(hot, _draw(x, metadata), _argmax(x)), lambda: _argmax(x))
 
 
 def _when(asked: Array, change: Callable[[Array], Array], x: Array) -> Array:
@@ -139,50 +145,56 @@ def _when(asked: Array, change: Callable[[Array], Array], x: Array) -> Array:
     return lax.cond(jnp.any(asked), change, lambda x: x, x)
 
 
-def _adjust(x: Array, rows: Rows, seen: Array, bias: Array) -> Array:
+def _adjust(x: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
     """Steps 2 to 4 of the order above, on x f32[S, V]."""
 
     def forbid_stops(x: Array) -> Array:
-        ids = jnp.where((rows.min_left[:, None] > 0) & (rows.stop >= 0), rows.stop, x.shape[1])
+        ids = jnp.where(
+            (metadata.min_tokens_left[:, None] > 0) & (metadata.stop_ids >= 0), metadata.stop_ids, x.shape[1]
+        )
         return jax.vmap(lambda line, at: line.at[at].set(-jnp.inf, mode="drop"))(x, ids)
 
     def add_bias(x: Array) -> Array:
-        return x + jnp.where(rows.biased[:, None], bias[rows.row], jnp.float32(0))
+        return x + jnp.where(metadata.has_bias[:, None], logit_bias[metadata.row], jnp.float32(0))
 
-    x = _when(rows.min_left > 0, forbid_stops, x)
+    x = _when(metadata.min_tokens_left > 0, forbid_stops, x)
 
     def prefer_times(x: Array) -> Array:
-        time = jnp.arange(x.shape[1], dtype=jnp.int32) >= rows.stamp[:, None]
+        time = jnp.arange(x.shape[1], dtype=jnp.int32) >= metadata.first_timestamp[:, None]
         times = jax.nn.logsumexp(jnp.where(time, x, -jnp.inf), axis=1, keepdims=True)
         words = jnp.max(jnp.where(time, -jnp.inf, x), axis=1, keepdims=True)
-        return jnp.where((rows.stamp[:, None] > 0) & ~time & (times > words), -jnp.inf, x)
+        return jnp.where((metadata.first_timestamp[:, None] > 0) & ~time & (times > words), -jnp.inf, x)
 
-    x = _when(rows.biased, add_bias, x)
-    x = _when(rows.stamp > 0, prefer_times, x)
-    return _when(rows.penalised, lambda x: _penalise(x, rows, seen[rows.row]), x)
+    x = _when(metadata.has_bias, add_bias, x)
+    x = _when(metadata.first_timestamp > 0, prefer_times, x)
+    return _when(metadata.has_penalties, lambda x: _apply_penalties(x, metadata, token_counts[metadata.row]), x)
 
 
-def _penalise(x: Array, rows: Rows, seen: Array) -> Array:
+def _apply_penalties(x: Array, metadata: SamplingMetadata, token_counts: Array) -> Array:
     """Penalties on x f32[S, V] by the rows' own seen i32[S, V]."""
-    count = (seen & (IN_PROMPT - 1)).astype(jnp.float32)
-    factor = jnp.where(seen != 0, rows.repetition[:, None], jnp.float32(1))
+    count = (token_counts & (IN_PROMPT - 1)).astype(jnp.float32)
+    factor = jnp.where(token_counts != 0, metadata.repetition_penalty[:, None], jnp.float32(1))
     y = jnp.where(x > 0, x / factor, x * factor)
-    y = y - rows.frequency[:, None] * count - rows.presence[:, None] * (count > 0).astype(jnp.float32)
-    return jnp.where(rows.penalised[:, None], y, x)
+    y = (
+        y
+        - metadata.frequency_penalty[:, None] * count
+        - metadata.presence_penalty[:, None] * (count > 0).astype(jnp.float32)
+    )
+    return jnp.where(metadata.has_penalties[:, None], y, x)
 
 
-def _draw(x: Array, rows: Rows) -> Array:
+def _draw(x: Array, metadata: SamplingMetadata) -> Array:
     """A random token per row of x f32[S, V]; rows of temperature 0 get an arbitrary one."""
-    x = x / jnp.where(rows.temperature > 0, rows.temperature, jnp.float32(1))[:, None]
+    x = x / jnp.where(metadata.temperature > 0, metadata.temperature, jnp.float32(1))[:, None]
 
     def key(seed: Array, index: Array) -> Array:
         words = seed[::-1].astype(jnp.uint32)  # as jax.random.key(seed) has them
         return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index.astype(jnp.uint32))
 
-    return _categorical(_weights(x, rows), jax.vmap(key)(rows.seed, rows.index))
+    return _categorical(_weights(x, metadata), jax.vmap(key)(metadata.seed, metadata.output_len))
 
 
-def _weights(x: Array, rows: Rows) -> Array:
+def _weights(x: Array, metadata: SamplingMetadata) -> Array:
     """f32[S, V]: probabilities of x f32[S, V] relative to the likeliest token's, zero where step 6 excludes a token.
 
     The likeliest token always stays. Each exclusion is one threshold per row; only its search may be skipped.
@@ -192,17 +204,17 @@ def _weights(x: Array, rows: Rows) -> Array:
     weight = jnp.exp(x - jnp.where(jnp.isneginf(best), jnp.float32(0), best))
 
     def kth_largest() -> Array:
-        k = jnp.clip(rows.top_k, 1, vocab).astype(jnp.float32)  # counts are exact in float32 up to 2^24
-        return jnp.where((rows.top_k > 0)[:, None], _threshold(x, jnp.float32(1), k), -jnp.inf)
+        k = jnp.clip(metadata.top_k, 1, vocab).astype(jnp.float32)  # counts are exact in float32 up to 2^24
+        return jnp.where((metadata.top_k > 0)[:, None], _threshold(x, jnp.float32(1), k), -jnp.inf)
 
-    floor = lax.cond(jnp.any(rows.top_k > 0), kth_largest, lambda: jnp.full((size, 1), -jnp.inf, jnp.float32))
-    weight = jnp.where((x >= floor) & (weight >= rows.min_p[:, None]), weight, jnp.float32(0))
+    floor = lax.cond(jnp.any(metadata.top_k > 0), kth_largest, lambda: jnp.full((size, 1), -jnp.inf, jnp.float32))
+    weight = jnp.where((x >= floor) & (weight >= metadata.min_p[:, None]), weight, jnp.float32(0))
 
     def nucleus() -> Array:
-        least = _threshold(weight, weight, rows.top_p * jnp.sum(weight, axis=-1))
-        return jnp.where((rows.top_p < 1)[:, None], jnp.minimum(least, jnp.float32(1)), jnp.float32(0))
+        least = _threshold(weight, weight, metadata.top_p * jnp.sum(weight, axis=-1))
+        return jnp.where((metadata.top_p < 1)[:, None], jnp.minimum(least, jnp.float32(1)), jnp.float32(0))
 
-    least = lax.cond(jnp.any(rows.top_p < 1), nucleus, lambda: jnp.zeros((size, 1), jnp.float32))
+    least = lax.cond(jnp.any(metadata.top_p < 1), nucleus, lambda: jnp.zeros((size, 1), jnp.float32))
     return jnp.where(weight >= least, weight, jnp.float32(0))
 
 

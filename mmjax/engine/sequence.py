@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmjax.engine.constraints import Constraints
-from mmjax.engine.grammar import Grammar
-from mmjax.engine.pages import page_key
-from mmjax.engine.timestamps import Timed
-from mmjax.processors.base import Item
+from mmjax.engine.constraints import LogitsBias
+from mmjax.engine.grammar import StructuredOutput
+from mmjax.engine.pages import block_hash
+from mmjax.engine.timestamps import TimestampRules
+from mmjax.processors.base import MediaItem
 from mmjax.types import SamplingParams
 
 _numbers = itertools.count()
@@ -24,23 +24,23 @@ class MediaSpan(NamedTuple):
 
     start: int
     length: int
-    key: str
-    item: Item
-    first: int = 0
+    item_hash: str
+    item: MediaItem
+    embed_offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Prompt:
+class EnginePrompt:
     """What all answers to one request share. tokens: i32[T]; positions: i32[R, T]; token i >= T sits at i + delta.
 
     audio: the items that an encoder-decoder reads through cross attention. salt: mixed into the page keys.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    delta: int
+    token_ids: np.ndarray
+    rope_positions: np.ndarray
+    rope_delta: int
     spans: tuple[MediaSpan, ...] = ()
-    audio: tuple[tuple[str, Item], ...] = ()
+    encoder_items: tuple[tuple[str, MediaItem], ...] = ()
     salt: bytes = b""
 
 
@@ -56,89 +56,91 @@ class Sequence:
         self,
         request_id: str,
         index: int,
-        prompt: Prompt,
+        prompt: EnginePrompt,
         params: SamplingParams,
         *,
         seed: int,
-        stops: Seq[int],
-        max_len: int,
-        constraints: Constraints | Grammar | Timed,
-        whole: bool = False,
+        stop_ids: Seq[int],
+        max_model_len: int,
+        logits_processor: LogitsBias | StructuredOutput | TimestampRules,
+        needs_all_tokens: bool = False,
     ) -> None:
-        self.number = next(_numbers)
+        self.seq_id = next(_numbers)
         self.request_id = request_id
         self.index = index
         self.prompt = prompt
         self.params = params
         self.seed_words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
-        self.stops = tuple(stops)
-        self.constraints = constraints
-        self.whole = whole or params.prompt_logprobs is not None
-        self.prompt_len = len(prompt.tokens)
-        longest = max_len - self.prompt_len
+        self.stop_ids = tuple(stop_ids)
+        self.logits_processor = logits_processor
+        self.needs_all_tokens = needs_all_tokens or params.prompt_logprobs is not None
+        self.prompt_len = len(prompt.token_ids)
+        longest = max_model_len - self.prompt_len
         self.max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
-        self.tokens = np.empty(self.prompt_len + self.max_tokens, np.int32)
-        self.tokens[: self.prompt_len] = prompt.tokens
-        self.known = self.prompt_len
-        self.planned = 0
-        self.goal = self.prompt_len  # tokens to prefill before decoding (again)
+        self.token_ids = np.empty(self.prompt_len + self.max_tokens, np.int32)
+        self.token_ids[: self.prompt_len] = prompt.token_ids
+        self.num_tokens = self.prompt_len
+        self.num_scheduled = 0
+        self.prefill_target = self.prompt_len  # tokens to prefill before decoding (again)
         self.row: int | None = None
-        self.pages: list[int] = []
-        self.cross_pages: list[int] = []
-        self.keys: list[bytes] = []
-        self.registered = 0
-        self.cached: int | None = None  # tokens found in the prefix cache when it first started
+        self.block_ids: list[int] = []
+        self.cross_block_ids: list[int] = []
+        self.hashes: list[bytes] = []
+        self.num_hashed_blocks = 0
+        self.num_cached_tokens: int | None = None  # tokens found in the prefix cache when it first started
         self.scheduled_time: float | None = None
         self.finished = False
-        self.biased = constraints.dynamic or constraints.row(()) is not None
+        self.has_bias = logits_processor.dynamic or logits_processor.bias_row(()) is not None
 
     @property
     def output_len(self) -> int:
         """Output tokens that the host knows."""
-        return self.known - self.prompt_len
+        return self.num_tokens - self.prompt_len
 
     @property
-    def outputs(self) -> np.ndarray:
+    def output_ids(self) -> np.ndarray:
         """i32[output_len]."""
-        return self.tokens[self.prompt_len : self.known]
+        return self.token_ids[self.prompt_len : self.num_tokens]
 
     @property
-    def sampled(self) -> int:
+    def num_sampled(self) -> int:
         """Output tokens sampled once everything dispatched has run."""
-        return max(0, self.planned + 1 - self.prompt_len)
+        return max(0, self.num_scheduled + 1 - self.prompt_len)
 
     @property
-    def prefilling(self) -> bool:
+    def is_prefilling(self) -> bool:
         """Whether tokens remain to prefill before the next one can be sampled."""
-        return self.planned < self.goal
+        return self.num_scheduled < self.prefill_target
 
     @property
-    def penalised(self) -> bool:
+    def has_penalties(self) -> bool:
         """Whether the sampler needs the history of this sequence."""
         p = self.params
         return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
 
-    def extend(self, tokens: list[int]) -> None:
+    def append_tokens(self, tokens: list[int]) -> None:
         """More tokens from the device."""
-        self.tokens[self.known : self.known + len(tokens)] = tokens
-        self.known += len(tokens)
+        self.token_ids[self.num_tokens : self.num_tokens + len(tokens)] = tokens
+        self.num_tokens += len(tokens)
 
-    def page_keys(self, size: int, tokens: int) -> list[bytes]:
+    def block_hashes(self, block_size: int, tokens: int) -> list[bytes]:
         """Content keys of the full pages within the first `tokens` known tokens."""
-        full = tokens // size
-        while len(self.keys) < full:
-            first = len(self.keys) * size
-            parent = self.keys[-1] if self.keys else self.prompt.salt
-            overlapping = [s for s in self.prompt.spans if s.start < first + size and s.start + s.length > first]
-            extra = b"".join(f"{len(s.key)}:{s.key}@{first - s.start + s.first};".encode() for s in overlapping)
-            self.keys.append(page_key(parent, self.tokens[first : first + size], extra))
-        return self.keys[:full]
+        full = tokens // block_size
+        while len(self.hashes) < full:
+            first = len(self.hashes) * block_size
+            parent = self.hashes[-1] if self.hashes else self.prompt.salt
+            overlapping = [s for s in self.prompt.spans if s.start < first + block_size and s.start + s.length > first]
+            extra = b"".join(
+                f"{len(s.item_hash)}:{s.item_hash}@{first - s.start + s.embed_offset};".encode() for s in overlapping
+            )
+            self.hashes.append(block_hash(parent, self.token_ids[first : first + block_size], extra))
+        return self.hashes[:full]
 
     def reset(self) -> None:
         """Back to nothing computed, as after preemption. The caller has released pages and row."""
-        self.planned = 0
-        self.goal = self.known
-        self.registered = 0
+        self.num_scheduled = 0
+        self.prefill_target = self.num_tokens
+        self.num_hashed_blocks = 0
         self.row = None
-        self.pages = []
-        self.cross_pages = []
+        self.block_ids = []
+        self.cross_block_ids = []

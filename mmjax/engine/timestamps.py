@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.engine.constraints import Constraints
-from mmjax.processors.base import Timestamps
+from mmjax.engine.constraints import LogitsBias
+from mmjax.processors.base import TimestampTokens
 
 
-class Timed:
+class TimestampRules:
     """The constraints of an answer with timestamps, on top of the request's others. See `Constraints`.
 
     `stamp`: the first of the timestamp tokens.
@@ -22,30 +22,30 @@ class Timed:
 
     dynamic = True
 
-    def __init__(self, rules: Timestamps, vocab: int, others: Constraints) -> None:
+    def __init__(self, rules: TimestampTokens, vocab: int, others: LogitsBias) -> None:
         self._rules, self._others = rules, others
-        self.stamp = rules.first
+        self.first_timestamp = rules.first_id
         words = np.zeros(vocab, bool)
-        words[: rules.first] = True
-        words[rules.never] = False
+        words[: rules.first_id] = True
+        words[rules.no_timestamps_id] = False
         self._words = np.where(words, np.float32(0), np.float32(-np.inf))
 
-    def row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """f32[V] to add to the logits of the token after `output_ids`."""
         rules = self._rules
-        said = [*rules.said, *(int(token) for token in output_ids)]
-        stamped = [rules.first <= token <= rules.last for token in said]
-        latest = next((token for token in reversed(said) if rules.first <= token <= rules.last), rules.first)
+        said = [*rules.prefix_ids, *(int(token) for token in output_ids)]
+        stamped = [rules.first_id <= token <= rules.last_id for token in said]
+        latest = next((token for token in reversed(said) if rules.first_id <= token <= rules.last_id), rules.first_id)
         row = self._words.copy()
         if not said:  # a time opens the transcript
-            row[: rules.first] = -np.inf
-            row[rules.first : min(rules.last, rules.first + rules.latest) + 1] = 0
+            row[: rules.first_id] = -np.inf
+            row[rules.first_id : min(rules.last_id, rules.first_id + rules.max_initial_index) + 1] = 0
         elif not stamped[-1]:  # what has been said took time
-            row[latest + any(stamped) : rules.last + 1] = 0
+            row[latest + any(stamped) : rules.last_id + 1] = 0
         elif not all(stamped[-2:]):  # what was closed is followed by the next, or by nothing
-            row[: rules.first] = -np.inf
-            row[rules.end] = 0
-            row[latest : rules.last + 1] = 0
-        others = self._others.row(output_ids)
+            row[: rules.first_id] = -np.inf
+            row[rules.eos_id] = 0
+            row[latest : rules.last_id + 1] = 0
+        others = self._others.bias_row(output_ids)
         both = row if others is None else row + others
         return both if np.isfinite(both).any() else row

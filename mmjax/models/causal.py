@@ -30,19 +30,19 @@ class Config(reader.Config):
                 raise ValueError(f"config.json: {name} {config[name]!r} is not supported")
         kinds = config["architectures"]
         text = DecoderConfig.from_hf(
-            config, bias=any(k in BIASED for k in kinds), tied=tied, qk_norm=any(k in NORMED for k in kinds)
+            config, bias=any(k in BIASED for k in kinds), tie_embeddings=tied, qk_norm=any(k in NORMED for k in kinds)
         )
         window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
         # No token of a sequence as short as the window slides out of sight.
-        return cls(dataclasses.replace(text, max_len=min(text.max_len, window or text.max_len)))
+        return cls(dataclasses.replace(text, max_positions=min(text.max_positions, window or text.max_positions)))
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return Config(self.text.split(ways))
+        return Config(self.text.for_tp(tp_size))
 
-    def within(self, longest: int) -> Config:
+    def for_max_len(self, max_model_len: int) -> Config:
         """The same model for sequences of at most `longest` tokens."""
-        return Config(self.text.within(longest))
+        return Config(self.text.for_max_len(max_model_len))
 
 
 class Model(reader.Model):

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import jax
 
-from mmjax.batch import Batch, Pool
+from mmjax.batch import Batch, KVCache
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
+class EncoderSpec:
     """The sizes of a media encoder's input and output.
 
     features: name -> (trailing shape, dtype name, padding value) of each input array; the leading axis is units.
@@ -27,22 +27,22 @@ class Encoder:
     """
 
     features: Mapping[str, tuple[tuple[int, ...], str, int]]
-    kinds: tuple[str, ...]
-    grain: int = 1
-    rows: int = 0
-    keys: int = 0
-    numbered: tuple[str, ...] = ()
-    picks: Mapping[str, tuple[tuple[int, ...], str, int]] = dataclasses.field(default_factory=dict)
-    based: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    largest: int = 0
+    modalities: tuple[str, ...]
+    group_size: int = 1
+    embeds_per_group: int = 0
+    keys_per_input: int = 0
+    segment_fields: tuple[str, ...] = ()
+    gather_fields: Mapping[str, tuple[tuple[int, ...], str, int]] = dataclasses.field(default_factory=dict)
+    offset_fields: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    max_item_inputs: int = 0
 
-    def rows_of(self, units: int) -> int:
+    def num_embeds(self, num_inputs: int) -> int:
         """Media rows that `units` units yield, with picks at most."""
-        return units // self.grain * self.rows
+        return num_inputs // self.group_size * self.embeds_per_group
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class ModelSpec:
     """Sizes from which the engine makes the pool, the slab and the step's programs.
 
     encoders: by a name of the family's choice. cross: whether the decoder reads the (one) encoder through cross
@@ -50,36 +50,36 @@ class Shape:
     hidden states are wanted of it instead of tokens.
     """
 
-    layers: int
-    kv_heads: int
+    num_layers: int
+    num_kv_heads: int
     head_dim: int
-    vocab: int
-    width: int
-    max_len: int
-    rope_rows: int = 1
-    slab_width: int = 0
-    encoders: Mapping[str, Encoder] = dataclasses.field(default_factory=dict)
-    cross: bool = False
-    largest_item: int = 0
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    rope_axes: int = 1
+    mm_embed_dim: int = 0
+    encoders: Mapping[str, EncoderSpec] = dataclasses.field(default_factory=dict)
+    is_encoder_decoder: bool = False
+    max_item_embeds: int = 0
     pooling: bool = False
 
     @property
-    def cross_keys(self) -> int:
+    def cross_len(self) -> int:
         """Keys that cross attention reads per sequence; 0 for a decoder-only model."""
-        return sum(encoder.keys for encoder in self.encoders.values()) if self.cross else 0
+        return sum(encoder.keys_per_input for encoder in self.encoders.values()) if self.is_encoder_decoder else 0
 
-    def encoder_of(self, kind: str) -> str:
+    def encoder_of(self, modality: str) -> str:
         """The name of the encoder that takes this modality."""
-        return next(name for name, encoder in self.encoders.items() if kind in encoder.kinds)
+        return next(name for name, encoder in self.encoders.items() if modality in encoder.modalities)
 
 
 class Config(Protocol):
     """A family's configuration: sizes that the model is declared with."""
 
     @property
-    def shape(self) -> Shape: ...
+    def spec(self) -> ModelSpec: ...
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The configuration whose sharded sizes divide over `ways` devices."""
         ...
 
@@ -87,7 +87,7 @@ class Config(Protocol):
 class Model(Protocol):
     """What a family's module offers. All are called inside jit."""
 
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+    def __call__(self, batch: Batch, kv_cache: KVCache, mm_embeds: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden states [T, D] after the final norm, and the pool with the batch's keys written."""
         ...
 
@@ -104,6 +104,6 @@ class Model(Protocol):
 class CrossModel(Model, Protocol):
     """An encoder-decoder."""
 
-    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
+    def write_cross_kv(self, encoded: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> KVCache:
         """Write every layer's cross-attention keys and values at slot i32[units * keys]."""
         ...

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.clip import Clip, ClipConfig
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.pixels import Pixels
+from mmjax.nn.pixels import PixelNorm
 from mmjax.nn.projector import Projector
 
 LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it out
@@ -33,7 +33,7 @@ class Config(reader.Config):
     vision: ClipConfig
     act: str
     drop_class: bool
-    pixels: Pixels
+    pixels: PixelNorm
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -42,26 +42,28 @@ class Config(reader.Config):
         if not isinstance(layer, int):
             raise ValueError(f"vision_feature_layer must be one layer, got {layer}")
         return cls(
-            text=DecoderConfig.from_hf(LLAMA | config["text_config"], bias=False, tied=tied),
+            text=DecoderConfig.from_hf(LLAMA | config["text_config"], bias=False, tie_embeddings=tied),
             vision=ClipConfig.from_hf(config["vision_config"], layer),
             act=config.get("projector_hidden_act", "gelu"),
             drop_class=config.get("vision_feature_select_strategy", "default") == "default",
-            pixels=Pixels.from_hf(files["preprocessor_config.json"]),
+            pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
         )
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side = self.vision.image
-        rows = self.vision.side**2 + (not self.drop_class)
-        encoder = Encoder(features={"pixels": ((3, side, side), "uint8", 0)}, kinds=("image",), rows=rows)
+        side = self.vision.image_size
+        rows = self.vision.grid_size**2 + (not self.drop_class)
+        encoder = EncoderSpec(
+            features={"pixels": ((3, side, side), "uint8", 0)}, modalities=("image",), embeds_per_group=rows
+        )
         return dataclasses.replace(
-            super().shape, slab_width=self.text.width, encoders={"vision": encoder}, largest_item=rows
+            super().spec, mm_embed_dim=self.text.hidden_size, encoders={"vision": encoder}, max_item_embeds=rows
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
 class Model(reader.Model):
@@ -69,11 +71,11 @@ class Model(reader.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.vision = Clip(c.vision)
-        self.projector = Projector(c.vision.tower.width, c.text.width, c.act)
+        self.vision = ClipVisionEncoder(c.vision)
+        self.projector = Projector(c.vision.tower.hidden_size, c.text.hidden_size, c.act)
         self.c = c
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        x = self.vision.rows(self.c.pixels.normalise(features["pixels"], axis=1))
+        x = self.vision.encode(self.c.pixels.normalize(features["pixels"], axis=1))
         x = self.projector(x[:, 1:] if self.c.drop_class else x)
         return x.reshape(-1, x.shape[-1])

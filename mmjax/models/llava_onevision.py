@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
+from mmjax.models.family import EncoderSpec, ModelSpec
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.pixels import Pixels
+from mmjax.nn.pixels import PixelNorm
 from mmjax.nn.projector import Projector
-from mmjax.nn.siglip import Siglip, SiglipConfig
+from mmjax.nn.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight
 
 QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
@@ -42,9 +42,9 @@ class Config(reader.Config):
 
     vision: SiglipConfig
     act: str
-    pixels: Pixels
-    crops: int
-    largest: int
+    pixels: PixelNorm
+    max_crops: int
+    max_item_embeds: int
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -56,38 +56,45 @@ class Config(reader.Config):
                 "one layer with 'full' is"
             )
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=False)
-        patches, aspect = vision.side**2, config.get("vision_aspect_ratio", "anyres_max_9")
+        patches, aspect = vision.grid_size**2, config.get("vision_aspect_ratio", "anyres_max_9")
         kept = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # what is larger is scaled down
-        grids = [(height // vision.image, width // vision.image) for height, width in config["image_grid_pinpoints"]]
+        grids = [
+            (height // vision.image_size, width // vision.image_size)
+            for height, width in config["image_grid_pinpoints"]
+        ]
         return cls(
-            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tied=tied),
+            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tie_embeddings=tied),
             vision=vision,
             act=config.get("projector_hidden_act", "gelu"),
-            pixels=Pixels.from_hf(files["preprocessor_config.json"]),
-            crops=max(math.prod(grid) for grid in grids),
-            largest=patches + max(min(math.prod(grid) * patches, kept) + grid[0] * vision.side for grid in grids),
+            pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
+            max_crops=max(math.prod(grid) for grid in grids),
+            max_item_embeds=patches
+            + max(min(math.prod(grid) * patches, kept) + grid[0] * vision.grid_size for grid in grids),
         )
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side, image = self.vision.side, self.vision.image
+        side, image = self.vision.grid_size, self.vision.image_size
         patches = side**2
-        encoder = Encoder(
+        encoder = EncoderSpec(
             features={"pixels": ((3, image, image), "uint8", 0)},
-            kinds=("image", "video"),
-            rows=patches + side,  # a crop above all others still adds one newline per line
-            picks={"source": ((4,), "int32", -1), "share": ((4,), "float32", 0)},
-            based={"source": patches},
-            largest=max(self.crops + 1, FRAMES),
+            modalities=("image", "video"),
+            embeds_per_group=patches + side,  # a crop above all others still adds one newline per line
+            gather_fields={"source_index": ((4,), "int32", -1), "source_weight": ((4,), "float32", 0)},
+            offset_fields={"source_index": patches},
+            max_item_inputs=max(self.max_crops + 1, FRAMES),
         )
         return dataclasses.replace(
-            super().shape, slab_width=self.text.width, encoders={"vision": encoder}, largest_item=self.largest
+            super().spec,
+            mm_embed_dim=self.text.hidden_size,
+            encoders={"vision": encoder},
+            max_item_embeds=self.max_item_embeds,
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
 class Model(reader.Model):
@@ -95,15 +102,15 @@ class Model(reader.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.vision = Siglip(c.vision)
-        self.projector = Projector(c.vision.tower.width, c.text.width, c.act)
-        self.newline = weight(c.text.width, axes=("embed",))
+        self.vision = SiglipVisionEncoder(c.vision)
+        self.projector = Projector(c.vision.tower.hidden_size, c.text.hidden_size, c.act)
+        self.newline = weight(c.text.hidden_size, axes=("embed",))
         self.c = c
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         """source i32[R, 4] and share f32[R, 4]: a row is the weighted sum of four patches; of -1 it is the newline."""
-        source, share = features["source"], features["share"]
-        x = self.projector(self.vision.squares(self.c.pixels.normalise(features["pixels"], axis=1)))
+        source, share = features["source_index"], features["source_weight"]
+        x = self.projector(self.vision.encode_images(self.c.pixels.normalize(features["pixels"], axis=1)))
         total = jnp.zeros((), jnp.float32)
         for corner in range(4):  # one after the other: four times the rows at once would be the largest array by far
             part = jnp.take(x, source[:, corner], axis=0, mode="clip").astype(jnp.float32)

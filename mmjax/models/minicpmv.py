@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
+from mmjax.models.family import EncoderSpec, ModelSpec
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.pixels import Pixels
-from mmjax.nn.siglip import Siglip, SiglipConfig
-from mmjax.nn.weight import product, weight
-from mmjax.sharding import up
+from mmjax.nn.pixels import PixelNorm
+from mmjax.nn.siglip import SiglipConfig, SiglipVisionEncoder
+from mmjax.nn.weight import weight, weight_einsum
+from mmjax.sharding import round_up
 
 VERSION = 2.6  # the architecture's name also stands for 2.0 and 2.5, which are other models
 EPS = 1e-6  # of the resampler's norms; the config does not name it
@@ -39,11 +39,11 @@ class Config(reader.Config):
     """
 
     vision: SiglipConfig
-    pixels: Pixels
+    pixels: PixelNorm
     queries: int
     heads: int
-    area: int
-    slices: int
+    slice_patches: int
+    max_slices: int
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -55,44 +55,49 @@ class Config(reader.Config):
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=True)
         mean, std = prepare["norm_mean"], prepare["norm_std"]
         return cls(
-            text=DecoderConfig.from_hf(config, bias=True, tied=tied),
+            text=DecoderConfig.from_hf(config, bias=True, tie_embeddings=tied),
             vision=vision,
-            pixels=Pixels(1 / 255, tuple(mean), tuple(std)),
+            pixels=PixelNorm(1 / 255, tuple(mean), tuple(std)),
             queries=config["query_num"],
             heads=config["hidden_size"] // HEAD_DIM,
-            area=(prepare["scale_resolution"] // vision.patch) ** 2,
-            slices=prepare["max_slice_nums"],
+            slice_patches=(prepare["scale_resolution"] // vision.patch_size) ** 2,
+            max_slices=prepare["max_slice_nums"],
         )
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        grain = max(1, self.area // 2)  # no slice has fewer patches
-        largest = max(self.slices + 1, FRAMES) * self.area * 9 // 8  # few have more than an eighth above the area
-        encoder = Encoder(
+        group_size = max(1, self.slice_patches // 2)  # no slice has fewer patches
+        largest = (
+            max(self.max_slices + 1, FRAMES) * self.slice_patches * 9 // 8
+        )  # few have more than an eighth above the area
+        encoder = EncoderSpec(
             features={
-                "pixels": ((self.vision.patch_values,), "uint8", 0),
-                "position": ((), "int32", 0),
-                "place": ((2,), "int32", 0),
-                "segment": ((), "int32", -1),
+                "pixels": ((self.vision.patch_dim,), "uint8", 0),
+                "position_ids": ((), "int32", 0),
+                "patch_coords": ((2,), "int32", 0),
+                "segment_ids": ((), "int32", -1),
             },
-            kinds=("image", "video"),
-            grain=grain,
-            rows=self.queries,
-            numbered=("segment",),
-            largest=up(largest, grain),
+            modalities=("image", "video"),
+            group_size=group_size,
+            embeds_per_group=self.queries,
+            segment_fields=("segment_ids",),
+            max_item_inputs=round_up(largest, group_size),
         )
         return dataclasses.replace(
-            super().shape,
-            slab_width=self.text.width,
+            super().spec,
+            mm_embed_dim=self.text.hidden_size,
             encoders={"vision": encoder},
-            largest_item=(self.slices + 1) * self.queries,
+            max_item_embeds=(self.max_slices + 1) * self.queries,
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
         return dataclasses.replace(
-            self, text=self.text.split(ways), vision=self.vision.split(ways), heads=up(self.heads, ways)
+            self,
+            text=self.text.for_tp(tp_size),
+            vision=self.vision.for_tp(tp_size),
+            heads=round_up(self.heads, tp_size),
         )
 
 
@@ -100,9 +105,9 @@ class Resampler(nnx.Module):
     """One attention of learned queries over the patches of each slice, placed by sines and cosines."""
 
     def __init__(self, c: Config) -> None:
-        width, n, h = c.text.width, c.heads, HEAD_DIM
-        self.query = weight(c.queries, width, axes=("place", "embed"))
-        self.key = weight(c.vision.tower.width, width, axes=("embed", "embed_out"))
+        width, n, h = c.text.hidden_size, c.heads, HEAD_DIM
+        self.query = weight(c.queries, width, axes=("position", "embed"))
+        self.key = weight(c.vision.tower.hidden_size, width, axes=("embed", "embed_out"))
         self.query_norm = weight(width, axes=("embed",))
         self.query_norm_bias = weight(width, axes=("embed",))
         self.key_norm = weight(width, axes=("embed",))
@@ -116,41 +121,41 @@ class Resampler(nnx.Module):
         self.out = weight(width, width, axes=("embed", "embed_out"))
         self.c = c
 
-    def __call__(self, x: jax.Array, place: jax.Array, segment: jax.Array, slices: int) -> jax.Array:
+    def __call__(self, x: jax.Array, patch_coords: jax.Array, segment_ids: jax.Array, slices: int) -> jax.Array:
         """Patches [U, C] at (row, column) i32[U, 2] to [slices * queries, D]; slice s is segment s."""
         query = layer_norm(self.query[...], self.query_norm[...], self.query_norm_bias[...], EPS)
         value = layer_norm(x @ self.key[...], self.key_norm[...], self.key_norm_bias[...], EPS)
-        key = value + waves(place, value.shape[-1]).astype(value.dtype)
+        key = value + sincos_2d(patch_coords, value.shape[-1]).astype(value.dtype)
         q, k, v = (
-            product("ud,dnh->unh", part, self.qkv[:, :, j]) + self.qkv_bias[:, j]
+            weight_einsum("ud,dnh->unh", part, self.qkv[:, :, j]) + self.qkv_bias[:, j]
             for j, part in enumerate((query, key, value))
         )
-        y = self._attend(q, k, v, segment, slices)
+        y = self._attend(q, k, v, segment_ids, slices)
         y = self.o.einsum("qnh,nhd->qd", y) + self.o_bias[...]
         return layer_norm(y, self.last_norm[...], self.last_norm_bias[...], EPS) @ self.out[...]
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, slices: int) -> jax.Array:
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, slices: int) -> jax.Array:
         """q [Q, N, H] over each slice's k, v [U, N, H]: [slices * Q, N, H]."""
-        window = min(k.shape[0], 2 * self.c.area)  # no slice has more patches
-        segment = jnp.where(segment < 0, FAR, segment)
-        first = jnp.searchsorted(segment, jnp.arange(slices, dtype=segment.dtype))
+        window = min(k.shape[0], 2 * self.c.slice_patches)  # no slice has more patches
+        segment_ids = jnp.where(segment_ids < 0, FAR, segment_ids)
+        first = jnp.searchsorted(segment_ids, jnp.arange(slices, dtype=segment_ids.dtype))
 
         def one(at: tuple[jax.Array, jax.Array]) -> jax.Array:
             number, start = at
-            mine, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, window) for a in (segment, k, v))
+            mine, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, window) for a in (segment_ids, k, v))
             score = jnp.einsum("qnh,unh->nqu", q, keys, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
             score = jnp.where(mine == number, score, LOW)
             return jnp.einsum("nqu,unh->qnh", jax.nn.softmax(score).astype(values.dtype), values)
 
-        found = jax.lax.map(one, (jnp.arange(slices, dtype=segment.dtype), first))
+        found = jax.lax.map(one, (jnp.arange(slices, dtype=segment_ids.dtype), first))
         return found.reshape(-1, *q.shape[1:])
 
 
-def waves(place: jax.Array, width: int) -> jax.Array:
+def sincos_2d(coords: jax.Array, width: int) -> jax.Array:
     """Places (row, column) i32[U, 2] as f32[U, width]: sines and cosines of the column, then of the row."""
     slots = width // 4
     rate = 1.0 / 10000 ** (np.arange(slots, dtype=np.float32) / np.float32(slots))
-    angle = place[:, ::-1].astype(jnp.float32)[:, :, None] * jnp.asarray(rate, jnp.float32)
+    angle = coords[:, ::-1].astype(jnp.float32)[:, :, None] * jnp.asarray(rate, jnp.float32)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(-1, width)
 
 
@@ -159,14 +164,16 @@ class Model(reader.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.vision = Siglip(c.vision)
+        self.vision = SiglipVisionEncoder(c.vision)
         self.resampler = Resampler(c)
         self.c = c
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         """position: of each patch in the tower's table; place: its row and column in its slice."""
-        pixels, segment = features["pixels"], features["segment"]
-        units = pixels.shape[0]
-        x = self.c.pixels.normalise(pixels.reshape(units, 3, -1), axis=1).reshape(units, -1)
-        x = self.vision.rows(x, features["position"], segment)
-        return self.resampler(x, features["place"], segment, units // self.c.shape.encoders["vision"].grain)
+        pixels, segment_ids = features["pixels"], features["segment_ids"]
+        num_inputs = pixels.shape[0]
+        x = self.c.pixels.normalize(pixels.reshape(num_inputs, 3, -1), axis=1).reshape(num_inputs, -1)
+        x = self.vision.encode_patches(x, features["position_ids"], segment_ids)
+        return self.resampler(
+            x, features["patch_coords"], segment_ids, num_inputs // self.c.spec.encoders["vision"].group_size
+        )

@@ -10,45 +10,45 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import vision_language
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.audio_chunks import ChunkConfig, ChunkTower, SpectrumTower
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.audio_chunks import OmniAudioConfig, Qwen2OmniAudioEncoder, Qwen3OmniAudioEncoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(vision_language.Config):
     """Sizes. frames: mel frames of the longest clip that the preprocessor lets through."""
 
-    audio: ChunkConfig
-    frames: int
+    audio: OmniAudioConfig
+    max_mel_frames: int
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        shape, a = super().shape, self.audio
-        units = -(-self.frames // a.chunk)
-        encoder = Encoder(
+        shape, a = super().spec, self.audio
+        units = -(-self.max_mel_frames // a.chunk_frames)
+        encoder = EncoderSpec(
             features=a.features,
-            kinds=("audio",),
-            rows=a.rows,
-            numbered=a.numbered,
-            picks=a.picks,
-            based=a.based,
-            largest=units,
+            modalities=("audio",),
+            embeds_per_group=a.embeds_per_chunk,
+            segment_fields=a.segment_fields,
+            gather_fields=a.gather_fields,
+            offset_fields=a.offset_fields,
+            max_item_inputs=units,
         )
         return dataclasses.replace(
             shape,
             encoders={**shape.encoders, "audio": encoder},
-            largest_item=max(shape.largest_item, encoder.rows_of(units)),
+            max_item_embeds=max(shape.max_item_embeds, encoder.num_embeds(units)),
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
         return dataclasses.replace(
-            self, text=self.text.split(ways), vision=self.vision.split(ways), audio=self.audio.split(ways)
+            self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size), audio=self.audio.for_tp(tp_size)
         )
 
 
-def longest(files: Mapping[str, dict[str, Any]]) -> int:
+def max_mel_frames(files: Mapping[str, dict[str, Any]]) -> int:
     """Mel frames of the feature extractor's window."""
     prepare = files.get("processor_config.json", {}).get("feature_extractor") or files["preprocessor_config.json"]
     return int(prepare["chunk_length"] * prepare["sampling_rate"]) // int(prepare["hop_length"])
@@ -59,11 +59,11 @@ class Model(vision_language.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.audio = SpectrumTower(c.audio) if c.audio.channels else ChunkTower(c.audio)
-        self.row_width = c.vision.row_width
+        self.audio = Qwen3OmniAudioEncoder(c.audio) if c.audio.conv_channels else Qwen2OmniAudioEncoder(c.audio)
+        self.row_width = c.vision.mm_embed_dim
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         if name != "audio":
             return super().encode(name, features)
-        rows = self.audio.rows(features)
+        rows = self.audio.encode(features)
         return jnp.pad(rows, ((0, 0), (0, self.row_width - rows.shape[1])))  # sound has nothing to add to inner blocks

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.clip import Clip, ClipConfig
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.pixels import Pixels
+from mmjax.nn.pixels import PixelNorm
 from mmjax.nn.tower import gelu
 from mmjax.nn.weight import weight
 
@@ -37,8 +37,8 @@ class Config(reader.Config):
     """Sizes; `crops`: the most that the largest picture is cut into."""
 
     vision: ClipConfig
-    pixels: Pixels
-    crops: int
+    pixels: PixelNorm
+    max_crops: int
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -53,56 +53,56 @@ class Config(reader.Config):
         prepare = files["preprocessor_config.json"]
         vision = {**CLIP_L, **tower.get("vision_config", {})}
         return cls(
-            text=DecoderConfig.from_hf(config, bias=False, tied=tied),
+            text=DecoderConfig.from_hf(config, bias=False, tie_embeddings=tied),
             vision=ClipConfig.from_hf(vision, tower.get("layer_idx", LAYER)),
-            pixels=Pixels.from_hf(prepare),
-            crops=max(MOST_CROPS, prepare.get("num_crops", 0)),
+            pixels=PixelNorm.from_hf(prepare),
+            max_crops=max(MOST_CROPS, prepare.get("num_crops", 0)),
         )
 
     @property
     def edge(self) -> int:
         """Rows along one edge of a crop: each takes a square of four patches."""
-        return self.vision.side // 2
+        return self.vision.grid_size // 2
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side, edge = self.vision.image, self.edge
+        side, edge = self.vision.image_size, self.edge
         # n units (crops and the whole) in one column are n * edge lines of edge + 1 rows, and one row between the two
         most = edge * (edge + 1) + 1
-        encoder = Encoder(
+        encoder = EncoderSpec(
             features={
                 "pixels": ((3, side, side), "uint8", 0),
-                "place": ((4,), "int32", 1),
-                "whole": ((), "int32", -1),
+                "crop_coords": ((4,), "int32", 1),
+                "view_index": ((), "int32", -1),
             },
-            kinds=("image",),
-            rows=most,
-            picks={"index": ((), "int32", -1)},
-            based={"whole": 1, "index": edge**2},
-            largest=self.crops + 1,
+            modalities=("image",),
+            embeds_per_group=most,
+            gather_fields={"patch_index": ((), "int32", -1)},
+            offset_fields={"view_index": 1, "patch_index": edge**2},
+            max_item_inputs=self.max_crops + 1,
         )
         return dataclasses.replace(
-            super().shape,
-            slab_width=self.text.width,
+            super().spec,
+            mm_embed_dim=self.text.hidden_size,
             encoders={"vision": encoder},
-            largest_item=(self.crops + 1) * (most - 1) + 1,
+            max_item_embeds=(self.max_crops + 1) * (most - 1) + 1,
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
-    def within(self, longest: int) -> Config:
+    def for_max_len(self, max_model_len: int) -> Config:
         """The same for sequences of at most `longest` tokens."""
-        return dataclasses.replace(self, text=self.text.within(longest))
+        return dataclasses.replace(self, text=self.text.for_max_len(max_model_len))
 
 
 class Projector(nnx.Module):
     """Two dense layers from a square of four patches to the language model's width."""
 
     def __init__(self, c: Config) -> None:
-        square, width = 4 * c.vision.tower.width, c.text.width
+        square, width = 4 * c.vision.tower.hidden_size, c.text.hidden_size
         self.fc1 = weight(square, width, axes=("embed", "embed_out"))
         self.fc1_bias = weight(width, axes=("embed_out",))
         self.fc2 = weight(width, width, axes=("embed", "embed_out"))
@@ -117,9 +117,9 @@ class Model(reader.Model):
     """See `mmjax.models.family.Model`. newline, divider: [4C], what ends a line of squares and stands between parts."""
 
     def __init__(self, c: Config) -> None:
-        square = 4 * c.vision.tower.width
+        square = 4 * c.vision.tower.hidden_size
         super().__init__(c)
-        self.vision = Clip(c.vision)
+        self.vision = ClipVisionEncoder(c.vision)
         self.projector = Projector(c)
         self.newline = weight(square, axes=("embed",))
         self.divider = weight(square, axes=("embed",))
@@ -128,15 +128,15 @@ class Model(reader.Model):
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         """index i32[R]: a square of patches among those of all units, -1 for the newline, -2 for the divider."""
         c = self.c
-        pixels = whole_views(features["pixels"].astype(jnp.float32), features["place"], features["whole"])
-        x = self.vision.rows(c.pixels.normalise(pixels, axis=1))[:, 1:]
+        pixels = global_views(features["pixels"].astype(jnp.float32), features["crop_coords"], features["view_index"])
+        x = self.vision.encode(c.pixels.normalize(pixels, axis=1))[:, 1:]
         x = x.reshape(-1, c.edge, 2, c.edge, 2, x.shape[-1]).swapaxes(2, 3).reshape(-1, 4 * x.shape[-1])
         x = self.projector(jnp.concatenate([x, self.newline[...][None], self.divider[...][None]]))
-        index = features["index"]
+        index = features["patch_index"]
         return jnp.take(x, jnp.where(index < 0, x.shape[0] - 3 - index, index), axis=0, mode="clip")
 
 
-def whole_views(pixels: jax.Array, place: jax.Array, whole: jax.Array) -> jax.Array:
+def global_views(pixels: jax.Array, crop_coords: jax.Array, view_index: jax.Array) -> jax.Array:
     """Fill in the units that show a whole picture: f32[U, 3, S, S] pixels, theirs zero, to the same with all of them.
 
     Such a view is its picture's canvas brought to S x S by bicubic interpolation (a = -0.75, edges repeated, nothing
@@ -144,10 +144,10 @@ def whole_views(pixels: jax.Array, place: jax.Array, whole: jax.Array) -> jax.Ar
     unit whole i32[U] (-1: to none).
     """
     size = pixels.shape[-1]
-    down, across = (_shares(place[:, 2 * axis], place[:, 2 * axis + 1], size) for axis in (0, 1))
+    down, across = (_shares(crop_coords[:, 2 * axis], crop_coords[:, 2 * axis + 1], size) for axis in (0, 1))
     exact = jax.lax.Precision.HIGHEST  # bytes do not fit the rounded inputs of a fast product
     parts = jnp.einsum("uyp,ucpq,uxq->ucyx", down, pixels, across, precision=exact)
-    return pixels.at[jnp.where(whole >= 0, whole, FAR)].add(parts, mode="drop")
+    return pixels.at[jnp.where(view_index >= 0, view_index, FAR)].add(parts, mode="drop")
 
 
 def _shares(at: jax.Array, count: jax.Array, size: int) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.models import vision_language
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.patches import PatchConfig
+from mmjax.nn.patches import QwenVisionConfig
 
 
 class Config(vision_language.Config):
@@ -17,11 +17,11 @@ class Config(vision_language.Config):
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (flat as published, or with a text_config) and preprocessor_config.json."""
         prepare = files["preprocessor_config.json"]
-        vision = PatchConfig.windowed(config["vision_config"], prepare)
+        vision = QwenVisionConfig.qwen2_5(config["vision_config"], prepare)
         return cls(
-            text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tied=tied),
+            text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tie_embeddings=tied),
             vision=vision,
-            largest=vision_language.most_pixels(prepare) // (vision.patch * vision.merge) ** 2,
+            max_item_embeds=vision_language.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
         )
 
 

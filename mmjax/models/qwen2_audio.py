@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.audio import PIECE, AudioConfig, AudioTower
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.audio import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.weight import weight
 
@@ -39,36 +39,39 @@ ENCODER = {  # what Qwen2AudioEncoderConfig fills in
 class Config(reader.Config):
     """Sizes."""
 
-    audio: AudioConfig
+    audio: WhisperEncoderConfig
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json."""
         return cls(
-            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tied=tied),
-            audio=AudioConfig.from_hf(ENCODER | config["audio_config"]),
+            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tie_embeddings=tied),
+            audio=WhisperEncoderConfig.from_hf(ENCODER | config["audio_config"]),
         )
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
         a = self.audio
-        encoder = Encoder(
-            features=a.pieces,
-            kinds=("audio",),
-            rows=PIECE // 2,
-            numbered=("window",),
-            picks={"step": ((), "int32", 0)},
-            based={"step": PIECE},
-            largest=a.most,
+        encoder = EncoderSpec(
+            features=a.chunk_fields,
+            modalities=("audio",),
+            embeds_per_group=CHUNK_STEPS // 2,
+            segment_fields=("window_ids",),
+            gather_fields={"step_index": ((), "int32", 0)},
+            offset_fields={"step_index": CHUNK_STEPS},
+            max_item_inputs=a.chunks_per_window,
         )
         return dataclasses.replace(
-            super().shape, slab_width=self.text.width, encoders={"audio": encoder}, largest_item=a.steps // 2
+            super().spec,
+            mm_embed_dim=self.text.hidden_size,
+            encoders={"audio": encoder},
+            max_item_embeds=a.window_steps // 2,
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, text=self.text.split(ways), audio=self.audio.split(ways))
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), audio=self.audio.for_tp(tp_size))
 
 
 class Model(reader.Model):
@@ -76,11 +79,11 @@ class Model(reader.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.audio = AudioTower(c.audio)
-        self.project = weight(c.audio.tower.width, c.text.width, axes=("embed", "embed_out"))
-        self.project_bias = weight(c.text.width, axes=("embed_out",))
+        self.audio = WhisperEncoder(c.audio)
+        self.project = weight(c.audio.tower.hidden_size, c.text.hidden_size, axes=("embed", "embed_out"))
+        self.project_bias = weight(c.text.hidden_size, axes=("embed_out",))
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        x, step = self.audio.pieces(features), features["step"]
+        x, step = self.audio.encode_chunks(features), features["step_index"]
         x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
-        return self.audio.normed(x) @ self.project[...] + self.project_bias[...]
+        return self.audio.final_norm(x) @ self.project[...] + self.project_bias[...]

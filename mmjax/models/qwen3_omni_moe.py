@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.models import omni, vision_language
-from mmjax.nn.audio_chunks import ChunkConfig
+from mmjax.nn.audio_chunks import OmniAudioConfig
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.patches import PatchConfig
+from mmjax.nn.patches import QwenVisionConfig
 
 
 class Config(omni.Config):
@@ -18,16 +18,16 @@ class Config(omni.Config):
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (the whole model's, or the thinker's alone) and preprocessor_config.json."""
         thinker, prepare = config.get("thinker_config", config), files["preprocessor_config.json"]
-        vision = PatchConfig.tapped(thinker["vision_config"], prepare)
+        vision = QwenVisionConfig.qwen3(thinker["vision_config"], prepare)
         text = dict(thinker["text_config"])
         name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
         text[name] = {**text[name], "mrope_interleaved": True}  # the text knows no other way
         return cls(
-            text=DecoderConfig.from_hf(text, bias=text.get("attention_bias", False), tied=tied, qk_norm=True),
+            text=DecoderConfig.from_hf(text, bias=text.get("attention_bias", False), tie_embeddings=tied, qk_norm=True),
             vision=vision,
-            largest=vision_language.most_pixels(prepare) // (vision.patch * vision.merge) ** 2,
-            audio=ChunkConfig.from_hf(thinker["audio_config"]),
-            frames=omni.longest(files),
+            max_item_embeds=vision_language.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
+            audio=OmniAudioConfig.from_hf(thinker["audio_config"]),
+            max_mel_frames=omni.max_mel_frames(files),
         )
 
 

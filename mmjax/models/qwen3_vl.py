@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.models import vision_language
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.patches import PatchConfig
+from mmjax.nn.patches import QwenVisionConfig
 
 
 class Config(vision_language.Config):
@@ -18,16 +18,16 @@ class Config(vision_language.Config):
         """From config.json and the preprocessor files; the area of a clip counts all its frames."""
         prepare = files["preprocessor_config.json"]
         video = files.get("video_preprocessor_config.json", prepare)
-        vision = PatchConfig.tapped(config["vision_config"], prepare)
+        vision = QwenVisionConfig.qwen3(config["vision_config"], prepare)
         text = dict(config["text_config"])
         name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
         text[name] = {**text[name], "mrope_interleaved": True}  # the text knows no other way
-        row = (vision.patch * vision.merge) ** 2
-        most = max(vision_language.most_pixels(prepare), vision_language.most_pixels(video) // vision.frames)
+        row = (vision.patch_size * vision.merge_size) ** 2
+        most = max(vision_language.max_pixels(prepare), vision_language.max_pixels(video) // vision.temporal_patch_size)
         return cls(
-            text=DecoderConfig.from_hf(text, bias=False, tied=tied, qk_norm=True, renormalise=True),
+            text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied, qk_norm=True, norm_topk_prob=True),
             vision=vision,
-            largest=most // row,
+            max_item_embeds=most // row,
         )
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import jax
 from flax import nnx
 
-from mmjax.batch import Batch, Pool
-from mmjax.models.family import Shape
+from mmjax.batch import Batch, KVCache
+from mmjax.models.family import ModelSpec
 from mmjax.nn.decoder import Decoder, DecoderConfig
 
 
@@ -19,17 +19,17 @@ class Config:
     text: DecoderConfig
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine, of text alone; a family adds what its towers eat and yield."""
         t = self.text
-        return Shape(
-            layers=t.depth,
-            kv_heads=t.kv_heads,
+        return ModelSpec(
+            num_layers=t.num_layers,
+            num_kv_heads=t.num_kv_heads,
             head_dim=t.head_dim,
-            vocab=t.vocab,
-            width=t.width,
-            max_len=t.max_len,
-            rope_rows=t.rope.rows,
+            vocab_size=t.vocab_size,
+            hidden_size=t.hidden_size,
+            max_positions=t.max_positions,
+            rope_axes=t.rope.num_axes,
         )
 
 
@@ -39,8 +39,8 @@ class Model(nnx.Module):
     def __init__(self, c: Config) -> None:
         self.text = Decoder(c.text)
 
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
-        return self.text(batch, pool, slab)
+    def __call__(self, batch: Batch, kv_cache: KVCache, mm_embeds: jax.Array) -> tuple[jax.Array, KVCache]:
+        return self.text(batch, kv_cache, mm_embeds)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         return self.text.logits(hidden)

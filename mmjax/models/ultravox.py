@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.audio import PIECE, AudioConfig, AudioTower
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.audio import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.weight import weight
@@ -26,7 +26,7 @@ class Config(reader.Config):
     """Sizes. stack: steps of a row; hidden: of the projector, gate and gated part together; norm_inside: whether the
     projector's second norm comes before its last layer (since v0.5) or after it."""
 
-    audio: AudioConfig
+    audio: WhisperEncoderConfig
     stack: int
     hidden: int
     norm_inside: bool
@@ -42,47 +42,47 @@ class Config(reader.Config):
                 f"Ultravox on {kind!r} with projector_act {act!r} is not supported: on 'llama' with 'swiglu' it is"
             )
         return cls(
-            text=DecoderConfig.from_hf(text, bias=False, tied=tied),
-            audio=AudioConfig.from_hf(config["audio_config"]),
+            text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied),
+            audio=WhisperEncoderConfig.from_hf(config["audio_config"]),
             stack=config["stack_factor"],
             hidden=config["hidden_size"],
             norm_inside=config.get("projector_ln_mid", False),
         )
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
         a = self.audio
-        encoder = Encoder(
-            features=a.reaching,
-            kinds=("audio",),
-            rows=-(-PIECE // self.stack),
-            numbered=("window",),
-            picks={"step": ((), "int32", 0), "kept": ((), "int32", 0)},
-            based={"step": PIECE},
-            largest=LONG * a.most,
+        encoder = EncoderSpec(
+            features=a.padded_chunk_fields,
+            modalities=("audio",),
+            embeds_per_group=-(-CHUNK_STEPS // self.stack),
+            segment_fields=("window_ids",),
+            gather_fields={"step_index": ((), "int32", 0), "num_steps": ((), "int32", 0)},
+            offset_fields={"step_index": CHUNK_STEPS},
+            max_item_inputs=LONG * a.chunks_per_window,
         )
         return dataclasses.replace(
-            super().shape,
-            slab_width=self.text.width,
+            super().spec,
+            mm_embed_dim=self.text.hidden_size,
             encoders={"audio": encoder},
-            largest_item=LONG * -(-a.steps // self.stack),
+            max_item_embeds=LONG * -(-a.window_steps // self.stack),
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, text=self.text.split(ways), audio=self.audio.split(ways))
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), audio=self.audio.for_tp(tp_size))
 
 
 class Projector(nnx.Module):
     """Norm, dense layer, SwiGLU, dense layer; a second norm before the last or after it."""
 
     def __init__(self, c: Config) -> None:
-        stacked, half = c.audio.tower.width * c.stack, c.hidden // 2
+        stacked, half = c.audio.tower.hidden_size * c.stack, c.hidden // 2
         self.norm1 = weight(stacked, axes=("embed",))
         self.fc1 = weight(stacked, 2, half, axes=("embed", "pair", "embed_out"))
-        self.norm2 = weight(half if c.norm_inside else c.text.width, axes=("embed",))
-        self.fc2 = weight(half, c.text.width, axes=("embed", "embed_out"))
+        self.norm2 = weight(half if c.norm_inside else c.text.hidden_size, axes=("embed",))
+        self.fc2 = weight(half, c.text.hidden_size, axes=("embed", "embed_out"))
         self.norm_inside = c.norm_inside
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,13 +99,13 @@ class Model(reader.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.audio = AudioTower(c.audio)
+        self.audio = WhisperEncoder(c.audio)
         self.projector = Projector(c)
         self.c = c
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        x = self.audio.normed(self.audio.pieces(features))
+        x = self.audio.final_norm(self.audio.encode_chunks(features))
         offset = jnp.arange(self.c.stack, dtype=jnp.int32)
-        x = jnp.take(x, features["step"][:, None] + offset, axis=0, mode="clip")
-        x = jnp.where((offset < features["kept"][:, None])[..., None], x, jnp.zeros((), x.dtype))
+        x = jnp.take(x, features["step_index"][:, None] + offset, axis=0, mode="clip")
+        x = jnp.where((offset < features["num_steps"][:, None])[..., None], x, jnp.zeros((), x.dtype))
         return self.projector(x.reshape(len(x), -1))

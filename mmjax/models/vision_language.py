@@ -9,40 +9,43 @@ from typing import Any
 import jax
 
 from mmjax.models import reader
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.patches import PatchConfig, PatchTower
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.patches import QwenVisionConfig, QwenVisionEncoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(reader.Config):
     """Sizes. largest: rows of the largest item that the preprocessor lets through."""
 
-    vision: PatchConfig
-    largest: int
+    vision: QwenVisionConfig
+    max_item_embeds: int
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
         v = self.vision
-        encoder = Encoder(
+        encoder = EncoderSpec(
             features=v.features,
-            kinds=("image", "video"),
-            grain=v.grain,
-            rows=1,
-            numbered=v.numbered,
-            picks=v.picks,
-            based=v.based,
+            modalities=("image", "video"),
+            group_size=v.patches_per_embed,
+            embeds_per_group=1,
+            segment_fields=v.segment_fields,
+            gather_fields=v.gather_fields,
+            offset_fields=v.offset_fields,
         )
         return dataclasses.replace(
-            super().shape, slab_width=v.row_width, encoders={"vision": encoder}, largest_item=self.largest
+            super().spec,
+            mm_embed_dim=v.mm_embed_dim,
+            encoders={"vision": encoder},
+            max_item_embeds=self.max_item_embeds,
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, text=self.text.split(ways), vision=self.vision.split(ways))
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
-def most_pixels(prepare: Mapping[str, Any]) -> int:
+def max_pixels(prepare: Mapping[str, Any]) -> int:
     """The largest area that a preprocessor file allows; `size` and `max_pixels` both hold areas."""
     return int(prepare.get("max_pixels") or prepare["size"]["longest_edge"])
 
@@ -52,7 +55,7 @@ class Model(reader.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.vision = PatchTower(c.vision)
+        self.vision = QwenVisionEncoder(c.vision)
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
         return self.vision(features)

@@ -10,30 +10,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.batch import Batch, Pool
-from mmjax.models.family import Encoder, Shape
-from mmjax.nn.attention import attend, cross_attend, store
-from mmjax.nn.audio import EPS, AudioConfig, AudioTower
-from mmjax.nn.layers import shared
+from mmjax.batch import Batch, KVCache
+from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.nn.attention import attend, cross_attend, write_kv
+from mmjax.nn.audio import EPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.layers import traced_once
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.tower import ACTIVATIONS
 from mmjax.nn.weight import weight
-from mmjax.sharding import up
+from mmjax.sharding import round_up
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes; `heads` and `mlp` of the decoder, `audio` of the encoder. `rows` counts rows of the padded embedding."""
 
-    audio: AudioConfig
-    width: int
-    depth: int
-    heads: int
+    audio: WhisperEncoderConfig
+    hidden_size: int
+    num_layers: int
+    num_heads: int
     head_dim: int
-    mlp: int
-    vocab: int
-    rows: int
-    max_len: int
+    intermediate_size: int
+    vocab_size: int
+    padded_vocab_size: int
+    max_positions: int
     act: str
 
     @classmethod
@@ -41,42 +41,44 @@ class Config:
         """From config.json. The head is always the embedding."""
         width = config["d_model"]
         return cls(
-            audio=AudioConfig.from_hf(config),
-            width=width,
-            depth=config["decoder_layers"],
-            heads=config["decoder_attention_heads"],
+            audio=WhisperEncoderConfig.from_hf(config),
+            hidden_size=width,
+            num_layers=config["decoder_layers"],
+            num_heads=config["decoder_attention_heads"],
             head_dim=width // config["decoder_attention_heads"],
-            mlp=config["decoder_ffn_dim"],
-            vocab=config["vocab_size"],
-            rows=config["vocab_size"],
-            max_len=config["max_target_positions"],
+            intermediate_size=config["decoder_ffn_dim"],
+            vocab_size=config["vocab_size"],
+            padded_vocab_size=config["vocab_size"],
+            max_positions=config["max_target_positions"],
             act=config["activation_function"],
         )
 
     @property
-    def shape(self) -> Shape:
+    def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        bins, steps = self.audio.bins, self.audio.steps
-        encoder = Encoder(features={"mel": ((bins, 2 * steps), "float32", 0)}, kinds=("audio",), keys=steps)
-        return Shape(
-            layers=self.depth,
-            kv_heads=self.heads,
+        bins, steps = self.audio.num_mel_bins, self.audio.window_steps
+        encoder = EncoderSpec(
+            features={"mel": ((bins, 2 * steps), "float32", 0)}, modalities=("audio",), keys_per_input=steps
+        )
+        return ModelSpec(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_heads,
             head_dim=self.head_dim,
-            vocab=self.vocab,
-            width=self.width,
-            max_len=self.max_len,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            max_positions=self.max_positions,
             encoders={"audio": encoder},
-            cross=True,
+            is_encoder_decoder=True,
         )
 
-    def split(self, ways: int) -> Config:
+    def for_tp(self, tp_size: int) -> Config:
         """The same sizes, padded to divide over `ways` devices."""
         return dataclasses.replace(
             self,
-            audio=self.audio.split(ways),
-            heads=up(self.heads, ways),
-            mlp=up(self.mlp, ways),
-            rows=up(self.rows, ways),
+            audio=self.audio.for_tp(tp_size),
+            num_heads=round_up(self.num_heads, tp_size),
+            intermediate_size=round_up(self.intermediate_size, tp_size),
+            padded_vocab_size=round_up(self.padded_vocab_size, tp_size),
         )
 
 
@@ -84,7 +86,7 @@ class Block(nnx.Module):
     """Self attention, cross attention and feed-forward, each behind a layer norm."""
 
     def __init__(self, c: Config) -> None:
-        d, n, h, f = c.width, c.heads, c.head_dim, c.mlp
+        d, n, h, f = c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
         out, back = ("kv_heads", "group", "head_dim", "embed"), ("embed",)
         self.attn_norm = weight(d, axes=back)
         self.attn_norm_bias = weight(d, axes=back)
@@ -108,36 +110,40 @@ class Block(nnx.Module):
         self.fc2_bias = weight(d, axes=back)
         self.c = c
 
-    def __call__(self, x: jax.Array, pool: Pool, batch: Batch, first: jax.Array) -> tuple[jax.Array, Pool]:
+    def __call__(
+        self, x: jax.Array, kv_cache: KVCache, batch: Batch, first_block: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
         """x [T, D] to [T, D] and the pool with this layer's keys written."""
         scale = self.c.head_dim**-0.5
         y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
         qkv = self.qkv.einsum("td,dkgh->tkgh", y) + self.qkv_bias[...]
-        y, pool = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], pool, batch, first, scale=scale)
+        y, kv_cache = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], kv_cache, batch, first_block, scale=scale)
         x = x + self.o.einsum("tkgh,kghd->td", y) + self.o_bias[...]
         y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
         q = self.cross_q.einsum("td,dkgh->tkgh", y) + self.cross_q_bias[...]
-        y = cross_attend(q, pool, batch, first, scale=scale)
+        y = cross_attend(q, kv_cache, batch, first_block, scale=scale)
         x = x + self.cross_o.einsum("tkgh,kghd->td", y) + self.cross_o_bias[...]
         y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
         y = ACTIVATIONS[self.c.act](self.fc1.einsum("td,df->tf", y) + self.fc1_bias[...])
-        return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], pool
+        return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], kv_cache
 
-    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array, first: jax.Array) -> Pool:
+    def write_cross_kv(
+        self, encoded: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array, first_block: jax.Array
+    ) -> KVCache:
         """Write the keys and values of encoded [U * frames, D] at this layer's slots."""
         kv = self.cross_kv.einsum("td,dkph->tkph", encoded) + self.cross_kv_bias[...]
-        return store(kv[:, :, 0], kv[:, :, 1], pool, slot, first)
+        return write_kv(kv[:, :, 0], kv[:, :, 1], kv_cache, slot_mapping, first_block)
 
 
 class Text(nnx.Module):
     """The decoder."""
 
     def __init__(self, c: Config) -> None:
-        self.embed = weight(c.rows, c.width, axes=("vocab", "embed"))
-        self.positions = weight(c.max_len, c.width, axes=("place", "embed"))
-        self.layers = nnx.List([Block(c) for _ in range(c.depth)])
-        self.norm = weight(c.width, axes=("embed",))
-        self.norm_bias = weight(c.width, axes=("embed",))
+        self.embed = weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
+        self.positions = weight(c.max_positions, c.hidden_size, axes=("position", "embed"))
+        self.layers = nnx.List([Block(c) for _ in range(c.num_layers)])
+        self.norm = weight(c.hidden_size, axes=("embed",))
+        self.norm_bias = weight(c.hidden_size, axes=("embed",))
 
 
 class Model(nnx.Module):
@@ -145,27 +151,27 @@ class Model(nnx.Module):
 
     def __init__(self, c: Config) -> None:
         self.text = Text(c)
-        self.audio = AudioTower(c.audio)
+        self.audio = WhisperEncoder(c.audio)
         self.c = c
 
-    def __call__(self, batch: Batch, pool: Pool, slab: jax.Array) -> tuple[jax.Array, Pool]:
+    def __call__(self, batch: Batch, kv_cache: KVCache, mm_embeds: jax.Array) -> tuple[jax.Array, KVCache]:
         text = self.text
-        x = text.embed.look_up(batch.tokens).astype(slab.dtype)
-        x = x + jnp.take(text.positions[...], batch.positions[0], axis=0, mode="clip")
-        stride = pool.k.shape[0] // self.c.depth
-        for i, block in enumerate(shared(text.layers, Block.__call__)):
-            x, pool = block(x, pool, batch, jnp.int32(i * stride))
-        return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), pool
+        x = text.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
+        x = x + jnp.take(text.positions[...], batch.rope_positions[0], axis=0, mode="clip")
+        stride = kv_cache.k.shape[0] // self.c.num_layers
+        for i, block in enumerate(traced_once(text.layers, Block.__call__)):
+            x, kv_cache = block(x, kv_cache, batch, jnp.int32(i * stride))
+        return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), kv_cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         out = self.text.embed.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
-        return out[:, : self.c.vocab]
+        return out[:, : self.c.vocab_size]
 
     def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        return self.audio.windows(features["mel"])
+        return self.audio.encode_windows(features["mel"])
 
-    def cross(self, encoded: jax.Array, pool: Pool, slot: jax.Array) -> Pool:
-        stride = pool.k.shape[0] // self.c.depth
-        for i, cross in enumerate(shared(self.text.layers, Block.cross)):
-            pool = cross(encoded, pool, slot, jnp.int32(i * stride))
-        return pool
+    def write_cross_kv(self, encoded: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> KVCache:
+        stride = kv_cache.k.shape[0] // self.c.num_layers
+        for i, cross in enumerate(traced_once(self.text.layers, Block.write_cross_kv)):
+            kv_cache = cross(encoded, kv_cache, slot_mapping, jnp.int32(i * stride))
+        return kv_cache

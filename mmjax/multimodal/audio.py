@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.multimodal import ffmpeg
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.multimodal.limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 FEW_CHANNELS = 8  # an axis up to this long beside a longer one holds channels
@@ -24,7 +24,7 @@ LARGEST_TERM = 1 << 16
 BLOCK = 1 << 18  # frames per read
 
 
-def decode(media: Any, rate: int | None, *, limits: Limits = DEFAULT) -> np.ndarray:
+def decode(media: Any, rate: int | None, *, limits: MediaLimits = DEFAULT) -> np.ndarray:
     """What a caller may pass as one audio item -> mono float32 [n] at `rate` Hz.
 
     `media` is an array or list of samples, already at `rate`, or a tuple (samples, sampling rate or None). Integers are
@@ -114,7 +114,7 @@ def _check_rates(*rates: Any) -> None:
             )
 
 
-def load(source: bytes | Path, *, limits: Limits = DEFAULT) -> tuple[np.ndarray, int]:
+def load(source: bytes | Path, *, limits: MediaLimits = DEFAULT) -> tuple[np.ndarray, int]:
     """Decode a sound file or the sound track of a video: (mono float32 [n] at its own rate, that rate)."""
     from soundfile import LibsndfileError
 
@@ -136,7 +136,7 @@ def load(source: bytes | Path, *, limits: Limits = DEFAULT) -> tuple[np.ndarray,
             raise _unreadable() from error
 
 
-def _read_sound(file: Any, limits: Limits) -> tuple[np.ndarray, int]:
+def _read_sound(file: Any, limits: MediaLimits) -> tuple[np.ndarray, int]:
     """Read block by block, so that a lying header or a bomb is stopped at the limit and not by the allocator."""
     import soundfile
 

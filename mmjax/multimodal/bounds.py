@@ -12,25 +12,25 @@ from PIL import Image
 
 from mmjax.multimodal import image
 from mmjax.multimodal.arrays import is_array
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.types import RequestError
 
 
-def check(kind: str, data: Any, limits: Limits) -> None:
+def check_size(modality: str, data: Any, limits: MediaLimits) -> None:
     """RequestError for an image, video or audio item above the limits. Other faults of its form are left to others."""
     if isinstance(data, tuple) and len(data) == 2 and (data[1] is None or not is_array(data[1])):
         about = data[1]
-        if kind == "audio" or (kind == "video" and isinstance(about, Mapping)):
+        if modality == "audio" or (modality == "video" and isinstance(about, Mapping)):
             data = data[0]
-    if kind == "image":
+    if modality == "image":
         _image(data, limits)
-    elif kind == "video":
+    elif modality == "video":
         _video(data, limits)
     else:
         _audio(data, limits)
 
 
-def _image(data: Any, limits: Limits) -> None:
+def _image(data: Any, limits: MediaLimits) -> None:
     if isinstance(data, Image.Image):
         image.check_size(data, limits)
     elif is_array(data) and limits.image_pixels and math.prod(data.shape) > 4 * limits.image_pixels:
@@ -41,7 +41,7 @@ def _image(data: Any, limits: Limits) -> None:
         )
 
 
-def _video(data: Any, limits: Limits) -> None:
+def _video(data: Any, limits: MediaLimits) -> None:
     frames = data if isinstance(data, (list, tuple)) else [data]
     count = data.shape[0] if is_array(data) and data.ndim == 4 else len(frames)
     if limits.video_frames and count > limits.video_frames:
@@ -63,7 +63,7 @@ def _video_too_large(size: str, limit: str) -> RequestError:
     )
 
 
-def _audio(data: Any, limits: Limits) -> None:
+def _audio(data: Any, limits: MediaLimits) -> None:
     count = math.prod(data.shape) if is_array(data) else len(data) if isinstance(data, (list, tuple)) else 0
     if limits.audio_bytes and 4 * count > limits.audio_bytes:
         raise RequestError(

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.multimodal.limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def checked_mode(mode: Any) -> str:
 
 
 def load(
-    source: bytes | Path, *, mode: str = "RGB", background: Color = WHITE, limits: Limits = DEFAULT
+    source: bytes | Path, *, mode: str = "RGB", background: Color = WHITE, limits: MediaLimits = DEFAULT
 ) -> Image.Image:
     """Decode an encoded image completely; the first frame of an animation. RequestError if that fails."""
     if not isinstance(source, bytes):
@@ -94,7 +94,7 @@ def load(
         return convert_image_mode(upright(image, limits), mode, background=background)
 
 
-def _opened(source: bytes, limits: Limits) -> Image.Image:
+def _opened(source: bytes, limits: MediaLimits) -> Image.Image:
     """The image of a file, its pixels still unread."""
     try:
         return Image.open(io.BytesIO(source), formats=_formats())
@@ -113,7 +113,7 @@ def _opened(source: bytes, limits: Limits) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = usual
 
 
-def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image | np.ndarray:
+def decode(media: Any, *, background: Color = WHITE, limits: MediaLimits = DEFAULT) -> Image.Image | np.ndarray:
     """What a caller may pass as one image -> an RGB image, or uint8 [H, W, 3]."""
     if isinstance(media, Image.Image):
         return to_rgb(media, background=background, limits=limits)
@@ -132,12 +132,12 @@ def decode(media: Any, *, background: Color = WHITE, limits: Limits = DEFAULT) -
     )
 
 
-def to_rgb(image: Image.Image, *, background: Color = WHITE, limits: Limits = DEFAULT) -> Image.Image:
+def to_rgb(image: Image.Image, *, background: Color = WHITE, limits: MediaLimits = DEFAULT) -> Image.Image:
     """Any PIL image as upright RGB."""
     return convert_image_mode(upright(image, limits), "RGB", background=background)
 
 
-def upright(image: Image.Image, limits: Limits = DEFAULT) -> Image.Image:
+def upright(image: Image.Image, limits: MediaLimits = DEFAULT) -> Image.Image:
     """A PIL image of acceptable size with its pixels read, turned as its EXIF tags say."""
     check_size(image, limits)
     try:
@@ -164,7 +164,7 @@ def convert_image_mode(image: Image.Image, to_mode: str, *, background: Color = 
         raise _failed(error) from error
 
 
-def check_size(image: Image.Image, limits: Limits = DEFAULT) -> None:
+def check_size(image: Image.Image, limits: MediaLimits = DEFAULT) -> None:
     """RequestError for an image without pixels or with too many, before any is decoded."""
     width, height = image.size
     if not width or not height:
@@ -266,7 +266,7 @@ def _scale_down(deep: np.ndarray) -> np.ndarray:
     return ((deep.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _too_large(shape: tuple[int, ...] | None, limits: Limits) -> RequestError:
+def _too_large(shape: tuple[int, ...] | None, limits: MediaLimits) -> RequestError:
     size = "it" if shape is None else "x".join(map(str, shape))
     return RequestError(
         f"Failed to load image: {size} exceeds the limit of {limits.image_pixels} pixels. Scale the image down.",

@@ -8,7 +8,7 @@ FFMPEG_TIMEOUT_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class MediaLimits:
     """Bounds of one item; 0 switches a bound off."""
 
     source_bytes: int = 256 << 20  # as fetched, read or written as base64
@@ -20,7 +20,7 @@ class Limits:
     tensor_bytes: int = 2 << 30  # of a base64 tensor, with every repeated element written out
 
     @classmethod
-    def from_env(cls) -> "Limits":
+    def from_env(cls) -> "MediaLimits":
         """The bounds that the operator set. Raises ValidationError for a variable that is no number."""
         return cls(
             source_bytes=int(env_number("MAX_MEDIA_DOWNLOAD_SIZE_MB", cls.source_bytes >> 20) * 2**20),
@@ -33,4 +33,4 @@ class Limits:
         )
 
 
-DEFAULT = Limits()
+DEFAULT = MediaLimits()

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from urllib.parse import unquote
 
-from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.multimodal.limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 
@@ -38,7 +38,7 @@ def split_data_url(url: str) -> tuple[str, str]:
     return media_type.strip().lower(), text
 
 
-def from_base64(text: str, limits: Limits = DEFAULT) -> bytes:
+def from_base64(text: str, limits: MediaLimits = DEFAULT) -> bytes:
     """Strict standard base64. RequestError for other characters, bad padding, nothing, or too much."""
     if limits.source_bytes and len(text) // 4 * 3 > limits.source_bytes + 2:
         raise RequestError(
@@ -66,7 +66,7 @@ def allowed_directory(path: str | os.PathLike[str]) -> Path | None:
     return real
 
 
-def read_file_url(url: str, allowed: Path | None, limits: Limits = DEFAULT) -> bytes:
+def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT) -> bytes:
     """The content of a file below `allowed`, a real directory. Neither `..` nor links lead out of it.
 
     RequestError: no allowed directory, a place outside of it, anything but a regular file, an unreadable or too large

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmjax.multimodal import ffmpeg, image
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.multimodal.limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Video:
     metadata: Mapping[str, Any]
 
 
-def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits = DEFAULT) -> Video:
+def decode(media: Any, *, background: image.Color = image.WHITE, limits: MediaLimits = DEFAULT) -> Video:
     """What a caller may pass as one video: a list of PIL images or 3-D arrays, a 4-D array, or (those, metadata)."""
     frames, metadata = media if isinstance(media, tuple) and len(media) == 2 else (media, {})
     if not isinstance(metadata, Mapping):
@@ -42,7 +42,7 @@ def decode(media: Any, *, background: image.Color = image.WHITE, limits: Limits 
     return Video(stacked, _checked(metadata, len(stacked)))
 
 
-def _frames(frames: Any, background: image.Color, limits: Limits) -> np.ndarray:
+def _frames(frames: Any, background: image.Color, limits: MediaLimits) -> np.ndarray:
     """uint8 [T, H, W, 3]."""
     if is_array(frames):
         array = to_numpy(frames)
@@ -170,7 +170,7 @@ def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> l
     return sorted(set(indices)) or [0]
 
 
-def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: Limits = DEFAULT) -> Video:
+def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: MediaLimits = DEFAULT) -> Video:
     """Decode a video file, keeping only the sampled frames. Frames that cannot be decoded or recovered are left out,
     with a warning. RequestError for a file without any, and for more than the limits allow."""
     with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
@@ -196,7 +196,7 @@ def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: Limit
 
 
 def _sample(
-    file: Path, stream: ffmpeg.Stream, sampling: Sampling, limits: Limits
+    file: Path, stream: ffmpeg.Stream, sampling: Sampling, limits: MediaLimits
 ) -> tuple[dict[int, np.ndarray], int, float]:
     """(frame by its number, frames of the stream, frames per second)."""
     wanted = sampling.indices(stream.frames, stream.rate)
@@ -241,7 +241,7 @@ def replacements(wanted: list[int], missing: list[int], good: list[int]) -> list
     return taken
 
 
-def _check_amount(count: int, frame_bytes: int, limits: Limits) -> None:
+def _check_amount(count: int, frame_bytes: int, limits: MediaLimits) -> None:
     if limits.video_frames and count > limits.video_frames:
         raise RequestError(
             f"{count} frames of this video are wanted, over the limit of {limits.video_frames}. Lower num_frames or "
@@ -256,7 +256,7 @@ def _check_amount(count: int, frame_bytes: int, limits: Limits) -> None:
         )
 
 
-def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: Limits) -> dict[int, np.ndarray]:
+def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: MediaLimits) -> dict[int, np.ndarray]:
     """Frame by its number, as far as the wanted ones decode."""
     if not wanted:
         return {}

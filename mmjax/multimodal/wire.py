@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from mmjax.multimodal.arrays import to_numpy
-from mmjax.multimodal.limits import DEFAULT, Limits
+from mmjax.multimodal.limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 STORAGES = {
@@ -68,7 +68,7 @@ def tensor2base64(x: Any) -> str:
     return base64.b64encode(write_tensor(x)).decode("ascii")
 
 
-def base642tensor(encoded: str, *, limits: Limits = DEFAULT) -> np.ndarray:
+def base642tensor(encoded: str, *, limits: MediaLimits = DEFAULT) -> np.ndarray:
     """The array in base64 text. RequestError for anything but one dense tensor of reasonable size; nothing of what the
     text says is ever executed."""
     if not isinstance(encoded, str):
@@ -82,7 +82,7 @@ def base642tensor(encoded: str, *, limits: Limits = DEFAULT) -> np.ndarray:
     return read_tensor(data, limits)
 
 
-def read_tensor(data: bytes, limits: Limits = DEFAULT) -> np.ndarray:
+def read_tensor(data: bytes, limits: MediaLimits = DEFAULT) -> np.ndarray:
     """The array in a file of `torch.save` or `numpy.save`: contiguous, in the byte order of this machine."""
     try:
         if data.startswith(NPY):
@@ -104,7 +104,7 @@ def _refused(reason: str) -> RequestError:
     return RequestError(f"The tensor cannot be read: {reason}.", "bad_tensor")
 
 
-def _too_large(limits: Limits) -> RequestError:
+def _too_large(limits: MediaLimits) -> RequestError:
     return RequestError(
         f"The tensor has more than the {limits.tensor_bytes} bytes that are decoded. Send fewer rows, or raise "
         "MMJAX_MAX_EMBED_DECODE_BYTES.",
@@ -112,7 +112,7 @@ def _too_large(limits: Limits) -> RequestError:
     )
 
 
-def _read_npy(data: bytes, limits: Limits) -> np.ndarray:
+def _read_npy(data: bytes, limits: MediaLimits) -> np.ndarray:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -130,7 +130,7 @@ def _read_npy(data: bytes, limits: Limits) -> np.ndarray:
     return np.array(array, dtype.newbyteorder("="), order="C")
 
 
-def _read_zip(data: bytes, limits: Limits) -> np.ndarray:
+def _read_zip(data: bytes, limits: MediaLimits) -> np.ndarray:
     if data.count(b"PK\x01\x02") > MOST_ENTRIES:  # before the list of entries is made
         raise _refused("the archive has too many entries")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -166,7 +166,7 @@ def _read_zip(data: bytes, limits: Limits) -> np.ndarray:
     return np.array(seen, order="C")
 
 
-def _check(view: View, limits: Limits) -> None:
+def _check(view: View, limits: MediaLimits) -> None:
     """RequestError unless every element lies in the storage and the dense tensor is small enough."""
     integers = (view.storage.length, view.offset, *view.shape, *view.strides)
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in integers):

@@ -14,43 +14,43 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.tower import Tower, TowerConfig, gelu
+from mmjax.nn.tower import Encoder, EncoderConfig, gelu
 from mmjax.nn.weight import weight
 
 EPS = 1e-5  # of every norm; the config does not name it
-PIECE = 96  # steps of a piece: 1.92 seconds; mmjax.processors.clips cuts them
-SIGHT = 3  # mel frames that the first and the last step of a piece see beyond it, two before and one behind
+CHUNK_STEPS = 96  # steps of a piece: 1.92 seconds; mmjax.processors.clips cuts them
+CHUNK_OVERLAP = 3  # mel frames that the first and the last step of a piece see beyond it, two before and one behind
 
 Fields = dict[str, tuple[tuple[int, ...], str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioConfig:
+class WhisperEncoderConfig:
     """Sizes. bins: numbers of a mel frame; steps: of a window."""
 
-    tower: TowerConfig
-    bins: int
-    steps: int
+    tower: EncoderConfig
+    num_mel_bins: int
+    window_steps: int
 
     @classmethod
-    def from_hf(cls, audio: Mapping[str, Any]) -> AudioConfig:
+    def from_hf(cls, audio: Mapping[str, Any]) -> WhisperEncoderConfig:
         """From a config with Whisper's keys. Raises ValueError for an encoder that scales its embeddings."""
         if audio.get("scale_embedding"):
             raise ValueError("scale_embedding=true is not supported: no published Whisper scales its embeddings")
         width, heads = audio["d_model"], audio["encoder_attention_heads"]
-        tower = TowerConfig(
-            width=width,
-            depth=audio["encoder_layers"],
-            heads=heads,
+        tower = EncoderConfig(
+            hidden_size=width,
+            num_layers=audio["encoder_layers"],
+            num_heads=heads,
             head_dim=width // heads,
-            mlp=audio["encoder_ffn_dim"],
+            intermediate_size=audio["encoder_ffn_dim"],
             eps=EPS,
             act=audio.get("activation_function", "gelu"),
         )
         return cls(tower, audio["num_mel_bins"], audio["max_source_positions"])
 
     @property
-    def pieces(self) -> Fields:
+    def chunk_fields(self) -> Fields:
         """What each piece comes with.
 
         mel: its frames and those that its ends see. window: the segment that it belongs to, numbered. start: its first
@@ -58,34 +58,34 @@ class AudioConfig:
         its steps are sound, which all steps of the window look at.
         """
         return {
-            "mel": ((2 * PIECE + SIGHT, self.bins), "float32", 0),
-            "window": ((), "int32", -1),
-            "start": ((), "int32", 0),
-            "extent": ((), "int32", 0),
-            "heard": ((), "int32", 0),
+            "mel": ((2 * CHUNK_STEPS + CHUNK_OVERLAP, self.num_mel_bins), "float32", 0),
+            "window_ids": ((), "int32", -1),
+            "first_step": ((), "int32", 0),
+            "num_frames": ((), "int32", 0),
+            "audio_steps": ((), "int32", 0),
         }
 
     @property
-    def reaching(self) -> Fields:
+    def padded_chunk_fields(self) -> Fields:
         """`pieces` with reach: how many steps are wanted, which may be more than are heard."""
-        return self.pieces | {"reach": ((), "int32", 0)}
+        return self.chunk_fields | {"wanted_steps": ((), "int32", 0)}
 
     @property
-    def most(self) -> int:
+    def chunks_per_window(self) -> int:
         """Pieces of a window."""
-        return -(-self.steps // PIECE)
+        return -(-self.window_steps // CHUNK_STEPS)
 
-    def split(self, ways: int) -> AudioConfig:
+    def for_tp(self, tp_size: int) -> WhisperEncoderConfig:
         """The same sizes, padded to divide over `ways` devices."""
-        return dataclasses.replace(self, tower=self.tower.split(ways))
+        return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
 
 
-class TimeTower(Tower):
+class ConvEncoder(Encoder):
     """Two convolutions over time, blocks, a final norm. What stands between them is its heir's."""
 
-    def __init__(self, c: TowerConfig, bins: int) -> None:
+    def __init__(self, c: EncoderConfig, bins: int) -> None:
         super().__init__(c)
-        d = c.width
+        d = c.hidden_size
         self.conv1 = weight(3, bins, d, axes=("kernel", "patch", "embed"))
         self.conv1_bias = weight(d, axes=("embed",))
         self.conv2 = weight(3, d, d, axes=("kernel", "embed", "embed_out"))
@@ -93,51 +93,51 @@ class TimeTower(Tower):
         self.norm = weight(d, axes=("embed",))
         self.norm_bias = weight(d, axes=("embed",))
 
-    def frames(self, mel: jax.Array, *, pad: int = 0) -> jax.Array:
+    def conv1_frames(self, mel: jax.Array, *, pad: int = 0) -> jax.Array:
         """The first convolution of mel f32[U, t, bins], `pad` zeros at either end: [U, t', D]."""
         return gelu(convolve(mel.astype(self.conv1.dtype), self.conv1[...], stride=1, pad=pad) + self.conv1_bias[...])
 
-    def steps(self, x: jax.Array, *, pad: int = 0) -> jax.Array:
+    def conv2_steps(self, x: jax.Array, *, pad: int = 0) -> jax.Array:
         """The second, of the first's [U, t, D], which halves them: [U, t', D]."""
         return gelu(convolve(x, self.conv2[...], stride=2, pad=pad) + self.conv2_bias[...])
 
-    def normed(self, x: jax.Array) -> jax.Array:
+    def final_norm(self, x: jax.Array) -> jax.Array:
         """The final norm, [..., D]."""
         return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
 
 
-class AudioTower(TimeTower):
+class WhisperEncoder(ConvEncoder):
     """Whisper's, which stores its positions."""
 
-    def __init__(self, c: AudioConfig) -> None:
-        super().__init__(c.tower, c.bins)
-        self.positions = weight(c.steps, c.tower.width, axes=("place", "embed"))
+    def __init__(self, c: WhisperEncoderConfig) -> None:
+        super().__init__(c.tower, c.num_mel_bins)
+        self.positions = weight(c.window_steps, c.tower.hidden_size, axes=("position", "embed"))
 
-    def windows(self, mel: jax.Array) -> jax.Array:
+    def encode_windows(self, mel: jax.Array) -> jax.Array:
         """f32[U, bins, 2 * steps] to [U * steps, D], normed."""
-        x = self.steps(self.frames(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
-        units, steps, width = x.shape
-        segment = jnp.arange(units * steps, dtype=jnp.int32) // steps
-        return self.normed(self(x.reshape(-1, width), segment, uniform=steps))
+        x = self.conv2_steps(self.conv1_frames(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
+        num_inputs, steps, width = x.shape
+        segment_ids = jnp.arange(num_inputs * steps, dtype=jnp.int32) // steps
+        return self.final_norm(self(x.reshape(-1, width), segment_ids, segment_len=steps))
 
-    def pieces(self, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode_chunks(self, features: Mapping[str, jax.Array]) -> jax.Array:
         """[U * PIECE, D] of `AudioConfig.pieces` or `AudioConfig.reaching` [U, ...], before the norm.
 
         A piece sees its neighbours' frames, so that its steps are those of the whole window; where the window ends, the
         convolutions see nothing. Steps that are not wanted keep to themselves.
         """
-        start, heard, reach = features["start"], features["heard"], features.get("reach")
-        x = self.frames(features["mel"])
+        start, heard, reach = features["first_step"], features["audio_steps"], features.get("wanted_steps")
+        x = self.conv1_frames(features["mel"])
         frame = jnp.arange(x.shape[1], dtype=jnp.int32) - 1  # counted from the piece's first
-        inside = (frame + 2 * start[:, None] >= 0) & (frame < features["extent"][:, None])
+        inside = (frame + 2 * start[:, None] >= 0) & (frame < features["num_frames"][:, None])
         x = jnp.where(inside[..., None], x, jnp.zeros((), x.dtype))
-        x = self.steps(x)
+        x = self.conv2_steps(x)
         step = jnp.arange(x.shape[1], dtype=jnp.int32)
         x = x + jnp.take(self.positions[...], start[:, None] + step, axis=0, mode="clip")
         wanted = step < (heard if reach is None else reach)[:, None]
-        segment = (2 * features["window"][:, None] + jnp.where(wanted, 0, 1)).reshape(-1)
+        segment_ids = (2 * features["window_ids"][:, None] + jnp.where(wanted, 0, 1)).reshape(-1)
         seen = None if reach is None else ((step < heard[:, None]) | ~wanted).reshape(-1)
-        return self(x.reshape(-1, x.shape[-1]), segment, seen=seen)
+        return self(x.reshape(-1, x.shape[-1]), segment_ids, key_mask=seen)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, pad: int = 0) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 
-def shared(blocks: Sequence[nnx.Module], method: Callable[..., Any]) -> list[Callable[..., Any]]:
+def traced_once(layers: Sequence[nnx.Module], method: Callable[..., Any]) -> list[Callable[..., Any]]:
     """For each block a function like `method(block, *arrays)`; blocks of one make differ in their weights only.
 
     All of a make are one inner jit, so that the Python of a block is traced once per program instead of once per layer
@@ -17,7 +17,7 @@ def shared(blocks: Sequence[nnx.Module], method: Callable[..., Any]) -> list[Cal
     """
     runs: dict[Any, Callable[..., Any]] = {}
     out = []
-    for block in blocks:
+    for block in layers:
         graph, weights = nnx.split(block)
         if graph not in runs:
             runs[graph] = _traced(graph, method)

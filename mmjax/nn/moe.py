@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.nn.weight import Kept, full, part, product, weight
-from mmjax.sharding import summed, up
+from mmjax.nn.weight import WeightValue, dequantize, index_value, weight, weight_einsum
+from mmjax.sharding import round_up, sum_over_shards
 
 LARGEST_BLOCK = {"cpu": 32}
 
 # (rows [A, D] sorted by expert, gate_up [n, D, 2, F], down [n, F, D], rows of each expert i32[n], rows per block)
-Grouped = Callable[[jax.Array, Kept, Kept, jax.Array, int], jax.Array]
+Grouped = Callable[[jax.Array, WeightValue, WeightValue, jax.Array, int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +26,15 @@ class MoeConfig:
     renormalise: whether the shares of the chosen experts are made to sum to 1. dense: layers without experts.
     """
 
-    experts: int
-    top: int
-    mlp: int
-    renormalise: bool
-    stored: int
-    dense: tuple[int, ...] = ()
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    norm_topk_prob: bool
+    padded_num_experts: int
+    dense_layers: tuple[int, ...] = ()
 
     @classmethod
-    def from_hf(cls, text: dict[str, Any], *, renormalise: bool | None = None) -> MoeConfig | None:
+    def from_hf(cls, text: dict[str, Any], *, norm_topk_prob: bool | None = None) -> MoeConfig | None:
         """From the text part of config.json; None for a model without experts. `renormalise` overrides the file."""
         experts = (
             text.get("num_experts") or text.get("num_local_experts") or 0
@@ -43,41 +43,47 @@ class MoeConfig:
             return None
         step, never = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []
         dense = [i for i in range(text["num_hidden_layers"]) if i in never or (i + 1) % step]
-        if renormalise is None:
-            renormalise = bool(text.get("norm_topk_prob", False))
+        if norm_topk_prob is None:
+            norm_topk_prob = bool(text.get("norm_topk_prob", False))
         top, mlp = text["num_experts_per_tok"], text["moe_intermediate_size"]
-        return cls(experts, top, mlp, renormalise, experts, tuple(dense))
+        return cls(experts, top, mlp, norm_topk_prob, experts, tuple(dense))
 
-    def split(self, ways: int) -> MoeConfig:
+    def for_tp(self, tp_size: int) -> MoeConfig:
         """The same experts, padded to divide over `ways` devices. Nobody is ever sent to the padding."""
-        return dataclasses.replace(self, stored=up(self.experts, ways))
+        return dataclasses.replace(self, padded_num_experts=round_up(self.num_experts, tp_size))
 
 
 class Experts(nnx.Module):
     """A router and gated feed-forwards. Each device holds whole experts, works for those, and the sums are added."""
 
     def __init__(self, width: int, c: MoeConfig) -> None:
-        self.router = weight(width, c.experts, axes=("embed", "route"))
-        self.gate_up = weight(c.stored, width, 2, c.mlp, axes=("experts", "embed", "pair", "expert_mlp"))
-        self.down = weight(c.stored, c.mlp, width, axes=("experts", "expert_mlp", "embed"))
+        self.router = weight(width, c.num_experts, axes=("embed", "router"))
+        self.gate_up = weight(
+            c.padded_num_experts, width, 2, c.intermediate_size, axes=("experts", "embed", "pair", "expert_mlp")
+        )
+        self.down = weight(c.padded_num_experts, c.intermediate_size, width, axes=("experts", "expert_mlp", "embed"))
         self.c = c
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, D] to [T, D]."""
         chance = jax.nn.softmax((x @ self.router[...]).astype(jnp.float32), axis=-1)
-        share, chosen = jax.lax.top_k(chance, self.c.top)
-        if self.c.renormalise:
+        share, chosen = jax.lax.top_k(chance, self.c.top_k)
+        if self.c.norm_topk_prob:
             share = share / share.sum(axis=-1, keepdims=True)
-        block = block_rows(chosen.size, self.c.experts)
-        grouped = by_ragged_dot if jax.default_backend() == "tpu" else by_blocks
+        block = block_rows(chosen.size, self.c.num_experts)
+        grouped = grouped_by_ragged_dot if jax.default_backend() == "tpu" else grouped_by_blocks
 
-        def run(shard: jax.Array, x: jax.Array, share: jax.Array, chosen: jax.Array, *weights: Kept) -> jax.Array:
+        def run(
+            shard: jax.Array, x: jax.Array, share: jax.Array, chosen: jax.Array, *weights: WeightValue
+        ) -> jax.Array:
             mine = chosen - shard * weights[0].shape[0]
-            return mix(x, share, mine, *weights, block=block, grouped=grouped)
+            return routed_experts(x, share, mine, *weights, block=block, grouped=grouped)
 
-        whole = (("place", "embed"), ("place", "route"), ("place", "route"))
+        whole = (("position", "embed"), ("position", "router"), ("position", "router"))
         split = (("experts", "embed", "pair", "expert_mlp"), ("experts", "expert_mlp", "embed"))
-        return summed(run, (*whole, *split))(x, share, chosen.astype(jnp.int32), self.gate_up.kept, self.down.kept)
+        return sum_over_shards(run, (*whole, *split))(
+            x, share, chosen.astype(jnp.int32), self.gate_up.stored, self.down.stored
+        )
 
 
 def block_rows(rows: int, experts: int) -> int:
@@ -92,12 +98,12 @@ def block_rows(rows: int, experts: int) -> int:
     return min(1 << (fair - 1).bit_length(), LARGEST_BLOCK.get(platform, 128))
 
 
-def mix(
+def routed_experts(
     x: jax.Array,
-    share: jax.Array,
-    chosen: jax.Array,
-    gate_up: Kept,
-    down: Kept,
+    weights: jax.Array,
+    expert_ids: jax.Array,
+    gate_up: WeightValue,
+    down: WeightValue,
     *,
     block: int,
     grouped: Grouped,
@@ -107,18 +113,20 @@ def mix(
     The experts at hand are 0..n-1 of the stacked weights; whoever is sent elsewhere gets nothing here. Rows are sorted
     by expert, so that each weight is read once, and put back, so that a token's sum has always the same order.
     """
-    tokens, top = chosen.shape
+    tokens, top = expert_ids.shape
     experts = gate_up.shape[0]
-    where = jnp.where((chosen >= 0) & (chosen < experts), chosen, experts).reshape(-1)
+    where = jnp.where((expert_ids >= 0) & (expert_ids < experts), expert_ids, experts).reshape(-1)
     order = jnp.argsort(where, stable=True).astype(jnp.int32)
     counts = jnp.zeros(experts, jnp.int32).at[where].add(1, mode="drop")
     out = grouped(jnp.take(x, order // top, axis=0), gate_up, down, counts, block)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
     out = jnp.take(out, back, axis=0).reshape(tokens, top, -1).astype(jnp.float32)
-    return jnp.einsum("tkd,tk->td", out, share).astype(x.dtype)
+    return jnp.einsum("tkd,tk->td", out, weights).astype(x.dtype)
 
 
-def by_blocks(rows: jax.Array, gate_up: Kept, down: Kept, counts: jax.Array, block: int) -> jax.Array:
+def grouped_by_blocks(
+    rows: jax.Array, gate_up: WeightValue, down: WeightValue, counts: jax.Array, block: int
+) -> jax.Array:
     """Every expert's rows, `block` at a time; [A, D], zero past the last expert's rows.
 
     jax's own ragged_dot multiplies every row with every expert on CPUs and GPUs: 128 experts, 128 times the work.
@@ -134,8 +142,8 @@ def by_blocks(rows: jax.Array, gate_up: Kept, down: Kept, counts: jax.Array, blo
         at = ends[expert] - counts[expert] + (i - last[expert] + blocks[expert]) * block
         at = jnp.where(i < last[-1], at, size)  # what is too much goes past the end
         y = jax.lax.dynamic_slice_in_dim(padded, at, block)
-        y = product("bd,dpf->bpf", y, part(gate_up, expert))
-        y = product("bf,fd->bd", jax.nn.silu(y[:, 0]) * y[:, 1], part(down, expert))
+        y = weight_einsum("bd,dpf->bpf", y, index_value(gate_up, expert))
+        y = weight_einsum("bf,fd->bd", jax.nn.silu(y[:, 0]) * y[:, 1], index_value(down, expert))
         own = at + jnp.arange(block, dtype=jnp.int32) < ends[expert]
         # A block's last rows may be the next expert's, who comes later and writes them.
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], y, jnp.zeros_like(y)), at, 0)
@@ -146,9 +154,11 @@ def by_blocks(rows: jax.Array, gate_up: Kept, down: Kept, counts: jax.Array, blo
     return jax.lax.fori_loop(0, turns, one, jnp.zeros_like(padded))[:size]
 
 
-def by_ragged_dot(rows: jax.Array, gate_up: Kept, down: Kept, counts: jax.Array, block: int) -> jax.Array:
+def grouped_by_ragged_dot(
+    rows: jax.Array, gate_up: WeightValue, down: WeightValue, counts: jax.Array, block: int
+) -> jax.Array:
     """The same through XLA's ragged product, which is an instruction on TPUs."""
-    gate_up, down = full(gate_up), full(down)
+    gate_up, down = dequantize(gate_up), dequantize(down)
     experts, width, _, mlp = gate_up.shape
     y = jax.lax.ragged_dot(rows, gate_up.reshape(experts, width, 2 * mlp), counts)
     y = jax.lax.ragged_dot(jax.nn.silu(y[:, :mlp]) * y[:, mlp:], down, counts)

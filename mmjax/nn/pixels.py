@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
-class Pixels:
+class PixelNorm:
     """(pixel * scale - mean) / std, with one mean and one std per channel."""
 
     scale: float
@@ -18,7 +18,7 @@ class Pixels:
     std: tuple[float, ...]
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> Pixels:
+    def from_hf(cls, config: dict[str, Any]) -> PixelNorm:
         """From preprocessor_config.json; `do_rescale` and `do_normalize` are honoured."""
         normalise = config.get("do_normalize", True)
         return cls(
@@ -27,7 +27,7 @@ class Pixels:
             std=tuple(config["image_std"]) if normalise else (1.0, 1.0, 1.0),
         )
 
-    def normalise(self, pixels: jax.Array, *, axis: int) -> jax.Array:
+    def normalize(self, pixels: jax.Array, *, axis: int) -> jax.Array:
         """u8 pixels with their channels on `axis` to float32."""
         shape = [1] * pixels.ndim
         shape[axis] = len(self.mean)

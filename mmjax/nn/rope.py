@@ -20,16 +20,16 @@ class Rope:
     longer than `original` tokens.
     """
 
-    inverse: tuple[float, ...]
-    axis: tuple[int, ...]
-    factor: float = 1.0
-    short: tuple[float, ...] = ()
-    original: int = 0
+    inv_freq: tuple[float, ...]
+    slot_axis: tuple[int, ...]
+    attention_factor: float = 1.0
+    short_inv_freq: tuple[float, ...] = ()
+    original_max_positions: int = 0
 
     @property
-    def rows(self) -> int:
+    def num_axes(self) -> int:
         """How many rows of positions the slots read (R)."""
-        return max(self.axis) + 1
+        return max(self.slot_axis) + 1
 
     @classmethod
     def from_hf(cls, head_dim: int, theta: float, scaling: dict[str, object] | None) -> Rope:
@@ -60,14 +60,18 @@ class Rope:
             raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope, linear, llama3, longrope")
         return cls(tuple(inverse.tolist()), tuple(axis))
 
-    def within(self, longest: int) -> Rope:
+    def for_max_len(self, max_model_len: int) -> Rope:
         """For sequences of at most `longest` tokens: one set of frequencies for all, so that cached keys stay valid."""
-        return dataclasses.replace(self, inverse=self.short) if self.short and longest <= self.original else self
+        return (
+            dataclasses.replace(self, inv_freq=self.short_inv_freq)
+            if self.short_inv_freq and max_model_len <= self.original_max_positions
+            else self
+        )
 
     def angles(self, positions: jax.Array) -> jax.Array:
         """f32[T, H/2] angles of i32[R, T] positions."""
-        chosen = positions[jnp.asarray(self.axis)] if self.rows > 1 else positions
-        return chosen.astype(jnp.float32).T * jnp.asarray(self.inverse, jnp.float32)
+        chosen = positions[jnp.asarray(self.slot_axis)] if self.num_axes > 1 else positions
+        return chosen.astype(jnp.float32).T * jnp.asarray(self.inv_freq, jnp.float32)
 
 
 def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
@@ -91,10 +95,10 @@ def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
     )
     factor = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
     long, short = (tuple(each.tolist()) for each in sets)
-    return Rope(long, (0,) * len(long), factor=factor, short=short, original=original)
+    return Rope(long, (0,) * len(long), attention_factor=factor, short_inv_freq=short, original_max_positions=original)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotate halves: x [T, ..., H] by f32[T, H/2] angles, in float32, returned in x's dtype."""
     shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1] // 2,)
     cos, sin = jnp.cos(angles).reshape(shape), jnp.sin(angles).reshape(shape)

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mmjax.nn.attention import within
+from mmjax.nn.attention import encoder_attention
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.rope import rotate
+from mmjax.nn.rope import apply_rope
 from mmjax.nn.weight import weight
-from mmjax.sharding import up
+from mmjax.sharding import round_up
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -43,27 +43,31 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TowerConfig:
+class EncoderConfig:
     """Sizes of a tower; `act` is a key of ACTIVATIONS."""
 
-    width: int
-    depth: int
-    heads: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
     head_dim: int
-    mlp: int
+    intermediate_size: int
     eps: float
     act: str
 
-    def split(self, ways: int) -> TowerConfig:
+    def for_tp(self, tp_size: int) -> EncoderConfig:
         """The same tower with every sharded size a multiple of `ways`."""
-        return dataclasses.replace(self, heads=up(self.heads, ways), mlp=up(self.mlp, ways))
+        return dataclasses.replace(
+            self,
+            num_heads=round_up(self.num_heads, tp_size),
+            intermediate_size=round_up(self.intermediate_size, tp_size),
+        )
 
 
-class Blocks(nnx.Module):
+class EncoderLayers(nnx.Module):
     """`depth` equal blocks with their weights stacked on a leading axis."""
 
-    def __init__(self, c: TowerConfig) -> None:
-        n, d, k, h, f = c.depth, c.width, c.heads, c.head_dim, c.mlp
+    def __init__(self, c: EncoderConfig) -> None:
+        n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
         self.norm1 = weight(n, d, axes=("depth", "embed"))
         self.norm1_bias = weight(n, d, axes=("depth", "embed"))
         self.qkv = weight(n, d, k, 3, h, axes=("depth", "embed", "heads", "pair", "head_dim"))
@@ -81,10 +85,10 @@ class Blocks(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        segment: jax.Array,
+        segment_ids: jax.Array,
         angles: jax.Array | None,
-        uniform: int | None,
-        seen: jax.Array | None = None,
+        segment_len: int | None,
+        key_mask: jax.Array | None = None,
     ) -> jax.Array:
         """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
         c = self.c
@@ -92,35 +96,37 @@ class Blocks(nnx.Module):
         qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
         q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
         q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
-        y = within(q, k, v, segment, scale=c.head_dim**-0.5, uniform=uniform, seen=seen).astype(x.dtype)
+        y = encoder_attention(
+            q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len, key_mask=key_mask
+        ).astype(x.dtype)
         x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
         y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
         y = ACTIVATIONS[c.act](self.fc1.einsum("ud,df->uf", y) + self.fc1_bias[...])
         return x + self.fc2.einsum("uf,fd->ud", y) + self.fc2_bias[...]
 
 
-class Tower(nnx.Module):
+class Encoder(nnx.Module):
     """Blocks run in order. Scanned: an encoder is bound by arithmetic, so what a scan saves is compile time."""
 
-    def __init__(self, c: TowerConfig) -> None:
-        self.blocks = Blocks(c)
+    def __init__(self, c: EncoderConfig) -> None:
+        self.blocks = EncoderLayers(c)
 
     def __call__(
         self,
         x: jax.Array,
-        segment: jax.Array,
+        segment_ids: jax.Array,
         *,
         angles: jax.Array | None = None,
-        uniform: int | None = None,
-        seen: jax.Array | None = None,
+        segment_len: int | None = None,
+        key_mask: jax.Array | None = None,
     ) -> jax.Array:
         """x [U, C] to [U, C]; units attend within equal `segment` i32[U]; `angles` f32[U, H/2] turn q and k; `seen`
         bool[U] where some attend that are not attended to."""
         graph, weights = nnx.split(self.blocks)
 
         def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, layer)(x, segment, angles, uniform, seen), None
+            return nnx.merge(graph, layer)(x, segment_ids, angles, segment_len, key_mask), None
 
         return jax.lax.scan(body, x, weights)[0]

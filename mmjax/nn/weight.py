@@ -13,40 +13,40 @@ from jax.typing import DTypeLike
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantised:
+class QuantizedArray:
     """A weight in int8 steps, `scale` each: i8[...], and one scale per output channel (length 1 along the inputs)."""
 
-    steps: jax.Array
+    values: jax.Array
     scale: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.steps.shape
+        return self.values.shape
 
     @property
     def nbytes(self) -> int:
-        return self.steps.nbytes + self.scale.nbytes
+        return self.values.nbytes + self.scale.nbytes
 
 
-Kept = jax.Array | Quantised
+WeightValue = jax.Array | QuantizedArray
 
 
 class Weight(nnx.Param[Any]):
     """A parameter; `[...]` is its value, however it is kept."""
 
     @property
-    def kept(self) -> Any:
+    def stored(self) -> Any:
         """The array, or the `Quantised`, for those who pass it on to `product`."""
         return self.get_value()
 
     def __getitem__(self, key: Any) -> Any:
-        return full(self.kept)[key] if isinstance(self.kept, Quantised) else super().__getitem__(key)
+        return dequantize(self.stored)[key] if isinstance(self.stored, QuantizedArray) else super().__getitem__(key)
 
     def einsum(self, spec: str, x: jax.Array, **kwargs: Any) -> jax.Array:
         """`jnp.einsum(spec, x, weight)`."""
-        return product(spec, x, self.kept, **kwargs)
+        return weight_einsum(spec, x, self.stored, **kwargs)
 
-    def look_up(self, ids: jax.Array) -> jax.Array:
+    def lookup(self, ids: jax.Array) -> jax.Array:
         """Rows `ids` i32[T] of the table, each id brought into its range: [T, ...]."""
         table = self[...]
         if table.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
@@ -58,29 +58,29 @@ class Weight(nnx.Param[Any]):
         return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), jnp.bfloat16)
 
 
-def full(kept: Kept) -> jax.Array:
+def dequantize(value: WeightValue) -> jax.Array:
     """The weight as an array."""
-    return kept.steps.astype(kept.scale.dtype) * kept.scale if isinstance(kept, Quantised) else kept
+    return value.values.astype(value.scale.dtype) * value.scale if isinstance(value, QuantizedArray) else value
 
 
-def part(kept: Any, index: jax.Array) -> Any:
+def index_value(value: Any, index: jax.Array) -> Any:
     """`kept[index]`."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), kept)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), value)
 
 
-def product(spec: str, x: jax.Array, kept: Kept, **kwargs: Any) -> jax.Array:
+def weight_einsum(equation: str, x: jax.Array, value: WeightValue, **kwargs: Any) -> jax.Array:
     """`jnp.einsum(spec, x, weight)`, in x's dtype. An x wider than the weight is rounded to the weight's dtype first.
 
     The scales of int8 are applied to what comes out: XLA:GPU reads int8 memory in a product whose weight is converted,
     but writes out the whole weight first if it is multiplied too.
     """
-    if not isinstance(kept, Quantised):
-        if kept.dtype == x.dtype:
-            return jnp.einsum(spec, x, kept, **kwargs)
-        return jnp.einsum(spec, x.astype(kept.dtype), kept, **{"preferred_element_type": x.dtype} | kwargs)
-    out = jnp.einsum(spec, x, kept.steps.astype(x.dtype), **kwargs)
-    names, result = spec.split(",")[1].split("->")
-    scale = jnp.einsum(f"{names}->{''.join(name for name in result if name in names)}", kept.scale)
+    if not isinstance(value, QuantizedArray):
+        if value.dtype == x.dtype:
+            return jnp.einsum(equation, x, value, **kwargs)
+        return jnp.einsum(equation, x.astype(value.dtype), value, **{"preferred_element_type": x.dtype} | kwargs)
+    out = jnp.einsum(equation, x, value.values.astype(x.dtype), **kwargs)
+    names, result = equation.split(",")[1].split("->")
+    scale = jnp.einsum(f"{names}->{''.join(name for name in result if name in names)}", value.scale)
     scale = jnp.expand_dims(scale, [i for i, name in enumerate(result) if name not in names])
     return out * scale.astype(out.dtype)
 
@@ -99,20 +99,20 @@ def weight(*shape: int, axes: tuple[str, ...], dtype: DTypeLike = jnp.float32) -
 def is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether a weight of these axes is read through `Weight.einsum`, `product` and `Weight.look_up` alone. Those of
     experts are passed on whole."""
-    return "experts" not in axes and bool(inputs_of(axes))
+    return "experts" not in axes and bool(contracted_axes(axes))
 
 
-def quantise(value: jax.Array, inputs: tuple[int, ...]) -> Quantised:
+def quantize(value: jax.Array, contracted: tuple[int, ...]) -> QuantizedArray:
     """Round to int8, -127 to 127 over the largest magnitude of each output channel; `inputs`: the axes summed over."""
     exact = value.astype(jnp.float32)
-    most = jnp.max(jnp.abs(exact), axis=inputs, keepdims=True)
+    most = jnp.max(jnp.abs(exact), axis=contracted, keepdims=True)
     # rounded to what it is kept in before it is used, and never zero: channels of padding are all zero
     scale = jnp.where(most > 0, most / 127, 1.0).astype(value.dtype)
     steps = jnp.round(exact / scale.astype(jnp.float32)).clip(-127, 127)
-    return Quantised(steps.astype(jnp.int8), scale)
+    return QuantizedArray(steps.astype(jnp.int8), scale)
 
 
-def inputs_of(axes: tuple[str, ...]) -> tuple[int, ...]:
+def contracted_axes(axes: tuple[str, ...]) -> tuple[int, ...]:
     """The dimensions that a product with this weight sums over, from its logical axes; () for what is no such weight.
 
     A weight leads from the width to heads, a feed-forward or the vocabulary, or back; experts and layers are apart.

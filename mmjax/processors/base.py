@@ -12,11 +12,11 @@ import numpy as np
 
 from mmjax.types import RequestError
 
-Kwargs = Mapping[str, Any]
+ProcessorKwargs = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Item:
+class MediaItem:
     """One processed media item. `features` lead with the `units` axis (patches, crops, clips), or with the rows where
     the encoder's `picks` say so; read-only.
 
@@ -27,14 +27,14 @@ class Item:
     themselves, float32 [rows, W], of an item that came as embeddings; it has no features and no units.
     """
 
-    kind: str
+    modality: str
     features: dict[str, np.ndarray]
-    units: int
-    rows: int  # embedding rows it yields = placeholder tokens it fills
+    num_inputs: int
+    num_embeds: int  # embedding rows it yields = placeholder tokens it fills
     grid: tuple[int, ...] = ()
-    times: tuple[float, ...] = ()
-    sound: bool = False
-    ready: np.ndarray | None = None
+    frame_times: tuple[float, ...] = ()
+    with_audio: bool = False
+    embeds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays():  # cached and shared between requests: nobody may write
@@ -45,11 +45,11 @@ class Item:
         return sum(array.nbytes for array in self._arrays())
 
     def _arrays(self) -> list[np.ndarray]:
-        return [*self.features.values(), *([] if self.ready is None else [self.ready])]
+        return [*self.features.values(), *([] if self.embeds is None else [self.embeds])]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Span:
+class PlaceholderSpan:
     """Prompt tokens [start, start + length) take rows first..first+length-1 of item `index` of `kind`.
 
     An item may have several spans: the frames and the sound of a video take turns.
@@ -57,62 +57,64 @@ class Span:
 
     start: int
     length: int
-    kind: str
-    index: int
-    first: int = 0
+    modality: str
+    item_index: int
+    embed_offset: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Timestamps:
+class TimestampTokens:
     """The tokens of an answer that tells times: `first` to `last` are times, `end` ends it, `never` is not to come.
 
     latest: how many steps after `first` it may begin. said: the tokens of the prompt that it goes on from.
     """
 
-    first: int
-    last: int
-    end: int
-    never: int
-    latest: int
-    said: tuple[int, ...]
+    first_id: int
+    last_id: int
+    eos_id: int
+    no_timestamps_id: int
+    max_initial_index: int
+    prefix_ids: tuple[int, ...]
 
 
-class Expanded(NamedTuple):
+class ExpandedPrompt(NamedTuple):
     """A prompt after expansion; spans are in prompt order. `encoder_tokens` and `timestamps`, of prompts that ask for
     times, are for encoder-decoder models only."""
 
-    tokens: list[int]
-    spans: list[Span]
-    encoder_tokens: tuple[int, ...] = ()
-    timestamps: Timestamps | None = None
+    token_ids: list[int]
+    spans: list[PlaceholderSpan]
+    encoder_token_ids: tuple[int, ...] = ()
+    timestamps: TimestampTokens | None = None
 
 
 class Processor(Protocol):
     """The host side of a family. Constructed as `(config, files, tokenizer)`: config.json, the other parsed JSON files
     by file name, and the tokenizer or None."""
 
-    kinds: Mapping[str, int | None]  # modality -> most items one prompt may hold (None: no bound)
-    placeholder: Mapping[str, str]  # modality -> text that stands for one item in a prompt, {i} for its number from 1
-    marker: Mapping[str, str]  # modality -> the part of `placeholder` that expands
-    accepts: frozenset[str]  # processor kwargs that `item` understands
-    embeds: Mapping[str, tuple[str, ...]]  # modality -> arrays in which embeddings come: the rows, then a size
+    mm_limits: Mapping[str, int | None]  # modality -> most items one prompt may hold (None: no bound)
+    placeholder_text: Mapping[
+        str, str
+    ]  # modality -> text that stands for one item in a prompt, {i} for its number from 1
+    placeholder_token: Mapping[str, str]  # modality -> the part of `placeholder` that expands
+    accepted_kwargs: frozenset[str]  # processor kwargs that `item` understands
+    embed_fields: Mapping[str, tuple[str, ...]]  # modality -> arrays in which embeddings come: the rows, then a size
     sampling_rate: int | None  # of the audio that `item` takes
 
-    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item: ...
+    def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem: ...
 
-    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+    def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Rows of an item of this size: image (height, width), video (frames, height, width), audio (samples,)."""
         ...
 
-    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
+    def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
         """The item that embeddings of this size make, without its rows; the size of those that bring none is how many
         rows they are."""
         ...
 
-    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded: ...
+    def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt: ...
 
-    def positions(
-        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    def rope_positions(
+        self, token_ids: Sequence[int], spans: Sequence[PlaceholderSpan], items: Mapping[str, Sequence[MediaItem]]
     ) -> tuple[np.ndarray, int]:
         """(int32[R, T], delta): token i >= T sits at i + delta on every row."""
         ...
@@ -124,55 +126,55 @@ def linear_positions(length: int) -> tuple[np.ndarray, int]:
 
 
 def expand_placeholders(
-    tokens: Sequence[int],
-    items: Mapping[str, Sequence[Item]],
-    markers: Mapping[str, int],
-    placeholder: Mapping[str, str],
-) -> Expanded:
+    token_ids: Sequence[int],
+    items: Mapping[str, Sequence[MediaItem]],
+    placeholder_ids: Mapping[str, int],
+    placeholder_text: Mapping[str, str],
+) -> ExpandedPrompt:
     """Replace the n-th marker token of each kind by as many as its n-th item has rows.
 
     Runs that already have the right length are kept, so that expanded prompts can be sent again. Kinds are independent:
     one may come expanded and another not. A count that fits neither way is a RequestError.
     """
-    ids = np.asarray(tokens, dtype=np.int64)
+    ids = np.asarray(token_ids, dtype=np.int64)
     taken: list[tuple[int, int, str, int]] = []  # first marker, markers consumed, kind, index
-    for kind, marker in markers.items():
+    for modality, marker in placeholder_ids.items():
         found = np.flatnonzero(ids == marker)
-        rows = [item.rows for item in items.get(kind, ())]
+        rows = [item.num_embeds for item in items.get(modality, ())]
         if len(found) == len(rows):
             lengths = [1] * len(rows)
         elif len(found) == sum(rows):
             lengths = rows
         else:
-            raise mismatch(kind, len(rows), len(found), placeholder[kind])
+            raise placeholder_mismatch(modality, len(rows), len(found), placeholder_text[modality])
         first = np.cumsum([0, *lengths])
         for index, length in enumerate(lengths):
             run = found[first[index] : first[index] + length]
             if run[-1] - run[0] != length - 1:
-                raise mismatch(kind, len(rows), len(found), placeholder[kind])
-            taken.append((int(run[0]), length, kind, index))
+                raise placeholder_mismatch(modality, len(rows), len(found), placeholder_text[modality])
+            taken.append((int(run[0]), length, modality, index))
     out: list[int] = []
-    spans: list[Span] = []
+    spans: list[PlaceholderSpan] = []
     done = 0
-    for start, length, kind, index in sorted(taken):
-        out.extend(tokens[done:start])
-        rows_here = items[kind][index].rows
-        spans.append(Span(len(out), rows_here, kind, index))
-        out.extend([markers[kind]] * rows_here)
+    for start, length, modality, index in sorted(taken):
+        out.extend(token_ids[done:start])
+        rows_here = items[modality][index].num_embeds
+        spans.append(PlaceholderSpan(len(out), rows_here, modality, index))
+        out.extend([placeholder_ids[modality]] * rows_here)
         done = start + length
-    out.extend(tokens[done:])
-    return Expanded(out, spans)
+    out.extend(token_ids[done:])
+    return ExpandedPrompt(out, spans)
 
 
-def mismatch(kind: str, expected: int, found: int, placeholder: str) -> RequestError:
+def placeholder_mismatch(modality: str, expected: int, found: int, placeholder: str) -> RequestError:
     """A prompt with `found` placeholders for `expected` items."""
     placeholder = placeholder.replace("{i}", "1")
     if not expected:
-        fix = f"remove {placeholder!r} from the prompt, or pass the {kind} data it stands for"
+        fix = f"remove {placeholder!r} from the prompt, or pass the {modality} data it stands for"
     else:
-        fix = f"write {placeholder!r} exactly once per {kind} item, in the order of the items"
+        fix = f"write {placeholder!r} exactly once per {modality} item, in the order of the items"
     return RequestError(
-        f"Expected there to be {expected} prompt placeholders corresponding to {expected} {kind} items, but instead "
+        f"Expected there to be {expected} prompt placeholders corresponding to {expected} {modality} items, but instead "
         f"found {found} placeholder tokens in the prompt. To fix this, {fix}.",
         "placeholder_mismatch",
     )

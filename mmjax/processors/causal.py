@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.processors.base import Expanded, Item, Kwargs, Span, linear_positions
+from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, linear_positions
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
@@ -13,34 +13,34 @@ from mmjax.types import RequestError
 class Processor:
     """See `mmjax.processors.base.Processor`."""
 
-    kinds: Mapping[str, int | None] = {}
-    marker: Mapping[str, str] = {}
-    placeholder: Mapping[str, str] = {}
-    accepts: frozenset[str] = frozenset()
-    embeds: Mapping[str, tuple[str, ...]] = {}
+    mm_limits: Mapping[str, int | None] = {}
+    placeholder_token: Mapping[str, str] = {}
+    placeholder_text: Mapping[str, str] = {}
+    accepted_kwargs: frozenset[str] = frozenset()
+    embed_fields: Mapping[str, tuple[str, ...]] = {}
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         pass
 
-    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+    def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """RequestError: there is nothing to see or hear with."""
-        raise RequestError(f"This is a language model, which takes no {kind}.", "unsupported_modality")
+        raise RequestError(f"This is a language model, which takes no {modality}.", "unsupported_modality")
 
-    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+    def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """None."""
         return 0
 
-    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
+    def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
         """RequestError, as for `item`."""
-        return self.item(kind, None, {})
+        return self.process_item(modality, None, {})
 
-    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+    def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
         """The prompt itself."""
-        return Expanded(list(tokens), [])
+        return ExpandedPrompt(list(token_ids), [])
 
-    def positions(
-        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    def rope_positions(
+        self, token_ids: Sequence[int], spans: Sequence[PlaceholderSpan], items: Mapping[str, Sequence[MediaItem]]
     ) -> tuple[np.ndarray, int]:
         """Ordinary positions."""
-        return linear_positions(len(tokens))
+        return linear_positions(len(token_ids))

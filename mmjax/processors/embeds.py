@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.processors import listened
-from mmjax.processors.base import Item, Kwargs, Processor
+from mmjax.processors.base import MediaItem, Processor, ProcessorKwargs
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
@@ -23,71 +23,73 @@ MOST = 1 << 31  # rows or patches that a size may speak of; beyond it, it is no 
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Embeds:
+class EmbedsInput:
     """One item that comes as embeddings: its arrays by name, as given."""
 
     fields: Mapping[str, Any]
 
 
-class EmbedReader:
+class MediaEmbedsReader:
     """Reads the embeddings of one model. `width`: of a row, which for some models is more than the decoder's."""
 
     def __init__(self, processor: Processor, width: int):
         self.processor, self.width = processor, width
 
-    def looks_like(self, kind: str, array: Any) -> bool:
+    def looks_like(self, modality: str, array: Any) -> bool:
         """Whether an array that might be a medium holds rows: floats, as wide as the model's."""
         return (
-            kind in self.processor.embeds and tuple(array.shape[-1:]) == (self.width,) and "float" in str(array.dtype)
+            modality in self.processor.embed_fields
+            and tuple(array.shape[-1:]) == (self.width,)
+            and "float" in str(array.dtype)
         )
 
-    def names(self, kind: str) -> tuple[str, ...]:
+    def field_names(self, modality: str) -> tuple[str, ...]:
         """The arrays that embeddings of a modality come in. RequestError when the model takes none."""
-        names = self.processor.embeds.get(kind)
+        names = self.processor.embed_fields.get(modality)
         if names is None:
-            known = ", ".join(self.processor.embeds) or "no modality"
+            known = ", ".join(self.processor.embed_fields) or "no modality"
             raise RequestError(
-                f"This model takes no {kind} embeddings (it takes those of {known}): pass raw {kind} data.",
+                f"This model takes no {modality} embeddings (it takes those of {known}): pass raw {modality} data.",
                 "unsupported_embeds",
             )
         return names
 
-    def one(self, kind: str, fields: Any) -> Embeds:
+    def parse_item(self, modality: str, fields: Any) -> EmbedsInput:
         """One item: a dictionary of its arrays, or its rows alone."""
-        names = self.names(kind)
+        names = self.field_names(modality)
         if not isinstance(fields, Mapping):
             fields = {names[0]: fields}
         _require(names, fields)
-        return Embeds({name: fields[name] for name in names})
+        return EmbedsInput({name: fields[name] for name in names})
 
-    def split(self, kind: str, data: Any) -> list[Embeds]:
+    def parse_items(self, modality: str, data: Any) -> list[EmbedsInput]:
         """Every item in a dictionary of arrays for all, or in an array of rows: [n, rows, W], or [rows, W] for one.
 
         Rows of several items may lie end to end where the model takes sizes, which then say where each ends.
         """
-        names = self.names(kind)
+        names = self.field_names(modality)
         fields = data if isinstance(data, Mapping) else {names[0]: data}
         _require(names, fields)
         rows = fields[names[0]]
         if names[0] == listened.FEATURES:
-            return [Embeds(clip) for clip in listened.clips(fields)]
+            return [EmbedsInput(clip) for clip in listened.split_clips(fields)]
         if len(names) == 1:
-            return [Embeds({names[0]: part}) for part in (rows if _is_many(rows) else [rows])]
+            return [EmbedsInput({names[0]: part}) for part in (rows if _is_many(rows) else [rows])]
         sizes = np.atleast_2d(_sizes(fields[names[1]], names[1]))
-        parts = list(rows) if _is_many(rows) else self._cut(kind, names, rows, sizes)
+        parts = list(rows) if _is_many(rows) else self._cut(modality, names, rows, sizes)
         if len(parts) != len(sizes):
             raise RequestError(
                 f"`{names[0]}` holds {len(parts)} items, but `{names[1]}` has {len(sizes)} rows: pass one per item.",
                 "bad_embeds",
             )
-        return [Embeds({names[0]: part, names[1]: size}) for part, size in zip(parts, sizes, strict=True)]
+        return [EmbedsInput({names[0]: part, names[1]: size}) for part, size in zip(parts, sizes, strict=True)]
 
-    def _cut(self, kind: str, names: Sequence[str], rows: Any, sizes: np.ndarray) -> list[Any]:
+    def _cut(self, modality: str, names: Sequence[str], rows: Any, sizes: np.ndarray) -> list[Any]:
         if not is_array(rows):
-            raise _no_rows(kind, names[0], rows)
+            raise _no_rows(modality, names[0], rows)
         if len(sizes) == 1:
             return [rows]
-        counts = [self._outline(kind, names[1], size, {}).rows for size in sizes]
+        counts = [self._outline(modality, names[1], size, {}).num_embeds for size in sizes]
         if rows.ndim != 2 or sum(counts) != len(rows):
             raise RequestError(
                 f"`{names[0]}` has shape {tuple(rows.shape)}, but `{names[1]}` speaks of {len(counts)} items of "
@@ -97,32 +99,32 @@ class EmbedReader:
         ends = np.cumsum(counts)
         return [rows[int(end - count) : int(end)] for count, end in zip(counts, ends, strict=True)]
 
-    def item(self, kind: str, index: int, embeds: Embeds, kwargs: Kwargs) -> Item:
+    def to_media_item(self, modality: str, index: int, embeds: EmbedsInput, kwargs: ProcessorKwargs) -> MediaItem:
         """The item, its rows checked and copied to float32 [n, W]."""
-        names = self.names(kind)
-        if isinstance(self.processor, listened.Listener) and names[0] == listened.FEATURES:
-            return listened.item(self.processor, index, embeds.fields)
-        rows = self._rows(kind, index, names[0], embeds.fields[names[0]])
+        names = self.field_names(modality)
+        if isinstance(self.processor, listened.MelFeatureProcessor) and names[0] == listened.FEATURES:
+            return listened.media_item(self.processor, index, embeds.fields)
+        rows = self._rows(modality, index, names[0], embeds.fields[names[0]])
         if len(names) == 1:
-            return dataclasses.replace(self.processor.outline(kind, (len(rows),), kwargs), ready=rows)
+            return dataclasses.replace(self.processor.item_for_embeds(modality, (len(rows),), kwargs), embeds=rows)
         size = _sizes(embeds.fields[names[1]], names[1])
         size = size[0] if size.ndim == 2 and len(size) == 1 else size
-        item = self._outline(kind, names[1], size, kwargs)
-        if item.rows != len(rows):
+        item = self._outline(modality, names[1], size, kwargs)
+        if item.num_embeds != len(rows):
             raise RequestError(
-                f"`{names[0]}` of {kind} item {index} has {len(rows)} rows, but its `{names[1]}` {size.tolist()} needs "
-                f"{item.rows}.",
+                f"`{names[0]}` of {modality} item {index} has {len(rows)} rows, but its `{names[1]}` {size.tolist()} needs "
+                f"{item.num_embeds}.",
                 "bad_embeds",
             )
-        return dataclasses.replace(item, ready=rows)
+        return dataclasses.replace(item, embeds=rows)
 
-    def _rows(self, kind: str, index: int, name: str, given: Any) -> np.ndarray:
-        title = kind.capitalize()
+    def _rows(self, modality: str, index: int, name: str, given: Any) -> np.ndarray:
+        title = modality.capitalize()
         if not is_array(given):
-            raise _no_rows(kind, name, given)
+            raise _no_rows(modality, name, given)
         shape = tuple(given.shape)
         if len(shape) == 3 and shape[0] == 1:
-            log.warning("%s embedding of shape %s: pass one item as (rows, hidden size)", kind, shape)
+            log.warning("%s embedding of shape %s: pass one item as (rows, hidden size)", modality, shape)
             given, shape = given[0], shape[1:]
         if len(shape) != 2:
             raise RequestError(
@@ -146,10 +148,10 @@ class EmbedReader:
             raise RequestError(f"{title} embedding[{index}] contains NaN or infinite values.", "bad_embeds")
         return rows
 
-    def _outline(self, kind: str, name: str, size: np.ndarray, kwargs: Kwargs) -> Item:
+    def _outline(self, modality: str, name: str, size: np.ndarray, kwargs: ProcessorKwargs) -> MediaItem:
         if size.ndim != 1 or (size < 1).any() or math.prod(size.tolist()) > MOST:
             raise RequestError(f"`{name}` must hold positive sizes, got {size.tolist()}.", "bad_embeds")
-        return self.processor.outline(kind, tuple(size.tolist()), kwargs)
+        return self.processor.item_for_embeds(modality, tuple(size.tolist()), kwargs)
 
 
 def _require(names: Sequence[str], fields: Mapping[str, Any]) -> None:
@@ -182,9 +184,9 @@ def _sizes(given: Any, name: str) -> np.ndarray:
     return sizes.astype(np.int64)
 
 
-def _no_rows(kind: str, name: str, given: Any) -> RequestError:
+def _no_rows(modality: str, name: str, given: Any) -> RequestError:
     return RequestError(
-        f"`{name}` of a {kind} must be an array of torch, NumPy or JAX of shape (rows, hidden size), got "
+        f"`{name}` of a {modality} must be an array of torch, NumPy or JAX of shape (rows, hidden size), got "
         f"{type(given).__name__}.",
         "bad_embeds",
     )

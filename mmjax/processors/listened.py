@@ -9,24 +9,24 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.processors.base import Item
+from mmjax.processors.base import MediaItem
 from mmjax.types import RequestError
 
 FEATURES, LENGTHS = "input_audio_features", "audio_feature_lengths"
 
 
 @runtime_checkable
-class Listener(Protocol):
+class MelFeatureProcessor(Protocol):
     """A processor that takes such features."""
 
-    bins: int
+    num_mel_bins: int
 
-    def from_mel(self, mel: np.ndarray) -> Item:
+    def from_mel(self, mel: np.ndarray) -> MediaItem:
         """float32 [bins, frames] -> an audio item."""
         ...
 
 
-def clips(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+def split_clips(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The fields of each clip. RequestError when features and lengths do not match."""
     given, lengths = fields[FEATURES], _lengths(fields[LENGTHS])
     if isinstance(given, (list, tuple)) or (is_array(given) and given.ndim == 3):
@@ -45,22 +45,22 @@ def clips(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{FEATURES: part, LENGTHS: length} for part, length in zip(parts, lengths, strict=True)]
 
 
-def item(listener: Listener, index: int, fields: Mapping[str, Any]) -> Item:
+def media_item(processor: MelFeatureProcessor, index: int, fields: Mapping[str, Any]) -> MediaItem:
     """One clip, checked."""
     given, (length, *_) = fields[FEATURES], _lengths(fields[LENGTHS])
-    fits = is_array(given) and given.ndim == 2 and given.shape[0] == listener.bins and given.shape[1] >= length
+    fits = is_array(given) and given.ndim == 2 and given.shape[0] == processor.num_mel_bins and given.shape[1] >= length
     if not fits:
         shape = tuple(given.shape) if is_array(given) else type(given).__name__
         raise RequestError(
-            f"`{FEATURES}` of audio item {index} must be an array ({listener.bins} bins, at least {length} frames), "
+            f"`{FEATURES}` of audio item {index} must be an array ({processor.num_mel_bins} bins, at least {length} frames), "
             f"got {shape}.",
             "bad_embeds",
         )
     mel = to_numpy(given)[:, :length].astype(np.float32)
     if not np.isfinite(mel).all():
         raise RequestError(f"`{FEATURES}` of audio item {index} contains NaN or infinite values.", "bad_embeds")
-    made = listener.from_mel(mel)
-    if made.rows < 1:
+    made = processor.from_mel(mel)
+    if made.num_embeds < 1:
         raise RequestError(f"Audio item {index} is too short to be heard: {length} frames.", "audio_too_short")
     return made
 

@@ -13,9 +13,16 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal.video import Video
-from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions
-from mmjax.processors.outlines import rows_outline
-from mmjax.processors.picks import Picks, joined, newlines, resampled, whole
+from mmjax.processors.base import (
+    ExpandedPrompt,
+    MediaItem,
+    PlaceholderSpan,
+    ProcessorKwargs,
+    expand_placeholders,
+    linear_positions,
+)
+from mmjax.processors.outlines import any_length_item
+from mmjax.processors.picks import EmbedSources, concat_sources, newline_sources, resampled_sources, single_sources
 from mmjax.processors.vision import image_size, resize
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -31,56 +38,58 @@ class Processor:
     picture padded to a square, as transformers prepares several images of one prompt.
     """
 
-    kinds: Mapping[str, int | None] = {"image": None, "video": None}
-    marker: Mapping[str, str] = {"image": "<image>", "video": "<video>"}
-    placeholder: Mapping[str, str] = marker
-    accepts = frozenset({"vision_aspect_ratio"})
-    embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",), "video": ("video_embeds",)}
-    outline = rows_outline
+    mm_limits: Mapping[str, int | None] = {"image": None, "video": None}
+    placeholder_token: Mapping[str, str] = {"image": "<image>", "video": "<video>"}
+    placeholder_text: Mapping[str, str] = placeholder_token
+    accepted_kwargs = frozenset({"vision_aspect_ratio"})
+    embed_fields: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",), "video": ("video_embeds",)}
+    item_for_embeds = any_length_item
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         vision = config["vision_config"]
-        self.markers = {"image": config["image_token_index"], "video": config["video_token_index"]}
-        self.size: int = vision["image_size"]
-        self.side = self.size // vision["patch_size"]
+        self.placeholder_ids = {"image": config["image_token_index"], "video": config["video_token_index"]}
+        self.crop_size: int = vision["image_size"]
+        self.grid_size = self.crop_size // vision["patch_size"]
         self.aspect: str = config.get("vision_aspect_ratio", "anyres_max_9")
-        self.sizes = [(height, width) for height, width in config["image_grid_pinpoints"]]
+        self.grid_pinpoints = [(height, width) for height, width in config["image_grid_pinpoints"]]
         prepare = files["preprocessor_config.json"]
-        self.margin = tuple(int(255 * mean) for mean in prepare["image_mean"])
-        size = prepare.get("size", {"height": self.size, "width": self.size})
-        if (size["height"], size["width"]) != (self.size, self.size):
+        self.pad_color = tuple(int(255 * mean) for mean in prepare["image_mean"])
+        size = prepare.get("size", {"height": self.crop_size, "width": self.crop_size})
+        if (size["height"], size["width"]) != (self.crop_size, self.crop_size):
             raise ValueError(
                 f"preprocessor_config.json makes crops of {size['width']}x{size['height']}, but the vision tower of "
-                f"config.json takes {self.size}x{self.size}: the two files belong to different checkpoints"
+                f"config.json takes {self.crop_size}x{self.crop_size}: the two files belong to different checkpoints"
             )
 
-    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+    def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of an image (height, width) or a video (frames, height, width)."""
-        if kind == "video":
-            return size[0] * math.ceil(self.side / 2) ** 2 + 1
+        if modality == "video":
+            return size[0] * math.ceil(self.grid_size / 2) ** 2 + 1
         most = self._most(kwargs)
         if most is None:
-            return self.side**2 + 1
+            return self.grid_size**2 + 1
         height, width = size[-2:]
         height, width = self._scaled(self._kept(height, width, self._canvas(height, width)), most)
-        return self.side**2 + height * (width + 1)
+        return self.grid_size**2 + height * (width + 1)
 
-    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+    def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, 3, S, S], source i32[rows, 4], share
         f32[rows, 4].
 
         Row r is the sum over j of share[r, j] times patch source[r, j] of the item; where that is -1, the newline.
         """
         if isinstance(media, Video):
-            crops = [resize(frame, self.size, self.size) for frame in media.frames]
+            crops = [resize(frame, self.crop_size, self.crop_size) for frame in media.frames]
             picks = self._frames(len(crops))
         elif (most := self._most(kwargs)) is None:
-            crops, picks = [self._padded(media)], joined([self._first, newlines(1)])
+            crops, picks = [self._padded(media)], concat_sources([self._first, newline_sources(1)])
         else:
             crops, picks = self._crops(media), self._lines(image_size(media), most)
         pixels = np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
-        return Item(kind, {"pixels": pixels, **picks._asdict()}, units=len(crops), rows=len(picks.source))
+        return MediaItem(
+            modality, {"pixels": pixels, **picks._asdict()}, num_inputs=len(crops), num_embeds=len(picks.source_index)
+        )
 
     # --- pixels
 
@@ -92,11 +101,11 @@ class Processor:
             shown = min(int(width * scale) * int(height * scale), width * height)
             return shown, -allowed[0] * allowed[1]
 
-        return max(self.sizes, key=rank)
+        return max(self.grid_pinpoints, key=rank)
 
     def _crops(self, image: Any) -> list[np.ndarray]:
         """The whole, out of proportion, and the crops row by row of the picture centred on its canvas."""
-        (height, width), size = image_size(image), self.size
+        (height, width), size = image_size(image), self.crop_size
         canvas = self._canvas(height, width)
         scale = min(canvas[1] / width, canvas[0] / height)
         if canvas[1] / width < canvas[0] / height:
@@ -114,14 +123,14 @@ class Processor:
         height, width = image_size(image)
         edge = max(height, width)
         board = np.empty((edge, edge, 3), np.uint8)
-        board[:] = self.margin
+        board[:] = self.pad_color
         top, left = (edge - height) // 2, (edge - width) // 2
         board[top : top + height, left : left + width] = np.asarray(image)
-        return resize(board, self.size, self.size)
+        return resize(board, self.crop_size, self.crop_size)
 
     # --- rows
 
-    def _most(self, kwargs: Kwargs) -> int | None:
+    def _most(self, kwargs: ProcessorKwargs) -> int | None:
         """Crops' worth of rows above which a picture is scaled down; None: one padded crop only."""
         aspect = kwargs.get("vision_aspect_ratio", self.aspect)
         if aspect == "pad":
@@ -136,7 +145,7 @@ class Processor:
 
     def _kept(self, height: int, width: int, canvas: Grid) -> Grid:
         """Lines and columns of patches on the canvas less the margins (rounded to patches as published)."""
-        lines, columns = (edge // self.size * self.side for edge in canvas)
+        lines, columns = (edge // self.crop_size * self.grid_size for edge in canvas)
         if width / height > columns / lines:
             lines -= (lines - int(round(height * (columns / width), 7))) // 2 * 2
         else:
@@ -145,39 +154,44 @@ class Processor:
 
     def _scaled(self, grid: Grid, most: int) -> Grid:
         """Lines and columns after scaling down to `most` crops' worth."""
-        ratio = math.sqrt(grid[0] * grid[1] / (most * self.side**2))
+        ratio = math.sqrt(grid[0] * grid[1] / (most * self.grid_size**2))
         return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > SLACK else grid
 
     @property
-    def _first(self) -> Picks:
+    def _first(self) -> EmbedSources:
         """The patches of the first crop."""
-        return whole(np.arange(self.side**2))
+        return single_sources(np.arange(self.grid_size**2))
 
-    def _lines(self, size: Grid, most: int) -> Picks:
+    def _lines(self, size: Grid, most: int) -> EmbedSources:
         """The rows of a picture of this size: of the whole, then line by line, each with its newline."""
-        side, canvas = self.side, self._canvas(*size)
-        down, across = (edge // self.size for edge in canvas)
+        side, canvas = self.grid_size, self._canvas(*size)
+        down, across = (edge // self.crop_size for edge in canvas)
         patches = np.arange(side**2, (1 + down * across) * side**2)
         patches = patches.reshape(down, across, side, side).swapaxes(1, 2).reshape(down * side, across * side)
         lines, columns = self._kept(*size, canvas)
         top, left = (len(patches) - lines) // 2, (len(patches[0]) - columns) // 2
         kept = patches[top : top + lines, left : left + columns]
-        scaled = resampled(kept, *self._scaled((lines, columns), most))
-        return joined([self._first, joined([scaled, newlines(len(scaled.source), 1)], axis=1).flat()])
+        scaled = resampled_sources(kept, *self._scaled((lines, columns), most))
+        return concat_sources(
+            [self._first, concat_sources([scaled, newline_sources(len(scaled.source_index), 1)], axis=1).flat()]
+        )
 
-    def _frames(self, count: int) -> Picks:
+    def _frames(self, count: int) -> EmbedSources:
         """The rows of a video: every frame at half its lines and columns, and a newline."""
-        half, patches = math.ceil(self.side / 2), self.side**2
-        frame = resampled(np.arange(patches).reshape(self.side, self.side), half, half).flat()
-        frames = [Picks(frame.source + first, frame.share) for first in range(0, count * patches, patches)]
-        return joined([*frames, newlines(1)])
+        half, patches = math.ceil(self.grid_size / 2), self.grid_size**2
+        frame = resampled_sources(np.arange(patches).reshape(self.grid_size, self.grid_size), half, half).flat()
+        frames = [
+            EmbedSources(frame.source_index + first, frame.source_weight)
+            for first in range(0, count * patches, patches)
+        ]
+        return concat_sources([*frames, newline_sources(1)])
 
-    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+    def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
         """One image or video token per row of each item; RequestError when placeholders and items do not match."""
-        return expand_placeholders(tokens, items, self.markers, self.placeholder)
+        return expand_placeholders(token_ids, items, self.placeholder_ids, self.placeholder_text)
 
-    def positions(
-        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    def rope_positions(
+        self, token_ids: Sequence[int], spans: Sequence[PlaceholderSpan], items: Mapping[str, Sequence[MediaItem]]
     ) -> tuple[np.ndarray, int]:
         """Ordinary positions."""
-        return linear_positions(len(tokens))
+        return linear_positions(len(token_ids))

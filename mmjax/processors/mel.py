@@ -34,7 +34,7 @@ class LogMel:
         mel[:, :live] = self._logarithm(padded, live)
         return self._scale(mel)
 
-    def before_silence(self, audio: np.ndarray) -> np.ndarray:
+    def zero_padded(self, audio: np.ndarray) -> np.ndarray:
         """float32 [n] -> float32 [bins, ceil(n / hop)]: as in the full window, but only frames that begin within the
         clip, at the cost of its length."""
         audio = audio[: self.samples]
@@ -47,7 +47,7 @@ class LogMel:
         padded[:half] = padded[half + 1 : 2 * half + 1][::-1]
         return self._scale(self._logarithm(padded, live))[:, :frames]
 
-    def alone(self, audio: np.ndarray) -> np.ndarray:
+    def reflect_padded(self, audio: np.ndarray) -> np.ndarray:
         """float32 [n] -> float32 [bins, n // hop]: no padding, the clip is mirrored at both ends (n > window / 2)."""
         padded = np.pad(audio, self.window // 2, mode="reflect")
         return self._scale(self._logarithm(padded, len(audio) // self.hop))

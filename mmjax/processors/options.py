@@ -7,8 +7,8 @@ from typing import Any
 from mmjax.processors.base import Processor
 from mmjax.types import RequestError
 
-COUNTS = frozenset({"min_pixels", "max_pixels", "num_frames", "num_crops", "max_slice_nums"})
-SWITCHES = frozenset(
+POSITIVE_INTS = frozenset({"min_pixels", "max_pixels", "num_frames", "num_crops", "max_slice_nums"})
+BOOLS = frozenset(
     {
         "do_resize", "do_sample_frames", "keep_video_wrapper", "load_audio_from_video", "use_audio_in_video",
         "use_image_id",
@@ -16,10 +16,10 @@ SWITCHES = frozenset(
 )  # fmt: skip
 NESTED = frozenset({"size", "images_kwargs", "videos_kwargs"})
 # Sizes of which every family can say how many rows they make, whatever its patches.
-USUAL = {"image": (896, 896), "video": (2, 896, 896), "audio": (16_000,)}
+TYPICAL_SIZES = {"image": (896, 896), "video": (2, 896, 896), "audio": (16_000,)}
 
 
-def check(kwargs: Mapping[str, Any]) -> None:
+def check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """RequestError naming the option whose value can be none. None is as not given."""
     for name, value in kwargs.items():
         if value is None:
@@ -27,10 +27,10 @@ def check(kwargs: Mapping[str, Any]) -> None:
         if name in NESTED:
             if not isinstance(value, Mapping):
                 raise _wrong(name, "a dictionary", value)
-            check(value)
-        elif name in COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            check_kwargs(value)
+        elif name in POSITIVE_INTS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise _wrong(name, "a positive integer", value)
-        elif name in SWITCHES and not isinstance(value, bool):
+        elif name in BOOLS and not isinstance(value, bool):
             raise _wrong(name, "true or false", value)
         elif name == "fps" and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
@@ -38,12 +38,12 @@ def check(kwargs: Mapping[str, Any]) -> None:
             raise _wrong(name, "a positive number", value)
 
 
-def check_for(processor: Processor, kwargs: Mapping[str, Any]) -> None:
+def check_kwargs_for(processor: Processor, kwargs: Mapping[str, Any]) -> None:
     """`check`, and what only the family can tell: bounds that exclude each other, modes that it does not have."""
-    check(kwargs)
-    known = {name: value for name, value in kwargs.items() if name in processor.accepts}
-    for kind in processor.kinds:
-        processor.item_rows(kind, USUAL[kind], known)
+    check_kwargs(kwargs)
+    known = {name: value for name, value in kwargs.items() if name in processor.accepted_kwargs}
+    for modality in processor.mm_limits:
+        processor.num_embeds(modality, TYPICAL_SIZES[modality], known)
 
 
 def _wrong(name: str, rule: str, value: Any) -> RequestError:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal.video import Video
-from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders
-from mmjax.processors.outlines import grid_outline
-from mmjax.processors.vision import image_size, pixel_count, resize
+from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
+from mmjax.processors.outlines import grid_item
+from mmjax.processors.vision import image_size, positive_int, resize
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 MAX_ASPECT = 200
-Bounds = tuple[int, int]
+PixelBounds = tuple[int, int]
 
 
 def smart_resize(height: int, width: int, factor: int, low: int, high: int, frames: int = 1) -> tuple[int, int]:
@@ -45,105 +45,117 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int, fram
     return new_h, new_w
 
 
-class PatchProcessor:
+class QwenVLProcessor:
     """What the families have in common. A family says its default areas, and may add features or change the order."""
 
-    kinds: Mapping[str, int | None] = {"image": None, "video": None}
-    marker: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-    placeholder: Mapping[str, str] = {kind: f"<|vision_start|>{token}<|vision_end|>" for kind, token in marker.items()}
-    accepts = frozenset({"min_pixels", "max_pixels", "size", "do_resize"})
-    embeds: Mapping[str, tuple[str, ...]] = {
-        kind: (f"{kind}_embeds", f"{kind}_grid_thw") for kind in ("image", "video")
+    mm_limits: Mapping[str, int | None] = {"image": None, "video": None}
+    placeholder_token: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    placeholder_text: Mapping[str, str] = {
+        modality: f"<|vision_start|>{token}<|vision_end|>" for modality, token in placeholder_token.items()
+    }
+    accepted_kwargs = frozenset({"min_pixels", "max_pixels", "size", "do_resize"})
+    embed_fields: Mapping[str, tuple[str, ...]] = {
+        modality: (f"{modality}_embeds", f"{modality}_grid_thw") for modality in ("image", "video")
     }
     sampling_rate: int | None = None
-    areas: Mapping[str, Bounds]  # what the published processors use where the files name no sizes
+    default_bounds: Mapping[str, PixelBounds]  # what the published processors use where the files name no sizes
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         vision = config["vision_config"]
-        self.patch, self.merge = vision["patch_size"], vision["spatial_merge_size"]
-        self.frames = vision["temporal_patch_size"]
-        self.markers: dict[str, int] = {
-            kind: config[f"{kind}_token_id"] if f"{kind}_token_id" in config else config[f"{kind}_token_index"]
-            for kind in ("image", "video")
+        self.patch_size, self.merge_size = vision["patch_size"], vision["spatial_merge_size"]
+        self.temporal_patch_size = vision["temporal_patch_size"]
+        self.placeholder_ids: dict[str, int] = {
+            modality: config[f"{modality}_token_id"]
+            if f"{modality}_token_id" in config
+            else config[f"{modality}_token_index"]
+            for modality in ("image", "video")
         }
         image = files.get("preprocessor_config.json")
         video = files.get("video_preprocessor_config.json", image)  # older repositories keep one file for both
-        self.bounds = {
-            kind: area_bounds(file or {}, self.areas[kind]) for kind, file in (("image", image), ("video", video))
+        self.pixel_bounds = {
+            modality: area_bounds(file or {}, self.default_bounds[modality])
+            for modality, file in (("image", image), ("video", video))
         }
 
-    def fit(self, kind: str, frames: int, height: int, width: int, bounds: Bounds) -> tuple[int, int]:
+    def resized_size(self, modality: str, frames: int, height: int, width: int, bounds: PixelBounds) -> tuple[int, int]:
         """(height, width) to which every frame is resized; `bounds` are in pixels."""
-        return smart_resize(height, width, self.patch * self.merge, *bounds)
+        return smart_resize(height, width, self.patch_size * self.merge_size, *bounds)
 
-    def _target(self, kind: str, frames: int, height: int, width: int, kwargs: Kwargs) -> tuple[int, int]:
-        factor = self.patch * self.merge
+    def _target(self, modality: str, frames: int, height: int, width: int, kwargs: ProcessorKwargs) -> tuple[int, int]:
+        factor = self.patch_size * self.merge_size
         if kwargs.get("do_resize", True):
-            return self.fit(kind, frames, height, width, area_bounds(kwargs, self.bounds[kind]))
+            return self.resized_size(modality, frames, height, width, area_bounds(kwargs, self.pixel_bounds[modality]))
         if height % factor or width % factor:
             raise RequestError(
                 f"do_resize=False needs a height and width divisible by {factor}, got {width}x{height}.", "bad_kwargs"
             )
         return height, width
 
-    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+    def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of an image (height, width) or a video (frames, height, width)."""
-        frames = size[0] if kind == "video" else 1
-        height, width = self._target(kind, frames, size[-2], size[-1], kwargs)
-        return math.ceil(frames / self.frames) * (height // self.patch) * (width // self.patch) // self.merge**2
+        frames = size[0] if modality == "video" else 1
+        height, width = self._target(modality, frames, size[-2], size[-1], kwargs)
+        return (
+            math.ceil(frames / self.temporal_patch_size)
+            * (height // self.patch_size)
+            * (width // self.patch_size)
+            // self.merge_size**2
+        )
 
-    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+    def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, values], place i32[U, 2], segment i32[U] and what
         `more` says."""
         frames = list(media.frames) if isinstance(media, Video) else [media]
-        height, width = self._target(kind, len(frames), *image_size(frames[0]), kwargs)
+        height, width = self._target(modality, len(frames), *image_size(frames[0]), kwargs)
         resized = [resize(frame, height, width) for frame in frames]
-        resized += resized[-1:] * (-len(resized) % self.frames)  # an image is shown twice; odd clips repeat the last
-        t, h, w = len(resized) // self.frames, height // self.patch, width // self.patch
-        pixels = np.empty((t, h * w, 3, self.frames, self.patch, self.patch), np.uint8)
+        resized += resized[-1:] * (
+            -len(resized) % self.temporal_patch_size
+        )  # an image is shown twice; odd clips repeat the last
+        t, h, w = len(resized) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size
+        pixels = np.empty((t, h * w, 3, self.temporal_patch_size, self.patch_size, self.patch_size), np.uint8)
         for index, frame in enumerate(resized):
-            pixels[index // self.frames, :, :, index % self.frames] = self._patches(frame)
-        place = np.broadcast_to(places(h, w, self.merge), (t, h * w, 2)).reshape(-1, 2)
+            pixels[index // self.temporal_patch_size, :, :, index % self.temporal_patch_size] = self._patches(frame)
+        place = np.broadcast_to(patch_coords(h, w, self.merge_size), (t, h * w, 2)).reshape(-1, 2)
         features = {
             "pixels": pixels.reshape(t * h * w, -1),
-            "place": np.ascontiguousarray(place),
-            "segment": np.repeat(np.arange(t, dtype=np.int32), h * w),
+            "patch_coords": np.ascontiguousarray(place),
+            "segment_ids": np.repeat(np.arange(t, dtype=np.int32), h * w),
         }
-        grid = (t, h // self.merge, w // self.merge)
-        times = self.times(media, t, kwargs) if isinstance(media, Video) else ()
-        return Item(kind, self.more(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
+        grid = (t, h // self.merge_size, w // self.merge_size)
+        times = self.frame_times(media, t, kwargs) if isinstance(media, Video) else ()
+        return MediaItem(modality, self.add_features(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
 
-    def outline(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> Item:
+    def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
         """The item of a grid of (t, h, w) patches, without its rows."""
-        return grid_outline(kind, size, self.merge)
+        return grid_item(modality, size, self.merge_size)
 
-    def more(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         """The features of `grid` = (t, h, w) patches, completed by what the family's tower wants beside."""
         return features
 
-    def times(self, video: Video, steps: int, kwargs: Kwargs) -> tuple[float, ...]:
+    def frame_times(self, video: Video, steps: int, kwargs: ProcessorKwargs) -> tuple[float, ...]:
         """When each of the clip's steps is, where the family asks; see `Item.times`."""
         return ()
 
     def _patches(self, frame: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> [patches in merge-block order, 3, patch, patch]."""
-        m, p = self.merge, self.patch
+        m, p = self.merge_size, self.patch_size
         h, w = frame.shape[0] // p, frame.shape[1] // p
         blocks = frame.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         return blocks.reshape(h * w, 3, p, p)
 
-    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+    def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
         """One pad token per row of each item; RequestError when placeholders and items do not match."""
-        return expand_placeholders(tokens, items, self.markers, self.placeholder)
+        return expand_placeholders(token_ids, items, self.placeholder_ids, self.placeholder_text)
 
-    def positions(
-        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    def rope_positions(
+        self, token_ids: Sequence[int], spans: Sequence[PlaceholderSpan], items: Mapping[str, Sequence[MediaItem]]
     ) -> tuple[np.ndarray, int]:
         """int32[3, T] (time, row, column) and the delta of later tokens; see `mrope`."""
-        blocks = [(span.start, self.block(items[span.kind][span.index], span)) for span in spans]
-        return mrope(len(tokens), blocks)
+        blocks = [(span.start, self.span_positions(items[span.modality][span.item_index], span)) for span in spans]
+        return mrope(len(token_ids), blocks)
 
-    def block(self, item: Item, span: Span) -> np.ndarray:
+    def span_positions(self, item: MediaItem, span: PlaceholderSpan) -> np.ndarray:
         """int32[3, n]: where the span's rows are, counted from the item's first."""
         return np.indices(item.grid, dtype=np.int32).reshape(3, -1)
 
@@ -166,7 +178,7 @@ def mrope(length: int, blocks: Sequence[tuple[int, np.ndarray]]) -> tuple[np.nda
     return out, free - done  # position of token i = i + (free - done) from `done` on
 
 
-def area_bounds(source: Mapping[str, Any], default: Bounds) -> Bounds:
+def area_bounds(source: Mapping[str, Any], default: PixelBounds) -> PixelBounds:
     """(fewest, most) pixels: min_pixels/max_pixels win over size.shortest_edge/longest_edge win over the default."""
     size = source.get("size") or {}
     if not isinstance(size, Mapping):
@@ -175,7 +187,7 @@ def area_bounds(source: Mapping[str, Any], default: Bounds) -> Bounds:
     for value, names in zip(default, (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")), strict=True):
         for where, name in ((size, names[1]), (size, names[0]), (source, names[0])):
             if where.get(name) is not None:
-                value = pixel_count(where, name)
+                value = positive_int(where, name)
         found.append(value)
     low, high = found
     if low > high:
@@ -183,7 +195,7 @@ def area_bounds(source: Mapping[str, Any], default: Bounds) -> Bounds:
     return low, high
 
 
-def places(h: int, w: int, merge: int) -> np.ndarray:
+def patch_coords(h: int, w: int, merge: int) -> np.ndarray:
     """(row, column) of each patch in merge-block order: int32[h * w, 2]."""
     grid = np.indices((h, w), dtype=np.int32).reshape(2, h // merge, merge, w // merge, merge)
     return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)

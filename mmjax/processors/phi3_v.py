@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.processors.base import Expanded, Item, Kwargs, Span, expand_placeholders, linear_positions, mismatch
-from mmjax.processors.outlines import rows_outline
-from mmjax.processors.vision import image_size, pixel_count
+from mmjax.processors.base import (
+    ExpandedPrompt,
+    MediaItem,
+    PlaceholderSpan,
+    ProcessorKwargs,
+    expand_placeholders,
+    linear_positions,
+    placeholder_mismatch,
+)
+from mmjax.processors.outlines import any_length_item
+from mmjax.processors.vision import image_size, positive_int
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
@@ -29,26 +37,26 @@ TAG = re.compile(r"<\|image_(\d+)\|>")
 class Processor:
     """See `mmjax.processors.base.Processor`. `tokenize` writes tag k of the text as the token -1 - k."""
 
-    kinds: Mapping[str, int | None] = {"image": None}
-    marker: Mapping[str, str] = {"image": "<|image_"}
-    placeholder: Mapping[str, str] = {"image": "<|image_{i}|>"}
-    accepts = frozenset({"num_crops"})
-    embeds: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
-    outline = rows_outline
+    mm_limits: Mapping[str, int | None] = {"image": None}
+    placeholder_token: Mapping[str, str] = {"image": "<|image_"}
+    placeholder_text: Mapping[str, str] = {"image": "<|image_{i}|>"}
+    accepted_kwargs = frozenset({"num_crops"})
+    embed_fields: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
+    item_for_embeds = any_length_item
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         vision = config["img_processor"].get("vision_config", {})
-        self.side: int = vision.get("image_size", SIDE)
-        self.rows = self.side // vision.get("patch_size", PATCH) // 2  # along one edge of a crop
-        self.crops: int = files.get("preprocessor_config.json", {}).get("num_crops", CROPS)
+        self.crop_size: int = vision.get("image_size", SIDE)
+        self.embeds_per_edge = self.crop_size // vision.get("patch_size", PATCH) // 2  # along one edge of a crop
+        self.num_crops: int = files.get("preprocessor_config.json", {}).get("num_crops", CROPS)
         self.global_first = config["embd_layer"]["hd_transform_order"] == "glb_sub"
         found = tokenizer.id_of("<|image|>") if tokenizer else IMAGE_ID
         self.image_id = IMAGE_ID if found is None else found
 
-    def _fit(self, height: int, width: int, kwargs: Kwargs) -> tuple[int, int]:
+    def _fit(self, height: int, width: int, kwargs: ProcessorKwargs) -> tuple[int, int]:
         """(height, width) of the resized image; its longer edge is a multiple of the crop's."""
-        crops = pixel_count(kwargs, "num_crops") if "num_crops" in kwargs else self.crops
+        crops = positive_int(kwargs, "num_crops") if "num_crops" in kwargs else self.num_crops
         if crops > MAX_CROPS:
             raise RequestError(
                 f"mm_processor_kwargs: num_crops must be at most {MAX_CROPS}, got {crops}.", "bad_kwargs"
@@ -56,28 +64,28 @@ class Processor:
         short, long = sorted((height, width))
         ratio = long / short
         scale = max(s for s in range(1, crops + 1) if s == 1 or s * math.ceil(s / ratio) <= crops)
-        edges = max(1, int(scale * self.side / ratio)), scale * self.side
+        edges = max(1, int(scale * self.crop_size / ratio)), scale * self.crop_size
         return edges if width >= height else edges[::-1]
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        return -(-height // self.side), -(-width // self.side)
+        return -(-height // self.crop_size), -(-width // self.crop_size)
 
     def _rows(self, rows: int, columns: int) -> int:
         """Tokens of a grid of crops: its lines and those of the whole, a separator after each, one between the two."""
-        return (rows * columns + 1) * self.rows**2 + 1 + (rows + 1) * self.rows
+        return (rows * columns + 1) * self.embeds_per_edge**2 + 1 + (rows + 1) * self.embeds_per_edge
 
-    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+    def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of an image (height, width)."""
         return self._rows(*self._grid(*self._fit(size[0], size[1], kwargs)))
 
-    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+    def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """An RGB image or uint8 [H, W, 3] -> units: the whole (left blank for the device), then crops row by row.
 
         pixels u8[U, 3, S, S]; place i32[U, 4], a crop's (row, rows, column, columns); whole i32[U], the unit that a
         crop is a part of, -1 for the whole itself; index i32[rows], which of all the units' patch squares each row is.
         """
         canvas = self._canvas(media, *self._fit(*image_size(media), kwargs))
-        side = self.side
+        side = self.crop_size
         rows, columns = canvas.shape[0] // side, canvas.shape[1] // side
         count = rows * columns + 1
         pixels = np.zeros((count, 3, side, side), np.uint8)
@@ -89,8 +97,15 @@ class Processor:
         place[1:] = np.stack([row, np.full_like(row, rows), column, np.full_like(row, columns)], axis=1)
         whole = np.zeros(count, np.int32)
         whole[0] = -1
-        features = {"pixels": pixels, "place": place, "whole": whole, "index": self._index(rows, columns)}
-        return Item(kind, features, units=count, rows=self._rows(rows, columns), grid=(rows, columns))
+        features = {
+            "pixels": pixels,
+            "crop_coords": place,
+            "view_index": whole,
+            "patch_index": self._index(rows, columns),
+        }
+        return MediaItem(
+            modality, features, num_inputs=count, num_embeds=self._rows(rows, columns), grid=(rows, columns)
+        )
 
     def _canvas(self, media: Any, height: int, width: int) -> np.ndarray:
         """u8[H, W, 3]: the image made `height` x `width`, white above and below (beside, if it is upright) it."""
@@ -100,13 +115,13 @@ class Processor:
             image = image.transpose(Image.Transpose.TRANSPOSE)
             height, width = width, height
         resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-        gap = -height % self.side
+        gap = -height % self.crop_size
         canvas = np.pad(resized, [(gap // 2, gap - gap // 2), (0, 0), (0, 0)], constant_values=255)
         return canvas.transpose(1, 0, 2) if upright else canvas
 
     def _index(self, rows: int, columns: int) -> np.ndarray:
         """i32[rows of the item]: places among the units' squares of patches, or NEWLINE or DIVIDER."""
-        edge = self.rows
+        edge = self.embeds_per_edge
         squares = np.arange((rows * columns + 1) * edge**2, dtype=np.int32).reshape(-1, edge, edge)
         crops = squares[1:].reshape(rows, columns, edge, edge).transpose(0, 2, 1, 3).reshape(rows * edge, -1)
         parts = [np.pad(lines, [(0, 0), (0, 1)], constant_values=NEWLINE).ravel() for lines in (crops, squares[0])]
@@ -123,38 +138,38 @@ class Processor:
             tokens += [-1 - int(number), *encode(part, add_special_tokens=True)]
         return tokens
 
-    def expand(self, tokens: Sequence[int], items: Mapping[str, Sequence[Item]]) -> Expanded:
+    def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
         """Tag k becomes as many image tokens as image k has rows; without tags image tokens stand for images in turn.
 
         RequestError unless every image has one tag.
         """
         images = items.get("image", ())
-        tags = [-1 - token for token in tokens if token < 0]
-        markers = {"image": self.image_id}
+        tags = [-1 - token for token in token_ids if token < 0]
+        placeholder_ids = {"image": self.image_id}
         if not tags:
-            return expand_placeholders(tokens, items, markers, self.placeholder)
-        loose = sum(token == self.image_id for token in tokens)
+            return expand_placeholders(token_ids, items, placeholder_ids, self.placeholder_text)
+        loose = sum(token == self.image_id for token in token_ids)
         if not loose and len(tags) == len(images) != len(set(tags) & set(range(1, len(images) + 1))):
             raise RequestError(
                 f"Expected there to be {len(images)} prompt placeholders corresponding to {len(images)} image items, "
                 f"numbered from 1 and each number once, but instead found "
-                f"{', '.join(self.placeholder['image'].format(i=tag) for tag in tags)}.",
+                f"{', '.join(self.placeholder_text['image'].format(i=tag) for tag in tags)}.",
                 "placeholder_mismatch",
             )
         if loose or len(tags) != len(images):
-            raise mismatch("image", len(images), len(tags) + loose, self.placeholder["image"])
+            raise placeholder_mismatch("image", len(images), len(tags) + loose, self.placeholder_text["image"])
         out: list[int] = []
-        spans: list[Span] = []
-        for token in tokens:
+        spans: list[PlaceholderSpan] = []
+        for token in token_ids:
             if token < 0:
-                spans.append(Span(len(out), images[-token - 2].rows, "image", -token - 2))
+                spans.append(PlaceholderSpan(len(out), images[-token - 2].num_embeds, "image", -token - 2))
                 out.extend([self.image_id] * spans[-1].length)
             else:
                 out.append(token)
-        return Expanded(out, spans)
+        return ExpandedPrompt(out, spans)
 
-    def positions(
-        self, tokens: Sequence[int], spans: Sequence[Span], items: Mapping[str, Sequence[Item]]
+    def rope_positions(
+        self, token_ids: Sequence[int], spans: Sequence[PlaceholderSpan], items: Mapping[str, Sequence[MediaItem]]
     ) -> tuple[np.ndarray, int]:
         """Ordinary positions."""
-        return linear_positions(len(tokens))
+        return linear_positions(len(token_ids))

@@ -8,50 +8,52 @@ import numpy as np
 NEWLINE = -1  # in place of a patch: the row is the model's newline
 
 
-class Picks(NamedTuple):
-    """Row r is the sum over j of share[r, j] times patch source[r, j] of its item. Any axes may lead."""
+class EmbedSources(NamedTuple):
+    """Row r is the sum over j of source_weight[r, j] times patch source_index[r, j] of its item. Any axes may lead."""
 
-    source: np.ndarray  # int32 [..., 4]
-    share: np.ndarray  # float32 [..., 4]
+    source_index: np.ndarray  # int32 [..., 4]
+    source_weight: np.ndarray  # float32 [..., 4]
 
-    def flat(self) -> "Picks":
+    def flat(self) -> "EmbedSources":
         """One leading axis."""
-        return Picks(self.source.reshape(-1, 4), self.share.reshape(-1, 4))
+        return EmbedSources(self.source_index.reshape(-1, 4), self.source_weight.reshape(-1, 4))
 
 
-def joined(parts: Sequence[Picks], axis: int = 0) -> Picks:
+def concat_sources(parts: Sequence[EmbedSources], axis: int = 0) -> EmbedSources:
     """Parts one after the other."""
-    return Picks(*(np.concatenate(arrays, axis=axis) for arrays in zip(*parts, strict=True)))
+    return EmbedSources(*(np.concatenate(arrays, axis=axis) for arrays in zip(*parts, strict=True)))
 
 
-def whole(patches: np.ndarray) -> Picks:
+def single_sources(patches: np.ndarray) -> EmbedSources:
     """Patches as they are: int [...] to picks [..., 4]."""
-    source = np.repeat(patches.astype(np.int32)[..., None], 4, axis=-1)
-    share = np.zeros(source.shape, np.float32)
-    share[..., 0] = 1
-    return Picks(source, share)
+    source_index = np.repeat(patches.astype(np.int32)[..., None], 4, axis=-1)
+    source_weight = np.zeros(source_index.shape, np.float32)
+    source_weight[..., 0] = 1
+    return EmbedSources(source_index, source_weight)
 
 
-def newlines(*shape: int) -> Picks:
+def newline_sources(*shape: int) -> EmbedSources:
     """The newline, so many times."""
-    return whole(np.full(shape, NEWLINE))
+    return single_sources(np.full(shape, NEWLINE))
 
 
-def resampled(patches: np.ndarray, lines: int, columns: int) -> Picks:
+def resampled_sources(patches: np.ndarray, lines: int, columns: int) -> EmbedSources:
     """A grid of patches int [h, w] scaled bilinearly, by the centres of its cells and without smoothing, to picks
     [lines, columns, 4]."""
     if patches.shape == (lines, columns):
-        return whole(patches)
+        return single_sources(patches)
     (top, low), (left, right) = _neighbours(patches.shape[0], lines), _neighbours(patches.shape[1], columns)
     rows = [at for at, _ in (top, top, low, low)]
     across = [at for at, _ in (left, right, left, right)]
-    source = np.stack([patches[np.ix_(y, x)] for y, x in zip(rows, across, strict=True)], axis=-1)
-    share = [np.outer(y, x) for y, x in ((top[1], left[1]), (top[1], right[1]), (low[1], left[1]), (low[1], right[1]))]
-    return Picks(source.astype(np.int32), np.stack(share, axis=-1).astype(np.float32))
+    source_index = np.stack([patches[np.ix_(y, x)] for y, x in zip(rows, across, strict=True)], axis=-1)
+    source_weight = [
+        np.outer(y, x) for y, x in ((top[1], left[1]), (top[1], right[1]), (low[1], left[1]), (low[1], right[1]))
+    ]
+    return EmbedSources(source_index.astype(np.int32), np.stack(source_weight, axis=-1).astype(np.float32))
 
 
 def _neighbours(have: int, want: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """For each of `want` cells the two of `have` around its centre, each with its share."""
+    """For each of `want` cells the two of `have` around its centre, each with its source_weight."""
     at = np.maximum((np.arange(want) + 0.5) * (have / want) - 0.5, 0)
     first = at.astype(np.int32)
     beyond = (at - first).astype(np.float32)

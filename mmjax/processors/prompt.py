@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.processors.base import Item
+from mmjax.processors.base import MediaItem
 from mmjax.types import RequestError
 
-KIND = "prompt"
+PROMPT_MODALITY = "prompt"
 NO_TOKEN = np.iinfo(np.int32).max  # stands where a row does: in no vocabulary, so no penalty counts it
 
 
@@ -38,7 +38,7 @@ def read(given: Any, width: int) -> np.ndarray:
     return rows
 
 
-def items(rows: np.ndarray, width: int, piece: int) -> list[Item]:
+def to_items(rows: np.ndarray, width: int, piece: int) -> list[MediaItem]:
     """The rows in items of `piece`, copied to float32 [n, width]: where the slab is wider than the decoder, what is
     added to later layers is 0. RequestError for what is not finite."""
     made = np.zeros((len(rows), width), np.float32)
@@ -47,4 +47,4 @@ def items(rows: np.ndarray, width: int, piece: int) -> list[Item]:
     if not np.isfinite(made).all():
         raise RequestError("`prompt_embeds` contains NaN or infinite values.", "bad_embeds")
     parts = (made[start : start + piece] for start in range(0, len(made), piece))
-    return [Item(KIND, {}, 0, len(part), ready=part) for part in parts]
+    return [MediaItem(PROMPT_MODALITY, {}, 0, len(part), embeds=part) for part in parts]

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 
-from mmjax.processors.patches import Bounds
-from mmjax.processors.windows import WindowProcessor
+from mmjax.processors.patches import PixelBounds
+from mmjax.processors.windows import WindowedQwenVLProcessor
 
 
-class Processor(WindowProcessor):
+class Processor(WindowedQwenVLProcessor):
     """See `mmjax.processors.base.Processor`."""
 
-    areas: Mapping[str, Bounds] = {"image": (56 * 56, 28 * 28 * 1280), "video": (128 * 28 * 28, 768 * 28 * 28)}
+    default_bounds: Mapping[str, PixelBounds] = {
+        "image": (56 * 56, 28 * 28 * 1280),
+        "video": (128 * 28 * 28, 768 * 28 * 28),
+    }

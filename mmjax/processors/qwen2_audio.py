@@ -6,37 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.processors.base import Item, Kwargs
-from mmjax.processors.clips import ClipProcessor, cut, steps_of
+from mmjax.processors.base import MediaItem, ProcessorKwargs
+from mmjax.processors.clips import WhisperClipProcessor, encoder_steps, split_window
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
 
 
-class Processor(ClipProcessor):
+class Processor(WhisperClipProcessor):
     """See `mmjax.processors.base.Processor`."""
 
-    marker: Mapping[str, str] = {"audio": "<|AUDIO|>"}
-    placeholder: Mapping[str, str] = {"audio": "Audio {i}: <|audio_bos|><|AUDIO|><|audio_eos|>"}
+    placeholder_token: Mapping[str, str] = {"audio": "<|AUDIO|>"}
+    placeholder_text: Mapping[str, str] = {"audio": "Audio {i}: <|audio_bos|><|AUDIO|><|audio_eos|>"}
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        if self.mel.frames != self.window:
+        if self.mel.frames != self.window_frames:
             raise ValueError(
                 f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
-                f"needs {self.window}: the two files belong to different checkpoints"
+                f"needs {self.window_frames}: the two files belong to different checkpoints"
             )
 
     def _steps(self, samples: int) -> int:
         """Steps of the encoder that so many samples fill."""
-        return steps_of(min(-(-samples // self.mel.hop), self.window))
+        return encoder_steps(min(-(-samples // self.mel.hop), self.window_frames))
 
-    def item_rows(self, kind: str, size: tuple[int, ...], kwargs: Kwargs) -> int:
+    def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of audio (samples,); 0 when it is too short."""
         return self._steps(size[0]) // 2
 
-    def item(self, kind: str, media: Any, kwargs: Kwargs) -> Item:
+    def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """Mono float32 [n] at the model's rate -> pieces of the window it fills, and step i32[rows], the first of two
         that a row is the mean of."""
         steps = self._steps(len(media))
@@ -51,7 +51,7 @@ class Processor(ClipProcessor):
                 len(media) / self.mel.rate,
                 self.mel.samples / self.mel.rate,
             )
-        features = cut(self.mel(media), steps, steps, 0)
-        del features["reach"]  # what is heard is what is wanted
-        features["step"] = np.arange(0, 2 * rows, 2, dtype=np.int32)
-        return Item(kind, features, units=len(features["start"]), rows=rows)
+        features = split_window(self.mel(media), steps, steps, 0)
+        del features["wanted_steps"]  # what is heard is what is wanted
+        features["step_index"] = np.arange(0, 2 * rows, 2, dtype=np.int32)
+        return MediaItem(modality, features, num_inputs=len(features["first_step"]), num_embeds=rows)

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 
-from mmjax.processors.patches import Bounds, PatchProcessor
+from mmjax.processors.patches import PixelBounds, QwenVLProcessor
 
 
-class Processor(PatchProcessor):
+class Processor(QwenVLProcessor):
     """See `mmjax.processors.base.Processor`."""
 
-    areas: Mapping[str, Bounds] = {"image": (56 * 56, 28 * 28 * 1280), "video": (128 * 28 * 28, 768 * 28 * 28)}
+    default_bounds: Mapping[str, PixelBounds] = {
+        "image": (56 * 56, 28 * 28 * 1280),
+        "video": (128 * 28 * 28, 768 * 28 * 28),
+    }

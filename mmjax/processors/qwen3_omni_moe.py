@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.processors.base import Item
+from mmjax.processors.base import MediaItem
 from mmjax.processors.omni import OmniProcessor
-from mmjax.processors.patches import Bounds
-from mmjax.processors.soundtrack import Turn
-from mmjax.processors.vision import stretched
+from mmjax.processors.patches import PixelBounds
+from mmjax.processors.soundtrack import EmbedRun
+from mmjax.processors.vision import table_coords
 from mmjax.text.tokenizer import Tokenizer
 
 
@@ -21,60 +21,69 @@ class Processor(OmniProcessor):
     changes the last frame of the others, and the last steps of those shorter than a chunk.)
     """
 
-    marker: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>", "audio": "<|audio_pad|>"}
-    placeholder: Mapping[str, str] = {
+    placeholder_token: Mapping[str, str] = {
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+        "audio": "<|audio_pad|>",
+    }
+    placeholder_text: Mapping[str, str] = {
         "image": "<|vision_start|><|image_pad|><|vision_end|>",
         "video": "<|vision_start|><|video_pad|><|vision_end|>",
         "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
     }
-    areas: Mapping[str, Bounds] = {"image": (56 * 56, 28 * 28 * 1280), "video": (128 * 32 * 32, 768 * 32 * 32)}
+    default_bounds: Mapping[str, PixelBounds] = {
+        "image": (56 * 56, 28 * 28 * 1280),
+        "video": (128 * 32 * 32, 768 * 32 * 32),
+    }
     fps = 1.0
-    one_bos = False
+    shared_bos_position = False
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        self.window: int = self.thinker["audio_config"]["n_window_infer"] // self.chunk  # chunks
-        self.side = round(self.thinker["vision_config"]["num_position_embeddings"] ** 0.5)
+        self.window_chunks: int = self.thinker["audio_config"]["n_window_infer"] // self.chunk_frames  # chunks
+        self.position_grid = round(self.thinker["vision_config"]["num_position_embeddings"] ** 0.5)
 
-    def more(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
         """Where each patch is in the table of positions."""
-        return features | {"table": stretched(features["place"], grid, self.side)}
+        return features | {"position_coords": table_coords(features["patch_coords"], grid, self.position_grid)}
 
-    def heard(self, samples: int) -> int:
+    def audio_embeds(self, samples: int) -> int:
         """An eighth of the frames, chunk by chunk; none where there is too little to be mirrored at the end."""
         if samples <= self.mel.window // 2:
             return 0
         return self._rows(samples // self.mel.hop)
 
     def _rows(self, frames: int) -> int:
-        chunks, rest = divmod(frames, self.chunk)
-        return chunks * _eighth(self.chunk) + _eighth(rest)
+        chunks, rest = divmod(frames, self.chunk_frames)
+        return chunks * _conv_length(self.chunk_frames) + _conv_length(rest)
 
-    def hear(self, audio: np.ndarray) -> Item:
+    def process_audio(self, audio: np.ndarray) -> MediaItem:
         """See `from_mel`. Clips may be of any length."""
-        return self.from_mel(self.mel.alone(audio))
+        return self.from_mel(self.mel.reflect_padded(audio))
 
-    def from_mel(self, mel: np.ndarray) -> Item:
+    def from_mel(self, mel: np.ndarray) -> MediaItem:
         """float32 [bins, frames] -> as `chunked`; extent i32[chunks]: the frames that the convolutions see; window
         i32[chunks]; step i32[rows]."""
         frames, rows = mel.shape[1], self._rows(mel.shape[1])
-        features = self.chunked(mel)
+        features = self.split_chunks(mel)
         units = len(features["mel"])
         features |= {
             # silence follows a last chunk that is short, unless it is the only one
-            "extent": np.full(units, frames if units == 1 else self.chunk, np.int32),
-            "window": np.arange(units, dtype=np.int32) // self.window,
-            "step": np.arange(rows, dtype=np.int32),
+            "num_frames": np.full(units, frames if units == 1 else self.chunk_frames, np.int32),
+            "window_ids": np.arange(units, dtype=np.int32) // self.window_chunks,
+            "step_index": np.arange(rows, dtype=np.int32),
         }
-        return Item("audio", features, units, rows)
+        return MediaItem("audio", features, units, rows)
 
-    def turns(self, clip: Item, sound: Item) -> list[Turn]:
+    def interleave_audio(self, clip: MediaItem, sound: MediaItem) -> list[EmbedRun]:
         """All of the video's rows of one time, then the sound up to the next; what is left of either comes last."""
-        layer = clip.rows // clip.grid[0]
-        turns: list[Turn] = []
+        layer = clip.num_embeds // clip.grid[0]
+        turns: list[EmbedRun] = []
         done = 0
-        for number, seconds in enumerate(self.clock(clip)):
-            before = min(math.ceil(seconds * self.ticks), sound.rows)  # sound that is earlier than these
+        for number, seconds in enumerate(self.step_times(clip)):
+            before = min(
+                math.ceil(seconds * self.positions_per_second), sound.num_embeds
+            )  # sound that is earlier than these
             if before > done:
                 turns.append(("audio", done, before - done))
             done = max(done, before)
@@ -82,9 +91,9 @@ class Processor(OmniProcessor):
                 turns[-1] = ("video", turns[-1][1], turns[-1][2] + layer)
             else:
                 turns.append(("video", number * layer, layer))
-        return turns + [("audio", done, sound.rows - done)] * (done < sound.rows)
+        return turns + [("audio", done, sound.num_embeds - done)] * (done < sound.num_embeds)
 
 
-def _eighth(frames: int) -> int:
+def _conv_length(frames: int) -> int:
     """Steps that three convolutions of stride 2 leave."""
     return -(-frames // 8)

@@ -18,13 +18,13 @@ F32 = np.float32
 class Slicer(NamedTuple):
     """edge: of a square slice, in pixels. side: patches along an edge of the tower's table of positions."""
 
-    edge: int
+    slice_size: int
     patch: int
-    side: int
+    position_grid: int
 
     def grid(self, height: int, width: int, most: int) -> Grid | None:
         """(rows, columns) of slices, of about the picture's proportions; None when the whole alone will do."""
-        wanted = min(math.ceil(height * width / self.edge**2), most)
+        wanted = min(math.ceil(height * width / self.slice_size**2), most)
         if wanted <= 1:
             return None
         counts = [n for n in (wanted - 1, wanted, wanted + 1) if 1 < n <= most]
@@ -52,12 +52,12 @@ class Slicer(NamedTuple):
     def _fit(self, height: float, width: float, *, grow: bool) -> Grid:
         """Edges that keep the proportions, about `edge` squared in area; a smaller picture keeps its size but to
         `grow`."""
-        if grow or height * width > self.edge**2:
+        if grow or height * width > self.slice_size**2:
             aspect = width / height
-            height = int(self.edge / math.sqrt(aspect))
+            height = int(self.slice_size / math.sqrt(aspect))
             width = int(height * aspect)
         fitted = _nearest(height, self.patch), _nearest(width, self.patch)
-        patches, area = math.prod(fitted) // self.patch**2, (self.edge // self.patch) ** 2
+        patches, area = math.prod(fitted) // self.patch**2, (self.slice_size // self.patch) ** 2
         if not area // 2 <= patches <= 2 * area:  # what the encoder has room for; within about 1000 : 1 nothing is lost
             raise RequestError(
                 f"an image of these proportions would be scaled to {fitted[1]}x{fitted[0]}, which is too thin. "
@@ -72,15 +72,15 @@ class Slicer(NamedTuple):
         cells = view.reshape(height // p, p, width // p, p, 3).transpose(0, 2, 4, 1, 3)
         return cells.reshape(-1, 3 * p * p)
 
-    def places(self, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def patch_coords(self, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each patch: its place in the table of positions int32 [n], and its row and column int32 [n, 2]."""
         rows, columns = view.shape[0] // self.patch, view.shape[1] // self.patch
-        position = self._bucket(rows)[:, None] * self.side + self._bucket(columns)
+        position = self._bucket(rows)[:, None] * self.position_grid + self._bucket(columns)
         return position.reshape(-1), np.indices((rows, columns), np.int32).reshape(2, -1).T
 
     def _bucket(self, count: int) -> np.ndarray:
         """int32 [count]: in which of `side` equal parts of an edge each of `count` patches begins."""
-        bounds = _steps(1 / self.side, 1.0, 1 / self.side)
+        bounds = _steps(1 / self.position_grid, 1.0, 1 / self.position_grid)
         return np.searchsorted(bounds, _steps(0.0, 1 - 1e-6, 1 / count), side="right").astype(np.int32)
 
 

@@ -8,29 +8,29 @@ import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from mmjax.processors.base import Expanded, Item, Span, expand_placeholders, mismatch
+from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, expand_placeholders, placeholder_mismatch
 from mmjax.types import RequestError
 
 CLIP = -1  # stands for a video with its sound while the rest of the prompt is expanded
-Items = Mapping[str, Sequence[Item]]
-Turn = tuple[str, int, int]  # kind, first row, rows
+Items = Mapping[str, Sequence[MediaItem]]
+EmbedRun = tuple[str, int, int]  # kind, first row, rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Soundtracks:
+class AudioInVideo:
     """Expands prompts in which every video comes with its sound.
 
     markers, placeholder: as for `expand_placeholders`. bos, eos: the tokens around the rows. turns: the order of the
     rows of a video and its sound.
     """
 
-    markers: Mapping[str, int]
-    placeholder: Mapping[str, str]
+    placeholder_ids: Mapping[str, int]
+    placeholder_text: Mapping[str, str]
     bos: int
     eos: int
-    turns: Callable[[Item, Item], list[Turn]]
+    turns: Callable[[MediaItem, MediaItem], list[EmbedRun]]
 
-    def expand(self, tokens: Sequence[int], items: Items) -> Expanded:
+    def expand(self, tokens: Sequence[int], items: Items) -> ExpandedPrompt:
         """One marker per row of each item. Prompts that are expanded already are kept. RequestError when placeholders
         and items do not match, or a video has no sound."""
         clips, sounds = items["video"], items.get("audio", ())
@@ -43,16 +43,20 @@ class Soundtracks:
         folded, pairs = self._fold(list(tokens), clips, sounds)
         alone = [index for index in range(len(sounds)) if index not in pairs]
         rest = {**items, "video": (), "audio": [sounds[index] for index in alone]}
-        expanded = expand_placeholders(folded, rest, self.markers, self.placeholder)
+        expanded = expand_placeholders(folded, rest, self.placeholder_ids, self.placeholder_text)
         turns = [self.turns(clip, sounds[pair]) for clip, pair in zip(clips, pairs, strict=True)]
         return self._unfold(expanded, turns, pairs, alone)
 
-    def _fold(self, tokens: list[int], clips: Sequence[Item], sounds: Sequence[Item]) -> tuple[list[int], list[int]]:
+    def _fold(
+        self, tokens: list[int], clips: Sequence[MediaItem], sounds: Sequence[MediaItem]
+    ) -> tuple[list[int], list[int]]:
         """The prompt with one CLIP per video with its sound, expanded or not, and the index of each one's sound."""
-        video, audio = self.markers["video"], self.markers["audio"]
+        video, audio = self.placeholder_ids["video"], self.placeholder_ids["audio"]
         found, heard_alone = tokens.count(video), tokens.count(audio)
-        wrong = mismatch("video", len(clips), found, self.placeholder["video"])
-        whole = found == sum(item.rows for item in clips) and heard_alone == sum(item.rows for item in sounds)
+        wrong = placeholder_mismatch("video", len(clips), found, self.placeholder_text["video"])
+        whole = found == sum(item.num_embeds for item in clips) and heard_alone == sum(
+            item.num_embeds for item in sounds
+        )
         single = heard_alone == len(sounds) - len(clips)  # every other sound is one marker, or else a run of them
         folded: list[int] = []
         pairs: list[int] = []
@@ -63,7 +67,9 @@ class Soundtracks:
                 if len(pairs) == len(clips):
                     raise wrong
                 if heard >= len(sounds):
-                    raise mismatch("audio", len(sounds) - len(clips), heard_alone, self.placeholder["audio"])
+                    raise placeholder_mismatch(
+                        "audio", len(sounds) - len(clips), heard_alone, self.placeholder_text["audio"]
+                    )
                 run = self._run(clips[len(pairs)], sounds[heard]) if whole else [video]
                 if tokens[at : at + len(run)] != run:
                     raise wrong
@@ -79,30 +85,32 @@ class Soundtracks:
             raise wrong
         return folded, pairs
 
-    def _run(self, clip: Item, sound: Item) -> list[int]:
+    def _run(self, clip: MediaItem, sound: MediaItem) -> list[int]:
         """What becomes of a video's marker."""
-        rows = [self.markers[kind] for kind, _, count in self.turns(clip, sound) for _ in range(count)]
+        rows = [self.placeholder_ids[modality] for modality, _, count in self.turns(clip, sound) for _ in range(count)]
         return [self.bos, *rows, self.eos]
 
     def _unfold(
-        self, folded: Expanded, turns: Sequence[list[Turn]], pairs: Sequence[int], alone: Sequence[int]
-    ) -> Expanded:
+        self, folded: ExpandedPrompt, turns: Sequence[list[EmbedRun]], pairs: Sequence[int], alone: Sequence[int]
+    ) -> ExpandedPrompt:
         """Put the n-th video and its sound where the n-th CLIP is; `alone`: the indices of all other sounds."""
         tokens: list[int] = []
-        spans: list[Span] = []
+        spans: list[PlaceholderSpan] = []
         waiting, clip = collections.deque(folded.spans), 0
-        for at, token in enumerate(folded.tokens):
+        for at, token in enumerate(folded.token_ids):
             if waiting and waiting[0].start == at:
                 span = waiting.popleft()
-                index = alone[span.index] if span.kind == "audio" else span.index
-                spans.append(dataclasses.replace(span, start=len(tokens), index=index))
+                index = alone[span.item_index] if span.modality == "audio" else span.item_index
+                spans.append(dataclasses.replace(span, start=len(tokens), item_index=index))
             if token != CLIP:
                 tokens.append(token)
                 continue
             tokens.append(self.bos)
-            for kind, first, rows in turns[clip]:
-                spans.append(Span(len(tokens), rows, kind, clip if kind == "video" else pairs[clip], first))
-                tokens += [self.markers[kind]] * rows
+            for modality, first, rows in turns[clip]:
+                spans.append(
+                    PlaceholderSpan(len(tokens), rows, modality, clip if modality == "video" else pairs[clip], first)
+                )
+                tokens += [self.placeholder_ids[modality]] * rows
             tokens.append(self.eos)
             clip += 1
-        return Expanded(tokens, spans)
+        return ExpandedPrompt(tokens, spans)

@@ -9,7 +9,7 @@ FIRST = 0xD800  # a special token is spelled as a lone surrogate, which no text 
 LONE = re.compile("([\ud800-\udfff])")
 
 
-class Spelling:
+class SpelledPrompt:
     """One prompt: its text, and the tokens it was made of. The tokenizer never looks across a special token, so pieces
     between two of them can be tokenised by themselves; those that are not cut keep the tokens they came with."""
 

@@ -25,7 +25,7 @@ def image_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
     return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
 
 
-def pixel_count(kwargs: Mapping[str, Any], name: str) -> int:
+def positive_int(kwargs: Mapping[str, Any], name: str) -> int:
     """A positive integer from processor kwargs; RequestError when it is anything else."""
     value = kwargs[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -33,8 +33,8 @@ def pixel_count(kwargs: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def stretched(place: np.ndarray, grid: tuple[int, ...], side: int) -> np.ndarray:
+def table_coords(coords: np.ndarray, grid: tuple[int, ...], grid_size: int) -> np.ndarray:
     """float32[U, 2]: where patches at place i32[U, 2] of a grid (.., h, w) lie in a table of side x side entries whose
     corners are the grid's corners."""
-    down, across = (np.linspace(0, side - 1, n, dtype=np.float32) for n in grid[-2:])
-    return np.stack([down[place[:, 0]], across[place[:, 1]]], axis=1)
+    down, across = (np.linspace(0, grid_size - 1, n, dtype=np.float32) for n in grid[-2:])
+    return np.stack([down[coords[:, 0]], across[coords[:, 1]]], axis=1)

@@ -18,7 +18,7 @@ from mmjax.types import SamplingParams
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-class Decoder(Protocol):
+class TextDecoder(Protocol):
     """The half of a tokenizer that is needed here."""
 
     def __hash__(self) -> int: ...
@@ -45,7 +45,7 @@ class Detokenizer:
     the text was cut into tokens, nor tokens into pushes.
     """
 
-    def __init__(self, tokenizer: Decoder, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def __init__(self, tokenizer: TextDecoder, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         self._pieces = _pieces(tokenizer)
         self._hidden: Set[int] = tokenizer.special_ids if params.skip_special_tokens else frozenset()
         self._utf8 = self._pieces.incremental()
@@ -153,7 +153,7 @@ class _Pieces:
     keeps its valid characters. The tokenizer would give them up too, and one would have to wait for the end of the run.
     """
 
-    def __init__(self, tokenizer: Decoder) -> None:
+    def __init__(self, tokenizer: TextDecoder) -> None:
         self._tokenizer = tokenizer
         self.special_ids = tokenizer.special_ids
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # any ordinary token would do
@@ -212,5 +212,5 @@ _BYTES = _byte_alphabet()
 
 
 @functools.lru_cache(maxsize=8)
-def _pieces(tokenizer: Decoder) -> _Pieces:
+def _pieces(tokenizer: TextDecoder) -> _Pieces:
     return _Pieces(tokenizer)

@@ -16,18 +16,18 @@ LIMIT_OPTIONS = {  # keys of the dictionary form of a limit; all but `count` onl
 MODALITIES = tuple(LIMIT_OPTIONS)
 
 
-def read_limit(kind: Any, limit: Any) -> int:
+def read_limit(modality: Any, limit: Any) -> int:
     """Most items of a modality in one prompt. `limit` is a count, or a dictionary whose `count` may be missing.
 
     ValidationError: unknown modality or option, a count below 0, another option below 1, anything but integers.
     """
-    name = f"limit_mm_per_prompt[{kind!r}]"
-    if kind not in LIMIT_OPTIONS:
-        raise _wrong("limit_mm_per_prompt", kind, f"keyed by one of {', '.join(MODALITIES)}")
+    name = f"limit_mm_per_prompt[{modality!r}]"
+    if modality not in LIMIT_OPTIONS:
+        raise _wrong("limit_mm_per_prompt", modality, f"keyed by one of {', '.join(MODALITIES)}")
     options = limit if isinstance(limit, Mapping) else {"count": limit}
     for option, value in options.items():
-        if option not in LIMIT_OPTIONS[kind]:
-            raise _wrong(name, option, f"made of {', '.join(LIMIT_OPTIONS[kind])}")
+        if option not in LIMIT_OPTIONS[modality]:
+            raise _wrong(name, option, f"made of {', '.join(LIMIT_OPTIONS[modality])}")
         least = 0 if option == "count" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             full = f"{name}[{option!r}]" if isinstance(limit, Mapping) else name

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmjax.chat import Chat, ChatOptions, ChatTemplateResolutionError, Stored
+from mmjax.chat import ChatOptions, ChatRenderer, ChatTemplateResolutionError, StoredTemplates
 from mmjax.inputs import check_count
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -84,7 +84,7 @@ class AtOnce(concurrent.futures.Executor):
         return done
 
 
-def make(template: str | None = PRINT, *, source: Source | None = None, limit: int = 9, **options: Any) -> Chat:
+def make(template: str | None = PRINT, *, source: Source | None = None, limit: int = 9, **options: Any) -> ChatRenderer:
     def check(kind: str, count: int, embedded: int) -> None:
         check_count(kind, count, limit, None)
 
@@ -93,8 +93,10 @@ def make(template: str | None = PRINT, *, source: Source | None = None, limit: i
         return source or Source()
 
     asked: list[Mapping[str, Any]] = []
-    stored = Stored({"default": template} if template else {}, {}, {})
-    chat = Chat(stored, placeholder={"image": "<|image_{i}|>", "video": "<v>"}, check=check, connect=connect, **options)
+    stored = StoredTemplates({"default": template} if template else {}, {}, {})
+    chat = ChatRenderer(
+        stored, placeholder={"image": "<|image_{i}|>", "video": "<v>"}, check=check, connect=connect, **options
+    )
     chat.asked = asked  # type: ignore[attr-defined]
     return chat
 
@@ -112,25 +114,25 @@ PLAIN = ChatOptions()
 
 def test_format_follows_the_template(caplog: pytest.LogCaptureFixture) -> None:
     messages = user("a", image("x"), "b")
-    assert make(LOOP).draft(messages, PLAIN).prompt == "[user]a<image>b"
-    assert make(PRINT).draft(messages, PLAIN).prompt == "[user]<|image_1|>\na\nb"
-    assert make(PRINT, interleave=True).draft(messages, PLAIN).prompt == "[user]a\n<|image_1|>\nb"
+    assert make(LOOP).render(messages, PLAIN).prompt == "[user]a<image>b"
+    assert make(PRINT).render(messages, PLAIN).prompt == "[user]<|image_1|>\na\nb"
+    assert make(PRINT, interleave=True).render(messages, PLAIN).prompt == "[user]a\n<|image_1|>\nb"
     with caplog.at_level(logging.WARNING):
-        made = make(PRINT).draft(messages, ChatOptions(chat_template_content_format="openai"))
+        made = make(PRINT).render(messages, ChatOptions(chat_template_content_format="openai"))
         assert made.prompt == "[user][{'type': 'text', 'text': 'a'}, {'type': 'image'}, {'type': 'text', 'text': 'b'}]"
-        assert make(LOOP, interleave=True).draft(messages, PLAIN).prompt == "[user]a<image>b"
+        assert make(LOOP, interleave=True).render(messages, PLAIN).prompt == "[user]a<image>b"
     assert "looks as if it wants contents as 'string'" in caplog.text
     assert "interleave_mm_strings has no effect" in caplog.text
 
 
 def test_templates_of_call_operator_and_model() -> None:
     messages = user("a")
-    assert make(default_template="D{{ 1 }}").draft(messages, PLAIN).prompt == "D1"
-    assert make(default_template="D{{ 1 }}").draft(messages, ChatOptions(chat_template="C{{ 2 }}")).prompt == "C2"
+    assert make(default_template="D{{ 1 }}").render(messages, PLAIN).prompt == "D1"
+    assert make(default_template="D{{ 1 }}").render(messages, ChatOptions(chat_template="C{{ 2 }}")).prompt == "C2"
     with pytest.raises(ChatTemplateResolutionError):
-        make(None).draft(messages, PLAIN)
+        make(None).render(messages, PLAIN)
     with pytest.raises(RequestError, match="set chat_template_content_format to 'string'"):
-        make(PRINT.replace("m.content", "m.content + ''")).draft(
+        make(PRINT.replace("m.content", "m.content + ''")).render(
             messages, ChatOptions(chat_template_content_format="openai")
         )
 
@@ -253,11 +255,11 @@ def test_prompts_of_the_reference_checkpoints(family: str, shared: Path) -> None
     folder = shared / "reference" / family
     golden = json.loads((folder / "golden.json").read_text())["cases"]
     tokenizer = Tokenizer(folder)
-    chat = Chat(
-        Stored.read(folder, tokenizer, None),
+    chat = ChatRenderer(
+        StoredTemplates.read(folder, tokenizer, None),
         placeholder=STANDS.get(family, {}),
         check=lambda *_: None,
         connect=lambda _: Source(),
     )
     for case, parts in RECORDED[family]:
-        assert chat.draft(user(*parts), PLAIN).prompt.strip() == golden[case]["prompt"].strip()
+        assert chat.render(user(*parts), PLAIN).prompt.strip() == golden[case]["prompt"].strip()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.chat.parts import Medium, UnknownPart, read_part
+from mmjax.chat.parts import MediaRef, UnknownPart, read_part
 from mmjax.types import RequestError
 
 PICTURE = Image.new("RGB", (4, 4))
@@ -110,9 +110,9 @@ def test_texts(part: Any, text: str | None) -> None:
 @pytest.mark.parametrize(("part", "expected"), MEDIA)
 def test_media(part: dict[str, Any], expected: tuple[Any, ...]) -> None:
     found = read_part(part, "here")
-    assert isinstance(found, Medium)
+    assert isinstance(found, MediaRef)
     kind, form, value, uuid = expected
-    assert (found.kind, found.form, found.uuid) == (kind, form, uuid)
+    assert (found.modality, found.form, found.uuid) == (kind, form, uuid)
     assert found.value is value or found.value == value
 
 

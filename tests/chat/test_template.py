@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from mmjax.chat import ChatTemplateResolutionError, Stored, load_template
+from mmjax.chat import ChatTemplateResolutionError, StoredTemplates, load_template
 from mmjax.chat.sandbox import LONGEST, render
 from mmjax.chat.template import apply
 from mmjax.chat.templates import BASIC, CHATML, fallback
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
-NONE = Stored({}, {}, {})
+NONE = StoredTemplates({}, {}, {})
 HI = [{"role": "user", "content": "hi"}]
 OPTIONS: dict[str, Any] = {
     "add_generation_prompt": True,
@@ -25,44 +25,44 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def written(template: str, messages: Any = HI, stored: Stored = NONE, **options: Any) -> str:
+def written(template: str, messages: Any = HI, stored: StoredTemplates = NONE, **options: Any) -> str:
     return apply(template, messages, stored, **{**OPTIONS, **options})
 
 
 def test_where_templates_come_from() -> None:
-    both = Stored({"default": "P{}", "extra": "E{}"}, {"default": "T{}", "tool_use": "U{}"}, {}, "F{}")
+    both = StoredTemplates({"default": "P{}", "extra": "E{}"}, {"default": "T{}", "tool_use": "U{}"}, {}, "F{}")
     assert both.resolve(None, tools=False) == "P{}"  # the processor's goes first ...
     assert both.resolve(None, tools=True) == "U{}"  # ... but knows no tools
     assert both.resolve("extra", tools=False) == "E{}" and both.resolve("tool_use", tools=False) == "U{}"
     assert both.resolve("{{ 1 }}", tools=True) == "{{ 1 }}"
-    assert Stored({}, {"default": "T{}"}, {}, "F{}").resolve(None, tools=True) == "T{}"
-    assert Stored({}, {}, {}, "F{}").resolve(None, tools=False) == "F{}"
+    assert StoredTemplates({}, {"default": "T{}"}, {}, "F{}").resolve(None, tools=True) == "T{}"
+    assert StoredTemplates({}, {}, {}, "F{}").resolve(None, tools=False) == "F{}"
     with pytest.raises(ChatTemplateResolutionError, match="must provide a chat template"):
         NONE.resolve(None, tools=False)
     with pytest.raises(ChatTemplateResolutionError, match="or one of rag"):
-        Stored({}, {"rag": "R{}"}, {}).resolve(None, tools=False)
+        StoredTemplates({}, {"rag": "R{}"}, {}).resolve(None, tools=False)
     with pytest.raises(RequestError, match="neither Jinja text nor the name"):
         both.resolve("/etc/passwd", tools=False)  # what a request says is never a path
 
 
 def test_reading_a_directory(tmp_path: Path, tiny_dir: Any) -> None:
     tokenizer = Tokenizer(tiny_dir("llava"))
-    stored = Stored.read(tmp_path, tokenizer, "llava")
+    stored = StoredTemplates.read(tmp_path, tokenizer, "llava")
     assert stored.special["bos_token"] == "<s>" and stored.special["pad_token"] == "<pad>"
     assert stored.resolve(None, tools=False) == tokenizer.config["chat_template"] and stored.fallback is None
     tokenizer.config["chat_template"] = [
         {"name": "default", "template": "D{}"},
         {"name": "tool_use", "template": "U{}"},
     ]
-    named = Stored.read(tmp_path, tokenizer, None)
+    named = StoredTemplates.read(tmp_path, tokenizer, None)
     assert named.resolve(None, tools=False) == "D{}" and named.resolve(None, tools=True) == "U{}"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "J{}"}))
-    assert Stored.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "J{}"
+    assert StoredTemplates.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "J{}"
     (tmp_path / "chat_template.jinja").write_text("X{}")
-    assert Stored.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "X{}"
+    assert StoredTemplates.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "X{}"
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R{}")
-    assert Stored.read(tmp_path, tokenizer, None).resolve("rag", tools=False) == "R{}"
+    assert StoredTemplates.read(tmp_path, tokenizer, None).resolve("rag", tools=False) == "R{}"
 
 
 def test_fallbacks() -> None:
@@ -75,7 +75,7 @@ def test_fallbacks() -> None:
 def test_what_an_operator_may_write(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{{ 'file' }}")
-    stored = Stored({}, {"rag": "R{}"}, {})
+    stored = StoredTemplates({}, {"rag": "R{}"}, {})
     assert load_template(str(file), stored) == load_template(file, stored) == "{{ 'file' }}"
     assert load_template("{{ 'inline' }}", stored) == "{{ 'inline' }}" and load_template("rag", stored) == "rag"
     assert load_template(None, stored) is None
@@ -98,7 +98,7 @@ def test_vlm2vec() -> None:
 
 
 def test_variables(caplog: pytest.LogCaptureFixture) -> None:
-    stored = Stored({}, {}, {"bos_token": "<s>"})
+    stored = StoredTemplates({}, {}, {"bos_token": "<s>"})
     assert written("{{ bos_token }}{{ messages[0].content }}", stored=stored) == "<s>hi"
     assert written("{{ add_generation_prompt }}", add_generation_prompt=False) == "False"
     assert written("{{ tools[0].name }}", tools=[{"name": "f"}]) == "f"

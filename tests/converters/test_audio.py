@@ -13,9 +13,9 @@ from mmjax.converters.table import Shape, convert, plan
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from mmjax.load import Checkpoint, declare
+from mmjax.load import Checkpoint, param_specs
 from mmjax.models import Family
-from mmjax.models.family import Shape as Sizes
+from mmjax.models.family import ModelSpec as Sizes
 from tiny_families import qwen2_audio, ultravox
 
 FAMILIES = {"qwen2_audio": False, "ultravox": True}  # and whether the head is the embedding
@@ -43,16 +43,16 @@ def fits(config: dict[str, Any], tensors: Mapping[str, Shape], *, tied: bool) ->
     """Every tensor of a checkpoint finds its place, and every place is filled."""
     family = Family.of(config)
     made = family.config.from_hf(config, {}, tied=tied)
-    shapes = {path: leaf.shape for path, leaf in declare(family, made)[1].items()}
+    shapes = {path: leaf.shape for path, leaf in param_specs(family, made)[1].items()}
     assert not plan({name: Header(shape) for name, shape in tensors.items()}, family.table, shapes).ignored
-    found: Sizes = made.shape
+    found: Sizes = made.spec
     return found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_a_tiny_checkpoint_finds_its_place(family: str, tiny_dir: Make) -> None:
     checkpoint = Checkpoint.open(str(tiny_dir(family)))
-    shapes = {path: leaf.shape for path, leaf in declare(checkpoint.family, checkpoint.model_config())[1].items()}
+    shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
     assert ("text.head" in shapes) != FAMILIES[family]
     result = plan(checkpoint.tensors, checkpoint.family.table, shapes)
     assert set(result.claimed) == set(checkpoint.tensors)
@@ -68,7 +68,7 @@ def test_every_tensor_of_a_tiny_checkpoint_finds_its_place(family: str, tiny_dir
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_of_a_reference_checkpoint_finds_its_place(family: str, shared: Path) -> None:
     checkpoint = Checkpoint.open(str(shared / "reference" / family))
-    shapes = {path: leaf.shape for path, leaf in declare(checkpoint.family, checkpoint.model_config())[1].items()}
+    shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
     assert set(plan(checkpoint.tensors, checkpoint.family.table, shapes).claimed) == set(checkpoint.tensors)
 
 
@@ -80,8 +80,8 @@ def test_qwen2_audio_7b() -> None:
         del config["text_config"][name]
     shape = fits(config, qwen2_audio.tensors(size, 156032, 128, 1500), tied=False)
     encoder = shape.encoders["audio"]
-    assert (shape.layers, shape.width, shape.max_len, shape.largest_item) == (32, 4096, 8192, 750)
-    assert (encoder.features["mel"][0], encoder.rows, encoder.largest) == ((195, 128), 48, 16)
+    assert (shape.num_layers, shape.hidden_size, shape.max_positions, shape.max_item_embeds) == (32, 4096, 8192, 750)
+    assert (encoder.features["mel"][0], encoder.embeds_per_group, encoder.max_item_inputs) == ((195, 128), 48, 16)
 
 
 def test_ultravox_1b() -> None:
@@ -90,8 +90,8 @@ def test_ultravox_1b() -> None:
     config["text_config"] |= {"max_position_embeddings": 131072}
     shape = fits(config, ultravox.tensors(size, 128256, 4096, 128, 1500), tied=True)
     encoder = shape.encoders["audio"]
-    assert (shape.kv_heads, shape.head_dim, shape.max_len, shape.largest_item) == (8, 64, 131072, 4 * 188)
-    assert (encoder.features["mel"][0], encoder.rows, encoder.largest) == ((195, 128), 12, 64)
+    assert (shape.num_kv_heads, shape.head_dim, shape.max_positions, shape.max_item_embeds) == (8, 64, 131072, 4 * 188)
+    assert (encoder.features["mel"][0], encoder.embeds_per_group, encoder.max_item_inputs) == ((195, 128), 12, 64)
 
 
 @pytest.mark.parametrize("depth", [32, 4], ids=["large-v3", "turbo"])
@@ -105,7 +105,7 @@ def test_whisper_large(depth: int) -> None:
         "max_source_positions": 1500, "max_target_positions": 448, "vocab_size": 51866,
     }  # fmt: skip
     shape = fits(config, tensors, tied=True)
-    assert (shape.layers, shape.cross_keys, shape.max_len, shape.vocab) == (depth, 1500, 448, 51866)
+    assert (shape.num_layers, shape.cross_len, shape.max_positions, shape.vocab_size) == (depth, 1500, 448, 51866)
     assert shape.encoders["audio"].features["mel"][0] == (128, 3000)
 
 
@@ -136,7 +136,7 @@ def apart(tiny_dir: Make, tmp_path: Path) -> dict[str, Path]:
 
 
 def values(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    return dict(checkpoint.values(declare(checkpoint.family, checkpoint.model_config())[1]))
+    return dict(checkpoint.param_values(param_specs(checkpoint.family, checkpoint.model_config())[1]))
 
 
 def test_parts_in_other_checkpoints_make_the_same_model(apart: dict[str, Path], tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_parts_in_other_checkpoints_make_the_same_model(apart: dict[str, Path], 
     overrides = {"text_model_id": str(apart["llama"])}
     joined = Checkpoint.open(str(apart["projector"]), overrides=overrides)
     assert joined.model_config() == whole.model_config()
-    leaves = declare(joined.family, joined.model_config())[1]
+    leaves = param_specs(joined.family, joined.model_config())[1]
     convert_checkpoint(
         joined.directory, tmp_path / "converted", table=joined.family.table,
         shapes={path: leaf.shape for path, leaf in leaves.items()}, tensors=joined.tensors, config=joined.config,

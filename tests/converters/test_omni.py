@@ -13,7 +13,7 @@ from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import EmptyHoleError, UnclaimedTensorError, plan
 from safetensors.numpy import load_file, save_file
 
-from mmjax.load import Checkpoint, declare
+from mmjax.load import Checkpoint, param_specs
 from mmjax.models import Family
 
 Shape = tuple[int, ...]
@@ -164,7 +164,8 @@ def test_every_published_tensor_has_its_place(family: str, tiny_dir: Callable[[s
         config["thinker_config"][part] |= sizes
     found = Family.of(config)
     shapes = {
-        path: leaf.shape for path, leaf in declare(found, found.config.from_hf(config, files, tied=False))[1].items()
+        path: leaf.shape
+        for path, leaf in param_specs(found, found.config.from_hf(config, files, tied=False))[1].items()
     }
     headers = {name: Header(shape) for name, shape in names()}
     result = plan(headers, found.table, shapes)
@@ -174,7 +175,7 @@ def test_every_published_tensor_has_its_place(family: str, tiny_dir: Callable[[s
 
 def test_a_missing_layer_and_a_stranger_are_told(tiny_dir: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint.open(str(tiny_dir("qwen2_5_omni")))
-    shapes = {path: leaf.shape for path, leaf in declare(checkpoint.family, checkpoint.model_config())[1].items()}
+    shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
     tensors = dict(open_checkpoint(checkpoint.directory))
     with pytest.raises(UnclaimedTensorError, match="adapter"):
         plan({**tensors, "thinker.audio_tower.adapter.weight": Header((32, 32))}, checkpoint.family.table, shapes)
@@ -202,15 +203,15 @@ def test_a_thinker_alone_is_the_same_model(family: str, tiny_dir: Callable[[str]
 
     one, other = Checkpoint.open(str(whole)), Checkpoint.open(str(alone))
     assert one.model_config() == other.model_config()
-    leaves = declare(one.family, one.model_config())[1]
-    for (path, ours), (same, theirs) in zip(one.values(leaves), other.values(leaves), strict=True):
+    leaves = param_specs(one.family, one.model_config())[1]
+    for (path, ours), (same, theirs) in zip(one.param_values(leaves), other.param_values(leaves), strict=True):
         assert path == same
         np.testing.assert_array_equal(ours, theirs)
     processors = [found.family.processor(found.config, found.files, None) for found in (one, other)]
     sound = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
-    mels = [processor.item("audio", sound, {}).features["mel"] for processor in processors]
+    mels = [processor.process_item("audio", sound, {}).features["mel"] for processor in processors]
     np.testing.assert_array_equal(*mels)
-    assert processors[0].bounds == processors[1].bounds
+    assert processors[0].pixel_bounds == processors[1].pixel_bounds
 
 
 @pytest.mark.parametrize("prefix", ["thinker.model.", "model."])
@@ -218,7 +219,7 @@ def test_a_thinker_alone_is_the_same_model(family: str, tiny_dir: Callable[[str]
 def test_names_in_memory(family: str, prefix: str, tiny_dir: Callable[[str], Path]) -> None:
     """transformers keeps the parts side by side under `model.`."""
     checkpoint = Checkpoint.open(str(tiny_dir(family)))
-    shapes = {path: leaf.shape for path, leaf in declare(checkpoint.family, checkpoint.model_config())[1].items()}
+    shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
 
     def renamed(name: str) -> str:
         bare = name.removeprefix("thinker.")

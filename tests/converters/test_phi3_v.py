@@ -13,7 +13,7 @@ from mmjax.converters.phi3_v import TABLE
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import ConversionError, Shape, plan
 
-from mmjax.load import declare
+from mmjax.load import param_specs
 from mmjax.models import Family
 from tiny_families import phi3_v
 
@@ -38,7 +38,7 @@ class Header:
 
 def wanted(config: dict[str, Any], files: Mapping[str, dict[str, Any]]) -> dict[str, Shape]:
     family = Family.of(config)
-    _, leaves = declare(family, family.config.from_hf(config, files, tied=False))
+    _, leaves = param_specs(family, family.config.from_hf(config, files, tied=False))
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
@@ -72,10 +72,10 @@ def test_published_size() -> None:
     files = {"preprocessor_config.json": {"num_crops": 4, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}}
     check({name: Header(shape) for name, shape in tensors.items()}, wanted(config, files))
     found = Family.of(config).config.from_hf(config, files, tied=False)
-    assert (found.text.head_dim, found.text.kv_heads, found.text.max_len) == (96, 32, 131072)
-    assert found.text.rope.factor == pytest.approx(1.1902, abs=1e-4)
-    encoder = found.shape.encoders["vision"]
-    assert (encoder.rows, encoder.largest, found.shape.largest_item) == (157, 17, 17 * 156 + 1)
+    assert (found.text.head_dim, found.text.num_kv_heads, found.text.max_positions) == (96, 32, 131072)
+    assert found.text.rope.attention_factor == pytest.approx(1.1902, abs=1e-4)
+    encoder = found.spec.encoders["vision"]
+    assert (encoder.embeds_per_group, encoder.max_item_inputs, found.spec.max_item_embeds) == (157, 17, 17 * 156 + 1)
 
 
 def test_the_embedding_may_have_another_name(tiny_dir: Callable[[str], Path]) -> None:

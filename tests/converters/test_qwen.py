@@ -17,7 +17,7 @@ import tiny_families.qwen2_5_vl
 import tiny_families.qwen3_moe
 import tiny_families.qwen3_vl
 import tiny_families.qwen3_vl_moe
-from mmjax.load import declare
+from mmjax.load import param_specs
 from mmjax.models import Family
 
 Shape = tuple[int, ...]
@@ -58,7 +58,7 @@ def parameters(config: dict[str, Any], files: Mapping[str, Any], tied: bool) -> 
     """(configuration, table, shapes of the parameters) of a config.json."""
     family = Family.of(config)
     made = family.config.from_hf(config, files, tied=tied)
-    return made, family.table, {path: leaf.shape for path, leaf in declare(family, made)[1].items()}
+    return made, family.table, {path: leaf.shape for path, leaf in param_specs(family, made)[1].items()}
 
 
 def directory(where: Path) -> tuple[Any, Table, dict[str, Shape]]:
@@ -116,8 +116,8 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     result = plan({key: Header(shape) for key, shape in tensors.items()}, table, shapes)
     assert set(result.claimed) == set(tensors) and not result.ignored
     if "VL" in name:
-        assert made.shape.largest_item == 16384
-        assert made.shape.slab_width == size["width"] * (4 if "Qwen3" in name else 1)
+        assert made.spec.max_item_embeds == 16384
+        assert made.spec.mm_embed_dim == size["width"] * (4 if "Qwen3" in name else 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

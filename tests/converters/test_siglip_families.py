@@ -13,7 +13,7 @@ import pytest
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Shape, Table, convert, plan
 
-from mmjax.load import declare
+from mmjax.load import param_specs
 from mmjax.models import Family
 from tiny_families import llava_onevision, minicpmv
 
@@ -64,7 +64,7 @@ def table(family: str) -> Table:
 
 def wanted(config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> dict[str, Shape]:
     family = Family.of(config)
-    _, leaves = declare(family, family.config.from_hf(config, files, tied=tied))
+    _, leaves = param_specs(family, family.config.from_hf(config, files, tied=tied))
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
@@ -128,13 +128,13 @@ def test_published_sizes(name: str) -> None:
     shapes = wanted(config, {"preprocessor_config.json": prepare}, tied=tied)
     plan({tensor: Header(shape) for tensor, shape in tensors.items()}, table(family), shapes)
     found = Family.of(config)
-    shape = found.config.from_hf(config, {"preprocessor_config.json": prepare}, tied=tied).shape
+    shape = found.config.from_hf(config, {"preprocessor_config.json": prepare}, tied=tied).spec
     encoder = shape.encoders["vision"]
     if family == "llava_onevision":
-        assert (encoder.rows, encoder.largest) == (756, 64)
-        assert shape.largest_item == 729 + 7938 + 6 * 27
+        assert (encoder.embeds_per_group, encoder.max_item_inputs) == (756, 64)
+        assert shape.max_item_embeds == 729 + 7938 + 6 * 27
     else:
-        assert (encoder.grain, encoder.rows, shape.largest_item) == (512, 64, 640)
+        assert (encoder.group_size, encoder.embeds_per_group, shape.max_item_embeds) == (512, 64, 640)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmjax.__main__ import main
 from mmjax.demo import DIRECTORY, ask, heldout, measure, show
-from mmjax.load import find
+from mmjax.load import find_model
 from mmjax.multimodal.media import MediaConnector
 
 
@@ -144,9 +144,9 @@ def test_figures() -> None:
 def test_where_the_name_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of that name is the model only if it is one: `mmjax demo --out demo` hides nothing."""
     monkeypatch.chdir(tmp_path)
-    assert find("demo") == DIRECTORY
+    assert find_model("demo") == DIRECTORY
     Path("demo").mkdir()
-    assert find("demo") == DIRECTORY
-    assert find("./demo") == Path("demo")
+    assert find_model("demo") == DIRECTORY
+    assert find_model("./demo") == Path("demo")
     Path("demo/config.json").write_text("{}")
-    assert find("demo") == Path("demo")
+    assert find_model("demo") == Path("demo")

@@ -24,7 +24,7 @@ def served(qwen: LLM) -> Iterator[AsyncLLM]:
     served = AsyncLLM(qwen)
     yield served
     served.close()
-    assert not any(engine.busy for engine in qwen.parts.engines)
+    assert not any(engine.has_work for engine in qwen.model.engines)
     assert qwen.reset_prefix_cache(), "a request kept pages"
 
 
@@ -63,7 +63,7 @@ def test_a_caller_that_goes_away_frees_its_pages(qwen: LLM, served: AsyncLLM) ->
         with pytest.raises(asyncio.CancelledError):
             await task
         for _ in range(500):
-            if not any(engine.busy or engine.load for engine in qwen.parts.engines):
+            if not any(engine.has_work or engine.num_unfinished for engine in qwen.model.engines):
                 return
             await asyncio.sleep(0.02)
         raise AssertionError("the engine still runs")
@@ -90,7 +90,7 @@ def test_bad_requests_leave_it_serving(served: AsyncLLM) -> None:
 
 def test_a_fault_of_the_engine_reaches_every_caller(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     served = AsyncLLM(qwen)
-    engine = qwen.parts.engines[0]
+    engine = qwen.model.engines[0]
 
     async def run() -> None:
         rendered = await served.prepare("Hi")
@@ -107,7 +107,7 @@ def test_a_fault_of_the_engine_reaches_every_caller(qwen: LLM, monkeypatch: pyte
     asyncio.run(run())
     monkeypatch.undo()
     served.close()
-    for answer in list(engine._answers.values()):
+    for answer in list(engine._states.values()):
         engine.abort([answer])
-    while engine.busy:
+    while engine.has_work:
         engine.step()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmjax.engine.constraints import Constraints
+from mmjax.engine.constraints import LogitsBias
 from mmjax.types import SamplingParams, ValidationError
 
 VOCAB = 12
@@ -19,7 +19,7 @@ class Words:
 
 
 def row(output=(), **params):
-    return Constraints(SamplingParams(**params), VOCAB, Words()).row(output)
+    return LogitsBias(SamplingParams(**params), VOCAB, Words()).bias_row(output)
 
 
 def banned(array):
@@ -27,8 +27,8 @@ def banned(array):
 
 
 def test_nothing_asked_gives_no_row():
-    constraints = Constraints(SamplingParams(), VOCAB, None)
-    assert constraints.row([1, 2]) is None and not constraints.dynamic
+    constraints = LogitsBias(SamplingParams(), VOCAB, None)
+    assert constraints.bias_row([1, 2]) is None and not constraints.dynamic
 
 
 def test_logit_bias_is_clamped():
@@ -44,9 +44,9 @@ def test_only_allowed_tokens_remain():
 
 
 def test_bad_word_of_one_token_is_banned_in_both_forms():
-    constraints = Constraints(SamplingParams(bad_words=["cat"]), VOCAB, Words())
+    constraints = LogitsBias(SamplingParams(bad_words=["cat"]), VOCAB, Words())
     assert not constraints.dynamic
-    assert banned(constraints.row([])) == [1, 2]
+    assert banned(constraints.bias_row([])) == [1, 2]
 
 
 def test_space_that_is_its_own_token_is_not_banned():
@@ -57,15 +57,15 @@ def test_space_that_is_its_own_token_is_not_banned():
     ("output", "expected"), [([], []), ([3], [4]), ([9, 5], [4]), ([5, 9], []), ([4], []), (np.array([0, 3]), [4])]
 )
 def test_last_token_of_a_phrase_is_banned_after_its_beginning(output, expected):
-    constraints = Constraints(SamplingParams(bad_words=[" new york"]), VOCAB, Words())
+    constraints = LogitsBias(SamplingParams(bad_words=[" new york"]), VOCAB, Words())
     assert constraints.dynamic
-    assert banned(constraints.row(output)) == expected
+    assert banned(constraints.bias_row(output)) == expected
 
 
 def test_rows_are_independent():
-    constraints = Constraints(SamplingParams(bad_words=["new york", "cat"]), VOCAB, Words())
-    assert banned(constraints.row([3])) == [1, 2, 4]
-    assert banned(constraints.row([])) == [1, 2]
+    constraints = LogitsBias(SamplingParams(bad_words=["new york", "cat"]), VOCAB, Words())
+    assert banned(constraints.bias_row([3])) == [1, 2, 4]
+    assert banned(constraints.bias_row([])) == [1, 2]
 
 
 def test_word_without_tokens_is_ignored():
@@ -74,6 +74,6 @@ def test_word_without_tokens_is_ignored():
 
 def test_bad_words_need_a_tokenizer_and_known_tokens():
     with pytest.raises(ValidationError, match="tokenizer"):
-        Constraints(SamplingParams(bad_words=["cat"]), VOCAB, None)
+        LogitsBias(SamplingParams(bad_words=["cat"]), VOCAB, None)
     with pytest.raises(ValidationError, match="vocabulary of 2"):
-        Constraints(SamplingParams(bad_words=["cat"]), 2, Words())
+        LogitsBias(SamplingParams(bad_words=["cat"]), 2, Words())

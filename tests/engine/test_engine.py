@@ -43,7 +43,7 @@ def test_a_prompt_cut_into_chunks_gives_the_same_answer(make_llm, alone: list[li
 def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, monkeypatch, alone) -> None:
     """Packing a chunk's media takes long: it must not begin when the chunk before has been read, and all is idle."""
     llm = make_llm("qwen2_vl", max_num_batched_tokens=32, enable_prefix_caching=False)
-    engine, queued, found = llm.parts.engines[0], [], []
+    engine, queued, found = llm.model.engines[0], [], []
     prefill, collect = engine._prefill, engine._collect
 
     def dispatching(slices):
@@ -51,7 +51,7 @@ def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, mo
         return queued[-1]
 
     def reading(ticket):
-        if ticket in queued and any(s.prefilling for s in engine.scheduler.running):
+        if ticket in queued and any(s.is_prefilling for s in engine.scheduler.running):
             found.append(len(queued) - 1 - queued.index(ticket))
         return collect(ticket)
 
@@ -98,7 +98,7 @@ def test_a_cached_prefix_ending_inside_an_image_is_enough(qwen: LLM) -> None:
     tokens = qwen.generate(asking(image, words="x"), greedy(1), use_tqdm=False)[0].prompt_token_ids
     qwen.reset_prefix_cache()
     cut = {"prompt_token_ids": tokens[:40] + tokens[-3:], "multi_modal_data": {}}
-    cut["prompt_token_ids"] = [t for t in cut["prompt_token_ids"] if t != qwen.parts.tokenizer.id_of("<|image_pad|>")]
+    cut["prompt_token_ids"] = [t for t in cut["prompt_token_ids"] if t != qwen.model.tokenizer.id_of("<|image_pad|>")]
     qwen.generate(cut, greedy(1), use_tqdm=False)
     qwen.reset_mm_cache()
     assert ids(qwen.generate(asking(image, words="x"), greedy(), use_tqdm=False)) == expected
@@ -108,7 +108,7 @@ def test_encoder_cache_holds_only_as_much_as_it_may(make_llm) -> None:
     """More images than rows: later ones wait for earlier ones, and each answer is right."""
     llm = make_llm("qwen2_vl", max_model_len=256, max_num_batched_tokens=64)
     pictures = [picture(i, 140, 140) for i in range(12)]
-    rows = llm.parts.engines[0].slab.capacity
+    rows = llm.model.engines[0].encoder_cache.capacity
     outputs = llm.generate([asking(p) for p in pictures], greedy(4), use_tqdm=False)
     assert sum(25 for _ in pictures) > rows
     assert ids(outputs) == [ids(llm.generate(asking(p), greedy(4), use_tqdm=False))[0] for p in pictures]
@@ -212,8 +212,8 @@ def test_penalties_change_only_their_own_row(qwen: LLM) -> None:
 def test_bad_words_are_never_said(qwen: LLM) -> None:
     prompt = text("Hello")
     free = qwen.generate(prompt, greedy(16), use_tqdm=False)[0].outputs[0]
-    pairs = [qwen.parts.tokenizer.decode(free.token_ids[i : i + 2], False) for i in range(15)]
-    word = next(w for w in pairs if w.isascii() and w.strip() and len(qwen.parts.tokenizer.encode(w, False)) == 2)
+    pairs = [qwen.model.tokenizer.decode(free.token_ids[i : i + 2], False) for i in range(15)]
+    word = next(w for w in pairs if w.isascii() and w.strip() and len(qwen.model.tokenizer.encode(w, False)) == 2)
     out = qwen.generate([prompt, prompt], [greedy(16, bad_words=[word]), greedy(16)], use_tqdm=False)
     assert word not in out[0].outputs[0].text
     assert ids(out)[1] == list(free.token_ids)
@@ -241,14 +241,14 @@ def test_whisper_shares_encoded_audio_between_answers(shared_llm) -> None:
 
 
 def test_abort_gives_everything_back(qwen: LLM) -> None:
-    engine = qwen.parts.engines[0]
-    run = qwen.start(qwen.parts.renderer.render(qwen.parts.renderer.parse(MIXED[1])), greedy(100))
+    engine = qwen.model.engines[0]
+    run = qwen.start(qwen.model.input_processor.process(qwen.model.input_processor.parse(MIXED[1])), greedy(100))
     for _ in range(4):
         engine.step()
-    assert engine.pages.free < engine.pages.count - 1
+    assert engine.block_pool.num_free < engine.block_pool.num_blocks - 1
     run.abort()
-    assert engine.pages.free == engine.pages.count - 1
-    while engine.busy:
+    assert engine.block_pool.num_free == engine.block_pool.num_blocks - 1
+    while engine.has_work:
         engine.step()
     assert run.output().outputs[0].finish_reason == "abort"
     assert ids(qwen.generate(MIXED[1], greedy(), use_tqdm=False))
@@ -284,7 +284,7 @@ def test_bad_input_is_refused_and_the_engine_goes_on(qwen: LLM, case: str, alone
         prompt = {"prompt": text("<|vision_start|><|image_pad|><|vision_end|>?")}
     with pytest.raises(error, match=words):
         qwen.generate([MIXED[0], prompt, MIXED[1]], greedy(), use_tqdm=False)
-    assert not qwen.parts.engines[0].busy
+    assert not qwen.model.engines[0].has_work
     assert ids(qwen.generate(MIXED[:2], greedy(), use_tqdm=False)) == alone[:2]
 
 
@@ -338,14 +338,20 @@ def test_limits_are_counted_before_anything_is_done(make_llm) -> None:
 
 def test_the_step_writes_the_pool_in_place(make_llm) -> None:
     """The compiled programs alias all state, hold far less than a pool beside it, and copy no array of its shape."""
-    runner = make_llm("qwen2_vl", max_model_len=8192).parts.engines[0].runner
-    pool = runner.state.pool
+    runner = make_llm("qwen2_vl", max_model_len=8192).model.engines[0].runner
+    pool = runner.state.kv_cache
     shape = ",".join(map(str, pool.k.shape))
-    largest = (("prefill", runner.sizes.tokens[-1], 0), ("decode", runner.sizes.seqs[-1], runner.sizes.steps))
+    largest = (
+        ("prefill", runner.buckets.token_buckets[-1], 0),
+        ("decode", runner.buckets.seq_buckets[-1], runner.buckets.num_decode_steps),
+    )
     for kind, size, steps in largest:
         program = runner.program(kind, size, steps)
         memory = program.memory_analysis()
-        state = sum(x.nbytes for x in (pool.k, pool.v, runner.state.slab, runner.state.seen, runner.state.bias))
+        state = sum(
+            x.nbytes
+            for x in (pool.k, pool.v, runner.state.mm_embeds, runner.state.token_counts, runner.state.logit_bias)
+        )
         assert memory.alias_size_in_bytes >= state
         assert memory.temp_size_in_bytes < pool.k.nbytes / 10
         copies = re.findall(rf"= f32\[{shape}\]\S* (?:copy|transpose|convert)\(.*", program.as_text())

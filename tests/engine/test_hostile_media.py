@@ -73,7 +73,7 @@ def ask(llm: LLM, case: Case, sent: Any, place: tuple[Site, Path]) -> None:
     """Send what the case sends: URLs of pictures in a chat, other values in a prompt."""
     if case.kind == "audio":
         if isinstance(sent, Url):  # this model has no chat
-            limits, folder = llm.parts.renderer.limits, str(place[1])
+            limits, folder = llm.model.input_processor.media_limits, str(place[1])
             rules = {"allowed_media_domains": ["127.0.0.1"], "allowed_local_media_path": folder}
             sent = MediaConnector(**rules, limits=limits).fetch_audio(sent)
         llm.generate({"prompt": "", "multi_modal_data": {"audio": sent}}, greedy(1), use_tqdm=False)

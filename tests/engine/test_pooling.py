@@ -40,11 +40,11 @@ def test_hidden_states_are_those_from_which_tokens_are_chosen(
     alone: list[np.ndarray], pooling: LLM, shared_llm: Callable[[str], LLM]
 ) -> None:
     """Onto the embedding, which is this model's head too, they fall as the logits of an engine that generates."""
-    runner = pooling.parts.engines[0].runner
-    head = np.asarray(runner.leaves[runner.paths.index("text.embed")])[: pooling.parts.vocab_size]
+    runner = pooling.model.engines[0].runner
+    head = np.asarray(runner.params[runner.paths.index("text.embed")])[: pooling.model.vocab_size]
     outputs = shared_llm("qwen2_vl").generate(PROMPTS, greedy(1, logprobs=8), use_tqdm=False)
     for hidden, output in zip(alone, outputs, strict=True):
-        assert hidden.shape == (len(output.prompt_token_ids or ()), pooling.parts.shape.width)
+        assert hidden.shape == (len(output.prompt_token_ids or ()), pooling.model.spec.hidden_size)
         logits = head @ hidden[-1]
         assert int(logits.argmax()) == output.outputs[0].token_ids[0]
         logprobs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
@@ -64,8 +64,10 @@ def test_company_and_prefix_cache_change_nothing(alone: list[np.ndarray], poolin
             assert len(output.prompt_token_ids) == len(hidden)
             assert output.num_cached_tokens == ((len(hidden) - 1) // 16 * 16 if turn else 0)
     assert [int(output.request_id) for output in outputs] == sorted(int(output.request_id) for output in outputs)
-    engine = pooling.parts.engines[0]
-    assert not engine.busy and engine.load == 0 and pooling.reset_prefix_cache(), "every page was given back"
+    engine = pooling.model.engines[0]
+    assert not engine.has_work and engine.num_unfinished == 0 and pooling.reset_prefix_cache(), (
+        "every page was given back"
+    )
 
 
 def test_all_tokens_though_they_are_in_the_prefix_cache(alone: list[np.ndarray], pooling: LLM) -> None:
@@ -109,7 +111,7 @@ def test_devices_share_the_work(options: dict[str, Any], alone: list[np.ndarray]
 
 def test_no_head_is_loaded_and_nothing_compiled_after_start(make_llm: MakeLLM) -> None:
     llm = make_llm("llava", runner="pooling", enforce_eager=False, max_model_len=128, max_num_batched_tokens=32)
-    assert "text.head" not in llm.parts.engines[0].runner.paths
+    assert "text.head" not in llm.model.engines[0].runner.paths
     prompt = {"prompt": "USER: <image>\nWhat?", "multi_modal_data": {"image": picture(1)}}
     first, second = (output.outputs.embedding for output in llm.embed([prompt, "Hi"], use_tqdm=False))
     assert np.linalg.norm(first) == pytest.approx(1) and np.abs(np.subtract(first, second)).max() > 0.01

@@ -109,10 +109,12 @@ def test_rows_of_media_within(taking: Any, table: Any) -> None:
     llm = taking("llava")
     asked = {"prompt": "What is <image>?", "multi_modal_data": {"image": picture(1)}}
     seen = llm.generate(asked, greedy(8), use_tqdm=False)
-    rendered = llm.parts.renderer.render(llm.parts.renderer.parse(asked))
-    rows = table("llava", rendered.tokens)
-    [span], [entry], engine = rendered.spans, rendered.items, llm.parts.engines[0]
-    rows[span.start : span.start + span.length] = np.asarray(engine.runner.state.slab)[engine.slab.get(entry.key)]
+    rendered = llm.model.input_processor.process(llm.model.input_processor.parse(asked))
+    rows = table("llava", rendered.token_ids)
+    [span], [entry], engine = rendered.spans, rendered.items, llm.model.engines[0]
+    rows[span.start : span.start + span.length] = np.asarray(engine.runner.state.mm_embeds)[
+        engine.encoder_cache.get(entry.item_hash)
+    ]
     assert ids(llm.generate({"prompt_embeds": rows}, greedy(8), use_tqdm=False)) == ids(seen)
 
 
@@ -160,7 +162,7 @@ def test_refusals(case: str, taking: Any) -> None:
     llm, (prompt, error, words) = taking(), WRONG[case]
     with pytest.raises(error, match=words):
         llm.generate([text("Hi"), prompt], greedy(2), use_tqdm=False)
-    assert llm.parts.engines[0].load == 0
+    assert llm.model.engines[0].num_unfinished == 0
 
 
 def test_only_where_they_are_allowed(make_llm: Any, taking: Any) -> None:

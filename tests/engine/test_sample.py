@@ -13,7 +13,7 @@ from mmjax.engine import sample as sampler
 
 @functools.partial(jax.jit, static_argnames="top")
 def run(logits, rows, seen, bias, top=1):
-    return sampler.sample(logits, rows, seen, bias, top=top)
+    return sampler.sample(logits, rows, seen, bias, num_logprobs=top)
 
 
 adjust = jax.jit(sampler._adjust)
@@ -22,14 +22,18 @@ weights = jax.jit(sampler._weights)
 
 def rows_of(size, **given):
     """Rows of which each row asks for `given`: scalars or one value per row. Else greedy, and nothing asked."""
-    off = dict.fromkeys(["temperature", "min_p", "presence", "frequency"], 0.0) | dict(top_p=1.0, repetition=1.0)
-    off |= dict.fromkeys(["top_k", "index", "row", "min_left", "stamp"], 0)
-    off |= dict.fromkeys(["penalised", "biased", "want_logprobs"], False)
+    off = dict.fromkeys(["temperature", "min_p", "presence_penalty", "frequency_penalty"], 0.0) | dict(
+        top_p=1.0, repetition_penalty=1.0
+    )
+    off |= dict.fromkeys(["top_k", "output_len", "row", "min_tokens_left", "first_timestamp"], 0)
+    off |= dict.fromkeys(["has_penalties", "has_bias", "want_logprobs"], False)
     dtypes = {float: np.float32, int: np.int32, bool: np.bool_}
     fields = {name: np.full(size, value, dtypes[type(value)]) for name, value in off.items()}
     for name, value in given.items():
         fields[name][...] = value
-    return sampler.Rows(**fields, seed=np.zeros((size, 2), np.int32), stop=np.full((size, 2), -1, np.int32))
+    return sampler.SamplingMetadata(
+        **fields, seed=np.zeros((size, 2), np.int32), stop_ids=np.full((size, 2), -1, np.int32)
+    )
 
 
 def tables(rows, vocab):
@@ -41,9 +45,9 @@ def noise(size, vocab, seed=0):
 
 
 def draw(logits, count, **given):
-    """`count` draws from one row of logits: the draws differ by `index` only."""
-    rows = rows_of(count, index=np.arange(count), **given)
-    return np.asarray(run(np.tile(logits, (count, 1)), rows, *tables(1, len(logits))).token)
+    """`count` draws from one row of logits: the draws differ by `output_len` only."""
+    rows = rows_of(count, output_len=np.arange(count), **given)
+    return np.asarray(run(np.tile(logits, (count, 1)), rows, *tables(1, len(logits))).token_ids)
 
 
 def softmax(x):
@@ -66,8 +70,8 @@ def assert_distributed(tokens, p):
 def test_greedy_takes_the_first_of_the_largest(vocab):
     logits = np.round(noise(5, vocab))  # rounding makes ties
     out = run(logits, rows_of(5), *tables(1, vocab))
-    np.testing.assert_array_equal(out.token, logits.argmax(-1))
-    assert not np.any(out.logprob) and not np.any(out.rank) and not np.any(out.top_ids)
+    np.testing.assert_array_equal(out.token_ids, logits.argmax(-1))
+    assert not np.any(out.logprobs) and not np.any(out.ranks) and not np.any(out.top_ids)
 
 
 def test_distribution_follows_the_temperature():
@@ -149,10 +153,10 @@ def test_a_row_depends_on_nothing_but_itself():
         top_k=[0, 0, 20, 0, 5, 0, 0, 0],
         top_p=[1, 1, 1, 0.8, 0.9, 1, 1, 1],
         min_p=[0, 0, 0, 0, 0, 0, 0.01, 0],
-        penalised=[0, 1, 0, 1, 0, 0, 0, 1],
-        repetition=[1, 1.4, 1, 1.2, 1, 1, 1, 0.9],
-        biased=[0, 0, 1, 0, 0, 1, 0, 0],
-        index=[0, 5, 7, 1, 2, 3, 4, 9],
+        has_penalties=[0, 1, 0, 1, 0, 0, 0, 1],
+        repetition_penalty=[1, 1.4, 1, 1.2, 1, 1, 1, 0.9],
+        has_bias=[0, 0, 1, 0, 0, 1, 0, 0],
+        output_len=[0, 5, 7, 1, 2, 3, 4, 9],
         row=np.arange(8),
     )
     together = rows_of(8, **want)
@@ -160,22 +164,22 @@ def test_a_row_depends_on_nothing_but_itself():
     generator = np.random.default_rng(0)
     seen = generator.integers(0, 3, (8, vocab)).astype(np.int32)
     bias = generator.normal(size=(8, vocab)).astype(np.float32)
-    tokens = np.asarray(run(logits, together, seen, bias).token)
+    tokens = np.asarray(run(logits, together, seen, bias).token_ids)
     for i in range(8):
         alone = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], together)
-        assert run(logits[i : i + 1], alone, seen, bias).token[0] == tokens[i]
+        assert run(logits[i : i + 1], alone, seen, bias).token_ids[0] == tokens[i]
     order = np.array([5, 2, 7, 0, 1, 3])  # another place, other neighbours, another size, other table rows
     moved = jax.tree.map(lambda leaf: leaf[order], together)
     moved = dataclasses.replace(moved, row=np.arange(6, dtype=np.int32))
-    again = run(logits[order], moved, seen[order], bias[order]).token
+    again = run(logits[order], moved, seen[order], bias[order]).token_ids
     np.testing.assert_array_equal(again, tokens[order])
 
 
 def test_seed_and_index_decide():
     logits = np.tile(noise(1, 400, 7) / 6, (6, 1))
-    rows = rows_of(6, temperature=1.0, index=[0, 0, 0, 0, 0, 1])
+    rows = rows_of(6, temperature=1.0, output_len=[0, 0, 0, 0, 0, 1])
     rows.seed[...] = [[1, 0], [1, 0], [2, 0], [1, 1], [-1, -1], [1, 0]]
-    tokens = np.asarray(run(logits, rows, *tables(1, 400)).token)
+    tokens = np.asarray(run(logits, rows, *tables(1, 400)).token_ids)
     assert tokens[0] == tokens[1]
     assert len({int(t) for t in tokens[1:]}) == 5  # 1 in 80 by chance; fixed by the seeds
 
@@ -184,13 +188,13 @@ def test_penalties_equal_their_definition():
     vocab = 40
     logits = noise(3, vocab, 8)
     prompt, output = [1, 2, 3, 3], [3, 5, 5, 5, 9]
-    seen = np.stack([sampler.history_row(prompt, output, vocab), np.zeros(vocab, np.int32)])
+    seen = np.stack([sampler.token_counts_row(prompt, output, vocab), np.zeros(vocab, np.int32)])
     rows = rows_of(
         3,
-        penalised=[True, False, True],
-        repetition=[1.5, 1.5, 1.0],
-        presence=0.5,
-        frequency=[0.25, 0.25, -1],
+        has_penalties=[True, False, True],
+        repetition_penalty=[1.5, 1.5, 1.0],
+        presence_penalty=0.5,
+        frequency_penalty=[0.25, 0.25, -1],
         row=[0, 0, 1],
     )
     got = np.asarray(adjust(logits, rows, seen, np.zeros((2, vocab), np.float32)))
@@ -207,9 +211,9 @@ def test_stops_are_impossible_before_min_tokens():
     vocab = 30
     logits = noise(4, vocab, 9)
     logits[:, 7], logits[:, 11] = 50, 49
-    rows = rows_of(4, min_left=[2, 0, 1, 1])
-    rows.stop[...] = [[7, 11], [7, 11], [7, -1], [-1, -1]]
-    tokens = run(logits, rows, *tables(1, vocab)).token
+    rows = rows_of(4, min_tokens_left=[2, 0, 1, 1])
+    rows.stop_ids[...] = [[7, 11], [7, 11], [7, -1], [-1, -1]]
+    tokens = run(logits, rows, *tables(1, vocab)).token_ids
     rest = logits[0].copy()
     rest[[7, 11]] = -np.inf
     np.testing.assert_array_equal(tokens, [rest.argmax(), 7, 11, 7])
@@ -221,30 +225,32 @@ def test_bias_and_allowed_tokens():
     bias = np.zeros((2, vocab), np.float32)
     bias[1] = -np.inf
     bias[1, [4, 20]] = [0, 100]
-    rows = rows_of(3, biased=[True, False, True], row=[1, 1, 1], temperature=[0, 0, 1])
-    tokens = run(logits, rows, np.zeros((2, vocab), np.int32), bias).token
+    rows = rows_of(3, has_bias=[True, False, True], row=[1, 1, 1], temperature=[0, 0, 1])
+    tokens = run(logits, rows, np.zeros((2, vocab), np.int32), bias).token_ids
     np.testing.assert_array_equal(tokens, [20, logits[1].argmax(), 20])
 
 
 def test_a_row_without_any_possible_token_is_finite():
     bias = np.full((1, 10), -np.inf, np.float32)
     for temperature in (0, 1):
-        rows = rows_of(1, biased=True, temperature=temperature, top_k=3, top_p=0.5)
-        assert 0 <= run(noise(1, 10), rows, np.zeros((1, 10), np.int32), bias).token[0] < 10
+        rows = rows_of(1, has_bias=True, temperature=temperature, top_k=3, top_p=0.5)
+        assert 0 <= run(noise(1, 10), rows, np.zeros((1, 10), np.int32), bias).token_ids[0] < 10
 
 
 @pytest.mark.parametrize(("vocab", "top"), [(20, 0), (20, 20), (5120, 3), (1031 * 7, 2)])
 def test_report_is_of_the_raw_logits(vocab, top):
     logits = noise(4, vocab, 11)
     logits[0] = np.round(logits[0])
-    rows = rows_of(4, want_logprobs=[True, False, False, False], temperature=[5, 5, 0, 0], min_left=1, penalised=True)
-    rows.stop[:, 0] = logits.argmax(-1)
+    rows = rows_of(
+        4, want_logprobs=[True, False, False, False], temperature=[5, 5, 0, 0], min_tokens_left=1, has_penalties=True
+    )
+    rows.stop_ids[:, 0] = logits.argmax(-1)
     out = jax.tree.map(np.asarray, run(logits, rows, *tables(1, vocab), top=top))
     logs = np.log([softmax(line) for line in logits])
-    for i, token in enumerate(out.token):
-        assert token != rows.stop[i, 0]
-        assert out.rank[i] == 1 + (logits[i] > logits[i, token]).sum()
-        np.testing.assert_allclose(out.logprob[i], logs[i, token], rtol=1e-5, atol=1e-5)
+    for i, token in enumerate(out.token_ids):
+        assert token != rows.stop_ids[i, 0]
+        assert out.ranks[i] == 1 + (logits[i] > logits[i, token]).sum()
+        np.testing.assert_allclose(out.logprobs[i], logs[i, token], rtol=1e-5, atol=1e-5)
         expected = np.argsort(-logits[i], kind="stable")[:top]
         np.testing.assert_allclose(out.top_logprobs[i], logs[i, expected], rtol=1e-5, atol=1e-5)
         if i:  # row 0 has ties: any of the tied ids may be listed, but each once
@@ -266,15 +272,15 @@ def test_prompt_logprobs():
 
 def test_note_counts_active_penalised_rows_only():
     vocab = 12
-    seen = np.stack([sampler.history_row([3], [], vocab), np.zeros(vocab, np.int32)])
-    rows = rows_of(4, penalised=[True, False, True, True], row=[0, 0, 1, 1])
+    seen = np.stack([sampler.token_counts_row([3], [], vocab), np.zeros(vocab, np.int32)])
+    rows = rows_of(4, has_penalties=[True, False, True, True], row=[0, 0, 1, 1])
     token, active = np.array([3, 4, 5, 5], np.int32), np.array([True, True, True, False])
-    out = np.asarray(jax.jit(sampler.note, donate_argnums=0)(jnp.asarray(seen), rows, token, active))
-    expected = np.stack([sampler.history_row([3], [3], vocab), sampler.history_row([], [5], vocab)])
+    out = np.asarray(jax.jit(sampler.count_tokens, donate_argnums=0)(jnp.asarray(seen), rows, token, active))
+    expected = np.stack([sampler.token_counts_row([3], [3], vocab), sampler.token_counts_row([], [5], vocab)])
     np.testing.assert_array_equal(out, expected)
 
 
 def test_history_row_leaves_out_foreign_ids():
-    row = sampler.history_row([0, 99, -1], [2, 2, 50], 10)
+    row = sampler.token_counts_row([0, 99, -1], [2, 2, 50], 10)
     assert row[0] == sampler.IN_PROMPT and row[2] == 2 and row.sum() == sampler.IN_PROMPT + 2
-    assert not sampler.history_row([], [], 4).any()
+    assert not sampler.token_counts_row([], [], 4).any()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmjax import LLM
-from mmjax.load import Leaf, fit
+from mmjax.load import ParamSpec, fit_to_mesh
 from small import asking, greedy, ids, picture, text
 
 QWEN = [text("Hello, who are you?"), asking(picture(1)), asking(picture(2, 120, 40), picture(3, 28, 28))]
@@ -37,18 +37,18 @@ def one_device(shared_llm) -> dict[str, list[list[int]]]:
 def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, prompts: list, ways: int) -> None:
     llm: LLM = make_llm(family, tensor_parallel_size=ways)
     assert ids(llm.generate(prompts, greedy(), use_tqdm=False)) == one_device[family]
-    runner = llm.parts.engines[0].runner
-    kinds = {s.data.shape[1] for s in runner.state.pool.k.addressable_shards}
-    assert kinds == {runner.shape.kv_heads // ways}, "each device holds its own heads only"
-    assert len(runner.state.pool.k.devices()) == ways
+    runner = llm.model.engines[0].runner
+    kinds = {s.data.shape[1] for s in runner.state.kv_cache.k.addressable_shards}
+    assert kinds == {runner.spec.num_kv_heads // ways}, "each device holds its own heads only"
+    assert len(runner.state.kv_cache.k.devices()) == ways
 
 
 def test_data_parallel_replicas_share_the_work(make_llm, one_device) -> None:
     llm: LLM = make_llm("qwen2_vl", data_parallel_size=2, tensor_parallel_size=2)
     assert ids(llm.generate(QWEN, greedy(), use_tqdm=False)) == one_device["qwen2_vl"]
-    first, second = llm.parts.engines
+    first, second = llm.model.engines
     assert first.stats.output_tokens > 0 and second.stats.output_tokens > 0
-    assert not set(first.runner.state.pool.k.devices()) & set(second.runner.state.pool.k.devices())
+    assert not set(first.runner.state.kv_cache.k.devices()) & set(second.runner.state.kv_cache.k.devices())
 
 
 def test_four_devices_are_there() -> None:
@@ -60,7 +60,7 @@ def test_fit_deals_query_heads_to_copies_of_their_keys() -> None:
     d, k, g, h = 3, 2, 4, 5
     value = np.random.default_rng(0).standard_normal((d, k, g + 2, h)).astype(np.float32)
     axes = ("embed", "kv_heads", "group_kv", "head_dim")
-    out = fit(value, Leaf((d, k, g + 2, h), axes), Leaf((d, 4, 2 + 2, h), axes))
+    out = fit_to_mesh(value, ParamSpec((d, k, g + 2, h), axes), ParamSpec((d, 4, 2 + 2, h), axes))
     for head in range(4):
         source = head // 2
         queries = value[:, source, (head % 2) * 2 : (head % 2) * 2 + 2]
@@ -69,6 +69,6 @@ def test_fit_deals_query_heads_to_copies_of_their_keys() -> None:
 
 
 def test_fit_fills_up_with_zeros() -> None:
-    leaf = Leaf((6, 4), ("vocab", "embed"))
-    out = fit(np.ones((6, 4), np.float32), leaf, Leaf((8, 4), leaf.axes))
+    leaf = ParamSpec((6, 4), ("vocab", "embed"))
+    out = fit_to_mesh(np.ones((6, 4), np.float32), leaf, ParamSpec((8, 4), leaf.axes))
     assert out[:6].all() and not out[6:].any()

@@ -13,9 +13,9 @@ from asking import tone
 from engine.test_sample import rows_of
 from mmjax import SamplingParams
 from mmjax.engine import sample as sampler
-from mmjax.engine.constraints import Constraints
-from mmjax.engine.timestamps import Timed
-from mmjax.processors.base import Timestamps
+from mmjax.engine.constraints import LogitsBias
+from mmjax.engine.timestamps import TimestampRules
+from mmjax.processors.base import TimestampTokens
 from rendering import load_processor
 from small import ids
 
@@ -23,13 +23,13 @@ VOCAB, END, PLAIN, FIRST, LAST = 40, 10, 19, 20, 35
 START = "<|startoftranscript|>"
 
 
-def timed(*said: int, latest: int = 5, **asked: Any) -> Timed:
-    rules = Timestamps(FIRST, LAST, END, never=PLAIN, latest=latest, said=said)
-    return Timed(rules, VOCAB, Constraints(SamplingParams(**asked), VOCAB, None))
+def timed(*said: int, latest: int = 5, **asked: Any) -> TimestampRules:
+    rules = TimestampTokens(FIRST, LAST, END, no_timestamps_id=PLAIN, max_initial_index=latest, prefix_ids=said)
+    return TimestampRules(rules, VOCAB, LogitsBias(SamplingParams(**asked), VOCAB, None))
 
 
 def allowed(*output: int, said: Sequence[int] = (), **asked: Any) -> list[int]:
-    return np.flatnonzero(np.isfinite(timed(*said, **asked).row(output))).tolist()
+    return np.flatnonzero(np.isfinite(timed(*said, **asked).bias_row(output))).tolist()
 
 
 WORDS = [token for token in range(FIRST) if token != PLAIN]
@@ -60,8 +60,8 @@ def test_what_may_come_next(said: tuple[int, ...], wanted: list[int]) -> None:
 def test_other_wishes_hold_beside() -> None:
     assert allowed(22, 1, allowed_token_ids=[3, 4, 30]) == [3, 4, 30]
     assert allowed(22, allowed_token_ids=[30]) == WORDS  # where nothing would be left, the rules win
-    assert timed(logit_bias={3: 2.0}).row([22])[3] == 2
-    assert timed().dynamic and timed().stamp == FIRST
+    assert timed(logit_bias={3: 2.0}).bias_row([22])[3] == 2
+    assert timed().dynamic and timed().first_timestamp == FIRST
 
 
 def test_times_come_where_together_they_are_likeliest() -> None:
@@ -69,10 +69,10 @@ def test_times_come_where_together_they_are_likeliest() -> None:
     logits = np.full((3, VOCAB), -9.0, np.float32)
     logits[:, 3] = [2.2, 2.4, 2.2]
     logits[:, 22:32] = 0
-    rows = rows_of(3, biased=True, stamp=np.array([FIRST, FIRST, 0]), row=np.arange(3))
+    rows = rows_of(3, has_bias=True, first_timestamp=np.array([FIRST, FIRST, 0]), row=np.arange(3))
     tables = np.zeros((3, VOCAB), np.int32), np.zeros((3, VOCAB), np.float32)
-    found = jax.jit(lambda *args: sampler.sample(*args, top=1))(jnp.asarray(logits), rows, *tables)
-    assert found.token.tolist() == [22, 3, 3]
+    found = jax.jit(lambda *args: sampler.sample(*args, num_logprobs=1))(jnp.asarray(logits), rows, *tables)
+    assert found.token_ids.tolist() == [22, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ def test_times_come_where_together_they_are_likeliest() -> None:
 )
 def test_which_prompts_ask_for_times(prompt: str, said: list[str] | None, tiny_dir: Callable[[str], Path]) -> None:
     processor, tokenizer = load_processor("whisper", tiny_dir("whisper"))
-    item = processor.item("audio", tone(1, 0.5), {})
-    found = processor.expand(tokenizer.encode(prompt, add_special_tokens=False), {"audio": [item]}).timestamps
+    item = processor.process_item("audio", tone(1, 0.5), {})
+    found = processor.expand_prompt(tokenizer.encode(prompt, add_special_tokens=False), {"audio": [item]}).timestamps
     if said is None:
         assert found is None
     else:
-        assert found is not None and [tokenizer.token_of(token) for token in found.said] == said
-        assert tokenizer.token_of(found.first) == "<|0.00|>" and tokenizer.token_of(found.last) == "<|4.00|>"
-        assert tokenizer.token_of(found.end) == "<|endoftext|>" and found.latest == 50
+        assert found is not None and [tokenizer.token_of(token) for token in found.prefix_ids] == said
+        assert tokenizer.token_of(found.first_id) == "<|0.00|>" and tokenizer.token_of(found.last_id) == "<|4.00|>"
+        assert tokenizer.token_of(found.eos_id) == "<|endoftext|>" and found.max_initial_index == 50
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperature: float) -> None:
     llm = shared_llm("whisper")
-    tokenizer = llm.parts.tokenizer
+    tokenizer = llm.model.tokenizer
     first, last, end = (tokenizer.id_of(f"<|{name}|>") for name in ("0.00", "4.00", "endoftext"))
     params = SamplingParams(temperature=temperature, max_tokens=40, seed=3)
     heard = [{"prompt": f"{START}<|{name}|><|transcribe|>", "multi_modal_data": {"audio": tone(2, 1.0)}} for name in
@@ -130,17 +130,17 @@ def test_the_rules_are_those_of_transformers() -> None:
     config = GenerationConfig(eos_token_id=FIRST - 2, no_timestamps_token_id=PLAIN, max_initial_timestamp_index=5)
     theirs = WhisperTimeStampLogitsProcessor(config, begin_index=2)
     vocab = LAST + 1
-    rules = Timestamps(FIRST, LAST, FIRST - 2, never=PLAIN, latest=5, said=())
-    ours = Timed(rules, vocab, Constraints(SamplingParams(), vocab, None))
-    draw = jax.jit(lambda *args: sampler.sample(*args, top=1).token[0])
+    rules = TimestampTokens(FIRST, LAST, FIRST - 2, no_timestamps_id=PLAIN, max_initial_index=5, prefix_ids=())
+    ours = TimestampRules(rules, vocab, LogitsBias(SamplingParams(), vocab, None))
+    draw = jax.jit(lambda *args: sampler.sample(*args, num_logprobs=1).token_ids[0])
     rng = np.random.default_rng(0)
     for _ in range(30):
         answer: list[int] = []
         for _ in range(12):
             logits = rng.normal(size=vocab).astype(np.float32) * 2
             wanted = theirs(torch.tensor([[7, 7, *answer]]), torch.from_numpy(logits)[None])[0].numpy()
-            rows = rows_of(1, biased=True, stamp=FIRST)
-            tables = np.zeros((1, vocab), np.int32), ours.row(answer)[None]
+            rows = rows_of(1, has_bias=True, first_timestamp=FIRST)
+            tables = np.zeros((1, vocab), np.int32), ours.bias_row(answer)[None]
             answer.append(int(np.argmax(wanted)))
             assert int(draw(jnp.asarray(logits[None]), rows, *tables)) == answer[-1]
             if answer[-1] == FIRST - 2:

@@ -56,7 +56,7 @@ class Segments:
     tail: int = 0
     heads: int = 2
     head_dim: int = 64
-    uniform: int | None = None
+    segment_len: int | None = None
     dtype: Any = jnp.float32
     unseen: int = 0  # units at the end of each segment that attend, and are not attended to
 
@@ -66,8 +66,8 @@ SEGMENTS = {
     "images_and_padding": Segments((300, 64, 5, 260), tail=139, head_dim=80),
     "padding_blocks": Segments((3,), tail=509),
     "one_long": Segments((390,), head_dim=72, heads=1),
-    "uniform": Segments((77,) * 3, uniform=77),
-    "uniform_wide": Segments((130,) * 2, uniform=130, head_dim=128),
+    "uniform": Segments((77,) * 3, segment_len=77),
+    "uniform_wide": Segments((130,) * 2, segment_len=130, head_dim=128),
     "bfloat16": Segments((100, 28), dtype=jnp.bfloat16),
     "onlookers": Segments((300, 20, 9, 130), tail=53, unseen=7),
 }
@@ -91,7 +91,7 @@ class Pool:
 
     k: Array
     v: Array
-    pages: Array
+    block_table: Array
     keys: list[Array]
     values: list[Array]
 
@@ -102,17 +102,17 @@ def pool(case: Paged, rng: np.random.Generator) -> Pool:
     shape = (count, PAGE, case.kv_heads, case.head_dim)
     arrays = [np.full(shape, np.nan, np.float32) for _ in range(2)]
     ids = 1 + rng.permutation(count - 1).reshape(len(case.lengths), width)
-    pages = np.zeros((len(case.lengths), width), np.int32)
+    block_table = np.zeros((len(case.lengths), width), np.int32)
     rows: list[list[Array]] = [[], []]
     for s, n in enumerate(case.lengths):
         used = -(-n // PAGE)
-        pages[s, :used] = ids[s, :used]
+        block_table[s, :used] = ids[s, :used]
         for array, kept in zip(arrays, rows, strict=True):
             fresh = rounded(rng.standard_normal((n, *shape[2:])), case.dtype)
             kept.append(fresh.astype(np.float64))
             for at in range(n):
-                array[pages[s, at // PAGE], at % PAGE] = fresh[at]
-    return Pool(arrays[0], arrays[1], pages, rows[0], rows[1])
+                array[block_table[s, at // PAGE], at % PAGE] = fresh[at]
+    return Pool(arrays[0], arrays[1], block_table, rows[0], rows[1])
 
 
 def rounded(x: Array, dtype: Any) -> Array:
@@ -132,13 +132,13 @@ def program(op: str, impl: str, **static: object) -> Callable[..., jax.Array]:
 
 def pad_heads(x: Array, impl: str, dtype: object) -> jax.Array:
     """To the pool's head dim, as the callers of the ops do."""
-    extra = kernels.pool_head_dim(x.shape[-1], PLATFORM[impl]) - x.shape[-1]
+    extra = kernels.kv_cache_head_dim(x.shape[-1], PLATFORM[impl]) - x.shape[-1]
     return jnp.asarray(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), dtype)
 
 
 def laid_out(data: Pool, impl: str) -> tuple[Array, Array]:
     """The pools as the implementation's platform keeps them."""
-    if not kernels.heads_first(PLATFORM[impl]):
+    if not kernels.kv_heads_first(PLATFORM[impl]):
         return data.k, data.v
     return data.k.swapaxes(1, 2), data.v.swapaxes(1, 2)
 
@@ -151,7 +151,7 @@ def test_decode(case: Paged, impl: str) -> None:
     q = rounded(rng.standard_normal((len(case.lengths), case.kv_heads, case.group, case.head_dim)), case.dtype)
     run = program("paged_decode", impl, scale=scale)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
-    out = run(*arrays, jnp.asarray(data.pages), jnp.asarray(case.lengths, jnp.int32))
+    out = run(*arrays, jnp.asarray(data.block_table), jnp.asarray(case.lengths, jnp.int32))
     assert out.dtype == case.dtype
     got = np.asarray(out, np.float64)[..., : case.head_dim]
     assert np.isfinite(got).all()
@@ -167,21 +167,23 @@ def test_prefill(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(1)
     data, scale = pool(case, rng), case.head_dim**-0.5
     q = rounded(rng.standard_normal((len(case.queries), QUERIES, case.kv_heads, case.group, case.head_dim)), case.dtype)
-    owner, start = (jnp.asarray(x, jnp.int32) for x in zip(*case.queries, strict=True))
+    seq_index, q_start = (jnp.asarray(x, jnp.int32) for x in zip(*case.queries, strict=True))
     run = program("paged_prefill", impl, scale=scale, causal=case.causal)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
-    out = run(*arrays, jnp.asarray(data.pages), owner, start, jnp.asarray(case.lengths, jnp.int32))
+    out = run(*arrays, jnp.asarray(data.block_table), seq_index, q_start, jnp.asarray(case.lengths, jnp.int32))
     assert out.dtype == case.dtype
     got = np.asarray(out, np.float64)[..., : case.head_dim]
     assert np.isfinite(got).all()
     for b, (s, first) in enumerate(case.queries):
         for j in range(QUERIES):
-            position, length = first + j, case.lengths[s]
-            seen = min(position + 1, length) if case.causal else length
-            if first < 0 or seen == 0 or (case.causal and position >= length):
+            position, context_lens = first + j, case.lengths[s]
+            key_mask = min(position + 1, context_lens) if case.causal else context_lens
+            if first < 0 or key_mask == 0 or (case.causal and position >= context_lens):
                 continue
             for g in range(case.group):
-                want = attend(q[b, j, :, g].astype(np.float64), data.keys[s][:seen], data.values[s][:seen], scale)
+                want = attend(
+                    q[b, j, :, g].astype(np.float64), data.keys[s][:key_mask], data.values[s][:key_mask], scale
+                )
                 np.testing.assert_allclose(got[b, j, :, g], want, atol=bound(case.dtype), rtol=0)
 
 
@@ -192,12 +194,12 @@ def test_segments(case: Segments, impl: str) -> None:
     units, scale = sum(case.lengths) + case.tail, case.head_dim**-0.5
     q, k, v = (rounded(rng.standard_normal((units, case.heads, case.head_dim)), case.dtype) for _ in range(3))
     ids = 3 + np.arange(len(case.lengths))  # any numbers do, as long as neighbours differ
-    segment = np.concatenate([np.repeat(ids, case.lengths), np.full(case.tail, -1)]).astype(np.int32)
-    run = program("segment_attention", impl, scale=scale, uniform=case.uniform)
-    arrays = [*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment)]
+    segment_ids = np.concatenate([np.repeat(ids, case.lengths), np.full(case.tail, -1)]).astype(np.int32)
+    run = program("segment_attention", impl, scale=scale, segment_len=case.segment_len)
+    arrays = [*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment_ids)]
     if case.unseen:
-        seen = np.concatenate([np.arange(n) < n - case.unseen for n in case.lengths] + [np.ones(case.tail, bool)])
-        out = run(*arrays, seen=jnp.asarray(seen))
+        key_mask = np.concatenate([np.arange(n) < n - case.unseen for n in case.lengths] + [np.ones(case.tail, bool)])
+        out = run(*arrays, key_mask=jnp.asarray(key_mask))
     else:
         out = run(*arrays)
     assert out.dtype == case.dtype

@@ -38,26 +38,26 @@ def test_refusal_names_op_implementation_and_shape(impl: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "uniform"), [(jnp.float32, 4), (jnp.bfloat16, None)])
-def test_cudnn_takes_half_precision_in_equal_segments(dtype: jnp.dtype, uniform: int | None) -> None:
-    x, segment = jnp.zeros((8, 1, 64), dtype), jnp.zeros(8, jnp.int32)
+def test_cudnn_takes_half_precision_in_equal_segments(dtype: jnp.dtype, segment_len: int | None) -> None:
+    x, segment_ids = jnp.zeros((8, 1, 64), dtype), jnp.zeros(8, jnp.int32)
     with pytest.raises(NotImplementedError, match="segment_attention: cudnn"):
-        kernels.segment_attention(x, x, x, segment, scale=1.0, uniform=uniform, impl="cudnn")
+        kernels.segment_attention(x, x, x, segment_ids, scale=1.0, segment_len=segment_len, impl="cudnn")
 
 
 def test_uniform_must_divide() -> None:
     x = jnp.zeros((10, 1, 64))
     with pytest.raises(ValueError, match="10 units are not whole segments of 4"):
-        kernels.segment_attention(x, x, x, jnp.zeros(10, jnp.int32), scale=1.0, uniform=4)
+        kernels.segment_attention(x, x, x, jnp.zeros(10, jnp.int32), scale=1.0, segment_len=4)
 
 
 def test_sizes() -> None:
-    assert [kernels.pool_head_dim(80, p) for p in ("cpu", "gpu", "tpu")] == [80, 128, 128]
-    assert [kernels.pool_head_dim(64, p) for p in ("cpu", "gpu", "tpu")] == [64, 64, 128]
-    assert [kernels.pool_kv_heads(k, "tpu") for k in (1, 2, 3, 6, 8, 12, 20)] == [2, 2, 4, 8, 8, 16, 24]
-    assert kernels.pool_kv_heads(6, "gpu") == 6
-    assert all(kernels.query_block(p) % 16 == 0 for p in ("cpu", "gpu", "tpu"))
-    assert kernels.pool_dtype("bfloat16", "cpu") == jnp.uint16
-    assert kernels.pool_dtype(jnp.bfloat16, "gpu") == jnp.bfloat16
+    assert [kernels.kv_cache_head_dim(80, p) for p in ("cpu", "gpu", "tpu")] == [80, 128, 128]
+    assert [kernels.kv_cache_head_dim(64, p) for p in ("cpu", "gpu", "tpu")] == [64, 64, 128]
+    assert [kernels.kv_cache_heads(k, "tpu") for k in (1, 2, 3, 6, 8, 12, 20)] == [2, 2, 4, 8, 8, 16, 24]
+    assert kernels.kv_cache_heads(6, "gpu") == 6
+    assert all(kernels.q_block_size(p) % 16 == 0 for p in ("cpu", "gpu", "tpu"))
+    assert kernels.kv_cache_dtype("bfloat16", "cpu") == jnp.uint16
+    assert kernels.kv_cache_dtype(jnp.bfloat16, "gpu") == jnp.bfloat16
 
 
 def test_imported_under_a_strangers_name_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:

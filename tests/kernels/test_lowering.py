@@ -17,7 +17,7 @@ I32 = jnp.int32
 
 
 def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
-    head_dim, queries = kernels.pool_head_dim(64, platform), kernels.query_block(platform)
+    head_dim, queries = kernels.kv_cache_head_dim(64, platform), kernels.q_block_size(platform)
     pool, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
     q, blocks = ((4, 2, 7, head_dim), jnp.bfloat16), ((3, queries, 2, 7, head_dim), jnp.bfloat16)
     units = ((1024, 4, 80), jnp.bfloat16)
@@ -29,7 +29,7 @@ def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tu
         "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
         "segments": (functools.partial(kernels.segment_attention, **options), (units,) * 3 + (((1024,), I32),)),
         "onlookers": (
-            lambda *arrays: kernels.segment_attention(*arrays[:4], seen=arrays[4], **options),
+            lambda *arrays: kernels.segment_attention(*arrays[:4], key_mask=arrays[4], **options),
             (units,) * 3 + (((1024,), I32), ((1024,), jnp.bool_)),
         ),
     }

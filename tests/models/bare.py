@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from mmjax.kernels import pool_dtype, pool_head_dim
+from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim
 
 from mmjax import sharding
-from mmjax.batch import Batch, Pool, nest
+from mmjax.batch import Batch, KVCache, nest
 from mmjax.load import Checkpoint, load_params
-from mmjax.models.family import Encoder
-from mmjax.processors.base import Item
-from mmjax.render import Rendered
+from mmjax.models.family import EncoderSpec
+from mmjax.processors.base import MediaItem
+from mmjax.render import EngineInput
 
 PAGE, BLOCK = 16, 32
 
@@ -36,94 +36,98 @@ class Bare:
         checkpoint = Checkpoint.open(str(directory))
         mesh = sharding.mesh(jax.local_devices()[:1])
         config = checkpoint.model_config()
-        self.graph, config, params = load_params(checkpoint, config, mesh, dtype, dtype, matrices=products)
+        self.graph, config, params = load_params(checkpoint, config, mesh, dtype, dtype, matmul_dtype=products)
         self.params = nest(params)
-        self.shape = config.shape
+        self.spec = config.spec
         self.tokens, self.dtype = tokens, jnp.dtype(dtype)
-        self.pool = jnp.dtype(dtype) if products is None else pool_dtype(products, "cpu")
-        self.units = dict.fromkeys(self.shape.encoders, units) if isinstance(units, int) else units
+        self.pool = jnp.dtype(dtype) if products is None else kv_cache_dtype(products, "cpu")
+        self.units = dict.fromkeys(self.spec.encoders, units) if isinstance(units, int) else units
 
-    def encode(self, items: Sequence[Item]) -> np.ndarray:
+    def encode(self, items: Sequence[MediaItem]) -> np.ndarray:
         """Rows of all the items, one after the other: [rows, W]; for cross attention [frames, D]."""
         found: dict[int, np.ndarray] = {}
-        for name, encoder in self.shape.encoders.items():
-            mine = [item for item in items if item.kind in encoder.kinds]
+        for name, encoder in self.spec.encoders.items():
+            mine = [item for item in items if item.modality in encoder.modalities]
             if mine:
                 rows = np.asarray(self._encode[name](self.params, self._pack(encoder, self.units[name], mine)))
-                ends = np.cumsum([item.units * encoder.keys or item.rows for item in mine])
+                ends = np.cumsum([item.num_inputs * encoder.keys_per_input or item.num_embeds for item in mine])
                 found |= {id(item): part for item, part in zip(mine, np.split(rows, ends)[:-1], strict=True)}
         return np.concatenate([found[id(item)] for item in items])
 
-    def _pack(self, encoder: Encoder, most: int, items: Sequence[Item]) -> dict[str, np.ndarray]:
+    def _pack(self, encoder: EncoderSpec, most: int, items: Sequence[MediaItem]) -> dict[str, np.ndarray]:
         """Features and picks of items that one encoder takes together."""
-        assert sum(item.units for item in items) <= most
+        assert sum(item.num_inputs for item in items) <= most
         out = {}
-        for count, fields in ((most, encoder.features), (encoder.rows_of(most), encoder.picks)):
+        for count, fields in ((most, encoder.features), (encoder.num_embeds(most), encoder.gather_fields)):
             for field, (tail, dtype, fill) in fields.items():
                 out[field] = np.full((count, *tail), fill, dtype)
                 at = segments = units = 0
                 for item in items:
                     part = item.features[field]
-                    if field in encoder.numbered:
+                    if field in encoder.segment_fields:
                         part, segments = part + segments, segments + int(part.max()) + 1
-                    if field in encoder.based:
-                        part = np.where(part < 0, part, part + units * encoder.based[field])
+                    if field in encoder.offset_fields:
+                        part = np.where(part < 0, part, part + units * encoder.offset_fields[field])
                     out[field][at : at + len(part)] = part
-                    at, units = at + len(part), units + item.units
+                    at, units = at + len(part), units + item.num_inputs
         return out
 
-    def logits(self, rendered: Rendered) -> np.ndarray:
+    def logits(self, rendered: EngineInput) -> np.ndarray:
         """f32 [T, V] of a rendered prompt."""
-        count, size = len(rendered.tokens), self.tokens
+        count, size = len(rendered.token_ids), self.tokens
         items = list({id(entry.item): entry.item for entry in rendered.items}.values())
-        rows = self.encode(items) if items else np.zeros((0, self.shape.slab_width), self.dtype)
-        slab = np.zeros((max(size, len(rows)), max(self.shape.slab_width, 1)), self.dtype)
+        rows = self.encode(items) if items else np.zeros((0, self.spec.mm_embed_dim), self.dtype)
+        slab = np.zeros((max(size, len(rows)), max(self.spec.mm_embed_dim, 1)), self.dtype)
         media = np.full(size, -1, np.int32)
-        if not self.shape.cross and items:
+        if not self.spec.is_encoder_decoder and items:
             slab[: len(rows)] = rows
-            first = {id(item): at for item, at in zip(items, np.cumsum([0, *(i.rows for i in items)]), strict=False)}
+            first = {
+                id(item): at for item, at in zip(items, np.cumsum([0, *(i.num_embeds for i in items)]), strict=False)
+            }
             for span, entry in zip(rendered.spans, rendered.items, strict=True):
-                at = first[id(entry.item)] + span.first
+                at = first[id(entry.item)] + span.embed_offset
                 media[span.start : span.start + span.length] = np.arange(at, at + span.length)
         tokens, place = np.zeros(size, np.int32), np.arange(size, dtype=np.int32)
-        positions = np.zeros((len(rendered.positions), size), np.int32)
-        tokens[:count], positions[:, :count] = rendered.tokens, rendered.positions
+        positions = np.zeros((len(rendered.rope_positions), size), np.int32)
+        tokens[:count], positions[:, :count] = rendered.token_ids, rendered.rope_positions
         start = place[::BLOCK].copy()
         start[start >= count] = -BLOCK
-        pages, keys = size // PAGE, len(rows) if self.shape.cross else 0
+        pages, keys = size // PAGE, len(rows) if self.spec.is_encoder_decoder else 0
         batch = Batch(
-            tokens=jnp.asarray(tokens),
-            positions=jnp.asarray(positions),
-            media=jnp.asarray(media),
-            slot=jnp.asarray(np.where(place < count, place + PAGE, -1)),  # page 0 belongs to nobody
-            owner=jnp.zeros(size // BLOCK, jnp.int32),
-            start=jnp.asarray(start),
-            pages=jnp.arange(1, pages + 1, dtype=jnp.int32)[None],
-            length=jnp.asarray([count], jnp.int32),
-            cross_pages=jnp.arange(pages + 1, pages + 1 + -(-keys // PAGE), dtype=jnp.int32)[None],
-            cross_length=jnp.asarray([keys], jnp.int32),
+            token_ids=jnp.asarray(tokens),
+            rope_positions=jnp.asarray(positions),
+            mm_index=jnp.asarray(media),
+            slot_mapping=jnp.asarray(np.where(place < count, place + PAGE, -1)),  # page 0 belongs to nobody
+            seq_index=jnp.zeros(size // BLOCK, jnp.int32),
+            q_start=jnp.asarray(start),
+            block_table=jnp.arange(1, pages + 1, dtype=jnp.int32)[None],
+            context_lens=jnp.asarray([count], jnp.int32),
+            cross_block_table=jnp.arange(pages + 1, pages + 1 + -(-keys // PAGE), dtype=jnp.int32)[None],
+            cross_context_lens=jnp.asarray([keys], jnp.int32),
         )
-        return np.asarray(self._forward(self.params, batch, slab, rows if self.shape.cross else None))[:count]
+        return np.asarray(self._forward(self.params, batch, slab, rows if self.spec.is_encoder_decoder else None))[
+            :count
+        ]
 
     @functools.cached_property
     def _encode(self):  # type: ignore[no-untyped-def]
         def run(name: str):  # type: ignore[no-untyped-def]
             return jax.jit(lambda params, features: nnx.merge(self.graph, params).encode(name, features))
 
-        return {name: run(name) for name in self.shape.encoders}
+        return {name: run(name) for name in self.spec.encoders}
 
     @functools.cached_property
     def _forward(self):  # type: ignore[no-untyped-def]
-        shape = self.shape
+        spec = self.spec
 
         def run(params: dict[str, jax.Array], batch: Batch, slab: jax.Array, rows: jax.Array | None) -> jax.Array:
             model = nnx.merge(self.graph, params)
-            count = 1 + batch.pages.shape[1] + batch.cross_pages.shape[1]
-            size = (shape.layers * count, shape.kv_heads, PAGE, pool_head_dim(shape.head_dim, "cpu"))
-            pool = Pool(jnp.zeros(size, self.pool), jnp.zeros(size, self.pool))
+            count = 1 + batch.block_table.shape[1] + batch.cross_block_table.shape[1]
+            size = (spec.num_layers * count, spec.num_kv_heads, PAGE, kv_cache_head_dim(spec.head_dim, "cpu"))
+            pool = KVCache(jnp.zeros(size, self.pool), jnp.zeros(size, self.pool))
             if rows is not None:
-                first = (1 + batch.pages.shape[1]) * PAGE
-                pool = model.cross(rows, pool, jnp.arange(rows.shape[0], dtype=jnp.int32) + first)
+                first = (1 + batch.block_table.shape[1]) * PAGE
+                pool = model.write_cross_kv(rows, pool, jnp.arange(rows.shape[0], dtype=jnp.int32) + first)
             return model.logits(model(batch, pool, slab)[0])
 
         return jax.jit(run)

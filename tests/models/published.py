@@ -22,7 +22,7 @@ with warnings.catch_warnings():
     import torch
     import transformers
 
-from mmjax.processors.base import Item
+from mmjax.processors.base import MediaItem
 from rendering import make_renderer, read_files
 
 MODELS = {
@@ -72,7 +72,7 @@ class Published:
         transformers.logging.disable_progress_bar()
         self.family = family
         self.files = read_files(directory)
-        self.renderer = make_renderer(family, directory, **options)
+        self.input_processor = make_renderer(family, directory, **options)
         if family not in MODELS:
             self.model = _elsewhere(family).Reference(directory, getattr(torch, dtype))
             return
@@ -87,12 +87,12 @@ class Published:
 
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
         """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
-        rendered = self.renderer.render(self.renderer.parse(question))
+        rendered = self.input_processor.process(self.input_processor.parse(question))
         media = {
             name: torch.from_numpy(value).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
             for name, value in self.media(question).items()
         }
-        tokens = rendered.tokens.tolist()
+        tokens = rendered.token_ids.tolist()
         found: list[int] = []
         with torch.no_grad():
             if self.family == "whisper":
@@ -120,7 +120,7 @@ class Published:
         given = question.get("multi_modal_data") or {}
         if self.family not in MODELS:
             found: dict[str, np.ndarray] = _elsewhere(self.family).media(
-                self.renderer.render(self.renderer.parse(question))
+                self.input_processor.process(self.input_processor.parse(question))
             )
             return found
         if self.family == "whisper":
@@ -130,8 +130,10 @@ class Published:
             kwargs = {} if self.family in FPS else question.get("mm_processor_kwargs", {})
             out |= self.prepare(images=given["image"], return_tensors="np", **kwargs)
         if given.get("video"):
-            rendered = self.renderer.render(self.renderer.parse(question))
-            items = list({entry.key: entry.item for entry in rendered.items if entry.kind == "video"}.values())
+            rendered = self.input_processor.process(self.input_processor.parse(question))
+            items = list(
+                {entry.item_hash: entry.item for entry in rendered.items if entry.modality == "video"}.values()
+            )
             clips = [normalise(item, self.files) for item in items]
             if self.family == "llava_onevision":  # videos of equal length only
                 return out | {"pixel_values_videos": np.stack(clips)}
@@ -186,13 +188,13 @@ def _elsewhere(family: str) -> Any:
     return importlib.import_module(f"models.reference_{family}")
 
 
-def normalise(item: Item, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
+def normalise(item: MediaItem, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
     """f32 pixels of an item: scaled to 0..1, less the mean, over the deviation, channel by channel."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
     pixels = item.features["pixels"]
-    if "order" in item.features:  # windows have moved the patches of each row
-        first = item.features["order"]
+    if "embed_order" in item.features:  # windows have moved the patches of each row
+        first = item.features["embed_order"]
         pixels = pixels[(first[:, None] + np.arange(len(pixels) // len(first))).reshape(-1)]
     flat = pixels.reshape(len(pixels), 3, -1).astype(np.float32)
     return ((flat / 255 - mean) / std).reshape(pixels.shape).astype(np.float32)

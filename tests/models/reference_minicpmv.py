@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from mmjax.render import Rendered
+from mmjax.render import EngineInput
 
 EPS = 1e-6
 
@@ -76,12 +76,12 @@ class Reference(nn.Module):
         return resampler.ln_post(found) @ resampler.proj
 
 
-def media(rendered: Rendered) -> dict[str, np.ndarray]:
+def media(rendered: EngineInput) -> dict[str, np.ndarray]:
     """Features of all items in the order of the prompt, with the slices numbered through."""
     out: dict[str, list[np.ndarray]] = {}
     slices = 0
-    for item in {entry.key: entry.item for entry in rendered.items}.values():
+    for item in {entry.item_hash: entry.item for entry in rendered.items}.values():
         for name, value in item.features.items():
-            out.setdefault(name, []).append(value + slices if name == "segment" else value)
-        slices += int(item.features["segment"][-1]) + 1
+            out.setdefault(name, []).append(value + slices if name == "segment_ids" else value)
+        slices += int(item.features["segment_ids"][-1]) + 1
     return {name: np.concatenate(parts) for name, parts in out.items()}

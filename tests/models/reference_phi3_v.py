@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from mmjax.render import Rendered
+from mmjax.render import EngineInput
 
 IMAGE = "model.vision_embed_tokens."
 TOWER = IMAGE + "img_processor.vision_model."
@@ -82,7 +82,7 @@ class Reference(nn.Module):
         return torch.cat([torch.cat([line, self.newline]) for line in x])
 
 
-def media(rendered: Rendered) -> dict[str, np.ndarray]:
+def media(rendered: EngineInput) -> dict[str, np.ndarray]:
     """The units of all pictures in the order of the prompt, and the grid of each."""
     items = [entry.item for entry in rendered.items]
     if not items:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from mmjax.processors.clips import BEFORE, PIECE
-from mmjax.render import Rendered
+from mmjax.processors.clips import BEFORE, CHUNK_STEPS
+from mmjax.render import EngineInput
 
 EPS = 1e-6
 NOTHING = ("model_type", "architectures")
@@ -73,18 +73,18 @@ class Reference(nn.Module):
         return parts["linear_2"](parts["ln_mid"](x)) if self.inside else parts["ln_post"](parts["linear_2"](x))
 
 
-def media(rendered: Rendered) -> dict[str, np.ndarray]:
+def media(rendered: EngineInput) -> dict[str, np.ndarray]:
     """The windows of all clips: mel [n, bins, most frames], frames that there are, steps that are sound."""
     found: list[tuple[np.ndarray, int, int]] = []
-    for item in {entry.key: entry.item for entry in rendered.items}.values():
-        for number in range(int(item.features["window"].max(initial=-1)) + 1):
-            mine = item.features["window"] == number
-            mel = item.features["mel"][mine][:, BEFORE : BEFORE + 2 * PIECE]
+    for item in {entry.item_hash: entry.item for entry in rendered.items}.values():
+        for number in range(int(item.features["window_ids"].max(initial=-1)) + 1):
+            mine = item.features["window_ids"] == number
+            mel = item.features["mel"][mine][:, BEFORE : BEFORE + 2 * CHUNK_STEPS]
             mel = mel.reshape(-1, mel.shape[-1]).T
-            frames = int(item.features["extent"][mine][0])
+            frames = int(item.features["num_frames"][mine][0])
             whole = np.zeros((len(mel), frames), np.float32)  # pieces after the last that is wanted hold zeros
             whole[:, : min(frames, mel.shape[1])] = mel[:, :frames]
-            found.append((whole, frames, int(item.features["heard"][mine].sum())))
+            found.append((whole, frames, int(item.features["audio_steps"][mine].sum())))
     if not found:
         return {}
     most = max(frames for _, frames, _ in found)

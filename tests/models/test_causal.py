@@ -52,7 +52,7 @@ def test_against_transformers(name: str, tmp_path: Path) -> None:
 
     llm = LLM(str(tmp_path), max_num_seqs=2, max_num_batched_tokens=64, max_logprobs=-1, enforce_eager=True)
     if kind == "Mistral":
-        assert llm.parts.max_model_len == 128, "no longer than its window"
+        assert llm.model.max_model_len == 128, "no longer than its window"
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 300, n).tolist() for n in (1, 90, 33)]
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -72,6 +72,6 @@ def test_against_transformers(name: str, tmp_path: Path) -> None:
 )
 def test_what_is_not_done_is_said(wrong: dict[str, Any]) -> None:
     text = {**SIZE, "rms_norm_eps": 1e-6, "architectures": ["LlamaForCausalLM"]}
-    assert Config.from_hf(text, {}, tied=False).shape.encoders == {}
+    assert Config.from_hf(text, {}, tied=False).spec.encoders == {}
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Config.from_hf(text | wrong, {}, tied=False)

@@ -15,8 +15,8 @@ import pytest
 
 from mmjax import LLM
 from mmjax.processors import clips
-from mmjax.processors.base import Item
-from mmjax.render import MediaItem
+from mmjax.processors.base import MediaItem
+from mmjax.render import HashedItem
 from models.bare import Bare
 from models.questions import QUESTIONS, sound
 from models.tables import close
@@ -28,13 +28,13 @@ from small import greedy, ids
 FAMILIES = ("qwen2_audio", "ultravox")
 
 
-def as_stored(item: Item, mel: np.ndarray) -> Item:
+def as_stored(item: MediaItem, mel: np.ndarray) -> MediaItem:
     """The item with the frames that the published processor made of it, silence behind the sound included."""
-    heard = int(item.features["heard"].sum())
-    features = clips.cut(mel, heard, min(-(-heard // 8) * 8, clips.steps_of(mel.shape[1])), 0)
-    kept = np.full(item.rows, 8, np.int32)
-    kept[-1] = min(8, int(features["reach"].sum()) - 8 * (item.rows - 1))
-    return dataclasses.replace(item, features=features | {"step": item.features["step"], "kept": kept})
+    heard = int(item.features["audio_steps"].sum())
+    features = clips.split_window(mel, heard, min(-(-heard // 8) * 8, clips.encoder_steps(mel.shape[1])), 0)
+    kept = np.full(item.num_embeds, 8, np.int32)
+    kept[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
+    return dataclasses.replace(item, features=features | {"step_index": item.features["step_index"], "num_steps": kept})
 
 
 def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) -> None:
@@ -43,12 +43,12 @@ def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) ->
     audio = [golden.arrays[f"{case}/raw_audio_{index}"] for index in range(2)]
     prompt = {"prompt": golden.prompts_apart[case], "multi_modal_data": {"audio": audio}}
     renderer = make_renderer("ultravox", golden.directory)
-    rendered = renderer.render(renderer.parse(prompt))
-    assert rendered.tokens.tolist() == golden.ids(case)
+    rendered = renderer.process(renderer.parse(prompt))
+    assert rendered.token_ids.tolist() == golden.ids(case)
 
     stored = golden.arrays[f"{case}/audio_values"]
     items = [
-        MediaItem(entry.kind, entry.key, as_stored(entry.item, mel))
+        HashedItem(entry.modality, entry.item_hash, as_stored(entry.item, mel))
         for entry, mel in zip(rendered.items, stored, strict=True)
     ]
     model = Bare(golden.directory, tokens=64, units=2)
@@ -56,7 +56,7 @@ def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) ->
     close(model.encode([entry.item for entry in items]), wanted, FEATURES, case)
     close(model.logits(dataclasses.replace(rendered, items=items)), golden.arrays[f"{case}/logits"], LOGITS, case)
     longest = rendered.items[0].item
-    close(model.encode([longest]), wanted[: longest.rows], FEATURES, "the longest, alone")
+    close(model.encode([longest]), wanted[: longest.num_embeds], FEATURES, "the longest, alone")
 
 
 def test_stored_rows_in_place_of_clips(shared: Path, reference_llm: Callable[..., LLM]) -> None:
@@ -91,7 +91,7 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
     wanted = [RECORDED[family][case]["ids"] for case in cases]
     first = llm.generate(asked, greedy(12), use_tqdm=False)
     encoded = llm.get_metrics()["encoded_items"]
-    llm.parts.renderer.cache.clear()
+    llm.model.input_processor.cache.clear()
     again = llm.generate(asked, greedy(12), use_tqdm=False)
     assert ids(first) == ids(again) == wanted
     lengths = [len(RECORDED[family][case]["prompt_ids"]) for case in cases]
@@ -103,8 +103,8 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
 def test_encoding_together_is_encoding_alone(family: str, tiny_dir: Callable[[str], Path]) -> None:
     """Whatever lies beside a clip in the encoder's batch, and wherever it lies."""
     renderer = make_renderer(family, tiny_dir(family))
-    items: list[Item] = [
-        renderer.processor.item("audio", sound(seed, seconds), {})  # type: ignore[union-attr]
+    items: list[MediaItem] = [
+        renderer.processor.process_item("audio", sound(seed, seconds), {})  # type: ignore[union-attr]
         for seed, seconds in ((1, 0.9), (2, 0.03), (3, 1.92), (4, 3.3), (5, 0.03))
     ]
     model = Bare(tiny_dir(family), tokens=32, units=12)

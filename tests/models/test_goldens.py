@@ -135,14 +135,14 @@ def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> No
     tokens, units = BARE[golden.family]
     model = Bare(golden.directory, tokens=tokens, units=units)
     for case in golden.texts:
-        rendered = renderer.render(renderer.parse(golden.prompt(case)))
-        assert rendered.tokens.tolist() == golden.ids(case)
+        rendered = renderer.process(renderer.parse(golden.prompt(case)))
+        assert rendered.token_ids.tolist() == golden.ids(case)
         if f"{case}/position_ids" in golden.arrays:
-            np.testing.assert_array_equal(rendered.positions, golden.arrays[f"{case}/position_ids"], case)
-            assert rendered.delta == golden.arrays[f"{case}/rope_delta"]
+            np.testing.assert_array_equal(rendered.rope_positions, golden.arrays[f"{case}/position_ids"], case)
+            assert rendered.rope_delta == golden.arrays[f"{case}/rope_delta"]
         for name, kind in KINDS:
             if f"{case}/{name}" in golden.arrays:
-                items = {entry.key: entry.item for entry in rendered.items if entry.kind == kind}  # each once
+                items = {entry.item_hash: entry.item for entry in rendered.items if entry.modality == kind}  # each once
                 rows = model.encode(list(items.values()))
                 wanted = golden.arrays[f"{case}/{name}"]
                 wanted = wanted.reshape(-1, wanted.shape[-1])
@@ -199,7 +199,7 @@ def test_goldens_have_an_image_across_token_32(family: str, shared: Path) -> Non
     """Else the tests with chunks of 32 tokens would cut none."""
     golden = load(shared / "reference" / family)
     processor, tokenizer = load_processor(family, golden.directory)
-    marker = tokenizer.id_of(processor.marker["image"])
+    marker = tokenizer.id_of(processor.placeholder_token["image"])
     assert any(golden.ids(case)[31:33] == [marker, marker] for case in golden.texts)
 
 

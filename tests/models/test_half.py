@@ -26,8 +26,8 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def leaves(llm: LLM) -> dict[str, Any]:
-    runner = llm.parts.engines[0].runner
-    return dict(zip(runner.paths, runner.leaves, strict=True))
+    runner = llm.model.engines[0].runner
+    return dict(zip(runner.paths, runner.params, strict=True))
 
 
 def test_matrices_and_keys_in_half_the_memory(family: str, tiny_dir: Callable[[str], Path]) -> None:
@@ -40,7 +40,7 @@ def test_matrices_and_keys_in_half_the_memory(family: str, tiny_dir: Callable[[s
     for path in ("text.embed", "text.layers.0.qkv", "text.layers.0.o", "audio.blocks.qkv", "audio.blocks.fc1"):
         assert kept[path].dtype == jnp.bfloat16, path
     assert all(kept[path].dtype == jnp.float32 for path in kept if "norm" in path or "bias" in path or "conv" in path)
-    pools = [llm.parts.engines[0].runner.state.pool.k for llm in (exact, half)]
+    pools = [llm.model.engines[0].runner.state.kv_cache.k for llm in (exact, half)]
     assert [pool.dtype for pool in pools] == [jnp.float32, jnp.uint16]
 
 
@@ -56,7 +56,7 @@ def test_company_and_devices_change_nothing(monkeypatch: pytest.MonkeyPatch, tin
 def test_int8_goes_before(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[str], Path]) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     kept = leaves(engine(tiny_dir("qwen2_5_omni"), dtype="bfloat16", quantization="int8"))
-    assert kept["text.layers.0.qkv"].steps.dtype == jnp.int8
+    assert kept["text.layers.0.qkv"].values.dtype == jnp.int8
     assert kept["text.embed"].dtype == kept["audio.blocks.qkv"].dtype == jnp.bfloat16
 
 
@@ -65,7 +65,7 @@ def test_a_look_up_copies_no_table_even_in_a_loop() -> None:
 
     def run(values: jax.Array, ids: jax.Array) -> jax.Array:
         table = Weight(values, axes=("vocab", "embed"))
-        return jax.lax.fori_loop(0, 3, lambda i, sum: sum + table.look_up(ids + i), jnp.zeros((5, 64), values.dtype))
+        return jax.lax.fori_loop(0, 3, lambda i, sum: sum + table.lookup(ids + i), jnp.zeros((5, 64), values.dtype))
 
     values = jnp.arange(5000, dtype=jnp.bfloat16)[:, None] * jnp.ones(64, jnp.bfloat16)
     program = jax.jit(run).lower(values, ids).compile()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmjax import LLM
-from mmjax.nn.weight import Quantised, full, inputs_of, part, product, quantise
+from mmjax.nn.weight import QuantizedArray, contracted_axes, dequantize, index_value, quantize, weight_einsum
 from mmjax.types import ValidationError
 from models.questions import QUESTIONS
 from models.tables import answer_table, prompt_table
@@ -40,9 +40,9 @@ def distributions(llm: LLM, family: str) -> np.ndarray:
 
 def matrices(llm: LLM) -> dict[str, Any]:
     """What is multiplied with in the language model, by path."""
-    runner = llm.parts.engines[0].runner
-    leaves = dict(zip(runner.paths, runner.leaves, strict=True))
-    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Quantised)}
+    runner = llm.model.engines[0].runner
+    leaves = dict(zip(runner.paths, runner.params, strict=True))
+    return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,13 +55,13 @@ def test_close_to_bfloat16_in_half_the_memory(family: str, tiny_dir: Callable[[s
     assert error < 3 * allowed and error < 0.06 * exact.std()
     kept = matrices(small)
     assert all(path.startswith("text.layers") or path == "text.head" for path in kept)
-    values = sum(leaf.steps.size for leaf in kept.values())
+    values = sum(leaf.values.size for leaf in kept.values())
     scales = sum(leaf.scale.size for leaf in kept.values())
-    assert all(leaf.steps.dtype == jnp.int8 for leaf in kept.values())
+    assert all(leaf.values.dtype == jnp.int8 for leaf in kept.values())
     assert values + 2 * scales < 0.57 * 2 * values, "with scales in bfloat16, about half of weights in bfloat16"
-    runner = small.parts.engines[0].runner
-    rest = [leaf for path, leaf in zip(runner.paths, runner.leaves, strict=True) if path.startswith("text.layers")]
-    left = max(leaf.size for leaf in rest if not isinstance(leaf, Quantised))
+    runner = small.model.engines[0].runner
+    rest = [leaf for path, leaf in zip(runner.paths, runner.params, strict=True) if path.startswith("text.layers")]
+    left = max(leaf.size for leaf in rest if not isinstance(leaf, QuantizedArray))
     assert left <= max(leaf.shape[0] for leaf in kept.values()) * 8, "only norms, biases and routers stay as they are"
 
 
@@ -69,7 +69,7 @@ def test_two_devices_hold_the_same(tiny_dir: Callable[[str], Path]) -> None:
     family = "qwen3_vl_moe"
     one, two = (engine(tiny_dir(family), quantization="int8", tensor_parallel_size=ways) for ways in (1, 2))
     np.testing.assert_allclose(distributions(one, family), distributions(two, family), atol=1e-4)
-    shared = [leaf for leaf in matrices(two).values() if leaf.steps.addressable_shards[0].data.shape != leaf.shape]
+    shared = [leaf for leaf in matrices(two).values() if leaf.values.addressable_shards[0].data.shape != leaf.shape]
     assert len(shared) == len(matrices(two)), "every matrix is split"
 
 
@@ -85,9 +85,9 @@ def test_programs_never_hold_all_weights_at_once(tmp_path: Path) -> None:
     directory = tiny.make("qwen2_vl", tmp_path, layers=4, width=128, mlp=512)
     llm = engine(directory, quantization="int8")
     llm.generate("Hello", greedy(4), use_tqdm=False)
-    whole = 4 * sum(leaf.steps.size for leaf in matrices(llm).values())
-    programs = llm.parts.engines[0].runner._programs
-    assert {key.kind for key in programs} == {"prefill", "decode"}
+    whole = 4 * sum(leaf.values.size for leaf in matrices(llm).values())
+    programs = llm.model.engines[0].runner._programs
+    assert {key.program for key in programs} == {"prefill", "decode"}
     for program in programs.values():
         assert program.memory_analysis().temp_size_in_bytes < whole / 2
 
@@ -111,26 +111,34 @@ def test_a_product_with_steps_and_scales(spec: str, axes: tuple[str, ...], shape
     """Equal to the product with the value; the value is within half a step of what was rounded."""
     rng = np.random.default_rng(0)
     value = rng.standard_normal(shape).astype(np.float32)
-    inputs = inputs_of(axes)
+    inputs = contracted_axes(axes)
     value *= np.exp(rng.standard_normal([1 if i in inputs else n for i, n in enumerate(shape)])).astype(np.float32)
-    kept = quantise(jnp.asarray(value), inputs)
+    kept = quantize(jnp.asarray(value), inputs)
     assert kept.scale.shape == tuple(1 if i in inputs else n for i, n in enumerate(shape))
-    assert (np.abs(np.asarray(full(kept)) - value) <= np.asarray(kept.scale) * 0.5001).all()
+    assert (np.abs(np.asarray(dequantize(kept)) - value) <= np.asarray(kept.scale) * 0.5001).all()
     left = spec.split(",")[0]
     sizes = dict(zip(spec.split(",")[1].split("->")[0], shape, strict=True)) | {"t": 5, "s": 5}
     x = jnp.asarray(rng.standard_normal([sizes[name] for name in left]).astype(np.float32))
-    np.testing.assert_allclose(product(spec, x, kept), jnp.einsum(spec, x, full(kept)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        weight_einsum(spec, x, kept), jnp.einsum(spec, x, dequantize(kept)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_which_axes_are_summed_over() -> None:
-    assert inputs_of(("experts", "embed", "pair", "expert_mlp")) == (1,)
-    assert inputs_of(("experts", "expert_mlp", "embed")) == (1,)
-    for axes in (("embed",), ("embed", "route"), ("mlp",), ("kv_heads", "group_kv", "head_dim"), ("place", "embed")):
-        assert inputs_of(axes) == ()
+    assert contracted_axes(("experts", "embed", "pair", "expert_mlp")) == (1,)
+    assert contracted_axes(("experts", "expert_mlp", "embed")) == (1,)
+    for axes in (
+        ("embed",),
+        ("embed", "router"),
+        ("mlp",),
+        ("kv_heads", "group_kv", "head_dim"),
+        ("position", "embed"),
+    ):
+        assert contracted_axes(axes) == ()
 
 
 def test_channels_of_zeros_and_parts() -> None:
-    kept = quantise(jnp.zeros((2, 3, 4)), (1,))
-    assert not np.asarray(full(kept)).any() and np.isfinite(np.asarray(kept.scale)).all()
-    one = jax.jit(part)(kept, jnp.int32(1))
+    kept = quantize(jnp.zeros((2, 3, 4)), (1,))
+    assert not np.asarray(dequantize(kept)).any() and np.isfinite(np.asarray(kept.scale)).all()
+    one = jax.jit(index_value)(kept, jnp.int32(1))
     assert one.shape == (3, 4) and one.scale.shape == (1, 4)

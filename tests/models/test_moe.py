@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 
 from mmjax import sharding
-from mmjax.nn.moe import Experts, Grouped, MoeConfig, block_rows, by_blocks, by_ragged_dot, mix
+from mmjax.nn.moe import (
+    Experts,
+    Grouped,
+    MoeConfig,
+    block_rows,
+    grouped_by_blocks,
+    grouped_by_ragged_dot,
+    routed_experts,
+)
 
 D, F, E, TOP = 12, 10, 7, 3
 
@@ -41,13 +49,19 @@ def spread(kind: str, tokens: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["even", "one expert", "elsewhere", "nowhere"])
 @pytest.mark.parametrize(
-    ("grouped", "tokens", "block"), [(by_blocks, 1, 1), (by_blocks, 33, 8), (by_blocks, 5, 128), (by_ragged_dot, 33, 8)]
+    ("grouped", "tokens", "block"),
+    [
+        (grouped_by_blocks, 1, 1),
+        (grouped_by_blocks, 33, 8),
+        (grouped_by_blocks, 5, 128),
+        (grouped_by_ragged_dot, 33, 8),
+    ],
 )
 def test_mix(grouped: Grouped, kind: str, tokens: int, block: int) -> None:
     rng = np.random.default_rng(1)
     x, share = rng.standard_normal((tokens, D)).astype(np.float32), rng.random((tokens, TOP)).astype(np.float32)
     chosen, (gate_up, down) = spread(kind, tokens), weights()
-    found = jax.jit(functools.partial(mix, block=block, grouped=grouped))(x, share, chosen, gate_up, down)
+    found = jax.jit(functools.partial(routed_experts, block=block, grouped=grouped))(x, share, chosen, gate_up, down)
     np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
 
 
@@ -55,31 +69,31 @@ def test_accelerators_take_a_fixed_number_of_turns(monkeypatch: pytest.MonkeyPat
     """Which is enough however the tokens are spread, and those too many leave no trace."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for kind in ("even", "one expert", "nowhere"):
-        test_mix(by_blocks, kind, 33, 8)
+        test_mix(grouped_by_blocks, kind, 33, 8)
 
 
 @pytest.mark.parametrize("ways", [1, 2, 4])
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_router_and_shards(ways: int, renormalise: bool) -> None:
     """Seven experts on four devices: the eighth is padding, and nobody is sent there."""
-    config = MoeConfig(E, TOP, F, renormalise, E).split(ways)
+    config = MoeConfig(E, TOP, F, renormalise, E).for_tp(ways)
     graph, _ = nnx.split(Experts(D, config))
     rng = np.random.default_rng(2)
     x, router = rng.standard_normal((9, D)).astype(np.float32), rng.standard_normal((D, E)).astype(np.float32)
-    gate_up, down = (np.pad(w, [(0, config.stored - E)] + [(0, 0)] * (w.ndim - 1)) for w in weights())
+    gate_up, down = (np.pad(w, [(0, config.padded_num_experts - E)] + [(0, 0)] * (w.ndim - 1)) for w in weights())
     chance = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
     chosen = np.argsort(-chance, axis=1)[:, :TOP].astype(np.int32)
     share = np.take_along_axis(chance, chosen, axis=1)
     share = share / share.sum(1, keepdims=True) if renormalise else share
 
     mesh = sharding.mesh(jax.devices()[:ways])
-    axes = {"router": ("embed", "route"), "gate_up": ("experts", "embed", "pair", "expert_mlp")}
+    axes = {"router": ("embed", "router"), "gate_up": ("experts", "embed", "pair", "expert_mlp")}
     axes["down"] = ("experts", "expert_mlp", "embed")
     params = {
-        name: jax.device_put(value, sharding.place(mesh, axes[name]))
+        name: jax.device_put(value, sharding.named_sharding(mesh, axes[name]))
         for name, value in (("router", router), ("gate_up", gate_up), ("down", down))
     }
-    assert params["down"].addressable_shards[0].data.shape[0] == config.stored // ways
+    assert params["down"].addressable_shards[0].data.shape[0] == config.padded_num_experts // ways
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, jnp.asarray(x))
     np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
@@ -96,5 +110,5 @@ def test_layers_without_experts() -> None:
     assert MoeConfig.from_hf({**text, "num_experts": 0}) is None and MoeConfig.from_hf({}) is None
     assert MoeConfig.from_hf({"num_local_experts": 4, **text, "num_experts": None}) == MoeConfig.from_hf(text)
     found = MoeConfig.from_hf({**text, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
-    assert found is not None and found.dense == (0, 2, 3, 4) and not found.renormalise
-    assert MoeConfig.from_hf(text, renormalise=True) == MoeConfig(4, 2, 8, True, 4)
+    assert found is not None and found.dense_layers == (0, 2, 3, 4) and not found.norm_topk_prob
+    assert MoeConfig.from_hf(text, norm_topk_prob=True) == MoeConfig(4, 2, 8, True, 4)

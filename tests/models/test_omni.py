@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mmjax import LLM
-from mmjax.processors.base import Item
-from mmjax.render import MediaItem
+from mmjax.processors.base import MediaItem
+from mmjax.render import HashedItem
 from models.bare import Bare
 from models.questions import QUESTIONS
 from models.tables import close
@@ -27,24 +27,26 @@ from small import greedy, ids
 CASES = [(family, case) for family, cases in APART.items() for case in cases if "omni" in family]
 
 
-def as_stored(item: Item, case: str, index: int, arrays: dict[str, np.ndarray], files: dict[str, Any]) -> Item:
+def as_stored(
+    item: MediaItem, case: str, index: int, arrays: dict[str, np.ndarray], files: dict[str, Any]
+) -> MediaItem:
     """The item with the pixels or frames that transformers made of it."""
     features = dict(item.features)
-    if item.kind == "audio":
+    if item.modality == "audio":
         mel = features["mel"]
-        heard = int(features["length"].sum())
+        heard = int(features["audio_frames"].sum())
         stored = np.zeros((mel.shape[0] * mel.shape[1], mel.shape[2]), np.float32)
         stored[:heard] = arrays[f"{case}/input_features"][index].T[:heard]
-        features |= {"mel": stored.reshape(mel.shape), "extent": np.full(len(mel), mel.shape[1], np.int32)}
-    elif item.kind == "video":
+        features |= {"mel": stored.reshape(mel.shape), "num_frames": np.full(len(mel), mel.shape[1], np.int32)}
+    elif item.modality == "video":
         prepare, pixels = files["preprocessor_config.json"], arrays[f"{case}/pixel_values_videos"]
         mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
         exact = (pixels.reshape(len(pixels), 3, -1) * std + mean) * 255
         grey = np.round(exact).astype(np.uint8).reshape(pixels.shape)
         np.testing.assert_allclose(grey.reshape(exact.shape), exact, atol=0.01)
-        if "order" in features:  # windows have moved them
+        if "embed_order" in features:  # windows have moved them
             moved = np.empty_like(grey)
-            moved[(features["order"][:, None] + np.arange(4)).reshape(-1)] = grey
+            moved[(features["embed_order"][:, None] + np.arange(4)).reshape(-1)] = grey
             grey = moved
         apart = np.abs(grey.astype(int) - features["pixels"])
         assert apart.max() <= 2 and apart.mean() < 0.01
@@ -61,12 +63,12 @@ def test_stored_media_give_the_stored_logits(shared: Path, family: str, case: st
         if name.startswith(f"{case}/raw_"):
             media.setdefault(name.split("_")[-2], []).append(value)
     renderer = make_renderer(family, golden.directory)
-    rendered = renderer.render(renderer.parse({"prompt": golden.prompts_apart[case], "multi_modal_data": media}))
-    assert rendered.tokens.tolist() == golden.ids(case)
-    np.testing.assert_array_equal(rendered.positions, arrays[f"{case}/position_ids"])
+    rendered = renderer.process(renderer.parse({"prompt": golden.prompts_apart[case], "multi_modal_data": media}))
+    assert rendered.token_ids.tolist() == golden.ids(case)
+    np.testing.assert_array_equal(rendered.rope_positions, arrays[f"{case}/position_ids"])
 
     items = [
-        MediaItem(entry.kind, entry.key, as_stored(entry.item, case, span.index, arrays, files))
+        HashedItem(entry.modality, entry.item_hash, as_stored(entry.item, case, span.item_index, arrays, files))
         for span, entry in zip(rendered.spans, rendered.items, strict=True)
     ]
     model = Bare(golden.directory, tokens=192, units={"vision": 560, "audio": 8})

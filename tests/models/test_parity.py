@@ -122,13 +122,13 @@ def test_positions_are_those_of_transformers_but_for_long_clips(tiny_dir: Callab
     for case in ("text", "image", "two_images", "video", "image_and_video"):
         make = QUESTIONS["qwen2_vl"][case]
         question = make()
-        rendered = model.renderer.render(model.renderer.parse(question))
-        tokens = torch.from_numpy(rendered.tokens.astype(np.int64))[None]
+        rendered = model.input_processor.process(model.input_processor.parse(question))
+        tokens = torch.from_numpy(rendered.token_ids.astype(np.int64))[None]
         kinds = (tokens == config["image_token_id"]) + 2 * (tokens == config["video_token_id"])
         grids = {name: torch.from_numpy(value) for name, value in model.media(question).items() if "grid" in name}
         positions, delta = model.model.model.get_rope_index(tokens, mm_token_type_ids=kinds, **grids)
-        np.testing.assert_array_equal(rendered.positions, positions[:, 0].numpy(), case)
-        assert rendered.delta == int(delta[0, 0])
+        np.testing.assert_array_equal(rendered.rope_positions, positions[:, 0].numpy(), case)
+        assert rendered.rope_delta == int(delta[0, 0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,7 +205,7 @@ def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path, kept: dict
     errors = []
     for question in questions(family):
         exact, theirs = model.ask(question, 1).logits, half.ask(question, 1).logits
-        ours = bare.logits(model.renderer.render(model.renderer.parse(question)))
+        ours = bare.logits(model.input_processor.process(model.input_processor.parse(question)))
         error, allowed = (np.sqrt(np.square(x - exact).mean()) for x in (ours, theirs))
         print(f"{family}: off by {error:.3f}, transformers by {allowed:.3f}")
         errors.append((error, allowed))

@@ -62,8 +62,8 @@ def test_image_features(directory: Path) -> None:
     arrays, prompts = golden(directory)
     renderer, model = make_renderer("phi3_v", directory), Bare(directory, tokens=32, units=8)
     for case in ("image", "image_tall", "two_images_longrope"):
-        rendered = renderer.render(renderer.parse(prompts[case]))
-        assert rendered.tokens.tolist() == arrays[f"{case}/input_ids"].tolist()
+        rendered = renderer.process(renderer.parse(prompts[case]))
+        assert rendered.token_ids.tolist() == arrays[f"{case}/input_ids"].tolist()
         rows = model.encode([entry.item for entry in rendered.items])
         close(rows, arrays[f"{case}/image_features"], FEATURES, case)
 
@@ -109,10 +109,10 @@ def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callabl
 def test_generic_placeholders_are_numbered(tiny_dir: Callable[[str], Path]) -> None:
     renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
     question = QUESTIONS["phi3_v"]["two_images"]()
-    usual = renderer.render(renderer.parse(question))
+    usual = renderer.process(renderer.parse(question))
     words = question["prompt"].replace("<|image_1|>", "<image>").replace("<|image_2|>", "<image>")
-    other = renderer.render(renderer.parse(question | {"prompt": words}))
-    np.testing.assert_array_equal(usual.tokens, other.tokens)
+    other = renderer.process(renderer.parse(question | {"prompt": words}))
+    np.testing.assert_array_equal(usual.token_ids, other.token_ids)
     assert usual.spans == other.spans
 
 
@@ -125,8 +125,8 @@ def test_which_frequencies_are_in_force() -> None:
         "original_max_position_embeddings": 4096,
     }
     rope = Rope.from_hf(4, 10000.0, scaling)
-    assert rope.factor == pytest.approx(1.1902, abs=1e-4)
-    np.testing.assert_allclose(rope.within(4096).inverse, [1, 0.01 / 2], rtol=1e-6)
-    for long in (rope, rope.within(4097)):
-        np.testing.assert_allclose(long.inverse, [1 / 4, 0.01 / 8], rtol=1e-6)
-    assert Rope.from_hf(4, 10000.0, scaling | {"original_max_position_embeddings": 131072}).factor == 1.0
+    assert rope.attention_factor == pytest.approx(1.1902, abs=1e-4)
+    np.testing.assert_allclose(rope.for_max_len(4096).inv_freq, [1, 0.01 / 2], rtol=1e-6)
+    for long in (rope, rope.for_max_len(4097)):
+        np.testing.assert_allclose(long.inv_freq, [1 / 4, 0.01 / 8], rtol=1e-6)
+    assert Rope.from_hf(4, 10000.0, scaling | {"original_max_position_embeddings": 131072}).attention_factor == 1.0

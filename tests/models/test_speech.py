@@ -11,7 +11,7 @@ import soundfile
 
 from mmjax import LLM, SamplingParams
 from mmjax.multimodal.audio import load, resample, split_audio
-from mmjax.speech import stretches
+from mmjax.speech import split_segments
 from mmjax.types import RequestOutput
 from models.tables import close, log_softmax
 
@@ -106,7 +106,7 @@ def test_times_of_a_speech(answers: Callable[..., RequestOutput], recordings: Re
     output = answers("jfk.flac", TIMED)
     tokens, zero = output.outputs[0].token_ids[:-1], (output.prompt_token_ids or [])[-1]  # but for the end
     samples, rate = recordings["jfk.flac"]
-    found = stretches(tokens, zero, len(samples) / rate)
+    found = split_segments(tokens, zero, len(samples) / rate)
     assert words(re.sub(r"<\|[\d.]+\|>", " ", output.outputs[0].text)) == spoken and len(found) >= 2
     assert [start for start, *_ in found] == sorted(start for start, *_ in found)
     assert all(end - start > 0.5 for start, end, *_ in found)

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from mmjax.multimodal import audio
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.types import RequestError
 
 RATE = 16000
@@ -142,11 +142,11 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_limits_stop_a_bomb() -> None:
     data = as_file(np.zeros(10 * 22050, np.float32), "FLAC")
     assert len(data) < 50_000
-    for limits in (Limits(audio_seconds=9), Limits(audio_bytes=500_000)):
+    for limits in (MediaLimits(audio_seconds=9), MediaLimits(audio_bytes=500_000)):
         with pytest.raises(RequestError, match="longer than") as caught:
             audio.load(data, limits=limits)
         assert caught.value.code == "media_too_large"
-    assert len(audio.load(data, limits=Limits(audio_seconds=0, audio_bytes=0))[0]) == 220_500
+    assert len(audio.load(data, limits=MediaLimits(audio_seconds=0, audio_bytes=0))[0]) == 220_500
 
 
 def test_a_header_that_lies_about_its_length() -> None:

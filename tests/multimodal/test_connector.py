@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mmjax.multimodal import network, sources
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
 from mmjax.multimodal.network import Policy
 from mmjax.types import RequestError, ValidationError
@@ -61,7 +61,7 @@ def test_urls_that_mean_nothing(url: Any, words: str) -> None:
 
 
 def test_data_urls_have_a_limit() -> None:
-    error = refused(f"data:image/png;base64,{'A' * 4_000_000}", limits=Limits(source_bytes=1_000_000))
+    error = refused(f"data:image/png;base64,{'A' * 4_000_000}", limits=MediaLimits(source_bytes=1_000_000))
     assert error.code == "media_too_large"
 
 
@@ -137,7 +137,7 @@ def test_files_are_off_unless_allowed(folder: Path) -> None:
 
 def test_files_have_a_limit(folder: Path) -> None:
     error = refused(
-        f"file://{folder}/inside/a.png", allowed_local_media_path=str(folder), limits=Limits(source_bytes=10)
+        f"file://{folder}/inside/a.png", allowed_local_media_path=str(folder), limits=MediaLimits(source_bytes=10)
     )
     assert error.code == "media_too_large"
 
@@ -187,7 +187,7 @@ def test_options_are_checked_when_the_connector_is_made(options: Any) -> None:
 
 def test_unknown_options_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     odd = {"image": {"self": 1, "limits": 0}, "smell": {"a": 1}, "video": {"image_io": 3}}
-    assert MediaConnector(media_io_kwargs=odd).limits == Limits()
+    assert MediaConnector(media_io_kwargs=odd).limits == MediaLimits()
     assert "'self' is unknown" in caplog.text
 
 
@@ -237,7 +237,7 @@ def test_a_video_of_jpegs() -> None:
     assert len(two) == 2 and metadata["duration"] == 0.5
     assert len(connector(media_io_kwargs={"video": {"num_frames": -1}}).fetch_video(url)[0]) == 3
     with pytest.raises(RequestError, match="over the limit of 2"):
-        connector(limits=Limits(video_frames=2)).fetch_video(url)
+        connector(limits=MediaLimits(video_frames=2)).fetch_video(url)
     for wrong in (jpegs(frames[0], frames[1][:4]), text(wav()), jpegs(frames[0]) + ",", "%"):
         with pytest.raises(RequestError):
             connector().fetch_video(f"data:video/jpeg;base64,{wrong}")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmjax.multimodal import image
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.types import RequestError
 
 RNG = np.random.default_rng(0)
@@ -234,7 +234,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_pixel_limit_is_checked_before_decoding() -> None:
     data = encoded(Image.new("1", (3000, 2000)))
-    small, words = Limits(image_pixels=5_000_000), "exceeds the limit of 5000000 pixels"
+    small, words = MediaLimits(image_pixels=5_000_000), "exceeds the limit of 5000000 pixels"
     with pytest.raises(RequestError, match=words) as caught:
         image.load(data, limits=small)
     assert caught.value.code == "media_too_large"
@@ -242,8 +242,8 @@ def test_pixel_limit_is_checked_before_decoding() -> None:
     with pytest.raises(RequestError, match=words):
         image.decode(lazy, limits=small)
     with pytest.raises(RequestError, match=words):
-        image.decode(np.zeros((3000, 2000, 4), np.uint8), limits=Limits(image_pixels=5_000_000))
-    assert image.load(data, limits=Limits(image_pixels=0)).size == (3000, 2000)
+        image.decode(np.zeros((3000, 2000, 4), np.uint8), limits=MediaLimits(image_pixels=5_000_000))
+    assert image.load(data, limits=MediaLimits(image_pixels=0)).size == (3000, 2000)
 
 
 def test_a_lazy_image_in_many_threads() -> None:

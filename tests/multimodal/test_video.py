@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mmjax.multimodal import video
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.video import Sampling
 from mmjax.types import RequestError
 
@@ -139,8 +139,8 @@ def test_sampling_options_are_checked(options: dict[str, Any], words: str) -> No
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("limits", [Limits(video_bytes=10_000), Limits(video_frames=5)])
-def test_limits(clip: Path, limits: Limits) -> None:
+@pytest.mark.parametrize("limits", [MediaLimits(video_bytes=10_000), MediaLimits(video_frames=5)])
+def test_limits(clip: Path, limits: MediaLimits) -> None:
     with pytest.raises(RequestError, match="Lower num_frames or fps") as caught:
         video.load(clip, limits=limits)
     assert caught.value.code == "media_too_large"

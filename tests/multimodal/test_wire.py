@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mmjax.multimodal import wire
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.types import RequestError
 from mmjax.utils.serial_utils import base642tensor, tensor2base64
 
@@ -232,7 +232,7 @@ def test_good_files_of_this_kind_are_read() -> None:
 @pytest.mark.parametrize("name", HARM)
 def test_harm(name: str) -> None:
     with pytest.raises(RequestError) as caught:
-        base642tensor(text(HARM[name]), limits=Limits(tensor_bytes=1 << 24))
+        base642tensor(text(HARM[name]), limits=MediaLimits(tensor_bytes=1 << 24))
     assert caught.value.code in ("bad_tensor", "media_too_large")
     assert not Path("/tmp/mmjax-was-here").exists() and " at 0x" not in str(caught.value)
 
@@ -245,5 +245,5 @@ def test_text_that_is_no_base64(given: Any) -> None:
 
 def test_size_is_asked_before_anything_else() -> None:
     with pytest.raises(RequestError, match="MMJAX_MAX_EMBED_DECODE_BYTES"):
-        base642tensor("A" * 4_000_000, limits=Limits(tensor_bytes=1_000_000))
-    assert base642tensor(text(GOOD), limits=Limits(tensor_bytes=0)).shape == (4, 6)
+        base642tensor("A" * 4_000_000, limits=MediaLimits(tensor_bytes=1_000_000))
+    assert base642tensor(text(GOOD), limits=MediaLimits(tensor_bytes=0)).shape == (4, 6)

@@ -151,12 +151,12 @@ def test_names_belong_to_their_salt(qwen: LLM) -> None:
 
 def test_a_name_is_never_a_hash(qwen: LLM) -> None:
     """The id of known content, used as a name, finds nothing."""
-    renderer = qwen.parts.renderer
+    renderer = qwen.model.input_processor
     asked = {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(1)}}
     answer(qwen, asked, 1)
-    (entry,) = renderer.render(renderer.parse(asked)).items
+    (entry,) = renderer.process(renderer.parse(asked)).items
     with pytest.raises(ValueError, match="Cache miss"):
-        answer(qwen, {"prompt": text(IMAGE), "multi_modal_uuids": {"image": [entry.key]}})
+        answer(qwen, {"prompt": text(IMAGE), "multi_modal_uuids": {"image": [entry.item_hash]}})
 
 
 def test_options_are_part_of_the_identity(qwen: LLM) -> None:
@@ -177,7 +177,7 @@ def test_misses_fail_alone(qwen: LLM) -> None:
     """A name that nobody knows is a bad request; the next is served, and so are those before it."""
     with pytest.raises(ValueError, match="Cache miss for image at index 1 but data is not provided"):
         qwen.generate([two([pil(1), pil(2)]), two([pil(1), None], [None, "gone"])], greedy(4), use_tqdm=False)
-    assert qwen.parts.engines[0].load == 0
+    assert qwen.model.engines[0].num_unfinished == 0
     with pytest.raises(ValueError, match="Cache miss"):
         reply(qwen, user({"type": "image_url", "image_url": None, "uuid": "gone"}))
     assert answer(qwen, two([pil(1), pil(2)])).finished

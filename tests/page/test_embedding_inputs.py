@@ -124,7 +124,7 @@ def test_audio_features(family: str, shared_llm: Shared) -> None:
     mark = "<|audio_bos|><|AUDIO|><|audio_eos|>"
     sounds = [tone(1), tone(2, 0.9)]
     asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"audio": [(sound, 16000) for sound in sounds]}}
-    mel = [llm.parts.renderer.processor.mel.before_silence(sound) for sound in sounds]  # type: ignore[union-attr]
+    mel = [llm.model.input_processor.processor.mel.zero_padded(sound) for sound in sounds]  # type: ignore[union-attr]
     lengths = [m.shape[1] for m in mel]
     padded = np.stack([np.pad(m, [(0, 0), (0, max(lengths) - m.shape[1])]) for m in mel])
     items = [{"input_audio_features": m, "audio_feature_lengths": n} for m, n in zip(mel, lengths, strict=True)]
@@ -210,8 +210,8 @@ def test_embeds_only(make_llm: Callable[..., LLM], qwen: LLM) -> None:
     with pytest.raises(ValueError, match=r"At most 0 image\(s\)"):
         reply(llm, user({"type": "image_pil", "image_pil": pil(1)}))
     assert llm.get_metrics()["compiles_after_warmup"] == 0
-    runner = llm.parts.engines[0].runner  # the tower stays off the device
-    assert all(leaf.size == 0 for path, leaf in zip(runner.paths, runner.leaves, strict=True) if path[:5] != "text.")
+    runner = llm.model.engines[0].runner  # the tower stays off the device
+    assert all(leaf.size == 0 for path, leaf in zip(runner.paths, runner.params, strict=True) if path[:5] != "text.")
 
 
 def test_embeds_must_be_allowed(make_llm: Callable[..., LLM], shared_llm: Shared) -> None:

@@ -188,7 +188,7 @@ def test_prompts(name: str, good: tuple[LLM, Any]) -> None:
     prompt, error, words = PROMPTS[name]
     with pytest.raises(error, match=words):
         llm.generate([before.prompt_token_ids[:5], prompt], greedy(2), use_tqdm=False)
-    assert llm.parts.engines[0].load == 0 and same(before, reply(llm, TALK, 2))
+    assert llm.model.engines[0].num_unfinished == 0 and same(before, reply(llm, TALK, 2))
 
 
 @pytest.mark.parametrize("name", TALKS)
@@ -198,13 +198,13 @@ def test_conversations(name: str, good: tuple[LLM, Any]) -> None:
     with pytest.raises(error, match=words) as caught:
         llm.chat(messages, greedy(2), use_tqdm=False, **kwargs)
     assert isinstance(caught.value, ValueError | TypeError)
-    assert llm.parts.engines[0].load == 0 and same(before, reply(llm, TALK, 2))
+    assert llm.model.engines[0].num_unfinished == 0 and same(before, reply(llm, TALK, 2))
 
 
 def test_one_bad_conversation_among_good_ones(qwen: LLM) -> None:
     with pytest.raises(ValueError, match="Failed to load image"):
         qwen.chat([TALK, part(image_url={"url": PNG + "QUJD"}), TALK], greedy(4), use_tqdm=False)
-    assert qwen.parts.engines[0].load == 0
+    assert qwen.model.engines[0].num_unfinished == 0
     assert same(*qwen.chat([TALK, TALK], greedy(4), use_tqdm=False))
 
 

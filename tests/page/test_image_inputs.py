@@ -64,7 +64,7 @@ def test_images_from_the_web(qwen: LLM, site: Site) -> None:
 def test_generic_placeholders(family: str, shared_llm: Shared) -> None:
     """`<image><image>` stands for the model's own placeholders, as one of the page's prompts has it."""
     llm = shared_llm(family)
-    own = llm.parts.renderer.processor.placeholder["image"]  # type: ignore[union-attr]
+    own = llm.model.input_processor.processor.placeholder_text["image"]  # type: ignore[union-attr]
     images = {"multi_modal_data": {"image": [pil(1), pil(2)]}}
     assert same(*(answer(llm, {"prompt": f"{mark}{mark}Compare.", **images}) for mark in (own, "<image>")))
 
@@ -129,7 +129,7 @@ def test_llava_begins_once(shared_llm: Shared) -> None:
     """A tokenizer that puts a start token before every text does not do so behind a template."""
     llm = shared_llm("llava")
     out = reply(llm, user(pil_part(1), "What?"))
-    tokens, bos = out.prompt_token_ids or [], llm.parts.tokenizer.bos_id  # type: ignore[union-attr]
+    tokens, bos = out.prompt_token_ids or [], llm.model.tokenizer.bos_id  # type: ignore[union-attr]
     assert tokens.count(bos) == str(out.prompt).count("<s>") == 0
     with_bos = reply(llm, user("a"), chat_template="{{ bos_token }}{{ messages[0].content }}")
     assert (with_bos.prompt_token_ids or [])[:2].count(bos) == 1

@@ -63,7 +63,7 @@ def test_two_videos_and_an_image(qwen: LLM) -> None:
     prompt = text(f"{VIDEO}<|vision_start|><|image_pad|><|vision_end|>{VIDEO}Compare.")
     data = {"video": [FRAMES, list(FRAMES[:2])], "image": pil(1)}
     out = answer(qwen, {"prompt": prompt, "multi_modal_data": data})
-    marks = [qwen.parts.tokenizer.id_of(f"<|{kind}_pad|>") for kind in ("video", "image")]  # type: ignore[union-attr]
+    marks = [qwen.model.tokenizer.id_of(f"<|{kind}_pad|>") for kind in ("video", "image")]  # type: ignore[union-attr]
     tokens = out.prompt_token_ids or []
     assert [tokens.count(mark) for mark in marks] == [2 * 6 + 6, 6]
 
@@ -89,6 +89,6 @@ def test_the_sound_of_a_clip(make_llm: Callable[..., LLM], shared: Path) -> None
     heard = reply(llm, user(clip, "What?"), mm_processor_kwargs=kwargs)
     again = reply(llm, user({**clip, "video_url": None}, "What?"), mm_processor_kwargs=kwargs)
     seen = reply(llm, user(clip, "What?"), mm_processor_kwargs=silent)
-    sound = llm.parts.renderer.processor.markers["audio"]  # type: ignore[union-attr]
+    sound = llm.model.input_processor.processor.placeholder_ids["audio"]  # type: ignore[union-attr]
     tokens = [(out.prompt_token_ids or []).count(sound) for out in (heard, seen)]
     assert same(heard, again) and tokens[0] > 100 and tokens[1] == 0

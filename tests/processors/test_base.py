@@ -3,27 +3,31 @@
 import numpy as np
 import pytest
 
-from mmjax.processors.base import Item, Span, expand_placeholders
+from mmjax.processors.base import MediaItem, PlaceholderSpan, expand_placeholders
 from mmjax.types import RequestError
 
 MARKERS = {"image": 90, "video": 91}
 PLACEHOLDER = {"image": "<img>", "video": "<vid>"}
 
 
-def item(kind: str, rows: int) -> Item:
-    return Item(kind, {"pixels": np.zeros((rows, 2), np.uint8)}, units=rows, rows=rows)
+def item(kind: str, rows: int) -> MediaItem:
+    return MediaItem(kind, {"pixels": np.zeros((rows, 2), np.uint8)}, num_inputs=rows, num_embeds=rows)
 
 
-def expand(tokens: list[int], **rows: list[int]) -> tuple[list[int], list[Span]]:
+def expand(tokens: list[int], **rows: list[int]) -> tuple[list[int], list[PlaceholderSpan]]:
     items = {kind: [item(kind, n) for n in lengths] for kind, lengths in rows.items()}
     expanded = expand_placeholders(tokens, items, MARKERS, PLACEHOLDER)
-    return expanded.tokens, expanded.spans
+    return expanded.token_ids, expanded.spans
 
 
 def test_nth_placeholder_takes_nth_item_and_spans_follow_the_prompt() -> None:
     tokens, spans = expand([1, 91, 2, 90, 90, 3], image=[2, 3], video=[4])
     assert tokens == [1, 91, 91, 91, 91, 2, 90, 90, 90, 90, 90, 3]
-    assert spans == [Span(1, 4, "video", 0), Span(6, 2, "image", 0), Span(8, 3, "image", 1)]
+    assert spans == [
+        PlaceholderSpan(1, 4, "video", 0),
+        PlaceholderSpan(6, 2, "image", 0),
+        PlaceholderSpan(8, 3, "image", 1),
+    ]
 
 
 def test_expanded_prompt_expands_to_itself() -> None:

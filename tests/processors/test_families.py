@@ -34,9 +34,9 @@ def qwen(tiny_dir: Make) -> Processor:
     ],
 )
 def test_qwen_token_counts_of_a_1300x876_image(qwen: Processor, kwargs: dict[str, Any], rows: int, units: int) -> None:
-    item = qwen.item("image", np.zeros((876, 1300, 3), np.uint8), kwargs)
-    assert (item.rows, item.units, item.features["pixels"].shape) == (rows, units, (units, 1176))
-    assert qwen.item_rows("image", (876, 1300), kwargs) == rows
+    item = qwen.process_item("image", np.zeros((876, 1300, 3), np.uint8), kwargs)
+    assert (item.num_embeds, item.num_inputs, item.features["pixels"].shape) == (rows, units, (units, 1176))
+    assert qwen.num_embeds("image", (876, 1300), kwargs) == rows
 
 
 def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
@@ -50,36 +50,36 @@ def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
                 "multi_modal_data": {"image": [picture] * count},
                 "mm_processor_kwargs": with_prompt,
             }
-            made = renderer.render(renderer.parse(prompt))
-            assert len(made.tokens) == count * (rows + 2)
+            made = renderer.process(renderer.parse(prompt))
+            assert len(made.token_ids) == count * (rows + 2)
 
 
 def test_qwen_layout_of_pixels_places_and_segments(qwen: Processor) -> None:
     frames = np.random.default_rng(1).integers(0, 256, (5, 56, 84, 3), np.uint8)
-    item = qwen.item("video", Video(frames, {}), {})
-    assert item.grid == (3, 2, 3) and item.rows == 18 and qwen.item_rows("video", (5, 56, 84), {}) == 18
+    item = qwen.process_item("video", Video(frames, {}), {})
+    assert item.grid == (3, 2, 3) and item.num_embeds == 18 and qwen.num_embeds("video", (5, 56, 84), {}) == 18
     pixels = item.features["pixels"].reshape(-1, 3, 2, 14, 14)
-    for unit in range(item.units):
-        segment, (h, w) = item.features["segment"][unit], item.features["place"][unit]
+    for unit in range(item.num_inputs):
+        segment, (h, w) = item.features["segment_ids"][unit], item.features["patch_coords"][unit]
         for half in range(2):
             frame = frames[min(2 * segment + half, 4)]  # the odd last frame is shown twice
             patch = frame[14 * h : 14 * h + 14, 14 * w : 14 * w + 14]
             np.testing.assert_array_equal(pixels[unit, :, half].transpose(1, 2, 0), patch)
-    places = item.features["place"].reshape(-1, 4, 2)
+    places = item.features["patch_coords"].reshape(-1, 4, 2)
     np.testing.assert_array_equal(places - places[:, :1], [[[0, 0], [0, 1], [1, 0], [1, 1]]] * 18)
 
 
 def test_qwen_positions_of_text_are_ordinary(qwen: Processor) -> None:
-    positions, delta = qwen.positions([5, 6, 7], [], {})
+    positions, delta = qwen.rope_positions([5, 6, 7], [], {})
     np.testing.assert_array_equal(positions, [[0, 1, 2]] * 3)
     assert delta == 0 and positions.dtype == np.int32
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 3), (20, 4000), (4000, 20), (55, 57)])
 def test_qwen_odd_sizes(qwen: Processor, size: tuple[int, int]) -> None:
-    item = qwen.item("image", np.zeros((*size, 3), np.uint8), {})
-    assert item.units == 4 * item.rows and item.units * 196 >= 3136
-    assert item.rows == qwen.item_rows("image", size, {})
+    item = qwen.process_item("image", np.zeros((*size, 3), np.uint8), {})
+    assert item.num_inputs == 4 * item.num_embeds and item.num_inputs * 196 >= 3136
+    assert item.num_embeds == qwen.num_embeds("image", size, {})
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_qwen_odd_sizes(qwen: Processor, size: tuple[int, int]) -> None:
 )
 def test_qwen_refusals(qwen: Processor, size: tuple[int, int], kwargs: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
-        qwen.item("image", np.zeros((*size, 3), np.uint8), kwargs)
+        qwen.process_item("image", np.zeros((*size, 3), np.uint8), kwargs)
     assert words in str(caught.value)
 
 
@@ -104,18 +104,18 @@ def test_qwen_sizes_come_from_either_spelling(tiny_dir: Make) -> None:
     files = read_files(tiny_dir("qwen2_vl"))
     for prepare in ({"size": {"shortest_edge": 4096, "longest_edge": 8192}}, {"min_pixels": 4096, "max_pixels": 8192}):
         files["preprocessor_config.json"] = prepare
-        assert qwen2_vl.Processor(files["config.json"], files, None).bounds == dict.fromkeys(
+        assert qwen2_vl.Processor(files["config.json"], files, None).pixel_bounds == dict.fromkeys(
             ("image", "video"), (4096, 8192)
         )
     files["video_preprocessor_config.json"] = {"min_pixels": 5000, "max_pixels": 6000}
-    assert qwen2_vl.Processor(files["config.json"], files, None).bounds["video"] == (5000, 6000)
+    assert qwen2_vl.Processor(files["config.json"], files, None).pixel_bounds["video"] == (5000, 6000)
 
 
 def test_llava_rows_do_not_depend_on_the_image(tiny_dir: Make) -> None:
     processor, _ = load_processor("llava", tiny_dir("llava"))
     for size in ((1, 1), (3, 3), (400, 30), (30, 400), (56, 56)):
-        item = processor.item("image", np.full((*size, 3), 7, np.uint8), {})
-        assert item.rows == 16 == processor.item_rows("image", size, {})
+        item = processor.process_item("image", np.full((*size, 3), 7, np.uint8), {})
+        assert item.num_embeds == 16 == processor.num_embeds("image", size, {})
         assert item.features["pixels"].shape == (1, 3, 56, 56)
         assert (item.features["pixels"] == 7).all()  # nothing is padded
 
@@ -125,9 +125,9 @@ def test_llava_published_size_and_class_token(tiny_dir: Make) -> None:
     config = files["config.json"]
     config["vision_config"]["image_size"] = 336
     files["preprocessor_config.json"] = {"size": 336, "crop_size": 336}  # the spelling of old repositories
-    assert llava.Processor(config, files, None).rows == 576
+    assert llava.Processor(config, files, None).embeds_per_image == 576
     config["vision_feature_select_strategy"] = "full"
-    assert llava.Processor(config, files, None).rows == 577
+    assert llava.Processor(config, files, None).embeds_per_image == 577
     files["preprocessor_config.json"] = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     with pytest.raises(ValueError, match="different checkpoints"):
         llava.Processor(config, files, None)
@@ -137,13 +137,13 @@ def test_whisper_of_silence_noise_and_long_audio(tiny_dir: Make, caplog: pytest.
     processor, _ = load_processor("whisper", tiny_dir("whisper"))
     assert isinstance(processor, whisper.Processor)
     window = processor.mel.samples
-    silence = processor.item("audio", np.zeros(10, np.float32), {}).features["mel"]
+    silence = processor.process_item("audio", np.zeros(10, np.float32), {}).features["mel"]
     assert silence.shape == (1, 80, window // 160) and silence.dtype == np.float32 and np.ptp(silence) < 1e-6
     noise = np.random.default_rng(2).standard_normal(2 * window).astype(np.float32)
     with caplog.at_level(logging.WARNING):
-        long = processor.item("audio", noise, {}).features["mel"]
+        long = processor.process_item("audio", noise, {}).features["mel"]
     assert "is cut to the model's window" in caplog.text
-    np.testing.assert_array_equal(long, processor.item("audio", noise[:window], {}).features["mel"])
+    np.testing.assert_array_equal(long, processor.process_item("audio", noise[:window], {}).features["mel"])
 
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 201, 4000, 16000, 63_900, 64_000])
@@ -158,7 +158,7 @@ def test_mel_equals_a_plain_transform(samples: int) -> None:
     log = np.log10(np.maximum(power @ mel.filters.T.astype(np.float64), 1e-10)).T
     expected = (np.maximum(log, log.max() - 8) + 4) / 4
     np.testing.assert_allclose(mel(audio), expected, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(mel.before_silence(audio), expected[:, : -(-samples // 160)], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(mel.zero_padded(audio), expected[:, : -(-samples // 160)], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("samples", [201, 4000, 16000, 63_900])
@@ -169,22 +169,22 @@ def test_mel_of_a_clip_alone_is_mirrored_at_its_end(samples: int) -> None:
     frames = np.stack([padded[160 * i : 160 * i + 400] for i in range(samples // 160)])
     taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
     log = np.log10(np.maximum(np.abs(np.fft.rfft(frames * taper)) ** 2 @ mel.filters.T.astype(np.float64), 1e-10)).T
-    np.testing.assert_allclose(mel.alone(audio), (np.maximum(log, log.max() - 8) + 4) / 4, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(mel.reflect_padded(audio), (np.maximum(log, log.max() - 8) + 4) / 4, rtol=0, atol=1e-4)
 
 
 def test_whisper_prompts(tiny_dir: Make) -> None:
     processor, tokenizer = load_processor("whisper", tiny_dir("whisper"))
-    items = {"audio": [processor.item("audio", np.zeros(10, np.float32), {})]}
+    items = {"audio": [processor.process_item("audio", np.zeros(10, np.float32), {})]}
     start = tokenizer.id_of("<|startoftranscript|>")
-    assert start is not None and processor.expand([], items).tokens == [start]
-    assert processor.expand([start, 3], items).tokens == [start, 3]
-    assert processor.expand([3], items).tokens == [start, 3]
+    assert start is not None and processor.expand_prompt([], items).token_ids == [start]
+    assert processor.expand_prompt([start, 3], items).token_ids == [start, 3]
+    assert processor.expand_prompt([3], items).token_ids == [start, 3]
     assert (
-        len(processor.expand([], items).encoder_tokens)
+        len(processor.expand_prompt([], items).encoder_token_ids)
         == read_files(tiny_dir("whisper"))["config.json"]["max_source_positions"]
     )
     with pytest.raises(RequestError, match="Expected 1 audio item"):
-        processor.expand([start], {})
+        processor.expand_prompt([start], {})
 
 
 def test_whisper_files_of_two_checkpoints(tiny_dir: Make) -> None:
@@ -211,7 +211,7 @@ def test_pixels_equal_transformers_at_odd_sizes(tiny_dir: Make) -> None:
     rng = np.random.default_rng(3)
     for height, width in [(1, 1), (27, 29), (300, 31), (41, 640), (500, 700), (97, 97), *rng.integers(2, 500, (20, 2))]:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        mine = qwen.item("image", image, {"max_pixels": 200_000}).features["pixels"]
+        mine = qwen.process_item("image", image, {"max_pixels": 200_000}).features["pixels"]
         np.testing.assert_array_equal(mine, theirs_qwen(image)["pixel_values"])
-        mine = square.item("image", image, {}).features["pixels"]
+        mine = square.process_item("image", image, {}).features["pixels"]
         np.testing.assert_array_equal(mine, theirs_clip(image)["pixel_values"])

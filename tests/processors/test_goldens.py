@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax.multimodal.video import Video
-from mmjax.processors.base import Item, Processor
+from mmjax.processors.base import MediaItem, Processor
 from rendering import load_processor, read_files
 
 CASES = {
@@ -22,28 +22,28 @@ CASES = {
 PAIRS = [(family, case) for family, cases in CASES.items() for case in cases]
 
 
-def normalise(item: Item, files: dict[str, dict[str, Any]]) -> np.ndarray:
+def normalise(item: MediaItem, files: dict[str, dict[str, Any]]) -> np.ndarray:
     """What the model does on the device: scale to 0..1, then subtract the mean and divide by the deviation."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
     pixels = item.features["pixels"]
-    if "order" in item.features:  # windows have moved them
-        pixels = pixels[(item.features["order"][:, None] + np.arange(4)).reshape(-1)]
+    if "embed_order" in item.features:  # windows have moved them
+        pixels = pixels[(item.features["embed_order"][:, None] + np.arange(4)).reshape(-1)]
     flat = pixels.reshape(len(pixels), 3, -1).astype(np.float32)
     return ((flat / 255 - mean) / std).reshape(pixels.shape)
 
 
 def process(
     processor: Processor, golden: dict[str, np.ndarray], case: str, fps: float | None = None
-) -> dict[str, list[Item]]:
+) -> dict[str, list[MediaItem]]:
     kwargs = {"keep_video_wrapper": not case.endswith("v457_prompt")}
-    items: dict[str, list[Item]] = {}
+    items: dict[str, list[MediaItem]] = {}
     for name, media in golden.items():
         if name.startswith(f"{case}/raw_"):
             kind = name.split("_")[-2]
             if kind == "video":
                 media = Video(media, {"fps": fps} if fps else {})
-            items.setdefault(kind, []).append(processor.item(kind, media, kwargs))
+            items.setdefault(kind, []).append(processor.process_item(kind, media, kwargs))
     return items
 
 
@@ -56,10 +56,10 @@ def test_golden(shared: Path, family: str, case: str) -> None:
     told = json.loads((directory / "golden.json").read_text())["cases"][case]
 
     items = process(processor, golden, case, told.get("video_fps"))
-    expanded = processor.expand(tokenizer.encode(told["prompt"], add_special_tokens=not speech), items)
-    positions, delta = processor.positions(expanded.tokens, expanded.spans, items)
+    expanded = processor.expand_prompt(tokenizer.encode(told["prompt"], add_special_tokens=not speech), items)
+    positions, delta = processor.rope_positions(expanded.token_ids, expanded.spans, items)
 
-    assert expanded.tokens == golden[f"{case}/{'decoder_' if speech else ''}input_ids"].tolist()
+    assert expanded.token_ids == golden[f"{case}/{'decoder_' if speech else ''}input_ids"].tolist()
     if f"{case}/position_ids" in golden:
         np.testing.assert_array_equal(positions, golden[f"{case}/position_ids"])
         assert delta == golden[f"{case}/rope_delta"]
@@ -67,7 +67,7 @@ def test_golden(shared: Path, family: str, case: str) -> None:
         if kind in items:
             pixels = np.concatenate([normalise(item, files) for item in items[kind]])
             np.testing.assert_allclose(pixels, golden[f"{case}/{name}"], rtol=0, atol=3e-7)
-            assert sum(item.units for item in items[kind]) == len(golden[f"{case}/{name}"])
+            assert sum(item.num_inputs for item in items[kind]) == len(golden[f"{case}/{name}"])
             if family.startswith("qwen"):
                 grids = [(t, 2 * h, 2 * w) for t, h, w in (item.grid for item in items[kind])]
                 assert grids == [tuple(grid) for grid in golden[f"{case}/{kind}_grid_thw"].tolist()]
@@ -82,8 +82,8 @@ def test_first_token_after_a_long_clip(shared: Path) -> None:
     golden = np.load(shared / "reference/qwen2_vl/golden.npz")
     processor, _ = load_processor("qwen2_vl", shared / "reference/qwen2_vl")
     items = process(processor, dict(golden), "video_long")
-    expanded = processor.expand(golden["video_long/input_ids"].tolist(), items)
-    positions, _ = processor.positions(expanded.tokens, expanded.spans, items)
+    expanded = processor.expand_prompt(golden["video_long/input_ids"].tolist(), items)
+    positions, _ = processor.rope_positions(expanded.token_ids, expanded.spans, items)
     span = expanded.spans[0]
     start = positions[0, span.start - 1] + 1
     assert items["video"][0].grid == (7, 2, 3)

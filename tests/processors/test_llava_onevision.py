@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmjax.multimodal.video import Video
 from mmjax.processors.llava_onevision import Processor
-from mmjax.processors.picks import resampled
+from mmjax.processors.picks import resampled_sources
 from mmjax.types import RequestError
 from rendering import read_files
 
@@ -50,24 +50,24 @@ def full(files: dict[str, dict[str, Any]]) -> Processor:
     ],
 )
 def test_token_counts_of_the_published_size(full: Processor, size: tuple[int, int], rows: int) -> None:
-    assert full.item_rows("image", size, {}) == rows
-    assert full.item_rows("image", size, {"vision_aspect_ratio": "pad"}) == 730
+    assert full.num_embeds("image", size, {}) == rows
+    assert full.num_embeds("image", size, {"vision_aspect_ratio": "pad"}) == 730
 
 
 def test_token_count_of_a_video(full: Processor, small: Processor) -> None:
-    assert full.item_rows("video", (32, 480, 640), {}) == 32 * 196 + 1
-    item = small.item("video", Video(np.zeros((3, 20, 30, 3), np.uint8), {}), {})
-    assert (item.units, item.rows) == (3, 3 * 4 + 1) and small.item_rows("video", (3, 20, 30), {}) == 13
-    np.testing.assert_array_equal(item.features["source"][-1], -1)
+    assert full.num_embeds("video", (32, 480, 640), {}) == 32 * 196 + 1
+    item = small.process_item("video", Video(np.zeros((3, 20, 30, 3), np.uint8), {}), {})
+    assert (item.num_inputs, item.num_embeds) == (3, 3 * 4 + 1) and small.num_embeds("video", (3, 20, 30), {}) == 13
+    np.testing.assert_array_equal(item.features["source_index"][-1], -1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (56, 56), (100, 60), (60, 100), (210, 224), (224, 210), (20, 133), (3, 900)])
 def test_rows_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
     """Every row is made of patches of the item's own crops, with shares that sum to one; every line ends once."""
-    item = small.item("image", np.zeros((*size, 3), np.uint8), {})
-    source, share = item.features["source"], item.features["share"]
-    assert item.rows == small.item_rows("image", size, {}) == len(source) == len(share)
-    assert source.max() < 16 * item.units == 16 * len(item.features["pixels"])
+    item = small.process_item("image", np.zeros((*size, 3), np.uint8), {})
+    source, share = item.features["source_index"], item.features["source_weight"]
+    assert item.num_embeds == small.num_embeds("image", size, {}) == len(source) == len(share)
+    assert source.max() < 16 * item.num_inputs == 16 * len(item.features["pixels"])
     np.testing.assert_allclose(share.sum(axis=-1), 1, atol=1e-6)
     np.testing.assert_array_equal(source[:16, 0], range(16))
     ends = np.flatnonzero(source[:, 0] == -1)
@@ -77,18 +77,18 @@ def test_rows_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
 def test_crops_put_together_are_the_picture(small: Processor) -> None:
     """A picture of exactly two by three crops: nothing is resized, and rows follow its lines."""
     picture = np.random.default_rng(0).integers(0, 256, (112, 168, 3), np.uint8)
-    item = small.item("image", picture, {})
-    assert item.units == 7
+    item = small.process_item("image", picture, {})
+    assert item.num_inputs == 7
     patches = item.features["pixels"].reshape(7, 3, 4, 14, 4, 14).transpose(0, 2, 4, 3, 5, 1).reshape(-1, 14, 14, 3)
-    rows = item.features["source"][16:, 0].reshape(8, 13)
+    rows = item.features["source_index"][16:, 0].reshape(8, 13)
     assert (rows[:, -1] == -1).all()
     shown = patches[rows[:, :-1]].swapaxes(1, 2).reshape(112, 168, 3)
     np.testing.assert_array_equal(shown, picture)
 
 
 def test_padded_to_a_square_of_the_mean_colour(small: Processor) -> None:
-    item = small.item("image", np.zeros((56, 28, 3), np.uint8), {"vision_aspect_ratio": "pad"})
-    assert (item.units, item.rows) == (1, 17)
+    item = small.process_item("image", np.zeros((56, 28, 3), np.uint8), {"vision_aspect_ratio": "pad"})
+    assert (item.num_inputs, item.num_embeds) == (1, 17)
     pixels = item.features["pixels"][0]
     assert (pixels[:, :, :14] == 127).all() and (pixels[:, :, 14:42] == 0).all() and (pixels[:, :, 42:] == 127).all()
 
@@ -96,7 +96,7 @@ def test_padded_to_a_square_of_the_mean_colour(small: Processor) -> None:
 @pytest.mark.parametrize("aspect", ["anyres", "anyres_max_0", "anyres_max_-1", "square", 9, None])
 def test_refusals(small: Processor, aspect: Any) -> None:
     with pytest.raises(RequestError, match="vision_aspect_ratio must be"):
-        small.item("image", np.zeros((9, 9, 3), np.uint8), {"vision_aspect_ratio": aspect})
+        small.process_item("image", np.zeros((9, 9, 3), np.uint8), {"vision_aspect_ratio": aspect})
 
 
 def test_crops_of_another_checkpoint(files: dict[str, dict[str, Any]]) -> None:
@@ -106,8 +106,10 @@ def test_crops_of_another_checkpoint(files: dict[str, dict[str, Any]]) -> None:
 
 
 def test_resampling_takes_the_centres_of_cells() -> None:
-    picks = resampled(np.arange(12).reshape(3, 4), 3, 2)
-    np.testing.assert_allclose((picks.source * picks.share).sum(axis=-1), [[0.5, 2.5], [4.5, 6.5], [8.5, 10.5]])
+    picks = resampled_sources(np.arange(12).reshape(3, 4), 3, 2)
+    np.testing.assert_allclose(
+        (picks.source_index * picks.source_weight).sum(axis=-1), [[0.5, 2.5], [4.5, 6.5], [8.5, 10.5]]
+    )
 
 
 @pytest.mark.parity
@@ -127,8 +129,8 @@ def test_pixels_and_counts_equal_transformers_at_odd_sizes(small: Processor, fil
     rng = np.random.default_rng(3)
     for height, width in [(1, 1), (27, 29), (300, 31), (41, 640), (500, 700), (97, 97), *rng.integers(4, 500, (8, 2))]:
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        item = small.item("image", image, {})
+        item = small.process_item("image", image, {})
         np.testing.assert_array_equal(item.features["pixels"], theirs([image])["pixel_values"][0])
-        assert item.rows == count._get_number_of_features(int(height), int(width), 56, 56)
-        alone = small.item("image", image, {"vision_aspect_ratio": "pad"}).features["pixels"]
+        assert item.num_embeds == count._get_number_of_features(int(height), int(width), 56, 56)
+        alone = small.process_item("image", image, {"vision_aspect_ratio": "pad"}).features["pixels"]
         np.testing.assert_array_equal(alone, theirs([[image, image]])["pixel_values"][0])

@@ -16,7 +16,7 @@ from mmjax.types import RequestError
 from rendering import load_processor
 
 Make = Callable[[str], Path]
-FULL = Slicer(edge=448, patch=14, side=70)
+FULL = Slicer(slice_size=448, patch=14, position_grid=70)
 PICTURE, CLIP = "(<image>./</image>)", "(<video>./</video>)"
 
 
@@ -67,18 +67,18 @@ def test_too_thin() -> None:
 def test_slices_are_the_picture_cut_row_by_row(loaded: tuple[Processor, Tokenizer]) -> None:
     """A picture that needs no resizing: two by three squares."""
     picture = np.random.default_rng(1).integers(0, 256, (224, 336, 3), np.uint8)
-    item = loaded[0].item("image", picture, {})
-    assert item.grid == (2, 3, 1) and item.rows == 7 * 16 == loaded[0].item_rows("image", (224, 336), {})
-    first = int((item.features["segment"] == 0).sum())
+    item = loaded[0].process_item("image", picture, {})
+    assert item.grid == (2, 3, 1) and item.num_embeds == 7 * 16 == loaded[0].num_embeds("image", (224, 336), {})
+    first = int((item.features["segment_ids"] == 0).sum())
     patches = item.features["pixels"][first:].reshape(2, 3, 8, 8, 3, 14, 14)
     shown = patches.transpose(0, 2, 5, 1, 3, 6, 4).reshape(224, 336, 3)
     np.testing.assert_array_equal(shown, picture)
-    np.testing.assert_array_equal(item.features["place"][first : first + 9, 0], [0] * 8 + [1])
-    np.testing.assert_array_equal(np.bincount(item.features["segment"])[1:], 64)
+    np.testing.assert_array_equal(item.features["patch_coords"][first : first + 9, 0], [0] * 8 + [1])
+    np.testing.assert_array_equal(np.bincount(item.features["segment_ids"])[1:], 64)
 
 
 def test_places_in_the_table_spread_over_it() -> None:
-    position, place = FULL.places(black(14 * 25, 14 * 70))
+    position, place = FULL.patch_coords(black(14 * 25, 14 * 70))
     assert position.shape == (25 * 70,) and place.tolist()[71] == [1, 1]
     np.testing.assert_array_equal(position[:70], range(70))
     rows = position[::70] // 70
@@ -108,30 +108,30 @@ def written(numbers: list[int | None], slices: list[tuple[int, int]]) -> list[st
 def test_prompts_are_tokenised_as_if_they_had_been_written_out(loaded: tuple[Processor, Tokenizer]) -> None:
     """What stands beside a placeholder may have been one token with its brackets: here ")\\n", ")." and ".(" are."""
     processor, tokenizer = loaded
-    images = [processor.item("image", black(60, 60), {}), processor.item("image", black(224, 336), {})]
-    video = processor.item("video", Video(np.zeros((2, 50, 70, 3), np.uint8), {}), {})
+    images = [processor.process_item("image", black(60, 60), {}), processor.process_item("image", black(224, 336), {})]
+    video = processor.process_item("video", Video(np.zeros((2, 50, 70, 3), np.uint8), {}), {})
     one, two = written([0, 1], [(0, 0), (2, 3)])
     frames = "".join(written([None, None], [(0, 0)] * 2))
     text = "<|im_start|>a.{}\n{}). (({}))<|im_end|>\u00e9 {}"
     prompt = tokenizer.encode(text.format(PICTURE, CLIP, PICTURE, "(<image>)"), False)
-    expanded = processor.expand(prompt, {"image": images, "video": [video]})
-    assert expanded.tokens == tokenizer.encode(text.format(one, frames, two, "(<image>)"), False)
-    kinds = [(span.kind, span.index, span.first) for span in expanded.spans]
+    expanded = processor.expand_prompt(prompt, {"image": images, "video": [video]})
+    assert expanded.token_ids == tokenizer.encode(text.format(one, frames, two, "(<image>)"), False)
+    kinds = [(span.modality, span.item_index, span.embed_offset) for span in expanded.spans]
     assert kinds[:3] == [("image", 0, 0), ("video", 0, 0), ("video", 0, 16)]
     assert kinds[3:] == [("image", 1, 16 * view) for view in range(7)]
     filler = tokenizer.id_of("<unk>")
     for span in expanded.spans:
-        assert expanded.tokens[span.start : span.start + span.length] == [filler] * 16
-    again = processor.expand(expanded.tokens, {"image": images, "video": [video]})
+        assert expanded.token_ids[span.start : span.start + span.length] == [filler] * 16
+    again = processor.expand_prompt(expanded.token_ids, {"image": images, "video": [video]})
     assert again == expanded
 
 
 def test_numbers_may_be_left_out(loaded: tuple[Processor, Tokenizer]) -> None:
     processor, tokenizer = loaded
-    item = processor.item("image", black(112, 226), {"use_image_id": False, "max_slice_nums": 2})
-    expanded = processor.expand(tokenizer.encode(PICTURE, False), {"image": [item]})
-    assert expanded.tokens == tokenizer.encode(written([None], [(1, 2)])[0], False)
-    assert processor.expand(expanded.tokens, {"image": [item]}) == expanded
+    item = processor.process_item("image", black(112, 226), {"use_image_id": False, "max_slice_nums": 2})
+    expanded = processor.expand_prompt(tokenizer.encode(PICTURE, False), {"image": [item]})
+    assert expanded.token_ids == tokenizer.encode(written([None], [(1, 2)])[0], False)
+    assert processor.expand_prompt(expanded.token_ids, {"image": [item]}) == expanded
 
 
 def test_tokens_beside_what_is_cut_are_left_alone(loaded: tuple[Processor, Tokenizer]) -> None:
@@ -139,8 +139,8 @@ def test_tokens_beside_what_is_cut_are_left_alone(loaded: tuple[Processor, Token
     processor, tokenizer = loaded
     odd = [tokenizer.id_of("h"), tokenizer.id_of("e"), tokenizer.id_of("\u00a1")]
     prompt = [*odd, tokenizer.id_of("<|im_end|>"), *tokenizer.encode(PICTURE, False)]
-    expanded = processor.expand(prompt, {"image": [processor.item("image", black(60, 60), {})]})
-    assert expanded.tokens[:4] == prompt[:4] and tokenizer.encode("he", False) != odd[:2]
+    expanded = processor.expand_prompt(prompt, {"image": [processor.process_item("image", black(60, 60), {})]})
+    assert expanded.token_ids[:4] == prompt[:4] and tokenizer.encode("he", False) != odd[:2]
 
 
 @pytest.mark.parametrize(
@@ -151,12 +151,12 @@ def test_placeholders_and_items_must_match(
     loaded: tuple[Processor, Tokenizer], text: str, images: int, videos: int
 ) -> None:
     processor, tokenizer = loaded
-    items = {"image": [processor.item("image", black(60, 60), {})] * images, "video": [] * videos}
+    items = {"image": [processor.process_item("image", black(60, 60), {})] * images, "video": [] * videos}
     with pytest.raises(RequestError, match="placeholders"):
-        processor.expand(tokenizer.encode(text, False), items)
+        processor.expand_prompt(tokenizer.encode(text, False), items)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, "nine"])
 def test_refusals(loaded: tuple[Processor, Tokenizer], value: Any) -> None:
     with pytest.raises(RequestError, match="max_slice_nums must be a positive integer"):
-        loaded[0].item("image", black(60, 60), {"max_slice_nums": value})
+        loaded[0].process_item("image", black(60, 60), {"max_slice_nums": value})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmjax.multimodal.video import Video
-from mmjax.processors.base import Item, Span
+from mmjax.processors.base import MediaItem, PlaceholderSpan
 from mmjax.processors.omni import OmniProcessor
 from mmjax.types import RequestError
 from rendering import load_processor
@@ -31,40 +31,42 @@ def _load(family: str, tiny_dir: Make) -> OmniProcessor:
     return processor
 
 
-def sound(omni: OmniProcessor, seconds: float) -> Item:
-    return omni.item("audio", np.random.default_rng(0).standard_normal(int(seconds * 16000)).astype(np.float32), {})
+def sound(omni: OmniProcessor, seconds: float) -> MediaItem:
+    return omni.process_item(
+        "audio", np.random.default_rng(0).standard_normal(int(seconds * 16000)).astype(np.float32), {}
+    )
 
 
-def clip(omni: OmniProcessor, frames: int, **kwargs: Any) -> Item:
-    side = omni.patch * omni.merge
+def clip(omni: OmniProcessor, frames: int, **kwargs: Any) -> MediaItem:
+    side = omni.patch_size * omni.merge_size
     options = {"use_audio_in_video": True, "min_pixels": side**2, **kwargs}
-    return omni.item("video", Video(np.zeros((frames, side, 2 * side, 3), np.uint8), {}), options)
+    return omni.process_item("video", Video(np.zeros((frames, side, 2 * side, 3), np.uint8), {}), options)
 
 
 def prompt(omni: OmniProcessor, *parts: str | int) -> list[int]:
     """Tokens: a kind is its marker, numbers are themselves."""
     named = {BOS: omni.audio_bos, EOS: omni.audio_eos}
-    return [omni.markers[part] if isinstance(part, str) else named.get(part, part) for part in parts]
+    return [omni.placeholder_ids[part] if isinstance(part, str) else named.get(part, part) for part in parts]
 
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 320, 321, 480, 4801, 16000, 16001, 40000])
 def test_rows_and_chunks_of_sounds(omni: OmniProcessor, samples: int) -> None:
     audio = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
-    rows = omni.heard(samples)
-    assert omni.item_rows("audio", (samples,), {}) == rows
+    rows = omni.audio_embeds(samples)
+    assert omni.num_embeds("audio", (samples,), {}) == rows
     if rows < 1:
         with pytest.raises(RequestError, match="too short to be represented"):
-            omni.item("audio", audio, {})
+            omni.process_item("audio", audio, {})
         return
-    item = omni.item("audio", audio, {})
+    item = omni.process_item("audio", audio, {})
     frames = samples // 160 if omni.fps == 1 else -(-samples // 160)
-    mel, length = item.features["mel"], item.features["length"]
+    mel, length = item.features["mel"], item.features["audio_frames"]
     assert (
-        (item.rows, item.units) == (rows, len(mel))
+        (item.num_embeds, item.num_inputs) == (rows, len(mel))
         and length.sum() == frames
         and not mel.reshape(-1, 32)[frames:].any()
     )
-    assert item.features["step"].shape == (rows,)
+    assert item.features["step_index"].shape == (rows,)
     steps = (frames + 1) // 2 // 2 if omni.fps == 2 else None
     if steps is None:  # thirteen of each full chunk, and an eighth of the rest
         steps = frames // 100 * 13 + -(-(frames % 100) // 8)
@@ -73,28 +75,31 @@ def test_rows_and_chunks_of_sounds(omni: OmniProcessor, samples: int) -> None:
 
 def test_longer_sounds_are_cut_where_the_window_ends(tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
     omni = _load("qwen2_5_omni", tiny_dir)
-    assert sound(omni, 9.0).rows == sound(omni, 8.0).rows == 200 and "is cut to the model's window" in caplog.text
-    assert sound(_load("qwen3_omni_moe", tiny_dir), 40.0).rows == 40 * 13
+    assert (
+        sound(omni, 9.0).num_embeds == sound(omni, 8.0).num_embeds == 200
+        and "is cut to the model's window" in caplog.text
+    )
+    assert sound(_load("qwen3_omni_moe", tiny_dir), 40.0).num_embeds == 40 * 13
 
 
 def test_a_short_last_chunk_is_followed_by_silence_but_a_single_one_is_not(tiny_dir: Make) -> None:
     omni = _load("qwen3_omni_moe", tiny_dir)
-    assert sound(omni, 0.5).features["extent"].tolist() == [50]
+    assert sound(omni, 0.5).features["num_frames"].tolist() == [50]
     long = sound(omni, 3.5).features
-    assert long["extent"].tolist() == [100] * 4 and long["length"].tolist() == [100, 100, 100, 50]
-    assert long["window"].tolist() == [0, 0, 1, 1]
+    assert long["num_frames"].tolist() == [100] * 4 and long["audio_frames"].tolist() == [100, 100, 100, 50]
+    assert long["window_ids"].tolist() == [0, 0, 1, 1]
 
 
 def test_turns_of_two_seconds(tiny_dir: Make) -> None:
     omni = _load("qwen2_5_omni", tiny_dir)
-    assert omni.turns(clip(omni, 6), sound(omni, 2.6)) == [
+    assert omni.interleave_audio(clip(omni, 6), sound(omni, 2.6)) == [
         ("video", 0, 4),
         ("audio", 0, 50),
         ("video", 4, 2),
         ("audio", 50, 15),
     ]
-    assert omni.turns(clip(omni, 2), sound(omni, 4.2))[-2:] == [("audio", 50, 50), ("audio", 100, 5)]
-    slow = omni.turns(clip(omni, 6, fps=0.5), sound(omni, 1.0))  # steps four seconds apart, as published
+    assert omni.interleave_audio(clip(omni, 2), sound(omni, 4.2))[-2:] == [("audio", 50, 50), ("audio", 100, 5)]
+    slow = omni.interleave_audio(clip(omni, 6, fps=0.5), sound(omni, 1.0))  # steps four seconds apart, as published
     assert slow == [
         ("video", 0, 2),
         ("audio", 0, 25),
@@ -107,7 +112,7 @@ def test_turns_of_two_seconds(tiny_dir: Make) -> None:
 
 def test_turns_by_time(tiny_dir: Make) -> None:
     omni = _load("qwen3_omni_moe", tiny_dir)
-    assert omni.turns(clip(omni, 6), sound(omni, 5.0)) == [
+    assert omni.interleave_audio(clip(omni, 6), sound(omni, 5.0)) == [
         ("video", 0, 2),
         ("audio", 0, 26),
         ("video", 2, 2),
@@ -115,41 +120,55 @@ def test_turns_by_time(tiny_dir: Make) -> None:
         ("video", 4, 2),
         ("audio", 52, 13),
     ]
-    assert omni.turns(clip(omni, 6), sound(omni, 1.0)) == [("video", 0, 2), ("audio", 0, 13), ("video", 2, 4)]
-    assert omni.turns(clip(omni, 4, fps=4.0), sound(omni, 1.0))[1] == ("audio", 0, 7)  # 6.5 positions come after 6
+    assert omni.interleave_audio(clip(omni, 6), sound(omni, 1.0)) == [
+        ("video", 0, 2),
+        ("audio", 0, 13),
+        ("video", 2, 4),
+    ]
+    assert omni.interleave_audio(clip(omni, 4, fps=4.0), sound(omni, 1.0))[1] == (
+        "audio",
+        0,
+        7,
+    )  # 6.5 positions come after 6
 
 
 def test_sounds_go_to_placeholders_and_videos_in_the_order_of_the_prompt(omni: OmniProcessor) -> None:
     items = {
         "video": [clip(omni, 2), clip(omni, 4)],
         "audio": [sound(omni, 0.3), sound(omni, 0.7), sound(omni, 1.1), sound(omni, 0.5)],
-        "image": [omni.item("image", np.zeros((60, 60, 3), np.uint8), {})],
+        "image": [omni.process_item("image", np.zeros((60, 60, 3), np.uint8), {})],
     }
     tokens = prompt(omni, TEXT, "video", TEXT, BOS, "audio", EOS, "video", "image", TEXT, "audio", TEXT)
-    expanded = omni.expand(tokens, items)
+    expanded = omni.expand_prompt(tokens, items)
     rows: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for span in expanded.spans:
-        assert expanded.tokens[span.start : span.start + span.length] == [omni.markers[span.kind]] * span.length
-        rows.setdefault((span.kind, span.index), []).append((span.first, span.length))
+        assert (
+            expanded.token_ids[span.start : span.start + span.length]
+            == [omni.placeholder_ids[span.modality]] * span.length
+        )
+        rows.setdefault((span.modality, span.item_index), []).append((span.embed_offset, span.length))
     assert {key: sum(n for _, n in parts) for key, parts in rows.items()} == {
-        (kind, index): item.rows for kind, group in items.items() for index, item in enumerate(group)
+        (kind, index): item.num_embeds for kind, group in items.items() for index, item in enumerate(group)
     }
     for parts in rows.values():  # every row once, in order
         assert [first for first, _ in parts] == np.cumsum([0, *(n for _, n in parts[:-1])]).tolist()
-    order = [(span.kind, span.index) for span in expanded.spans if span.first == 0]
+    order = [(span.modality, span.item_index) for span in expanded.spans if span.embed_offset == 0]
     assert order == [("video", 0), ("audio", 0), ("audio", 1), ("video", 1), ("audio", 2), ("image", 0), ("audio", 3)]
-    assert omni.expand(expanded.tokens, items) == expanded  # what is expanded stays as it is
+    assert omni.expand_prompt(expanded.token_ids, items) == expanded  # what is expanded stays as it is
 
 
 def test_videos_without_their_sound_are_ordinary(omni: OmniProcessor) -> None:
     items = {"video": [clip(omni, 2, use_audio_in_video=False)], "audio": [sound(omni, 0.3)]}
-    expanded = omni.expand(prompt(omni, "video", TEXT, "audio"), items)
-    assert expanded.spans == [Span(0, 2, "video", 0), Span(3, items["audio"][0].rows, "audio", 0)]
+    expanded = omni.expand_prompt(prompt(omni, "video", TEXT, "audio"), items)
+    assert expanded.spans == [
+        PlaceholderSpan(0, 2, "video", 0),
+        PlaceholderSpan(3, items["audio"][0].num_embeds, "audio", 0),
+    ]
     renamed = clip(omni, 2, use_audio_in_video=False, load_audio_from_video=True)
-    nested = omni.item(
+    nested = omni.process_item(
         "video", Video(np.zeros((2, 64, 64, 3), np.uint8), {}), {"videos_kwargs": {"use_audio_in_video": True}}
     )
-    assert renamed.sound and nested.sound
+    assert renamed.with_audio and nested.with_audio
 
 
 @pytest.mark.parametrize(
@@ -168,48 +187,53 @@ def test_videos_without_their_sound_are_ordinary(omni: OmniProcessor) -> None:
 def test_mismatches(omni: OmniProcessor, parts: tuple[Any, ...], videos: int, sounds: int, words: str) -> None:
     items = {"video": [clip(omni, 2)] * videos, "audio": [sound(omni, 0.3)] * sounds}
     with pytest.raises(RequestError) as caught:
-        omni.expand(prompt(omni, *parts), items)
+        omni.expand_prompt(prompt(omni, *parts), items)
     assert words in str(caught.value)
 
 
 def test_positions_of_a_video_with_its_sound(omni: OmniProcessor) -> None:
     """By hand: 4 frames at the default rate, one second of sound, text before and after."""
     items = {"video": [clip(omni, 4)], "audio": [sound(omni, 1.0)]}
-    expanded = omni.expand(prompt(omni, TEXT, 5, "video", 6, TEXT, TEXT), items)
-    positions, delta = omni.positions(expanded.tokens, expanded.spans, items)
-    heard, second = items["audio"][0].rows, int(omni.ticks * 2 / omni.fps)
+    expanded = omni.expand_prompt(prompt(omni, TEXT, 5, "video", 6, TEXT, TEXT), items)
+    positions, delta = omni.rope_positions(expanded.token_ids, expanded.spans, items)
+    heard, second = items["audio"][0].num_embeds, int(omni.positions_per_second * 2 / omni.fps)
     assert heard == {2.0: 25, 1.0: 13}[omni.fps]
-    base = 2 if omni.one_bos else 3
+    base = 2 if omni.shared_bos_position else 3
     tail = list(positions[0, -4:])
-    assert positions[:, :3].tolist() == [[0, 1, 1 if omni.one_bos else 2]] * 3
+    assert positions[:, :3].tolist() == [[0, 1, 1 if omni.shared_bos_position else 2]] * 3
     for span in expanded.spans:
         block = positions[:, span.start : span.start + span.length] - base
-        if span.kind == "audio":
-            assert block.tolist() == [list(range(span.first, span.first + span.length))] * 3
+        if span.modality == "audio":
+            assert block.tolist() == [list(range(span.embed_offset, span.embed_offset + span.length))] * 3
         else:
-            rows = np.arange(span.first, span.first + span.length)
+            rows = np.arange(span.embed_offset, span.embed_offset + span.length)
             assert block.tolist() == [(rows // 2 * second).tolist(), [0] * span.length, (rows % 2).tolist()]
     last = expanded.spans[-1]
     free = positions[:, last.start : last.start + last.length].max() + 1
-    assert tail == ([free, free, free + 1, free + 2] if omni.one_bos else list(range(free, free + 4)))
-    assert delta == tail[-1] + 1 - len(expanded.tokens)
+    assert tail == ([free, free, free + 1, free + 2] if omni.shared_bos_position else list(range(free, free + 4)))
+    assert delta == tail[-1] + 1 - len(expanded.token_ids)
 
 
 def test_ordinary_media_lie_on_the_clock_too(omni: OmniProcessor) -> None:
     items = {"video": [clip(omni, 5, use_audio_in_video=False, fps=1.0)], "audio": [sound(omni, 0.3)]}
-    expanded = omni.expand(prompt(omni, "video", TEXT, "audio", TEXT), items)
-    positions, delta = omni.positions(expanded.tokens, expanded.spans, items)
-    step = int(omni.ticks * 2)
+    expanded = omni.expand_prompt(prompt(omni, "video", TEXT, "audio", TEXT), items)
+    positions, delta = omni.rope_positions(expanded.token_ids, expanded.spans, items)
+    step = int(omni.positions_per_second * 2)
     assert positions[0, :6].tolist() == [0, 0, step, step, 2 * step, 2 * step]
     assert positions[:, 6].tolist() == [2 * step + 1] * 3
-    assert (np.diff(positions[:, 6:]) == 1).all() and delta == positions[0, -1] + 1 - len(expanded.tokens)
+    assert (np.diff(positions[:, 6:]) == 1).all() and delta == positions[0, -1] + 1 - len(expanded.token_ids)
 
 
 def test_a_clip_of_embeddings_has_its_place_in_time_and_its_sound(omni: OmniProcessor) -> None:
     for kwargs in ({}, {"use_audio_in_video": True}, {"fps": 4.0}):
-        seen = omni.item("video", Video(np.zeros((6, 64, 128, 3), np.uint8), {}), kwargs)
-        told = omni.outline("video", (seen.grid[0], 2 * seen.grid[1], 2 * seen.grid[2]), kwargs)
-        assert (told.rows, told.grid, told.times, told.sound) == (seen.rows, seen.grid, seen.times, seen.sound)
+        seen = omni.process_item("video", Video(np.zeros((6, 64, 128, 3), np.uint8), {}), kwargs)
+        told = omni.item_for_embeds("video", (seen.grid[0], 2 * seen.grid[1], 2 * seen.grid[2]), kwargs)
+        assert (told.num_embeds, told.grid, told.frame_times, told.with_audio) == (
+            seen.num_embeds,
+            seen.grid,
+            seen.frame_times,
+            seen.with_audio,
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -218,15 +242,15 @@ def test_goldens(shared: Path, family: str) -> None:
     omni, tokenizer = load_processor(family, directory)
     golden = dict(np.load(directory / "golden.npz"))
     for case, told in json.loads((directory / "golden.json").read_text())["cases"].items():
-        items: dict[str, list[Item]] = {}
+        items: dict[str, list[MediaItem]] = {}
         for name, media in golden.items():
             if name.startswith(f"{case}/raw_"):
                 kind = name.split("_")[-2]
                 media = Video(media, {"fps": 30.0}) if kind == "video" else media
-                items.setdefault(kind, []).append(omni.item(kind, media, told["proc_kwargs"]))
-        expanded = omni.expand(tokenizer.encode(told["prompt"], add_special_tokens=True), items)
-        positions, delta = omni.positions(expanded.tokens, expanded.spans, items)
-        assert expanded.tokens == golden[f"{case}/input_ids"].tolist()
+                items.setdefault(kind, []).append(omni.process_item(kind, media, told["proc_kwargs"]))
+        expanded = omni.expand_prompt(tokenizer.encode(told["prompt"], add_special_tokens=True), items)
+        positions, delta = omni.rope_positions(expanded.token_ids, expanded.spans, items)
+        assert expanded.token_ids == golden[f"{case}/input_ids"].tolist()
         np.testing.assert_array_equal(positions, golden[f"{case}/position_ids"])
         assert delta == golden[f"{case}/rope_delta"]
         for index, item in enumerate(items.get("audio", ())):
@@ -236,4 +260,4 @@ def test_goldens(shared: Path, family: str) -> None:
             np.testing.assert_allclose(
                 mel[:exact], golden[f"{case}/input_features"][index].T[:exact], rtol=0, atol=1e-4
             )
-            assert item.features["length"].sum() == frames
+            assert item.features["audio_frames"].sum() == frames

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.models.phi3_v import whole_views
+from mmjax.models.phi3_v import global_views
 from mmjax.processors import phi3_v
 from mmjax.text.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -46,10 +46,10 @@ def published(tiny_dir: Make) -> phi3_v.Processor:
 )
 def test_token_counts(published: phi3_v.Processor, size: tuple[int, int], kwargs: dict[str, Any], rows: int) -> None:
     assert published.image_id == 32044
-    assert published.item_rows("image", size, kwargs) == rows
-    item = published.item("image", np.zeros((*size, 3), np.uint8), kwargs)
-    assert item.rows == rows == len(item.features["index"])
-    assert item.features["pixels"].shape == (item.units, 3, 336, 336)
+    assert published.num_embeds("image", size, kwargs) == rows
+    item = published.process_item("image", np.zeros((*size, 3), np.uint8), kwargs)
+    assert item.num_embeds == rows == len(item.features["patch_index"])
+    assert item.features["pixels"].shape == (item.num_inputs, 3, 336, 336)
 
 
 @pytest.mark.parametrize("size", [(60, 100), (100, 60), (56, 56), (1, 1), (3, 400), (131, 57)])
@@ -58,7 +58,7 @@ def test_crops_put_together_are_the_image_on_white(
 ) -> None:
     processor, _ = tiny
     picture = np.random.default_rng(0).integers(0, 200, (*size, 3), np.uint8)
-    item = processor.item("image", picture, {})
+    item = processor.process_item("image", picture, {})
     (rows, columns), side = item.grid, 56
     canvas = item.features["pixels"][1:].reshape(rows, columns, 3, side, side)
     canvas = canvas.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
@@ -79,11 +79,11 @@ def test_crops_put_together_are_the_image_on_white(
 
 def test_rows_lie_line_by_line_with_separators(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
     processor, _ = tiny
-    item = processor.item("image", np.zeros((50, 112, 3), np.uint8), {"num_crops": 2})
+    item = processor.process_item("image", np.zeros((50, 112, 3), np.uint8), {"num_crops": 2})
     assert item.grid == (1, 2)
     newline, divider = -1, -2
     wanted = [4, 5, 8, 9, newline, 6, 7, 10, 11, newline, divider, 0, 1, newline, 2, 3, newline]
-    assert item.features["index"].tolist() == wanted
+    assert item.features["patch_index"].tolist() == wanted
     processor.global_first = True  # the order of Phi-3-vision
     assert processor._index(1, 2).tolist() == [*wanted[11:], divider, *wanted[:10]]
 
@@ -92,10 +92,10 @@ def test_the_whole_is_the_canvas_by_torchs_rule(tiny: tuple[phi3_v.Processor, To
     """Two, three and one crops along an edge: for odd numbers every n-th pixel, else 4 x 4 of them."""
     processor, _ = tiny
     picture = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)
-    item = processor.item("image", picture, {"num_crops": 6})
+    item = processor.process_item("image", picture, {"num_crops": 6})
     assert item.grid == (2, 3)
-    units = {name: jnp.asarray(item.features[name]) for name in ("pixels", "place", "whole")}
-    out = np.asarray(whole_views(units["pixels"].astype(jnp.float32), units["place"], units["whole"]))
+    units = {name: jnp.asarray(item.features[name]) for name in ("pixels", "crop_coords", "view_index")}
+    out = np.asarray(global_views(units["pixels"].astype(jnp.float32), units["crop_coords"], units["view_index"]))
     np.testing.assert_array_equal(out[1:], item.features["pixels"][1:])
     canvas = item.features["pixels"][1:].reshape(2, 3, 3, 56, 56).transpose(2, 0, 3, 1, 4).reshape(3, 112, 168)
     columns = canvas[:, :, 1::3].astype(np.float64)
@@ -110,15 +110,15 @@ def test_text_between_tags_is_tokenised_by_itself(tiny_dir: Make, tiny: tuple[ph
     alone = [tokenizer.encode(part) for part in ("", "A", " B")]
     tokens = processor.tokenize(text, tokenizer.encode)
     assert tokens == [*alone[0], -2, *alone[1], -3, *alone[2]]
-    items = [processor.item("image", np.zeros(size, np.uint8), {}) for size in ((56, 56, 3), (20, 90, 3))]
-    expanded = processor.expand(tokens, {"image": items})
-    assert [span.index for span in expanded.spans] == [0, 1]
-    assert len(expanded.tokens) == sum(map(len, alone)) + items[0].rows + items[1].rows
+    items = [processor.process_item("image", np.zeros(size, np.uint8), {}) for size in ((56, 56, 3), (20, 90, 3))]
+    expanded = processor.expand_prompt(tokens, {"image": items})
+    assert [span.item_index for span in expanded.spans] == [0, 1]
+    assert len(expanded.token_ids) == sum(map(len, alone)) + items[0].num_embeds + items[1].num_embeds
     renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
     for prompt, starts in ((text, 3), ("AB", 0)):  # as a chat asks for it, whose template prints special tokens
         media = {"multi_modal_data": {"image": [picture(1), picture(2)]}} if starts else {}
-        rendered = renderer.render(renderer.parse({"prompt": prompt, **media}), {"add_special_tokens": False})
-        assert (rendered.tokens == tokenizer.bos_id).sum() == starts
+        rendered = renderer.process(renderer.parse({"prompt": prompt, **media}), {"add_special_tokens": False})
+        assert (rendered.token_ids == tokenizer.bos_id).sum() == starts
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_tags_that_do_not_fit_the_images(tiny_dir: Make, prompt: str, count: int
     renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
     media = {"multi_modal_data": {"image": [np.zeros((8, 8, 3), np.uint8)] * count}} if count else {}
     with pytest.raises(RequestError) as caught:
-        renderer.render(renderer.parse({"prompt": prompt, **media}))
+        renderer.process(renderer.parse({"prompt": prompt, **media}))
     assert words in str(caught.value)
 
 
@@ -146,4 +146,4 @@ def test_tags_that_do_not_fit_the_images(tiny_dir: Make, prompt: str, count: int
 )
 def test_numbers_of_crops_that_are_refused(tiny: tuple[phi3_v.Processor, Tokenizer], crops: Any, words: str) -> None:
     with pytest.raises(RequestError, match=words):
-        tiny[0].item("image", np.zeros((8, 8, 3), np.uint8), {"num_crops": crops})
+        tiny[0].process_item("image", np.zeros((8, 8, 3), np.uint8), {"num_crops": crops})

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mmjax.multimodal.video import Video
-from mmjax.processors.base import Item, Span
+from mmjax.processors.base import MediaItem, PlaceholderSpan
 from mmjax.processors.patches import mrope, smart_resize
-from mmjax.processors.vision import stretched
+from mmjax.processors.vision import table_coords
 from mmjax.types import RequestError
 from rendering import load_processor, make_renderer
 from small import picture
@@ -32,19 +32,19 @@ def test_windows(size: tuple[int, int], tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
     plain, _ = load_processor("qwen2_vl", tiny_dir("qwen2_vl"))
     clip = video(5, *size)
-    item, raster = processor.item("video", clip, {}), plain.item("video", clip, {})
+    item, raster = processor.process_item("video", clip, {}), plain.process_item("video", clip, {})
     f = item.features
-    units = (f["order"][:, None] + np.arange(4)).reshape(-1)
-    assert sorted(units) == list(range(item.units)) and item.grid == raster.grid
-    for name in ("pixels", "place", "segment"):
+    units = (f["embed_order"][:, None] + np.arange(4)).reshape(-1)
+    assert sorted(units) == list(range(item.num_inputs)) and item.grid == raster.grid
+    for name in ("pixels", "patch_coords", "segment_ids"):
         np.testing.assert_array_equal(f[name][units], raster.features[name])
-    changes = np.flatnonzero(np.diff(f["window"]))
-    assert len(changes) == f["window"].max() == len(np.unique(f["window"])) - 1, "a window is one run"
+    changes = np.flatnonzero(np.diff(f["window_ids"]))
+    assert len(changes) == f["window_ids"].max() == len(np.unique(f["window_ids"])) - 1, "a window is one run"
     window = 2 * 28  # pixels: the tiny checkpoint's
-    cell = np.stack([f["segment"], *(f["place"] * 14 // window).T], axis=1)
-    for number in range(f["window"].max() + 1):
-        assert len(np.unique(cell[f["window"] == number], axis=0)) == 1
-    assert len(np.unique(cell, axis=0)) == f["window"].max() + 1
+    cell = np.stack([f["segment_ids"], *(f["patch_coords"] * 14 // window).T], axis=1)
+    for number in range(f["window_ids"].max() + 1):
+        assert len(np.unique(cell[f["window_ids"] == number], axis=0)) == 1
+    assert len(np.unique(cell, axis=0)) == f["window_ids"].max() + 1
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_windows(size: tuple[int, int], tiny_dir: Make) -> None:
 )
 def test_clock(metadata: Mapping[str, Any], kwargs: Mapping[str, Any], times: list[float], tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
-    item = processor.item("video", video(5, 56, 84, **metadata), kwargs)
-    assert item.times == pytest.approx(times)
-    positions, delta = processor.positions([7] * 21, [Span(1, 18, "video", 0)], {"video": [item]})
+    item = processor.process_item("video", video(5, 56, 84, **metadata), kwargs)
+    assert item.frame_times == pytest.approx(times)
+    positions, delta = processor.rope_positions([7] * 21, [PlaceholderSpan(1, 18, "video", 0)], {"video": [item]})
     np.testing.assert_array_equal(positions[0, 1:19].reshape(3, 6), np.floor(times)[:, None].repeat(6, 1) + 1)
     largest = max(int(times[-1]), 2) + 1
     assert positions[:, 19].tolist() == [largest + 1] * 3 and delta == largest + 1 - 19
@@ -69,17 +69,20 @@ def test_clock(metadata: Mapping[str, Any], kwargs: Mapping[str, Any], times: li
 
 def test_clock_of_images_and_of_clips_that_come_as_rows(tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
-    image = processor.item("image", picture(1, 84, 84), {})
-    assert image.times == () and processor.block(image, Span(0, 9, "image", 0))[0].tolist() == [0] * 9
-    rows = Item("video", {}, 0, 8, (2, 2, 2))
-    assert processor.block(rows, Span(0, 8, "video", 0))[0].tolist() == [0] * 4 + [2] * 4
+    image = processor.process_item("image", picture(1, 84, 84), {})
+    assert (
+        image.frame_times == ()
+        and processor.span_positions(image, PlaceholderSpan(0, 9, "image", 0))[0].tolist() == [0] * 9
+    )
+    rows = MediaItem("video", {}, 0, 8, (2, 2, 2))
+    assert processor.span_positions(rows, PlaceholderSpan(0, 8, "video", 0))[0].tolist() == [0] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize("fps", [-1, float("inf"), "fast", True])
 def test_a_rate_must_be_a_number(fps: Any, tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
     with pytest.raises(RequestError, match="fps must be a positive number"):
-        processor.item("video", video(2), {"fps": fps})
+        processor.process_item("video", video(2), {"fps": fps})
 
 
 def test_mrope_without_blocks_and_with_two_side_by_side() -> None:
@@ -96,9 +99,9 @@ def test_mrope_without_blocks_and_with_two_side_by_side() -> None:
 def expanded(words: str, clips: list[Any], tiny_dir: Make, **kwargs: Any) -> tuple[str, Any]:
     renderer = make_renderer("qwen3_vl", tiny_dir("qwen3_vl"))
     media = {"multi_modal_data": {"video": clips}} if clips else {}
-    rendered = renderer.render(renderer.parse({"prompt": words, **media, "mm_processor_kwargs": kwargs}))
+    rendered = renderer.process(renderer.parse({"prompt": words, **media, "mm_processor_kwargs": kwargs}))
     assert renderer.tokenizer is not None
-    return renderer.tokenizer.decode(rendered.tokens.tolist(), skip_special_tokens=False), rendered
+    return renderer.tokenizer.decode(rendered.token_ids.tolist(), skip_special_tokens=False), rendered
 
 
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -112,9 +115,9 @@ def test_a_clip_becomes_frames_with_their_times(tiny_dir: Make) -> None:
     clip = (video(4).frames, KNOWN)  # pairs at 0 and 0.5 s, and at 1 and 1.5 s
     text, rendered = expanded(f"a {CLIP} b", [clip], tiny_dir)
     assert text == f"a {frame('0.2', 6)}{frame('1.2', 6)} b"
-    assert [(span.length, span.first) for span in rendered.spans] == [(6, 0), (6, 6)]
+    assert [(span.length, span.embed_offset) for span in rendered.spans] == [(6, 0), (6, 6)]
     for span in rendered.spans:
-        block = rendered.positions[:, span.start : span.start + 6]
+        block = rendered.rope_positions[:, span.start : span.start + 6]
         np.testing.assert_array_equal(block - block[:, :1], np.indices((1, 2, 3)).reshape(3, -1))
     kept, _ = expanded(f"a {CLIP} b", [clip], tiny_dir, keep_video_wrapper=True)
     assert kept == f"a <|vision_start|>{frame('0.2', 6)}{frame('1.2', 6)}<|vision_end|> b"
@@ -128,7 +131,7 @@ def test_two_clips_odd_frames_and_a_second_sending(tiny_dir: Make) -> None:
     assert text == f"{frame('0.5', 6)}{frame('2.0', 6)}and{frame('0.1', 4)}?"  # the last frame counts twice
     again, second = expanded(text, clips, tiny_dir)
     assert again == text and second.spans == first.spans
-    np.testing.assert_array_equal(second.positions, first.positions)
+    np.testing.assert_array_equal(second.rope_positions, first.rope_positions)
 
 
 def test_without_metadata_two_frames_a_second(tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,15 +145,17 @@ def test_sampling_where_the_clip_has_every_frame(tiny_dir: Make) -> None:
     """24 frames at 4 a second, 2 a second wanted: 12, spread evenly from the first to the last."""
     processor, _ = load_processor("qwen3_vl", tiny_dir("qwen3_vl"))
     known = {"fps": 4.0, "total_num_frames": 24, "frames_indices": list(range(24)), "do_sample_frames": True}
-    item = processor.item("video", video(24, **known), {})
+    item = processor.process_item("video", video(24, **known), {})
     indices = np.linspace(0, 23, 12).round()
     assert item.grid[0] == 6
-    assert item.times == pytest.approx(((indices[::2] + indices[1::2]) / 8).tolist())
-    assert processor.item("video", video(24, **known), {"fps": 0.1}).grid[0] == 2, "never fewer than four frames"
-    assert processor.item("video", video(24, **known), {"num_frames": 8}).grid[0] == 4
-    assert processor.item("video", video(24, **known), {"do_sample_frames": False}).grid[0] == 12
+    assert item.frame_times == pytest.approx(((indices[::2] + indices[1::2]) / 8).tolist())
+    assert processor.process_item("video", video(24, **known), {"fps": 0.1}).grid[0] == 2, (
+        "never fewer than four frames"
+    )
+    assert processor.process_item("video", video(24, **known), {"num_frames": 8}).grid[0] == 4
+    assert processor.process_item("video", video(24, **known), {"do_sample_frames": False}).grid[0] == 12
     with pytest.raises(RequestError, match="exclude each other"):
-        processor.item("video", video(24, **known), {"num_frames": 8, "fps": 1})
+        processor.process_item("video", video(24, **known), {"num_frames": 8, "fps": 1})
 
 
 @pytest.mark.parametrize("words", ["none", f"{CLIP}{CLIP}", "<|video_pad|>" * 7, "<|video_pad|>a" * 12])
@@ -164,19 +169,21 @@ def test_sizes_of_clips_count_all_frames(tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen3_vl", tiny_dir("qwen3_vl"))
     assert smart_resize(64, 96, 32, 4096, 10_000, frames=8) == (32, 32)
     assert smart_resize(64, 96, 32, 4096, 10_000) == (64, 96)
-    assert processor.item_rows("video", (40, 1080, 1920), {}) <= 25165824 // 2 // 32**2
-    assert processor.item_rows("video", (1, 10, 40), {}) == 4  # never less than one row high
-    item = processor.item("video", video(40, 100, 70), {})
-    assert item.rows == processor.item_rows("video", (40, 100, 70), {})
+    assert processor.num_embeds("video", (40, 1080, 1920), {}) <= 25165824 // 2 // 32**2
+    assert processor.num_embeds("video", (1, 10, 40), {}) == 4  # never less than one row high
+    item = processor.process_item("video", video(40, 100, 70), {})
+    assert item.num_embeds == processor.num_embeds("video", (40, 100, 70), {})
 
 
 def test_table_places_reach_from_corner_to_corner() -> None:
     place = np.array([[0, 0], [3, 5], [1, 5], [3, 2]])
-    np.testing.assert_allclose(stretched(place, (1, 4, 6), 48), [[0, 0], [47, 47], [47 / 3, 47], [47, 18.8]], rtol=1e-6)
+    np.testing.assert_allclose(
+        table_coords(place, (1, 4, 6), 48), [[0, 0], [47, 47], [47 / 3, 47], [47, 18.8]], rtol=1e-6
+    )
 
 
 def test_a_language_model_alone_takes_no_media(tiny_dir: Make) -> None:
     renderer = make_renderer("qwen3_moe", tiny_dir("qwen3_moe"))
-    assert renderer.render(renderer.parse("hello")).spans == []
+    assert renderer.process(renderer.parse("hello")).spans == []
     with pytest.raises(RequestError, match="image"):
         renderer.parse({"prompt": "hello", "multi_modal_data": {"image": picture(1)}})

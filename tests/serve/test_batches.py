@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mmjax.serve import batches
-from mmjax.serve.context import Settings
+from mmjax.serve.context import ServerSettings
 
 from asking import pil, url, user
 from mmjax import AsyncLLM, SamplingParams
@@ -34,7 +34,7 @@ class Bar:
 
 def answered(served: AsyncLLM, lines: list[dict[str, Any]]) -> dict[str, Any]:
     out, bar = io.StringIO(), Bar()
-    settings = Settings(names=("tiny",), max_queue=2)
+    settings = ServerSettings(names=("tiny",), max_queue=2)
     failed = asyncio.run(batches.answer_all(served, settings, lines, out, bar))
     found = {entry["custom_id"]: entry for entry in map(json.loads, out.getvalue().splitlines())}
     assert bar.done == len(lines) == len(found)

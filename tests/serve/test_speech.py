@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from asking import sound_of, tone
 from mmjax import AsyncLLM, SamplingParams, Speech, SpeechTask
-from mmjax.speech import stretches
+from mmjax.speech import split_segments
 from serving import events
 
 LONG = 10.5  # seconds: three windows of the tiny model
@@ -90,9 +90,9 @@ def test_the_prompt_is_what_whisper_was_trained_on(listening: AsyncLLM) -> None:
     speech = Speech(listening)
 
     async def prompt(task: SpeechTask) -> str:
-        recording = await speech.hear(sound(1.0))
+        recording = await speech.decode(sound(1.0))
         work = await speech.prepare(recording, task, SamplingParams(temperature=0))
-        return listening.decode(work.rendered[0].tokens)
+        return listening.decode(work.engine_inputs[0].token_ids)
 
     for task, wanted in (
         (SpeechTask("de"), "<|startoftranscript|><|de|><|transcribe|><|notimestamps|>"),
@@ -117,7 +117,7 @@ def test_the_prompt_is_what_whisper_was_trained_on(listening: AsyncLLM) -> None:
     ],
 )
 def test_stretches(tokens: list[int], seconds: float, wanted: list[tuple[float, float, int, int]]) -> None:
-    assert stretches(tokens, 100, seconds) == [pytest.approx(stretch) for stretch in wanted]
+    assert split_segments(tokens, 100, seconds) == [pytest.approx(stretch) for stretch in wanted]
 
 
 def test_refusals(speech_client: TestClient) -> None:

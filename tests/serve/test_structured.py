@@ -59,7 +59,7 @@ def test_what_cannot_be_followed_is_refused_before_the_answer_begins(client: Tes
 
 
 def test_a_costly_grammar_stalls_nobody(client: TestClient, served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary, begun, go, threads = served.llm.parts.vocabulary, threading.Event(), threading.Event(), []
+    vocabulary, begun, go, threads = served.llm.model.grammar_compiler, threading.Event(), threading.Event(), []
     plain = vocabulary.compile
 
     def slow(structured: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from mmjax.serve.tools import Call, Forced, Reader, schema_of
+from mmjax.serve.tools import ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
 from serving import events
 
@@ -41,24 +41,24 @@ TOOLS = [
     ],
 )
 def test_reading_in_pieces(text: str, said: str, names: list[str], size: int) -> None:
-    reader, pieces = Reader(), []
+    reader, pieces = ToolCallParser(), []
     for at in range(0, len(text), size):
         pieces += reader.feed(text[at : at + size])
     pieces += reader.feed("", last=True)
     assert "".join(piece for piece in pieces if isinstance(piece, str)) == said
-    assert [piece.name for piece in pieces if isinstance(piece, Call)] == names
-    assert [call.name for call in Reader().read(text)[1]] == names
+    assert [piece.name for piece in pieces if isinstance(piece, ToolCall)] == names
+    assert [call.name for call in ToolCallParser().read(text)[1]] == names
 
 
 def test_arguments_are_json_text() -> None:
-    [call] = Reader().read(CALL)[1]
+    [call] = ToolCallParser().read(CALL)[1]
     assert json.loads(call.arguments) == {"city": "Zürich"}
     assert call.as_json()["type"] == "function" and call.id.startswith("chatcmpl-tool-")
 
 
 def test_forced_answers() -> None:
-    assert [call.name for call in Forced(None).read('[{"name": "now", "parameters": {}}]')[1]] == ["now"]
-    assert Forced("weather").read('{"city": "Bern"')[1] == [], "an answer that was cut short is no call"
+    assert [call.name for call in ForcedToolCallParser(None).read('[{"name": "now", "parameters": {}}]')[1]] == ["now"]
+    assert ForcedToolCallParser("weather").read('{"city": "Bern"')[1] == [], "an answer that was cut short is no call"
     for choice, words in ((("sometimes"), "none of none"), ({"function": {"name": "fly"}}, "fly")):
         with pytest.raises(ValueError, match=words):
             schema_of(TOOLS, choice)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal import audio
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageEmbeddingMediaIO
 from mmjax.types import RequestError
@@ -16,8 +16,8 @@ from mmjax.types import RequestError
 class AudioMediaIO(MediaIO[tuple[np.ndarray, float]]):
     """Reads sound files and the sound tracks of videos: (mono float32 [n], its sampling rate)."""
 
-    def __init__(self, *, limits: Limits | None = None):
-        self.limits = limits or Limits.from_env()
+    def __init__(self, *, limits: MediaLimits | None = None):
+        self.limits = limits or MediaLimits.from_env()
 
     def load_bytes(self, data: bytes) -> tuple[np.ndarray, float]:
         """Decode a sound file."""

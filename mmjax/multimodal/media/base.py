@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from mmjax.multimodal import sources
 from mmjax.multimodal.image import MediaWithBytes
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.types import RequestError
 
 __all__ = ["MediaIO", "MediaWithBytes"]
@@ -19,7 +19,7 @@ class MediaIO(abc.ABC, Generic[T]):
     """Reads one modality from bytes, base64 text and files. RequestError for what cannot be read."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # keys of its part of media_io_kwargs
-    limits: Limits
+    limits: MediaLimits
 
     @classmethod
     def merge_kwargs(

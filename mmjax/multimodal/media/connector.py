@@ -10,7 +10,7 @@ from PIL import Image
 from mmjax.config import env, env_number
 from mmjax.multimodal import network, sources
 from mmjax.multimodal.cache import MediaCache
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media.audio import AudioEmbeddingMediaIO, AudioMediaIO
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageEmbeddingMediaIO, ImageMediaIO
@@ -40,9 +40,9 @@ class MediaConnector:
         *,
         allowed_local_media_path: str = "",
         allowed_media_domains: Sequence[str] | None = None,
-        limits: Limits | None = None,
+        limits: MediaLimits | None = None,
     ):
-        self.limits = limits or Limits.from_env()
+        self.limits = limits or MediaLimits.from_env()
         self.allowed = sources.allowed_directory(allowed_local_media_path)
         self.policy = connection or network.Policy.from_env(allowed_media_domains, self.limits.source_bytes)
         self.timeouts = {

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.multimodal import image, wire
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media.base import MediaIO, MediaWithBytes
 from mmjax.types import RequestError
 
@@ -24,11 +24,11 @@ class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
         image_mode: str = "RGB",
         *,
         rgba_background_color: Any = image.WHITE,
-        limits: Limits | None = None,
+        limits: MediaLimits | None = None,
     ):
         self.image_mode = image.checked_mode(image_mode)
         self.background = image.background_color(rgba_background_color)
-        self.limits = limits or Limits.from_env()
+        self.limits = limits or MediaLimits.from_env()
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
         """Decode an image file: upright, in the wanted mode, the first frame of an animation."""
@@ -50,8 +50,8 @@ class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
 class ImageEmbeddingMediaIO(MediaIO[np.ndarray]):
     """Reads embeddings: what `torch.save` or `numpy.save` write of one tensor, without running any of it."""
 
-    def __init__(self, *, limits: Limits | None = None):
-        self.limits = limits or Limits.from_env()
+    def __init__(self, *, limits: MediaLimits | None = None):
+        self.limits = limits or MediaLimits.from_env()
 
     def load_bytes(self, data: bytes) -> np.ndarray:
         """Decode a tensor file."""

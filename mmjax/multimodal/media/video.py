@@ -8,7 +8,7 @@ from PIL import Image
 
 from mmjax.config import env
 from mmjax.multimodal import image, sources, video
-from mmjax.multimodal.limits import Limits
+from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageMediaIO
 from mmjax.types import RequestError
@@ -31,9 +31,9 @@ class VideoMediaIO(MediaIO[Frames]):
         max_duration: float = 300,
         frame_recovery: bool = False,
         video_backend: str | None = None,
-        limits: Limits | None = None,
+        limits: MediaLimits | None = None,
     ):
-        self.limits = limits or Limits.from_env()
+        self.limits = limits or MediaLimits.from_env()
         self.image_io = image_io or ImageMediaIO(limits=self.limits)
         self.sampling = video.Sampling(
             num_frames, fps, max_duration, video_backend or env("VIDEO_LOADER_BACKEND", "opencv"), frame_recovery
