@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from mmjax.converters import audio_chunks, decoder, patches
+from mmjax.converters import decoder
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Rule, Table, linear
+
+from . import qwen_omni, qwen_vl
 
 _V = "vision.blocks.{i}.attn"
 
 TABLE = Table(
     rules=(
         *decoder.RULES,
-        *(rule for rule in patches.WINDOWED if not rule.target.startswith("vision.blocks.qkv")),
+        *(rule for rule in qwen_vl.WINDOWED if not rule.target.startswith("vision.blocks.qkv")),
         Rule(tuple(f"{_V}.{x}.weight" for x in "qkv"), "vision.blocks.qkv", to.fuse_qkv),
         Rule(tuple(f"{_V}.{x}.bias" for x in "qkv"), "vision.blocks.qkv_bias", to.fuse_qkv_bias),
-        *audio_chunks.BLOCKS,
-        Rule(audio_chunks.biases("qv"), "audio.blocks.qkv_bias", to.fuse_qv_bias),  # keys have none
+        *qwen_omni.BLOCKS,
+        Rule(qwen_omni.biases("qv"), "audio.blocks.qkv_bias", to.fuse_qv_bias),  # keys have none
         *linear("audio.conv1", "audio.conv1"),
         *linear("audio.conv2", "audio.conv2"),
         *linear("audio.proj", "audio.project"),
     ),
-    ignore=(*decoder.IGNORE, *patches.IGNORE, r"audio\.audio_bos_eos_token\.weight", r"(talker|token2wav)\..*"),
-    prefixes=audio_chunks.PREFIXES,
+    ignore=(*decoder.IGNORE, *qwen_vl.IGNORE, r"audio\.audio_bos_eos_token\.weight", r"(talker|token2wav)\..*"),
+    prefixes=qwen_omni.PREFIXES,
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mmjax.converters import decoder, patches
+from mmjax.converters import decoder
 from mmjax.converters.table import Table
 
+from . import qwen_vl
+
 TABLE = Table(
-    rules=(*decoder.RULES, *patches.WINDOWED),
-    ignore=(*decoder.IGNORE, *patches.IGNORE),
-    prefixes=patches.PREFIXES,
+    rules=(*decoder.RULES, *qwen_vl.WINDOWED),
+    ignore=(*decoder.IGNORE, *qwen_vl.IGNORE),
+    prefixes=qwen_vl.PREFIXES,
 )

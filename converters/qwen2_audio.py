@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mmjax.converters import audio, decoder
+from mmjax.converters import decoder
 from mmjax.converters.table import Table, linear
 
+from . import whisper_encoder
+
 TABLE = Table(
-    rules=(*decoder.RULES, *audio.RULES, *linear("projector.linear", "project")),
+    rules=(*decoder.RULES, *whisper_encoder.RULES, *linear("projector.linear", "project")),
     ignore=decoder.IGNORE,
     prefixes=(
         ("model.language_model.", "text."),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from mmjax.converters import audio_chunks, decoder, patches
+from mmjax.converters import decoder
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Rule, Table, linear
 
+from . import qwen_omni, qwen_vl
+
 _RULES = (
-    *patches.tapped("merger", "merger_list", ("ln_q", "mlp.0", "mlp.2")),
-    *audio_chunks.BLOCKS,
-    Rule(audio_chunks.biases("qkv"), "audio.blocks.qkv_bias", to.fuse_qkv_bias),
+    *qwen_vl.tapped("merger", "merger_list", ("ln_q", "mlp.0", "mlp.2")),
+    *qwen_omni.BLOCKS,
+    Rule(qwen_omni.biases("qkv"), "audio.blocks.qkv_bias", to.fuse_qkv_bias),
     *(rule for n in (1, 2, 3) for rule in linear(f"audio.conv2d{n}", f"audio.conv{n}")),
     Rule("audio.conv_out.weight", "audio.gather", to.transpose),
     *linear("audio.proj1", "audio.project1"),
@@ -20,8 +22,8 @@ _RULES = (
 def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
     return Table(
         rules=(*decoder.RULES, *experts, *_RULES),
-        ignore=(*decoder.IGNORE, *patches.IGNORE, r"(talker|code2wav)\..*"),
-        prefixes=audio_chunks.PREFIXES,
+        ignore=(*decoder.IGNORE, *qwen_vl.IGNORE, r"(talker|code2wav)\..*"),
+        prefixes=qwen_omni.PREFIXES,
         otherwise=otherwise,
     )
 

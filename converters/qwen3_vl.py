@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from mmjax.converters import decoder, patches
+from mmjax.converters import decoder
 from mmjax.converters.table import Rule, Table
 
-_VISION = patches.tapped("merger", "deepstack_merger_list", ("norm", "linear_fc1", "linear_fc2"))
+from . import qwen_vl
+
+_VISION = qwen_vl.tapped("merger", "deepstack_merger_list", ("norm", "linear_fc1", "linear_fc2"))
 
 
 def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
     return Table(
         rules=(*decoder.RULES, *experts, *_VISION),
-        ignore=(*decoder.IGNORE, *patches.IGNORE),
-        prefixes=patches.PREFIXES,
+        ignore=(*decoder.IGNORE, *qwen_vl.IGNORE),
+        prefixes=qwen_vl.PREFIXES,
         otherwise=otherwise,
     )
 

@@ -4,14 +4,16 @@ whose checkpoints hold the others: `text_model_id` a Llama's, `audio_model_id` a
 
 from __future__ import annotations
 
-from mmjax.converters import audio, decoder
+from mmjax.converters import decoder
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Part, Rule, Table
+
+from . import whisper_encoder
 
 TABLE = Table(
     rules=(
         *decoder.RULES,
-        *audio.RULES,
+        *whisper_encoder.RULES,
         Rule("projector.ln_pre.weight", "projector.norm1"),
         Rule("projector.linear_1.weight", "projector.fc1", to.split_gate_up),
         Rule("projector.ln_mid.weight", "projector.norm2"),

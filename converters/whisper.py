@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mmjax.converters import audio
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Rule, Table, linear, norm
+
+from . import whisper_encoder
 
 _D = "text.layers.{i}"
 
@@ -15,7 +16,7 @@ def _projections(attention: str, names: str, kind: str) -> tuple[str, ...]:
 
 TABLE = Table(
     rules=(
-        *audio.RULES,
+        *whisper_encoder.RULES,
         Rule("text.embed_tokens.weight", "text.embed"),
         Rule("text.embed_positions.weight", "text.positions"),
         *norm(f"{_D}.self_attn_layer_norm", f"{_D}.attn_norm"),

@@ -26,9 +26,9 @@ if __name__ != "kernels":
         q_block_size,
         select,
     )
+    from .kv_cache import write_kv_cache
     from .paged_decode import paged_decode
     from .paged_prefill import paged_prefill
-    from .pages import write_kv_cache
     from .segment_attention import segment_attention
 
     __all__ = [

@@ -7,11 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmjax.version import __version__
+
 if TYPE_CHECKING:
-    from mmjax.async_llm import AsyncLLM, Delta, EngineDeadError
     from mmjax.config import EngineArgs
-    from mmjax.llm import LLM
-    from mmjax.speech import Speech, SpeechTask, Transcript
+    from mmjax.entrypoints.async_llm import AsyncLLM, Delta, EngineDeadError
+    from mmjax.entrypoints.llm import LLM
+    from mmjax.entrypoints.transcription import Speech, SpeechTask, Transcript
     from mmjax.types import (
         CompletionOutput,
         EmbeddingRequestOutput,
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
         TextPrompt,
         TokensPrompt,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLM",
@@ -53,14 +53,14 @@ if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
 _HOMES = {
-    "LLM": "mmjax.llm",
-    "AsyncLLM": "mmjax.async_llm",
-    "Delta": "mmjax.async_llm",
-    "EngineDeadError": "mmjax.async_llm",
+    "LLM": "mmjax.entrypoints.llm",
+    "AsyncLLM": "mmjax.entrypoints.async_llm",
+    "Delta": "mmjax.entrypoints.async_llm",
+    "EngineDeadError": "mmjax.entrypoints.async_llm",
     "EngineArgs": "mmjax.config",
-    "Speech": "mmjax.speech",
-    "SpeechTask": "mmjax.speech",
-    "Transcript": "mmjax.speech",
+    "Speech": "mmjax.entrypoints.transcription",
+    "SpeechTask": "mmjax.entrypoints.transcription",
+    "Transcript": "mmjax.entrypoints.transcription",
 }
 
 

@@ -198,16 +198,6 @@ def human_int(name: str, value: int | str) -> int:
     return number
 
 
-def resolve_dtype(asked: str, stored: str, platform: str) -> str:
-    """The dtype to compute in. See `EngineArgs.dtype`."""
-    if asked != "auto":
-        return DTYPES[asked]
-    stored = DTYPES.get(stored.removeprefix("torch."), "float32")
-    if platform == "cpu":
-        return stored
-    return "bfloat16" if stored == "float32" else stored
-
-
 def _require(ok: bool, name: str, value: Any, rule: str) -> None:
     if not ok:
         raise ValidationError(f"{name} must be {rule}, got {value!r}.", parameter=name, value=value)

@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response
 from fastapi.security import HTTPBearer
-from mmjax.serve import audio, chat, completions, embeddings, errors, plain, published, responses
+from mmjax.serve import audio, chat, completions, embeddings, errors, openapi, responses, system_routes
 from mmjax.serve.context import ServerContext, ServerSettings
-from mmjax.serve.gate import RequestGate
+from mmjax.serve.middleware import RequestGate
 
 from mmjax import AsyncLLM, Speech, __version__
 
@@ -36,12 +36,12 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
 
     # The gate asks for keys; this only tells clients so.
     keyed: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if settings.keys else []}
-    app.include_router(plain.router(context))
-    app.include_router(plain.models_router(context), responses=published.NO_SUCH_MODEL, **keyed)
+    app.include_router(system_routes.router(context))
+    app.include_router(system_routes.models_router(context), responses=openapi.NO_SUCH_MODEL, **keyed)
     if settings.development:
-        app.include_router(plain.development_router(context), responses=published.KEYLESS, **keyed)
-    for router in (plain.tokens_router, *_routers(engine)):
-        app.include_router(router(context), responses=published.REFUSALS, **keyed)
+        app.include_router(system_routes.development_router(context), responses=openapi.KEYLESS, **keyed)
+    for router in (system_routes.tokens_router, *_routers(engine)):
+        app.include_router(router(context), responses=openapi.REFUSALS, **keyed)
     app.add_middleware(
         RequestGate,
         keys=settings.keys,
@@ -63,5 +63,5 @@ def _routers(engine: AsyncLLM) -> list[Callable[[ServerContext], APIRouter]]:
     if engine.llm.args.pooling:
         return [embeddings.router]
     if Speech.supports(engine):
-        return [audio.router, plain.generate_router]
-    return [completions.router, chat.router, responses.router, plain.generate_router]
+        return [audio.router, system_routes.generate_router]
+    return [completions.router, chat.router, responses.router, system_routes.generate_router]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import PlainTextResponse, Response
-from mmjax.serve import published as say
+from mmjax.serve import openapi as say
 from mmjax.serve.context import ServerContext, event_stream, unless_gone, usage
 from mmjax.serve.schema import RequestBody as Body
 from mmjax.serve.schema import Seed, sampling

@@ -19,7 +19,7 @@ from mmjax.serve.context import (
     unless_gone,
     usage,
 )
-from mmjax.serve.published import STREAM
+from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling
 from mmjax.serve.tools import CLOSE, MAX_CALLS, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 

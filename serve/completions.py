@@ -19,7 +19,7 @@ from mmjax.serve.context import (
     unless_gone,
     usage,
 )
-from mmjax.serve.published import STREAM
+from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import CompletionRequest, sampling, tokenization
 
 from mmjax import RequestOutput, SamplingParams

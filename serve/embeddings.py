@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve.context import ServerContext, as_json, together, unless_gone, usage
-from mmjax.serve.published import As, Conversation
+from mmjax.serve.openapi import As, Conversation
 from mmjax.serve.schema import ChatFields, tokenization
 from pydantic import ConfigDict, Field, model_validator
 

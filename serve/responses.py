@@ -12,8 +12,8 @@ from fastapi.responses import Response
 from mmjax.serve import errors
 from mmjax.serve.chat import ChatHandler
 from mmjax.serve.context import ServerContext, as_json, event_stream, unless_gone
-from mmjax.serve.items import ResponsesRequest
-from mmjax.serve.published import STREAM
+from mmjax.serve.openapi import STREAM
+from mmjax.serve.responses_schema import ResponsesRequest
 from starlette.exceptions import HTTPException
 
 Json = dict[str, Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from mmjax.serve import published as say
+from mmjax.serve import openapi as say
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mmjax import SamplingParams

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmjax.compiles import CompileCounter
+    from mmjax.engine.compile_counter import CompileCounter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,7 +50,7 @@ def leave_nothing() -> Iterator[None]:
 @pytest.fixture
 def compiles() -> "Iterator[CompileCounter]":
     """Counts the programs asked of XLA while the test runs. `compiles.count` does not depend on earlier runs."""
-    from mmjax.compiles import count_compiles
+    from mmjax.engine.compile_counter import count_compiles
 
     with count_compiles() as counter:
         yield counter

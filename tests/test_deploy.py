@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mmjax.serve import command
 
-from mmjax import flags
+from mmjax.cli import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"

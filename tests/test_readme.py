@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmjax.serve import command
 
-from mmjax import flags
+from mmjax.cli import flags
 from mmjax.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,6 +1,6 @@
 """Decode in jnp: the CPU's implementation.
 
-Pages are [K, page, H] here: see `kv_heads_first`. Measured on two cores of an EPYC, jax 0.10.2, 8 sequences of 1500 keys,
+Blocks are [K, block_size, H] here: see `kv_heads_first`. On two cores of an EPYC, jax 0.10.2, 8 sequences of 1500 keys,
 K 6, G 1, H 64, pages of 64 (of 16, it took 2.5 times as long): 2.7 ms in float32, 1.5 ms with a pool of bfloat16; in
 chunks of 64 keys 3.0 and 2.3, of 256 keys 3.0 and 2.0. Batch dimensions first, dot_general beat one contracting
 block-diagonal queries, and multiply-and-sum (10 times slower at G 1).
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
-from ..pages import cache_to_float32
+from ..kv_cache import cache_to_float32
 
 CHUNK = 128
 """Keys per trip."""

@@ -20,7 +20,8 @@ def paged_prefill(
 ) -> jax.Array:
     """Block b holds Q consecutive queries of sequence owner[b]; query j of it has position start[b] + j.
 
-    q [B, Q, K, G, H]; k, v [pages, page, K, H] (for the reference [pages, K, page, H], see `kv_heads_first`); pages [S, P]
+    q [B, Q, K, G, H]; k, v [num_blocks, block_size, K, H] (the reference: [num_blocks, K, block_size, H], see
+    `kv_heads_first`); block_table [S, P]
     int32; owner, start [B] int32; length [S] int32 -> [B, Q, K, G, H] in q's dtype. Causal: a query sees keys
     0..min(position, length - 1); otherwise (cross attention) keys 0..length - 1. A query past its sequence's length
     gives a finite output, and so does a padding block (owner 0, start -Q), which sees nothing. Raises

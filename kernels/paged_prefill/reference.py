@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import online_softmax
-from ..pages import cache_to_float32
+from ..kv_cache import cache_to_float32
 
 CHUNK = 128
 """Keys per trip."""

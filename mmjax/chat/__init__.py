@@ -2,8 +2,8 @@
 
 from mmjax.chat.content import content_format
 from mmjax.chat.conversation import split
-from mmjax.chat.draft import ChatOptions, ChatRenderer, RenderedChat
 from mmjax.chat.parts import UnknownPart
+from mmjax.chat.renderer import ChatOptions, ChatRenderer, RenderedChat
 from mmjax.chat.template import ChatTemplateResolutionError, StoredTemplates, load_template
 
 __all__ = [

@@ -1,9 +1,12 @@
 """One part of a message -> a text, or a medium that is still to be fetched: every form in which clients write them."""
 
+import base64
 import dataclasses
 import logging
+import mimetypes
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -187,3 +190,14 @@ READ: Mapping[str, Callable[[Any, PartFormat, str, bool], Any]] = {
     "object": _object,
     "embeds": _embeds,
 }
+
+
+def media_part(kind: str, where: str) -> dict[str, Any]:
+    """A message's part from a URL, or from a file whose bytes it then carries. OSError for one that is not there."""
+    if where.startswith(("http://", "https://", "data:", "file:")):
+        url = where
+    else:
+        file = Path(where).expanduser()
+        mime = mimetypes.guess_type(file.name)[0] or f"{kind}/unknown"
+        url = f"data:{mime};base64,{base64.b64encode(file.read_bytes()).decode()}"
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}

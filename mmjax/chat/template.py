@@ -10,7 +10,7 @@ from typing import Any
 
 from mmjax.chat import sandbox
 from mmjax.chat.templates import SHIPPED, fallback
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)

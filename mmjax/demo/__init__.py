@@ -3,10 +3,7 @@
 `LLM("demo")` loads it, `mmjax demo` shows it, and examples/train_demo trained it on the pictures drawn here.
 """
 
-from pathlib import Path
+from mmjax.loader.checkpoint import DEMO as NAME
+from mmjax.loader.checkpoint import DEMO_DIRECTORY as DIRECTORY
 
-DIRECTORY = Path(__file__).resolve().parent / "model"
-"""Where the checkpoint lies: the layout of any Qwen2.5-Omni directory."""
-
-NAME = "demo"
-"""What the model is called where a directory or a hub id is asked for."""
+__all__ = ["DIRECTORY", "NAME"]

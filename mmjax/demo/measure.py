@@ -49,7 +49,7 @@ class Score:
 
 def load() -> Any:
     """The packaged model with room for many questions at once."""
-    from mmjax.llm import LLM
+    from mmjax.entrypoints.llm import LLM
 
     return LLM(str(DIRECTORY), max_model_len=512, max_num_batched_tokens=512, max_num_seqs=16, enforce_eager=True)
 

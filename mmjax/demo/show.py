@@ -90,8 +90,8 @@ def write_video(file: Path, frames: np.ndarray) -> None:
 
 def own(given: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
     """A caller's files as the parts of a message. ValueError for one that is missing or is not of its kind."""
+    from mmjax.chat.parts import media_part
     from mmjax.multimodal.media import MediaConnector
-    from mmjax.terminal import part
 
     connector = MediaConnector({"video": ENGINE["media_io_kwargs"]["video"]})
     fetch: Mapping[str, Callable[[str], Any]] = {
@@ -104,7 +104,7 @@ def own(given: Mapping[str, Sequence[Path]]) -> list[dict[str, Any]]:
         for file in given.get(kind, ()):
             if not file.is_file():
                 raise ValueError(f"--{kind} {file}: there is no such file")
-            made = part(kind, str(file))
+            made = media_part(kind, str(file))
             try:
                 fetch[kind](made[f"{kind}_url"]["url"])
             except ValueError as error:
@@ -120,7 +120,7 @@ def conversation(parts: Sequence[Mapping[str, Any]], question: str) -> list[dict
 
 def load(**more: Any) -> Any:
     """The packaged model, with as little to compile as can be."""
-    from mmjax.llm import LLM
+    from mmjax.entrypoints.llm import LLM
 
     print("Loading the demo model; the first time its programs are compiled, which takes a while ...", flush=True)
     return LLM(str(DIRECTORY), **{**ENGINE, **more})
@@ -128,14 +128,14 @@ def load(**more: Any) -> Any:
 
 def show(folder: Path, seed: int) -> None:
     """Make something to see and hear, save it, and ask about it."""
-    from mmjax.terminal import part
+    from mmjax.chat.parts import media_part
 
     begin = time.perf_counter()
     shown = make(folder, seed)
     llm = load()
     for each in shown:
         print(f"\n{each.file}")
-        media = [part(each.kind, str(each.file))]
+        media = [media_part(each.kind, str(each.file))]
         for asked in each.asked:
             (output,) = llm.chat(conversation(media, asked.question), use_tqdm=False)
             answer = output.outputs[0].text

@@ -1,45 +1,37 @@
-"""The loop: plan, pack, run, commit. While the device runs one dispatch, the host commits the one before."""
+"""The loop: schedule, build, dispatch, read. While the device runs one dispatch, the host reads the one before."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
-from mmjax.engine.answer import CompletionState, LogprobsChunk
+from mmjax.engine.batch_builder import build_decode, build_embed_writes, build_encode, build_logit_biases, build_prefill
+from mmjax.engine.block_pool import BlockPool
+from mmjax.engine.device_queue import DeviceQueue
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.pack import (
-    BucketConfig,
-    SamplingState,
-    build_decode,
-    build_embed_writes,
-    build_encode,
-    build_logit_biases,
-    build_prefill,
-)
-from mmjax.engine.pages import BlockPool
-from mmjax.engine.pooled import PoolingState
-from mmjax.engine.sample import token_counts_row
+from mmjax.engine.memory import EngineMemory
+from mmjax.engine.model_runner import ModelRunner
+from mmjax.engine.output_processor import OutputProcessor, PromptChunk, StepResult
+from mmjax.engine.programs import StepOutput
+from mmjax.engine.sampler import PromptLogprobs, token_counts_row
+from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
 from mmjax.engine.sequence import Sequence
-from mmjax.models.family import ModelSpec
+from mmjax.spec import ModelSpec
 
-MAX_IN_FLIGHT = (
-    2  # dispatches in flight: one running, one queued behind it. A step between chunks of prompts is not counted.
-)
+MAX_IN_FLIGHT = 2  # dispatches: one running, one queued behind it. A step between chunks of prompts is not counted.
 
 
 @dataclasses.dataclass
 class EngineStats:
-    """What the engine did. Seconds: `call_s` in which the device thread was calling programs, `wait_s` in which the
-    engine waited for results, `host_s` in which it planned, packed and committed in Python. idle_s: the part of host_s
-    during which nothing was in flight.
+    """What the engine did. Seconds: `wait_s` in which it waited for results, `host_s` in which it scheduled, built and
+    read in Python. idle_s: the part of host_s during which nothing was in flight.
     """
 
     dispatches: int = 0
@@ -47,7 +39,6 @@ class EngineStats:
     prefill_tokens: int = 0
     output_tokens: int = 0
     encoded_items: int = 0
-    call_s: float = 0.0
     wait_s: float = 0.0
     host_s: float = 0.0
     idle_s: float = 0.0
@@ -57,84 +48,73 @@ class EngineStats:
 class InFlightStep:
     """A dispatch whose results the host has not read. members: (sequence, column of its results, steps it takes).
 
-    calls: what the device thread was asked to do since the ticket before, whose errors come up with the results.
-    between: one decode step between chunks of prompts. It is done in a fraction of the time that packing the next
-    chunk's media takes, and so does not keep the device busy meanwhile.
+    calls: what the device thread was asked to do since the step before, whose errors come up with the results.
+    interleaved_decode: one decode step between chunks of prompts. It is done in a fraction of the time that building
+    the next chunk's media takes, and so does not keep the device busy meanwhile.
     """
 
-    output: Future[Any]
+    output: Future[StepOutput]
     members: list[tuple[Sequence, int, int]]
     calls: list[Future[Any]] = dataclasses.field(default_factory=list)
     interleaved_decode: bool = False
-    prompt_logprobs: Future[Any] | None = None
-    prompt_chunks: list[tuple[Sequence, int, int, int]] = dataclasses.field(default_factory=list)
+    prompt_chunks: list[PromptChunk] = dataclasses.field(default_factory=list)
+    prompt_logprobs: Future[PromptLogprobs] | None = None
 
 
 class Engine:
     """Runs sequences to their end. Not thread-safe: one thread adds, steps and aborts.
 
-    Programs are handed to the device by a thread of their own, in order. Launching the kernels of a decode dispatch
-    keeps the calling thread of a GPU busy for as long as the GPU runs them (92 % of the wall time at batch 1), and a
-    CPU computes within the call: in both cases this thread commits the dispatch before meanwhile.
+    Programs are handed to the device by a thread of their own, in order: see `DeviceQueue`.
     """
 
-    def __init__(
-        self,
-        runner: Any,
-        buckets: BucketConfig,
-        spec: ModelSpec,
-        *,
-        num_blocks: int,
-        num_mm_rows: int,
-        prefix_caching: bool,
-    ) -> None:
+    def __init__(self, runner: ModelRunner, spec: ModelSpec, memory: EngineMemory, *, prefix_caching: bool) -> None:
         self.runner = runner
-        self.buckets = buckets
         self.spec = spec
-        limits = SchedulerConfig(
+        self.memory = memory
+        self.buckets = buckets = memory.buckets
+        config = SchedulerConfig(
             max_num_seqs=buckets.seq_buckets[-1],
             max_num_batched_tokens=buckets.token_buckets[-1],
             q_block_size=buckets.q_block_size,
             num_decode_steps=buckets.num_decode_steps,
             max_encoder_inputs={name: sizes[-1] for name, sizes in buckets.encoder_buckets.items()},
-            encoder_of={kind: name for name, encoder in spec.encoders.items() for kind in encoder.modalities},
+            encoder_of={modality: name for name, each in spec.encoders.items() for modality in each.modalities},
             cross_len=spec.cross_len,
             max_blocks_per_seq=buckets.max_blocks_per_seq,
         )
-        self.block_pool = BlockPool(num_blocks, buckets.block_size)
-        self.encoder_cache = EncoderCache(num_mm_rows)
-        self.scheduler = Scheduler(limits, self.block_pool, self.encoder_cache, prefix_caching=prefix_caching)
-        self.sampling_state = SamplingState(buckets)
-        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
-        self._calls: list[Future[Any]] = []
+        self.block_pool = BlockPool(memory.num_blocks, buckets.block_size)
+        self.encoder_cache = EncoderCache(memory.num_mm_rows)
+        self.scheduler = Scheduler(config, self.block_pool, self.encoder_cache, prefix_caching=prefix_caching)
+        self.sampling_state = SamplingState(buckets.num_rows, buckets.max_stop_ids, buckets.cross_blocks_per_seq)
+        self.device = DeviceQueue()
         self.stats = EngineStats()
-        self._states: dict[int, Any] = {}  # `Answer`s, or `Pooled` in an engine that pools
+        self._outputs: dict[int, OutputProcessor] = {}
         self._in_flight: deque[InFlightStep] = deque()
 
-    def add(self, state: CompletionState | PoolingState) -> None:
-        """Queue an answer."""
-        self._states[state.seq.seq_id] = state
-        self.scheduler.add(state.seq)
+    def add(self, output: OutputProcessor) -> None:
+        """Queue a sequence, whose output this processor makes."""
+        self._outputs[output.seq.seq_id] = output
+        self.scheduler.add(output.seq)
 
-    def abort(self, states: Seq[CompletionState | PoolingState]) -> None:
-        """End answers now; their pages are free at once."""
-        for state in states:
-            if not state.seq.finished:
-                state.finish("abort", None)
-                self._end(state)
+    def abort(self, outputs: Seq[OutputProcessor]) -> None:
+        """End sequences now; their blocks are free at once."""
+        for output in outputs:
+            if not output.seq.finished:
+                output.finish("abort", None)
+                self._end(output)
 
     @property
     def num_unfinished(self) -> int:
-        """Answers that are queued or running."""
-        return len(self._states)
+        """Sequences that are queued or running."""
+        return len(self._outputs)
 
     @property
     def has_work(self) -> bool:
         """Whether stepping would do anything."""
         return not self.scheduler.idle or bool(self._in_flight)
 
-    def step(self) -> list[Any]:
-        """Dispatch what can be, then read what has come back: the answers that changed."""
+    def step(self) -> list[OutputProcessor]:
+        """Dispatch what can be, then read what has come back: the outputs that changed."""
         begin, waited = time.perf_counter(), self.stats.wait_s
         unfed = not self._in_flight
         try:
@@ -148,160 +128,111 @@ class Engine:
         changed = []
         if scheduled is None and self._in_flight:
             changed = self._collect(self._in_flight.popleft())
-        while sum(not pending.interleaved_decode for pending in self._in_flight) >= MAX_IN_FLIGHT:
+        while sum(not step.interleaved_decode for step in self._in_flight) >= MAX_IN_FLIGHT:
             changed += self._collect(self._in_flight.popleft())
         self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
         return changed
+
+    # -- to the device -----------------------------------------------------------------------------------------------
 
     def _dispatch(self, scheduled: SchedulerOutput) -> None:
         for seq in scheduled.started:
             seq.scheduled_time = seq.scheduled_time or time.monotonic()
             self.sampling_state.set(seq, self.spec.cross_len)
-            self._set_tables(seq)
+            self._set_sampling_row(seq)
         for name, encoder in self.spec.encoders.items():
-            work = [e for e in scheduled.encode if e.encoder == name]
+            work = [encode for encode in scheduled.encode if encode.encoder == name]
             if work:
-                self._run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, work))
+                self.device.run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, work))
                 self.stats.encoded_items += len(work)
-        ready = [e for e in scheduled.encode if e.item.embeds is not None]
+        ready = [encode for encode in scheduled.encode if encode.item.embeds is not None]
         if ready:
             for rows, dest in build_embed_writes(self.buckets, ready):
-                self._run(self.runner.write_embeds, rows, dest)
+                self.device.run(self.runner.write_embeds, rows, dest)
         if scheduled.prefill or scheduled.decode:
-            pending = self._prefill(scheduled.prefill) if scheduled.prefill else self._decode(scheduled.decode)
-            pending.interleaved_decode = scheduled.interleaved_decode
-            pending.calls, self._calls = self._calls, []
-            self._in_flight.append(pending)
+            step = self._prefill(scheduled.prefill) if scheduled.prefill else self._decode(scheduled.decode)
+            step.interleaved_decode = scheduled.interleaved_decode
+            step.calls = self.device.take_calls()
+            self._in_flight.append(step)
         self.stats.dispatches += 1
 
     def _prefill(self, chunks: tuple[ScheduledChunk, ...]) -> InFlightStep:
-        total, vector = build_prefill(
+        tokens, vector = build_prefill(
             self.buckets, chunks, self.sampling_state, self.scheduler.block_tables, self.encoder_cache
         )
-        done = self._run(self.runner.prefill, total, vector)
-        members = [(chunk.seq, s, 1) for s, chunk in enumerate(chunks) if chunk.is_last]
+        output = self.device.run(self.runner.prefill, tokens, vector)
+        members = [(chunk.seq, column, 1) for column, chunk in enumerate(chunks) if chunk.is_last]
+        step = InFlightStep(output, members, prompt_chunks=self._prompt_chunks(chunks))
+        if step.prompt_chunks and not self.spec.pooling:
+            targets = np.zeros(tokens, np.int32)
+            for wanted in step.prompt_chunks:
+                here = slice(wanted.first, wanted.first + wanted.num_tokens)
+                targets[wanted.offset : wanted.offset + wanted.num_tokens] = wanted.seq.token_ids[here]
+            step.prompt_logprobs = self.device.run(lambda: self.runner.prompt_logprobs(output.result(), targets))
         self.stats.prefill_tokens += sum(chunk.num_tokens for chunk in chunks)
-        if self.spec.pooling:
-            return InFlightStep(done, members, prompt_chunks=self._all_token_chunks(chunks))
-        pending = InFlightStep(self._run(lambda: done.result()[0]), members)
-        targets, at = np.zeros(total, np.int32), 0
-        for chunk in chunks:
-            seq = chunk.seq
-            count = min(chunk.start + chunk.num_tokens, seq.prompt_len - 1) - chunk.start
-            if seq.params.prompt_logprobs is not None and count > 0:
-                targets[at : at + count] = seq.token_ids[chunk.start + 1 : chunk.start + 1 + count]
-                pending.prompt_chunks.append((seq, at, chunk.start + 1, count))
-            at += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
-        if pending.prompt_chunks:
-            pending.prompt_logprobs = self._run(lambda: self.runner.prompt_logprobs(done.result()[1], targets))
-        return pending
+        return step
 
-    def _all_token_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> list[tuple[Sequence, int, int, int]]:
-        """(sequence, where its tokens lie in the dispatch, first token, tokens) of those that want every token."""
-        found, at = [], 0
+    def _prompt_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> list[PromptChunk]:
+        """The chunks whose sequences want something of every prompt token: its hidden state where the engine pools,
+        else the log-probability of the token after it."""
+        wanted, offset = [], 0
         for chunk in chunks:
-            if chunk.seq.needs_all_tokens:
-                found.append((chunk.seq, at, chunk.start, chunk.num_tokens))
-            at += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
-        return found
+            seq, first, count = chunk.seq, chunk.start, chunk.num_tokens
+            if not self.spec.pooling:
+                first, count = chunk.start + 1, min(chunk.start + chunk.num_tokens, seq.prompt_len - 1) - chunk.start
+            if seq.needs_all_tokens and count > 0:
+                wanted.append(PromptChunk(seq, offset, first, count))
+            offset += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
+        return wanted
 
     def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> InFlightStep:
         changing = [seq for seq, _ in chosen if seq.logits_processor.dynamic]
         if changing:
-            self._run(self.runner.set_logit_biases, *build_logit_biases(self.buckets, changing, self.spec.vocab_size))
-        total, vector = build_decode(self.buckets, chosen, self.sampling_state, self.scheduler.block_tables)
+            biases = build_logit_biases(self.buckets, changing, self.spec.vocab_size)
+            self.device.run(self.runner.set_logit_biases, *biases)
+        seqs, vector = build_decode(self.buckets, chosen, self.sampling_state, self.scheduler.block_tables)
         most = max(steps for _, steps in chosen)
-        sampled = self._run(self.runner.decode, total, vector, most)
+        output = self.device.run(self.runner.decode, seqs, vector, most)
         self.stats.decode_steps += most
-        return InFlightStep(sampled, [(seq, s, steps) for s, (seq, steps) in enumerate(chosen)])
+        return InFlightStep(output, [(seq, column, steps) for column, (seq, steps) in enumerate(chosen)])
 
-    def _run(self, program: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Have the device thread call a program, after all it was asked before."""
-
-        def call() -> Any:
-            begin = time.perf_counter()
-            try:
-                return program(*args)
-            finally:
-                self.stats.call_s += time.perf_counter() - begin
-
-        self._calls.append(self._device.submit(call))
-        return self._calls[-1]
-
-    def _set_tables(self, seq: Sequence) -> None:
+    def _set_sampling_row(self, seq: Sequence) -> None:
         """Bring a row's sampling tables up to what its sequence needs."""
         assert seq.row is not None
-        seen = None
+        counts = None
         if seq.has_penalties:
-            seen = token_counts_row(seq.prompt.token_ids.tolist(), seq.output_ids.tolist(), self.spec.vocab_size)
+            counts = token_counts_row(seq.prompt.token_ids.tolist(), seq.output_ids.tolist(), self.spec.vocab_size)
         bias = seq.logits_processor.bias_row(seq.output_ids.tolist())
         if seq.has_penalties or bias is not None:
-            self._run(self.runner.set_sampling_row, seq.row, seen, bias)
+            self.device.run(self.runner.set_sampling_row, seq.row, counts, bias)
 
-    def _collect(self, pending: InFlightStep) -> list[Any]:
-        """Read one dispatch's results and let the answers take them."""
+    # -- and back ----------------------------------------------------------------------------------------------------
+
+    def _collect(self, step: InFlightStep) -> list[OutputProcessor]:
+        """Read one dispatch's results and let the outputs take them."""
         begin = time.perf_counter()
-        for call in pending.calls:
+        for call in step.calls:
             call.result()
-        sampled = pending.output.result()
-        if self.spec.pooling:
-            return self._collect_hidden(pending, *sampled)
-        tokens = np.asarray(sampled.token_ids)
+        logprobs = None if step.prompt_logprobs is None else step.prompt_logprobs.result()
+        result = StepResult(step.output.result(), logprobs)
+        result.wait()
         self.stats.wait_s += time.perf_counter() - begin
-        tokens = tokens.reshape(-1, tokens.shape[-1])
-        scores: Any = pending.prompt_logprobs.result() if pending.prompt_logprobs else None
-        for seq, at, first, count in pending.prompt_chunks:
-            if not seq.finished:
-                logprob, rank, ids, top = (np.asarray(x)[at : at + count] for x in scores)
-                self._states[seq.seq_id].append_prompt_logprobs(
-                    first, LogprobsChunk(seq.token_ids[first : first + count], logprob, rank, ids, top)
-                )
+        for chunk in step.prompt_chunks:
+            if not chunk.seq.finished:
+                self._outputs[chunk.seq.seq_id].take_prompt(result, chunk)
         changed = []
-        for seq, column, steps in pending.members:
+        for seq, column, steps in step.members:
             if seq.finished:
                 continue
-            state = self._states[seq.seq_id]
-            mine = tokens[:steps, column]
-            mine = mine[mine >= 0]
-            before = seq.num_tokens
-            state.append(mine, self._logprobs_chunk(sampled, column, mine) if seq.params.logprobs is not None else None)
+            output, before = self._outputs[seq.seq_id], seq.num_tokens
+            output.take(result, column, steps)
             self.stats.output_tokens += seq.num_tokens - before
             self.scheduler.cache_blocks(seq, seq.num_tokens - 1)
-            if state.finish_reason is not None:
-                self._end(state)
-            changed.append(state)
+            if output.finish_reason is not None:
+                self._end(output)
+            changed.append(output)
         return changed
 
-    def _collect_hidden(self, pending: InFlightStep, ends: Any, hidden: Any) -> list[Any]:
-        """Hand out the hidden states f32[S, D] of last tokens and [T, D] of all."""
-        begin = time.perf_counter()
-        ends = np.asarray(ends)
-        rows = np.asarray(hidden).astype(np.float32) if pending.prompt_chunks else ends
-        self.stats.wait_s += time.perf_counter() - begin
-        for seq, at, _, count in pending.prompt_chunks:
-            if not seq.finished:
-                self._states[seq.seq_id].append(rows[at : at + count])
-        changed = []
-        for seq, column, _ in pending.members:
-            if seq.finished:
-                continue
-            pooled = self._states[seq.seq_id]
-            if not seq.needs_all_tokens:
-                pooled.append(ends[column : column + 1])
-            pooled.finish("stop", None)
-            self._end(pooled)
-            changed.append(pooled)
-        return changed
-
-    def _logprobs_chunk(self, sampled: Any, column: int, tokens: np.ndarray) -> LogprobsChunk:
-        n, s = len(tokens), sampled
-
-        def column_of(x: Any) -> np.ndarray:
-            array = np.asarray(x)
-            return array[column][None] if np.ndim(sampled.token_ids) == 1 else array[:n, column]
-
-        return LogprobsChunk(tokens, *map(column_of, (s.logprobs, s.ranks, s.top_ids, s.top_logprobs)))
-
-    def _end(self, state: CompletionState | PoolingState) -> None:
-        self.scheduler.finish(state.seq)
-        del self._states[state.seq.seq_id]
+    def _end(self, output: OutputProcessor) -> None:
+        self.scheduler.finish(output.seq)
+        del self._outputs[output.seq.seq_id]

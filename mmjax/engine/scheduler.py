@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from mmjax.engine.block_pool import BlockPool
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.pages import BlockPool
 from mmjax.engine.sequence import Sequence
 from mmjax.processors.base import MediaItem
 

@@ -9,10 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmjax.engine.constraints import LogitsBias
-from mmjax.engine.grammar import StructuredOutput
-from mmjax.engine.pages import block_hash
-from mmjax.engine.timestamps import TimestampRules
+from mmjax.engine.block_pool import block_hash
+from mmjax.engine.logits import LogitsProcessor
 from mmjax.processors.base import MediaItem
 from mmjax.types import SamplingParams
 
@@ -54,7 +52,6 @@ class Sequence:
 
     def __init__(
         self,
-        request_id: str,
         index: int,
         prompt: EnginePrompt,
         params: SamplingParams,
@@ -62,11 +59,10 @@ class Sequence:
         seed: int,
         stop_ids: Seq[int],
         max_model_len: int,
-        logits_processor: LogitsBias | StructuredOutput | TimestampRules,
+        logits_processor: LogitsProcessor,
         needs_all_tokens: bool = False,
     ) -> None:
         self.seq_id = next(_numbers)
-        self.request_id = request_id
         self.index = index
         self.prompt = prompt
         self.params = params

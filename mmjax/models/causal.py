@@ -6,14 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.models import reader
+from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
 
 BIASED = ("Qwen2ForCausalLM",)  # q, k and v; no config says so
 NORMED = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # q and k of each head
 
 
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """See `reader.Config`."""
 
     @classmethod
@@ -40,10 +40,6 @@ class Config(reader.Config):
         """The same sizes, padded to divide over `ways` devices."""
         return Config(self.text.for_tp(tp_size))
 
-    def for_max_len(self, max_model_len: int) -> Config:
-        """The same model for sequences of at most `longest` tokens."""
-        return Config(self.text.for_max_len(max_model_len))
 
-
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`. There is nothing to encode."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`. There is nothing to encode."""

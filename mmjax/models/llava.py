@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 
-from mmjax.models import reader
-from mmjax.models.family import EncoderSpec, ModelSpec
-from mmjax.nn.clip import ClipConfig, ClipVisionEncoder
+from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.pixels import PixelNorm
-from mmjax.nn.projector import Projector
+from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
+from mmjax.nn.vision.pixels import PixelNorm
+from mmjax.nn.vision.projector import Projector
+from mmjax.spec import EncoderSpec, ModelSpec
 
 LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it out
     "hidden_size": 4096,
@@ -27,7 +27,7 @@ LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """Sizes; `drop_class` when the class token's row is not handed to the language model."""
 
     vision: ClipConfig
@@ -66,8 +66,8 @@ class Config(reader.Config):
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`."""
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmjax.models import reader
-from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.pixels import PixelNorm
-from mmjax.nn.projector import Projector
-from mmjax.nn.siglip import SiglipConfig, SiglipVisionEncoder
+from mmjax.nn.vision.pixels import PixelNorm
+from mmjax.nn.vision.projector import Projector
+from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight
+from mmjax.spec import EncoderSpec, ModelSpec
 
 QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
     "hidden_size": 4096,
@@ -37,7 +37,7 @@ FRAMES = 64  # of a video that always fit
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """Sizes. crops: of the largest picture, without the view of the whole; largest: rows of the largest picture."""
 
     vision: SiglipConfig
@@ -97,8 +97,8 @@ class Config(reader.Config):
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`. newline: [D], the row at the end of a line."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`. newline: [D], the row at the end of a line."""
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)

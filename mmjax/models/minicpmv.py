@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax.models import reader
-from mmjax.models.family import EncoderSpec, ModelSpec
+from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.pixels import PixelNorm
-from mmjax.nn.siglip import SiglipConfig, SiglipVisionEncoder
+from mmjax.nn.vision.pixels import PixelNorm
+from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight, weight_einsum
 from mmjax.sharding import round_up
+from mmjax.spec import EncoderSpec, ModelSpec
 
 VERSION = 2.6  # the architecture's name also stands for 2.0 and 2.5, which are other models
 EPS = 1e-6  # of the resampler's norms; the config does not name it
@@ -32,7 +32,7 @@ LOW = float(np.finfo(np.float32).min)  # not infinity: a slot without a slice ha
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """Sizes. area: patches of a slice, about; slices: of the largest picture, without the view of the whole.
 
     queries: rows that a slice becomes. heads: of the resampler.
@@ -159,8 +159,8 @@ def sincos_2d(coords: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(-1, width)
 
 
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`."""
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax.models import reader
-from mmjax.models.family import EncoderSpec, ModelSpec
-from mmjax.nn.clip import ClipConfig, ClipVisionEncoder
+from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.pixels import PixelNorm
-from mmjax.nn.tower import gelu
+from mmjax.nn.encoder import gelu
+from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
+from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.weight import weight
+from mmjax.spec import EncoderSpec, ModelSpec
 
 CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the published config only names
     "hidden_size": 1024,
@@ -33,7 +33,7 @@ FAR = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """Sizes; `crops`: the most that the largest picture is cut into."""
 
     vision: ClipConfig
@@ -93,10 +93,6 @@ class Config(reader.Config):
         """The same sizes, padded to divide over `ways` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
-    def for_max_len(self, max_model_len: int) -> Config:
-        """The same for sequences of at most `longest` tokens."""
-        return dataclasses.replace(self, text=self.text.for_max_len(max_model_len))
-
 
 class Projector(nnx.Module):
     """Two dense layers from a square of four patches to the language model's width."""
@@ -113,8 +109,8 @@ class Projector(nnx.Module):
         return gelu(x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]
 
 
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`. newline, divider: [4C], what ends a line of squares and stands between parts."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`. newline, divider: [4C], what ends a line of squares and stands between parts."""
 
     def __init__(self, c: Config) -> None:
         square = 4 * c.vision.tower.hidden_size

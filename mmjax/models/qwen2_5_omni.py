@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.models import omni, vision_language
-from mmjax.nn.audio_chunks import OmniAudioConfig
+from mmjax.models import qwen_omni, qwen_vl
+from mmjax.nn.audio.qwen_omni import OmniAudioConfig
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.patches import QwenVisionConfig
+from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
-class Config(omni.Config):
+class Config(qwen_omni.Config):
     """See `omni.Config`."""
 
     @classmethod
@@ -22,11 +22,11 @@ class Config(omni.Config):
         return cls(
             text=DecoderConfig.from_hf(thinker["text_config"], bias=True, tie_embeddings=tied),
             vision=vision,
-            max_item_embeds=vision_language.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
+            max_item_embeds=qwen_vl.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
             audio=OmniAudioConfig.from_hf(thinker["audio_config"]),
-            max_mel_frames=omni.max_mel_frames(files),
+            max_mel_frames=qwen_omni.max_mel_frames(files),
         )
 
 
-class Model(omni.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(qwen_omni.Model):
+    """See `mmjax.models.base.Model`."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.models import vision_language
+from mmjax.models import qwen_vl
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.patches import QwenVisionConfig
+from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
-class Config(vision_language.Config):
+class Config(qwen_vl.Config):
     """See `vision_language.Config`."""
 
     @classmethod
@@ -21,9 +21,9 @@ class Config(vision_language.Config):
         return cls(
             text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tie_embeddings=tied),
             vision=vision,
-            max_item_embeds=vision_language.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
+            max_item_embeds=qwen_vl.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
         )
 
 
-class Model(vision_language.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(qwen_vl.Model):
+    """See `mmjax.models.base.Model`."""

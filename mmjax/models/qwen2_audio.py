@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmjax.models import reader
-from mmjax.models.family import EncoderSpec, ModelSpec
-from mmjax.nn.audio import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.models import decoder_vlm
+from mmjax.nn.audio.whisper import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.weight import weight
+from mmjax.spec import EncoderSpec, ModelSpec
 
 QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
     "hidden_size": 4096,
@@ -36,7 +36,7 @@ ENCODER = {  # what Qwen2AudioEncoderConfig fills in
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """Sizes."""
 
     audio: WhisperEncoderConfig
@@ -74,8 +74,8 @@ class Config(reader.Config):
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), audio=self.audio.for_tp(tp_size))
 
 
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`."""
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)

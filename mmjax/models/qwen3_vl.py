@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.models import vision_language
+from mmjax.models import qwen_vl
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.patches import QwenVisionConfig
+from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
-class Config(vision_language.Config):
+class Config(qwen_vl.Config):
     """See `vision_language.Config`."""
 
     @classmethod
@@ -23,7 +23,7 @@ class Config(vision_language.Config):
         name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
         text[name] = {**text[name], "mrope_interleaved": True}  # the text knows no other way
         row = (vision.patch_size * vision.merge_size) ** 2
-        most = max(vision_language.max_pixels(prepare), vision_language.max_pixels(video) // vision.temporal_patch_size)
+        most = max(qwen_vl.max_pixels(prepare), qwen_vl.max_pixels(video) // vision.temporal_patch_size)
         return cls(
             text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied, qk_norm=True, norm_topk_prob=True),
             vision=vision,
@@ -31,5 +31,5 @@ class Config(vision_language.Config):
         )
 
 
-class Model(vision_language.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(qwen_vl.Model):
+    """See `mmjax.models.base.Model`."""

@@ -10,19 +10,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.models import reader
-from mmjax.models.family import EncoderSpec, ModelSpec
-from mmjax.nn.audio import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.models import decoder_vlm
+from mmjax.nn.audio.whisper import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.weight import weight
+from mmjax.spec import EncoderSpec, ModelSpec
 
 EPS = 1e-6  # of the projector's norms; the config does not name it
 LONG = 4  # windows of a clip that always fits: 2 minutes
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(reader.Config):
+class Config(decoder_vlm.Config):
     """Sizes. stack: steps of a row; hidden: of the projector, gate and gated part together; norm_inside: whether the
     projector's second norm comes before its last layer (since v0.5) or after it."""
 
@@ -94,8 +94,8 @@ class Projector(nnx.Module):
         return rms_norm(y @ self.fc2[...], self.norm2[...], EPS)
 
 
-class Model(reader.Model):
-    """See `mmjax.models.family.Model`."""
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`."""
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.batch import Batch, KVCache
-from mmjax.models.family import EncoderSpec, ModelSpec
 from mmjax.nn.attention import attend, cross_attend, write_kv
-from mmjax.nn.audio import EPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.audio.whisper import EPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.encoder import ACTIVATIONS
 from mmjax.nn.layers import traced_once
 from mmjax.nn.norm import layer_norm
-from mmjax.nn.tower import ACTIVATIONS
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
+from mmjax.spec import EncoderSpec, ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Config:
             intermediate_size=round_up(self.intermediate_size, tp_size),
             padded_vocab_size=round_up(self.padded_vocab_size, tp_size),
         )
+
+    def for_max_len(self, max_model_len: int) -> Config:
+        """The same: positions are learned."""
+        return self
 
 
 class Block(nnx.Module):
@@ -147,7 +151,7 @@ class Text(nnx.Module):
 
 
 class Model(nnx.Module):
-    """See `mmjax.models.family.CrossModel`."""
+    """See `mmjax.models.base.CrossModel`."""
 
     def __init__(self, c: Config) -> None:
         self.text = Text(c)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmjax.multimodal import ffmpeg
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.limits import DEFAULT, MediaLimits
+from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 FEW_CHANNELS = 8  # an axis up to this long beside a longer one holds channels

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from mmjax.multimodal.limits import FFMPEG_TIMEOUT_S
+from mmjax.multimodal.media_limits import FFMPEG_TIMEOUT_S
 
 # containers that hold their media themselves; playlist-like formats (hls, concat, dash, …) can name other files
 DEMUXERS = (

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.limits import DEFAULT, MediaLimits
+from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)

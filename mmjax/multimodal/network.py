@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import httpx
 
-from mmjax import __version__
 from mmjax.config import env_flag, env_number
-from mmjax.multimodal.limits import DEFAULT
+from mmjax.multimodal.media_limits import DEFAULT
 from mmjax.types import RequestError
+from mmjax.version import __version__
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmjax.multimodal import ffmpeg, image
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.limits import DEFAULT, MediaLimits
+from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)

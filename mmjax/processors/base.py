@@ -174,7 +174,8 @@ def placeholder_mismatch(modality: str, expected: int, found: int, placeholder: 
     else:
         fix = f"write {placeholder!r} exactly once per {modality} item, in the order of the items"
     return RequestError(
-        f"Expected there to be {expected} prompt placeholders corresponding to {expected} {modality} items, but instead "
+        f"Expected there to be {expected} prompt placeholders corresponding to {expected} {modality} items, but "
+        "instead "
         f"found {found} placeholder tokens in the prompt. To fix this, {fix}.",
         "placeholder_mismatch",
     )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, linear_positions
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 

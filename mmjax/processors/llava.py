@@ -13,9 +13,9 @@ from mmjax.processors.base import (
     expand_placeholders,
     linear_positions,
 )
-from mmjax.processors.outlines import any_length_item
-from mmjax.processors.vision import image_size, resize
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.embed_items import any_length_item
+from mmjax.processors.resize import image_size, resize
+from mmjax.tokenizer.tokenizer import Tokenizer
 
 MAX_ASPECT = 1000  # the resized long edge is aspect * 336: bounds what one odd image can allocate
 

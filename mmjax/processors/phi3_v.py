@@ -21,9 +21,9 @@ from mmjax.processors.base import (
     linear_positions,
     placeholder_mismatch,
 )
-from mmjax.processors.outlines import any_length_item
-from mmjax.processors.vision import image_size, positive_int
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.embed_items import any_length_item
+from mmjax.processors.resize import image_size, positive_int
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 CROPS = 4  # where no file says how many

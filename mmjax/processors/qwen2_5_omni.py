@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.processors.audio_in_video import EmbedRun
 from mmjax.processors.base import MediaItem
-from mmjax.processors.omni import OmniProcessor
-from mmjax.processors.patches import PixelBounds
-from mmjax.processors.soundtrack import EmbedRun
-from mmjax.processors.windows import WindowedQwenVLProcessor
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.qwen_omni import OmniProcessor
+from mmjax.processors.qwen_vl import PixelBounds, WindowedQwenVLProcessor
+from mmjax.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

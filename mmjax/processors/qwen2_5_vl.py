@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from mmjax.processors.patches import PixelBounds
-from mmjax.processors.windows import WindowedQwenVLProcessor
+from mmjax.processors.qwen_vl import PixelBounds, WindowedQwenVLProcessor
 
 
 class Processor(WindowedQwenVLProcessor):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mmjax.processors.base import MediaItem, ProcessorKwargs
-from mmjax.processors.clips import WhisperClipProcessor, encoder_steps, split_window
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.whisper_chunks import WhisperClipProcessor, encoder_steps, split_window
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)

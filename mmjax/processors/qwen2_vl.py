@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from mmjax.processors.patches import PixelBounds, QwenVLProcessor
+from mmjax.processors.qwen_vl import PixelBounds, QwenVLProcessor
 
 
 class Processor(QwenVLProcessor):

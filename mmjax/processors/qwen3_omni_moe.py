@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.processors.audio_in_video import EmbedRun
 from mmjax.processors.base import MediaItem
-from mmjax.processors.omni import OmniProcessor
-from mmjax.processors.patches import PixelBounds
-from mmjax.processors.soundtrack import EmbedRun
-from mmjax.processors.vision import table_coords
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.qwen_omni import OmniProcessor
+from mmjax.processors.qwen_vl import PixelBounds
+from mmjax.processors.resize import table_coords
+from mmjax.tokenizer.tokenizer import Tokenizer
 
 
 class Processor(OmniProcessor):

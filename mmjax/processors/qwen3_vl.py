@@ -16,9 +16,9 @@ from mmjax.processors.base import (
     expand_placeholders,
     placeholder_mismatch,
 )
-from mmjax.processors.patches import PixelBounds, QwenVLProcessor, smart_resize
-from mmjax.processors.vision import table_coords
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.qwen_vl import PixelBounds, QwenVLProcessor, smart_resize
+from mmjax.processors.resize import table_coords
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)

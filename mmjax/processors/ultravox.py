@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.processors.base import MediaItem, ProcessorKwargs
-from mmjax.processors.clips import (
+from mmjax.processors.whisper_chunks import (
     CHUNK_STEPS,
     Features,
     WhisperClipProcessor,
@@ -18,7 +18,7 @@ from mmjax.processors.clips import (
     encoder_steps,
     split_window,
 )
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.tokenizer.tokenizer import Tokenizer
 
 
 class Processor(WhisperClipProcessor):

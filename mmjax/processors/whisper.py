@@ -14,8 +14,8 @@ from mmjax.processors.base import (
     TimestampTokens,
     linear_positions,
 )
-from mmjax.processors.clips import log_mel
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.whisper_chunks import log_mel
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)

@@ -1,5 +1,5 @@
-"""Tensors as base64 text; see `mmjax.multimodal.wire`."""
+"""Tensors as base64 text; see `mmjax.multimodal.tensor_codec`."""
 
-from mmjax.multimodal.wire import base642tensor, tensor2base64
+from mmjax.multimodal.tensor_codec import base642tensor, tensor2base64
 
 __all__ = ["base642tensor", "tensor2base64"]

@@ -11,7 +11,7 @@ from mmjax.chat import ChatTemplateResolutionError, StoredTemplates, load_templa
 from mmjax.chat.sandbox import LONGEST, render
 from mmjax.chat.template import apply
 from mmjax.chat.templates import BASIC, CHATML, fallback
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 NONE = StoredTemplates({}, {}, {})

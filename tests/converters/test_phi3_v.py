@@ -13,7 +13,7 @@ from mmjax.converters.phi3_v import TABLE
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import ConversionError, Shape, plan
 
-from mmjax.load import param_specs
+from mmjax.loader.params import param_specs
 from mmjax.models import Family
 from tiny_families import phi3_v
 

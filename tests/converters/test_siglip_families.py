@@ -13,7 +13,7 @@ import pytest
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Shape, Table, convert, plan
 
-from mmjax.load import param_specs
+from mmjax.loader.params import param_specs
 from mmjax.models import Family
 from tiny_families import llava_onevision, minicpmv
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mmjax.__main__ import main
+from mmjax.cli.main import main
 from mmjax.demo import DIRECTORY, ask, heldout, measure, show
-from mmjax.load import find_model
+from mmjax.loader.checkpoint import find_model
 from mmjax.multimodal.media import MediaConnector
 
 

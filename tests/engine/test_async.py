@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from mmjax import LLM, AsyncLLM, SamplingParams
-from mmjax.async_llm import EngineDeadError
+from mmjax.entrypoints.async_llm import EngineDeadError
 
 PROMPTS = ["The lazy dog", "What is", "A", "Hello there, who"]
 
@@ -107,7 +107,7 @@ def test_a_fault_of_the_engine_reaches_every_caller(qwen: LLM, monkeypatch: pyte
     asyncio.run(run())
     monkeypatch.undo()
     served.close()
-    for answer in list(engine._states.values()):
+    for answer in list(engine._outputs.values()):
         engine.abort([answer])
     while engine.has_work:
         engine.step()

@@ -6,9 +6,10 @@ import re
 import numpy as np
 import pytest
 
+from engine_inputs import asking, greedy, ids, picture, text
 from mmjax import LLM, SamplingParams
+from mmjax.engine.programs import Decode, Prefill
 from mmjax.types import RequestError
-from small import asking, greedy, ids, picture, text
 
 MIXED = [
     text("Hello, who are you?"),
@@ -341,12 +342,9 @@ def test_the_step_writes_the_pool_in_place(make_llm) -> None:
     runner = make_llm("qwen2_vl", max_model_len=8192).model.engines[0].runner
     pool = runner.state.kv_cache
     shape = ",".join(map(str, pool.k.shape))
-    largest = (
-        ("prefill", runner.buckets.token_buckets[-1], 0),
-        ("decode", runner.buckets.seq_buckets[-1], runner.buckets.num_decode_steps),
-    )
-    for kind, size, steps in largest:
-        program = runner.program(kind, size, steps)
+    buckets = runner.buckets
+    for key in (Prefill(buckets.token_buckets[-1]), Decode(buckets.seq_buckets[-1], buckets.num_decode_steps)):
+        program = runner.program(key)
         memory = program.memory_analysis()
         state = sum(
             x.nbytes

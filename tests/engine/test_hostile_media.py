@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import IMAGE, asking, greedy, ids, picture, text
 from hostile import Case, Url
 from hostile_cases import CASES
 from mmjax import LLM
 from mmjax.multimodal.media import MediaConnector
-from small import IMAGE, asking, greedy, ids, picture, text
 from web import Site, running
 
 CPU_S = 20.0  # of this process and its children
@@ -73,7 +73,7 @@ def ask(llm: LLM, case: Case, sent: Any, place: tuple[Site, Path]) -> None:
     """Send what the case sends: URLs of pictures in a chat, other values in a prompt."""
     if case.kind == "audio":
         if isinstance(sent, Url):  # this model has no chat
-            limits, folder = llm.model.input_processor.media_limits, str(place[1])
+            limits, folder = llm.model.input_processor.config.media_limits, str(place[1])
             rules = {"allowed_media_domains": ["127.0.0.1"], "allowed_local_media_path": folder}
             sent = MediaConnector(**rules, limits=limits).fetch_audio(sent)
         llm.generate({"prompt": "", "multi_modal_data": {"audio": sent}}, greedy(1), use_tqdm=False)

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import asking, greedy, picture, text
 from mmjax import LLM, PoolingParams
 from mmjax.types import EmbeddingRequestOutput, PoolingRequestOutput, RequestError, ValidationError
-from small import asking, greedy, picture, text
 
 MakeLLM = Callable[..., LLM]
 PROMPTS = [text("Hello, who are you?"), asking(picture(1)), text("Hi"), asking(picture(2, 120, 40), picture(3, 28, 28))]

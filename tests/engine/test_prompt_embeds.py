@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from engine_inputs import IMAGE, asking, greedy, ids, picture, text
 from mmjax import LLM, AsyncLLM, PoolingParams, SamplingParams
 from mmjax.utils.serial_utils import tensor2base64
 from serving import over
-from small import IMAGE, asking, greedy, ids, picture, text
 
 FAMILIES = ["qwen2_vl", "qwen3_vl", "qwen3_moe"]  # three positions a token; rows that reach later layers; no media
 

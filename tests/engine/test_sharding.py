@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from engine_inputs import asking, greedy, ids, picture, text
 from mmjax import LLM
-from mmjax.load import ParamSpec, fit_to_mesh
-from small import asking, greedy, ids, picture, text
+from mmjax.loader.params import ParamSpec, fit_to_mesh
 
 QWEN = [text("Hello, who are you?"), asking(picture(1)), asking(picture(2, 120, 40), picture(3, 28, 28))]
 SOUND = (np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1, 16000)

@@ -22,8 +22,8 @@ with warnings.catch_warnings():
     import torch
     import transformers
 
+from input_processors import make_input_processor, read_files
 from mmjax.processors.base import MediaItem
-from rendering import make_renderer, read_files
 
 MODELS = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
@@ -72,7 +72,7 @@ class Published:
         transformers.logging.disable_progress_bar()
         self.family = family
         self.files = read_files(directory)
-        self.input_processor = make_renderer(family, directory, **options)
+        self.input_processor = make_input_processor(family, directory, **options)
         if family not in MODELS:
             self.model = _elsewhere(family).Reference(directory, getattr(torch, dtype))
             return

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from small import picture, text
+from engine_inputs import picture, text
 
 IMAGE, VIDEO = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
 PICTURE = "(<image>./</image>)"

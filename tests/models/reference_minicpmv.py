@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-from mmjax.render import EngineInput
+from mmjax.inputs.input_processor import EngineInput
 
 EPS = 1e-6
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from mmjax.render import EngineInput
+from mmjax.inputs.input_processor import EngineInput
 
 IMAGE = "model.vision_embed_tokens."
 TOWER = IMAGE + "img_processor.vision_model."

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from mmjax.processors.clips import BEFORE, CHUNK_STEPS
-from mmjax.render import EngineInput
+from mmjax.inputs.input_processor import EngineInput
+from mmjax.processors.whisper_chunks import BEFORE, CHUNK_STEPS
 
 EPS = 1e-6
 NOTHING = ("model_type", "architectures")

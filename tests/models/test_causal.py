@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import tiny
+from engine_inputs import greedy, ids
 from mmjax import LLM
 from mmjax.models.causal import Config
 from models.tables import answer_table, close, log_softmax, prompt_table
-from small import greedy, ids
 
 NEW = 8
 SIZE: dict[str, Any] = {

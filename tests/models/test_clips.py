@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import greedy, ids
+from input_processors import make_input_processor
 from mmjax import LLM
-from mmjax.processors import clips
+from mmjax.inputs.input_processor import HashedItem
+from mmjax.processors import whisper_chunks
 from mmjax.processors.base import MediaItem
-from mmjax.render import HashedItem
-from models.bare import Bare
+from models.bare_model import Bare
 from models.questions import QUESTIONS, sound
 from models.tables import close
 from models.test_goldens import APART, FEATURES, LOGITS, NEW, load
 from models.test_recorded import RECORDED
-from rendering import make_renderer
-from small import greedy, ids
 
 FAMILIES = ("qwen2_audio", "ultravox")
 
@@ -31,7 +31,9 @@ FAMILIES = ("qwen2_audio", "ultravox")
 def as_stored(item: MediaItem, mel: np.ndarray) -> MediaItem:
     """The item with the frames that the published processor made of it, silence behind the sound included."""
     heard = int(item.features["audio_steps"].sum())
-    features = clips.split_window(mel, heard, min(-(-heard // 8) * 8, clips.encoder_steps(mel.shape[1])), 0)
+    features = whisper_chunks.split_window(
+        mel, heard, min(-(-heard // 8) * 8, whisper_chunks.encoder_steps(mel.shape[1])), 0
+    )
     kept = np.full(item.num_embeds, 8, np.int32)
     kept[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
     return dataclasses.replace(item, features=features | {"step_index": item.features["step_index"], "num_steps": kept})
@@ -42,7 +44,7 @@ def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) ->
     [case] = APART["ultravox"]
     audio = [golden.arrays[f"{case}/raw_audio_{index}"] for index in range(2)]
     prompt = {"prompt": golden.prompts_apart[case], "multi_modal_data": {"audio": audio}}
-    renderer = make_renderer("ultravox", golden.directory)
+    renderer = make_input_processor("ultravox", golden.directory)
     rendered = renderer.process(renderer.parse(prompt))
     assert rendered.token_ids.tolist() == golden.ids(case)
 
@@ -102,7 +104,7 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_encoding_together_is_encoding_alone(family: str, tiny_dir: Callable[[str], Path]) -> None:
     """Whatever lies beside a clip in the encoder's batch, and wherever it lies."""
-    renderer = make_renderer(family, tiny_dir(family))
+    renderer = make_input_processor(family, tiny_dir(family))
     items: list[MediaItem] = [
         renderer.processor.process_item("audio", sound(seed, seconds), {})  # type: ignore[union-attr]
         for seed, seconds in ((1, 0.9), (2, 0.03), (3, 1.92), (4, 3.3), (5, 0.03))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import greedy, ids
+from input_processors import load_processor, make_input_processor
 from mmjax import LLM
 from mmjax.types import RequestOutput
-from models.bare import Bare
+from models.bare_model import Bare
 from models.tables import answer_table, close, log_softmax, prompt_table
-from rendering import load_processor, make_renderer
-from small import greedy, ids
 
 FAMILIES = (
     "whisper",
@@ -131,7 +131,7 @@ def golden(request: pytest.FixtureRequest, shared: Path) -> Golden:
 
 
 def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> None:
-    renderer = make_renderer(golden.family, golden.directory)
+    renderer = make_input_processor(golden.family, golden.directory)
     tokens, units = BARE[golden.family]
     model = Bare(golden.directory, tokens=tokens, units=units)
     for case in golden.texts:

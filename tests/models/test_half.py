@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine_inputs import greedy, ids
 from mmjax import LLM, kernels
 from mmjax.nn.weight import Weight
 from models.questions import QUESTIONS
 from models.test_int8 import distributions, engine
-from small import greedy, ids
 
 FAMILIES = ("whisper", "qwen2_5_omni")
 

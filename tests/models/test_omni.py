@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import greedy, ids
+from input_processors import make_input_processor, read_files
 from mmjax import LLM
+from mmjax.inputs.input_processor import HashedItem
 from mmjax.processors.base import MediaItem
-from mmjax.render import HashedItem
-from models.bare import Bare
+from models.bare_model import Bare
 from models.questions import QUESTIONS
 from models.tables import close
 from models.test_goldens import APART, FEATURES, LOGITS, load
 from models.test_recorded import RECORDED
-from rendering import make_renderer, read_files
-from small import greedy, ids
 
 CASES = [(family, case) for family, cases in APART.items() for case in cases if "omni" in family]
 
@@ -62,7 +62,7 @@ def test_stored_media_give_the_stored_logits(shared: Path, family: str, case: st
     for name, value in arrays.items():
         if name.startswith(f"{case}/raw_"):
             media.setdefault(name.split("_")[-2], []).append(value)
-    renderer = make_renderer(family, golden.directory)
+    renderer = make_input_processor(family, golden.directory)
     rendered = renderer.process(renderer.parse({"prompt": golden.prompts_apart[case], "multi_modal_data": media}))
     assert rendered.token_ids.tolist() == golden.ids(case)
     np.testing.assert_array_equal(rendered.rope_positions, arrays[f"{case}/position_ids"])

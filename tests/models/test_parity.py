@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import tiny
+from engine_inputs import greedy, ids, picture
 from mmjax import LLM, kernels
-from mmjax.__main__ import main
+from mmjax.cli.main import main
 from models import variants
-from models.bare import Bare
+from models.bare_model import Bare
 from models.questions import (
     AUDIO,
     HEARD,
@@ -34,7 +35,6 @@ from models.questions import (
 )
 from models.tables import answer_table, close, log_softmax, prompt_table
 from models.test_recorded import RECORDED
-from small import greedy, ids, picture
 
 if TYPE_CHECKING:
     from models.published import Published

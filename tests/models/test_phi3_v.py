@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import greedy, ids
+from input_processors import make_input_processor
 from mmjax import LLM
 from mmjax.nn.rope import Rope
-from models.bare import Bare
+from models.bare_model import Bare
 from models.questions import QUESTIONS
 from models.tables import answer_table, close, log_softmax, prompt_table
 from models.test_recorded import RECORDED
-from rendering import make_renderer
-from small import greedy, ids
 
 FEATURES, LOGITS, VECTORS = 1e-4, 2e-4, 1e-5
 NEW, PAGE = 16, 16
@@ -60,7 +60,7 @@ def test_goldens_in_chunks_that_cut_images(longest: int, cases: tuple[str, ...],
 def test_image_features(directory: Path) -> None:
     """Of one picture, and of two in one go."""
     arrays, prompts = golden(directory)
-    renderer, model = make_renderer("phi3_v", directory), Bare(directory, tokens=32, units=8)
+    renderer, model = make_input_processor("phi3_v", directory), Bare(directory, tokens=32, units=8)
     for case in ("image", "image_tall", "two_images_longrope"):
         rendered = renderer.process(renderer.parse(prompts[case]))
         assert rendered.token_ids.tolist() == arrays[f"{case}/input_ids"].tolist()
@@ -107,7 +107,7 @@ def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callabl
 
 
 def test_generic_placeholders_are_numbered(tiny_dir: Callable[[str], Path]) -> None:
-    renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
+    renderer = make_input_processor("phi3_v", tiny_dir("phi3_v"))
     question = QUESTIONS["phi3_v"]["two_images"]()
     usual = renderer.process(renderer.parse(question))
     words = question["prompt"].replace("<|image_1|>", "<image>").replace("<|image_2|>", "<image>")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine_inputs import greedy, ids, text
 from mmjax import LLM
 from models.questions import IMAGE
 from models.tables import close, log_softmax
-from small import greedy, ids, text
 
 NEW = 8  # tokens per answer
 ROWS = 40  # of the largest photograph, for Qwen2-VL: enough to be cut by every chunk size in use

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from engine_inputs import asking, greedy, ids, picture
 from mmjax import LLM
 from models.questions import VIDEO, clip, qwen2_vl
 from models.test_recorded import SMALL
-from small import asking, greedy, ids, picture
 
 PAGE_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # keys and values of 2 layers, 16 tokens, 2 heads of 16 numbers
 

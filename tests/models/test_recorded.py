@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import greedy, ids
 from mmjax import LLM
 from mmjax.types import RequestOutput
 from models.questions import QUESTIONS
 from models.tables import close
-from small import greedy, ids
 
 FILE = Path(__file__).with_name("recorded.json")
 RECORDED: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text())

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from engine_inputs import greedy, ids
 from mmjax import LLM
 from models.questions import QUESTIONS
 from models.test_recorded import RECORDED
-from small import greedy, ids
 
 PAGE = 16
 CASES = ("text", "image", "image_and_video")

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 
 from mmjax import LLM, SamplingParams
+from mmjax.entrypoints.transcription import split_segments
 from mmjax.multimodal.audio import load, resample, split_audio
-from mmjax.speech import split_segments
 from mmjax.types import RequestOutput
 from models.tables import close, log_softmax
 

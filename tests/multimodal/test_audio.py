@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from mmjax.multimodal import audio
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 RATE = 16000

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.multimodal import network, sources
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal import network, url_sources
 from mmjax.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.multimodal.network import Policy
 from mmjax.types import RequestError, ValidationError
 from web import PIXELS, Site, connector, fetched, png, refused, text, wav
@@ -154,7 +154,7 @@ def test_a_file_that_becomes_a_link(folder: Path, monkeypatch: pytest.MonkeyPatc
             os.symlink(folder / "outside" / target.name if target is name else folder / "outside", target)
         return really(path, *arguments)
 
-    monkeypatch.setattr(sources.os, "open", exchanged)
+    monkeypatch.setattr(url_sources.os, "open", exchanged)
     allowed = str(folder / "inside")
     assert refused(f"file://{folder}/inside/a.png", allowed_local_media_path=allowed).code == "bad_path"
     (folder / "inside/deep/b.png").write_bytes(png())

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmjax.multimodal import image
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mmjax.multimodal import video
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.multimodal.video import Sampling
 from mmjax.types import RequestError
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_processors import load_processor, make_input_processor, read_files
 from mmjax.multimodal.video import Video
 from mmjax.processors import llava, qwen2_vl, whisper
 from mmjax.processors.base import Processor
 from mmjax.processors.mel import LogMel
 from mmjax.types import RequestError
-from rendering import load_processor, make_renderer, read_files
 
 Make = Callable[[str], Path]
 NOISE = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
@@ -43,7 +43,9 @@ def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
     """n images take n times the tokens of one, whether the sizes come with the engine or with the prompt."""
     picture, small = Image.new("RGB", (1300, 876)), {"min_pixels": 64**2, "max_pixels": 512**2}
     for at_start, with_prompt, rows in (({}, {}, 1426), (small, {}, 330), ({}, small, 330)):
-        renderer = make_renderer("qwen2_vl", tiny_dir("qwen2_vl"), mm_processor_kwargs=at_start, max_model_len=8192)
+        renderer = make_input_processor(
+            "qwen2_vl", tiny_dir("qwen2_vl"), mm_processor_kwargs=at_start, max_model_len=8192
+        )
         for count in (1, 3):
             prompt: dict[str, Any] = {
                 "prompt": "<|vision_start|><|image_pad|><|vision_end|>" * count,

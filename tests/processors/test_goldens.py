@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from input_processors import load_processor, read_files
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import MediaItem, Processor
-from rendering import load_processor, read_files
 
 CASES = {
     "llava": ("text", "image", "two_images", "vllm_prompt"),

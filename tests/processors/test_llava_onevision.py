@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_processors import read_files
 from mmjax.multimodal.video import Video
-from mmjax.processors.llava_onevision import Processor
-from mmjax.processors.picks import resampled_sources
+from mmjax.processors.llava_onevision import Processor, resampled_sources
 from mmjax.types import RequestError
-from rendering import read_files
 
 Make = Callable[[str], Path]
 

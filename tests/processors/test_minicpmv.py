@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from input_processors import load_processor
 from mmjax.multimodal.video import Video
-from mmjax.processors.minicpmv import Processor
-from mmjax.processors.slices import Slicer
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.processors.minicpmv import Processor, Slicer
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
-from rendering import load_processor
 
 Make = Callable[[str], Path]
 FULL = Slicer(slice_size=448, patch=14, position_grid=70)

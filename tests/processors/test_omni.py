@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from input_processors import load_processor
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import MediaItem, PlaceholderSpan
-from mmjax.processors.omni import OmniProcessor
+from mmjax.processors.qwen_omni import OmniProcessor
 from mmjax.types import RequestError
-from rendering import load_processor
 
 Make = Callable[[str], Path]
 FAMILIES = ("qwen2_5_omni", "qwen3_omni_moe")

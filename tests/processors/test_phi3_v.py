@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine_inputs import picture
+from input_processors import load_processor, make_input_processor, read_files
 from mmjax.models.phi3_v import global_views
 from mmjax.processors import phi3_v
-from mmjax.text.tokenizer import Tokenizer
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
-from rendering import load_processor, make_renderer, read_files
-from small import picture
 
 Make = Callable[[str], Path]
 
@@ -114,7 +114,7 @@ def test_text_between_tags_is_tokenised_by_itself(tiny_dir: Make, tiny: tuple[ph
     expanded = processor.expand_prompt(tokens, {"image": items})
     assert [span.item_index for span in expanded.spans] == [0, 1]
     assert len(expanded.token_ids) == sum(map(len, alone)) + items[0].num_embeds + items[1].num_embeds
-    renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
+    renderer = make_input_processor("phi3_v", tiny_dir("phi3_v"))
     for prompt, starts in ((text, 3), ("AB", 0)):  # as a chat asks for it, whose template prints special tokens
         media = {"multi_modal_data": {"image": [picture(1), picture(2)]}} if starts else {}
         rendered = renderer.process(renderer.parse({"prompt": prompt, **media}), {"add_special_tokens": False})
@@ -134,7 +134,7 @@ def test_text_between_tags_is_tokenised_by_itself(tiny_dir: Make, tiny: tuple[ph
     ],
 )
 def test_tags_that_do_not_fit_the_images(tiny_dir: Make, prompt: str, count: int, words: str) -> None:
-    renderer = make_renderer("phi3_v", tiny_dir("phi3_v"))
+    renderer = make_input_processor("phi3_v", tiny_dir("phi3_v"))
     media = {"multi_modal_data": {"image": [np.zeros((8, 8, 3), np.uint8)] * count}} if count else {}
     with pytest.raises(RequestError) as caught:
         renderer.process(renderer.parse({"prompt": prompt, **media}))

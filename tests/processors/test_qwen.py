@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_inputs import picture
+from input_processors import load_processor, make_input_processor
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import MediaItem, PlaceholderSpan
-from mmjax.processors.patches import mrope, smart_resize
-from mmjax.processors.vision import table_coords
+from mmjax.processors.qwen_vl import mrope, smart_resize
+from mmjax.processors.resize import table_coords
 from mmjax.types import RequestError
-from rendering import load_processor, make_renderer
-from small import picture
 
 Make = Callable[[str], Path]
 KNOWN = {"fps": 6.0, "frames_indices": [0, 3, 6, 9], "total_num_frames": 12}
@@ -97,7 +97,7 @@ def test_mrope_without_blocks_and_with_two_side_by_side() -> None:
 
 
 def expanded(words: str, clips: list[Any], tiny_dir: Make, **kwargs: Any) -> tuple[str, Any]:
-    renderer = make_renderer("qwen3_vl", tiny_dir("qwen3_vl"))
+    renderer = make_input_processor("qwen3_vl", tiny_dir("qwen3_vl"))
     media = {"multi_modal_data": {"video": clips}} if clips else {}
     rendered = renderer.process(renderer.parse({"prompt": words, **media, "mm_processor_kwargs": kwargs}))
     assert renderer.tokenizer is not None
@@ -183,7 +183,7 @@ def test_table_places_reach_from_corner_to_corner() -> None:
 
 
 def test_a_language_model_alone_takes_no_media(tiny_dir: Make) -> None:
-    renderer = make_renderer("qwen3_moe", tiny_dir("qwen3_moe"))
+    renderer = make_input_processor("qwen3_moe", tiny_dir("qwen3_moe"))
     assert renderer.process(renderer.parse("hello")).spans == []
     with pytest.raises(RequestError, match="image"):
         renderer.parse({"prompt": "hello", "multi_modal_data": {"image": picture(1)}})

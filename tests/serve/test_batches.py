@@ -11,10 +11,11 @@ import pytest
 from mmjax.serve import batches
 from mmjax.serve.context import ServerSettings
 
-from asking import pil, url, user
 from mmjax import AsyncLLM, SamplingParams
-from mmjax.__main__ import main
-from mmjax.terminal import Terminal
+from mmjax.cli import chat
+from mmjax.cli.chat import Terminal
+from mmjax.cli.main import main
+from prompts import pil, url, user
 
 GREEDY = {"max_tokens": 4, "temperature": 0}
 
@@ -123,19 +124,19 @@ def test_a_conversation_in_the_terminal(served: AsyncLLM, tmp_path: Path) -> Non
         ]
     )  # fmt: skip
     said: list[str] = []
-    terminal = Terminal(served, SamplingParams(temperature=0, max_tokens=5))
+    chat = Terminal(served, SamplingParams(temperature=0, max_tokens=5))
     turns: list[int] = []
 
     def read(_: str) -> str:
-        turns.append(len(terminal.messages))
+        turns.append(len(chat.messages))
         return next(lines)
 
-    terminal.talk(read, said.append)
+    chat.talk(read, said.append)
     assert turns == [0, 0, 2, 2, 4, 4, 4, 4, 1, 3, 3, 3]
     text = "".join(said)
     assert "[1 with the next message]" in text and "No such file" in text and text.count("/image PATH") == 2
-    assert terminal.messages[0] == {"role": "system", "content": "Be brief."}
-    assert "image" in said[-1] and terminal.media == [], "what was wrong with the picture is told, once"
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    assert "image" in said[-1] and chat.media == [], "what was wrong with the picture is told, once"
     assert served.open == 0
 
 
@@ -147,8 +148,7 @@ def test_the_end_of_input_ends_it(served: AsyncLLM) -> None:
 
 
 def test_chat_has_its_flags() -> None:
-    from mmjax import terminal
 
     parser = argparse.ArgumentParser()
-    terminal.add_flags(parser)
+    chat.add_flags(parser)
     assert parser.parse_args(["--temperature", "0", "--system", "x"]).temperature == 0

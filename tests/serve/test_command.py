@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from mmjax import flags
-from mmjax.__main__ import _model_command, _settings, main
+from mmjax.cli import flags
+from mmjax.cli.main import _model_command, _settings, main
 from mmjax.config import EngineArgs
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from fastapi.testclient import TestClient
 
-from asking import pil, url, user
 from mmjax import AsyncLLM
+from prompts import pil, url, user
 
 
 def embed(client: TestClient, **body: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from mmjax.__main__ import _model_command, _settings
+from mmjax.cli.main import _model_command, _settings
 from mmjax.types import ValidationError
 
 Make = Callable[..., TestClient]

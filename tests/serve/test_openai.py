@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from asking import pil, sound_of, tone, url, user
 from listening import listening as on_a_port
 from mmjax import AsyncLLM
+from prompts import pil, sound_of, tone, url, user
 from serving import over
 
 openai = pytest.importorskip("openai")

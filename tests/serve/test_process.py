@@ -19,9 +19,9 @@ import httpx
 import numpy as np
 import pytest
 
-from asking import pil, sound_of, tone, url, user
 from listening import listening as on_a_port
 from mmjax import AsyncLLM
+from prompts import pil, sound_of, tone, url, user
 from serving import over, until
 from web import png, running
 

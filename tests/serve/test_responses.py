@@ -8,10 +8,10 @@ from typing import Any
 import pydantic
 import pytest
 from fastapi.testclient import TestClient
-from mmjax.serve.items import messages_of
+from mmjax.serve.responses_schema import messages_of
 
-from asking import file_of, pil
 from mmjax import AsyncLLM, EngineDeadError
+from prompts import file_of, pil
 from serving import until
 
 openai = pytest.importorskip("openai")

@@ -11,8 +11,8 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from asking import file_of, pil, sound_of, tone
 from mmjax import AsyncLLM
+from prompts import file_of, pil, sound_of, tone
 from serving import over
 
 requests = pytest.importorskip("requests")

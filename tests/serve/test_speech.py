@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from asking import sound_of, tone
 from mmjax import AsyncLLM, SamplingParams, Speech, SpeechTask
-from mmjax.speech import split_segments
+from mmjax.entrypoints.transcription import split_segments
+from prompts import sound_of, tone
 from serving import events
 
 LONG = 10.5  # seconds: three windows of the tiny model

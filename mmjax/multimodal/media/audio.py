@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal import audio
-from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageEmbeddingMediaIO
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 

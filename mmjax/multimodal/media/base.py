@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from mmjax.multimodal import sources
+from mmjax.multimodal import url_sources
 from mmjax.multimodal.image import MediaWithBytes
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 __all__ = ["MediaIO", "MediaWithBytes"]
@@ -34,7 +34,7 @@ class MediaIO(abc.ABC, Generic[T]):
 
     def load_base64(self, media_type: str, data: str) -> T:
         """Decode a file written in base64; `media_type` is what the sender calls it."""
-        return self.load_bytes(sources.from_base64(data, self.limits))
+        return self.load_bytes(url_sources.from_base64(data, self.limits))
 
     def load_file(self, filepath: str | Path) -> T:
         """Decode a file of the local machine. For paths of strangers there is `MediaConnector` with its rules."""

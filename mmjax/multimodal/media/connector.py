@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image
 
 from mmjax.config import env, env_number
-from mmjax.multimodal import network, sources
+from mmjax.multimodal import network, url_sources
 from mmjax.multimodal.cache import MediaCache
-from mmjax.multimodal.limits import MediaLimits
 from mmjax.multimodal.media.audio import AudioEmbeddingMediaIO, AudioMediaIO
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageEmbeddingMediaIO, ImageMediaIO
 from mmjax.multimodal.media.video import Frames, VideoMediaIO
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class MediaConnector:
         limits: MediaLimits | None = None,
     ):
         self.limits = limits or MediaLimits.from_env()
-        self.allowed = sources.allowed_directory(allowed_local_media_path)
+        self.allowed = url_sources.allowed_directory(allowed_local_media_path)
         self.policy = connection or network.Policy.from_env(allowed_media_domains, self.limits.source_bytes)
         self.timeouts = {
             "image": env_number("IMAGE_FETCH_TIMEOUT", 5),
@@ -78,13 +78,13 @@ class MediaConnector:
 
     def load_from_url(self, url: str, media_io: MediaIO[T], *, fetch_timeout: float | None = None) -> T:
         """What `media_io` reads at the URL. `fetch_timeout` (s) is for the first attempt, and 10 s if it is missing."""
-        if sources.scheme_of(url) in ("http", "https"):
+        if url_sources.scheme_of(url) in ("http", "https"):
             return network.wait_for(self._load_remote(url, media_io, self._patience(fetch_timeout)))
         return self._load_local(url, media_io)
 
     async def load_from_url_async(self, url: str, media_io: MediaIO[T], *, fetch_timeout: float | None = None) -> T:
         """As `load_from_url`; files are read and decoded in other threads."""
-        if sources.scheme_of(url) in ("http", "https"):
+        if url_sources.scheme_of(url) in ("http", "https"):
             return await self._load_remote(url, media_io, self._patience(fetch_timeout))
         return await network.in_worker(self._load_local, url, media_io)
 
@@ -99,9 +99,9 @@ class MediaConnector:
         return made
 
     def _load_local(self, url: str, media_io: MediaIO[T]) -> T:
-        if sources.scheme_of(url) == "data":
-            return media_io.load_base64(*sources.split_data_url(url))
-        return media_io.load_bytes(sources.read_file_url(url, self.allowed, self.limits))
+        if url_sources.scheme_of(url) == "data":
+            return media_io.load_base64(*url_sources.split_data_url(url))
+        return media_io.load_bytes(url_sources.read_file_url(url, self.allowed, self.limits))
 
     def _patience(self, fetch_timeout: float | None) -> float:
         return self.timeouts["audio"] if fetch_timeout is None else fetch_timeout

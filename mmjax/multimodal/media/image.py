@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.multimodal import image, wire
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal import image, tensor_codec
 from mmjax.multimodal.media.base import MediaIO, MediaWithBytes
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 
@@ -55,12 +55,12 @@ class ImageEmbeddingMediaIO(MediaIO[np.ndarray]):
 
     def load_bytes(self, data: bytes) -> np.ndarray:
         """Decode a tensor file."""
-        return wire.read_tensor(data, self.limits)
+        return tensor_codec.read_tensor(data, self.limits)
 
     def load_base64(self, media_type: str, data: str) -> np.ndarray:
         """Decode a tensor file written in base64."""
-        return wire.base642tensor(data, limits=self.limits)
+        return tensor_codec.base642tensor(data, limits=self.limits)
 
     def encode_base64(self, media: Any) -> str:
         """The array as a tensor file in base64."""
-        return wire.tensor2base64(media)
+        return tensor_codec.tensor2base64(media)

@@ -7,10 +7,10 @@ import numpy as np
 from PIL import Image
 
 from mmjax.config import env
-from mmjax.multimodal import image, sources, video
-from mmjax.multimodal.limits import MediaLimits
+from mmjax.multimodal import image, url_sources, video
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageMediaIO
+from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
 
 Frames = tuple[np.ndarray, dict[str, Any]]
@@ -67,7 +67,7 @@ class VideoMediaIO(MediaIO[Frames]):
             raise RequestError(f"The video has {len(parts)} frames, over the limit of {limit}.", "media_too_large")
         pictures, held = [], 0
         for part in parts:
-            load = self.image_io.load_bytes(sources.from_base64(part, self.limits)).media
+            load = self.image_io.load_bytes(url_sources.from_base64(part, self.limits)).media
             pictures.append(np.asarray(image.convert_image_mode(load, "RGB")))
             held += pictures[-1].nbytes
             if self.limits.video_bytes and held > self.limits.video_bytes:

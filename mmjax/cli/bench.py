@@ -1,0 +1,196 @@
+"""Measure an engine on made-up inputs of real shapes: greedy, end-of-sequence ignored, every prompt different.
+
+    throughput   many prompts at once: what the machine delivers
+    latency      one batch, again and again: what a request waits for
+
+A time means something on the machine it was taken on only, and a random model's tokens mean nothing at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import string
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from mmjax import LLM, RequestOutput, SamplingParams
+from mmjax.engine.compile_counter import count_compiles
+
+AUDIO_RATE = 16_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """prompts: how many. text: tokens of text in each. images: (width, height) of each image of a prompt. audio_s:
+    seconds of audio in each, 0 for none. output: tokens to generate for each."""
+
+    prompts: int = 16
+    text: int = 64
+    images: tuple[tuple[int, int], ...] = ()
+    audio_s: float = 0.0
+    output: int = 64
+
+
+def make_prompts(work: Workload, encode: Callable[[str], Sequence[int]], seed: int) -> list[dict[str, Any]]:
+    """Prompts of random words and noise; equal seeds give equal prompts, different seeds share none."""
+    rng = np.random.default_rng(seed)
+    return [_prompt(work, encode, rng) for _ in range(work.prompts)]
+
+
+def _prompt(work: Workload, encode: Callable[[str], Sequence[int]], rng: np.random.Generator) -> dict[str, Any]:
+    media: dict[str, Any] = {}
+    if work.images:
+        media["image"] = [
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in work.images
+        ]
+    if work.audio_s:
+        media["audio"] = (rng.standard_normal(int(work.audio_s * AUDIO_RATE)).astype(np.float32) * 0.1, AUDIO_RATE)
+    return {"prompt": "<image>" * len(work.images) + _text(work.text, encode, rng), "multi_modal_data": media}
+
+
+def _text(tokens: int, encode: Callable[[str], Sequence[int]], rng: np.random.Generator) -> str:
+    """Random words that make about this many tokens."""
+    letters = np.array(list(string.ascii_lowercase))
+    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(tokens)]
+    while words and len(encode(" ".join(words))) > tokens:
+        words = words[: max(1, int(len(words) * tokens / len(encode(" ".join(words)))))] if len(words) > 1 else []
+    return " ".join(words)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Milliseconds over requests."""
+
+    mean: float
+    median: float
+    p99: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread | None:
+        if not seconds:
+            return None
+        ms = np.asarray(seconds) * 1e3
+        return cls(float(ms.mean()), float(np.median(ms)), float(np.percentile(ms, 99)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a run took and gave.
+
+    start_s: building the engine, weights and programs included; start_cache says what of the programs the persistent
+    cache held. ttft: arrival to first token. itl: mean time between a request's tokens. host_share: part of the wall
+    time the engine's own Python took; idle_share: the part of it during which the device had nothing to do.
+    """
+
+    device: str
+    start_s: float
+    start_cache: str
+    start_programs: int
+    wall_s: float
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    requests_per_s: float
+    input_tokens_per_s: float
+    output_tokens_per_s: float
+    decode_steps_per_s: float
+    ttft_ms: Spread | None
+    itl_ms: Spread | None
+    host_share: float
+    idle_share: float
+    compiles_after_warmup: int
+
+    def as_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    def as_table(self) -> str:
+        rows = []
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, dict):
+                value = "  ".join(f"{part} {number:.2f}" for part, number in value.items())
+            elif isinstance(value, float):
+                value = f"{value:.1%}" if name.endswith("_share") else f"{value:,.2f}"
+            rows.append(f"{name:<24}{'not measured' if value is None else value}")
+        return "\n".join(rows)
+
+
+class Bench:
+    """An engine, what it took to start, and the runs on it."""
+
+    def __init__(self, model: str, engine: Mapping[str, Any]) -> None:
+        with count_compiles() as self.compiles:
+            begin = time.perf_counter()
+            self.llm = LLM(model, **{"disable_log_stats": False, **engine})
+            self.start_s = time.perf_counter() - begin
+
+    def run(self, work: Workload, seed: int) -> Report:
+        """Generate for one set of prompts. The first call should not be believed: see `warm_up`."""
+        tokenizer = self.llm.model.tokenizer
+        if tokenizer is None:
+            raise ValueError("the benchmark writes its prompts as text and needs the model's tokenizer")
+        prompts = make_prompts(work, tokenizer.encode, seed)
+        params = SamplingParams(temperature=0.0, max_tokens=work.output, ignore_eos=True)
+        before = self.llm.get_metrics()
+        begin = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        return self._report(outputs, before, time.perf_counter() - begin)
+
+    def warm_up(self, work: Workload) -> None:
+        """Touch everything once, so that the first measured run pays for nothing but itself."""
+        self.run(dataclasses.replace(work, prompts=min(work.prompts, 2), output=min(work.output, 4)), seed=0)
+
+    def _report(self, outputs: Sequence[RequestOutput], before: Mapping[str, float], wall_s: float) -> Report:
+        now = self.llm.get_metrics()
+        spent = {name: now[name] - before[name] for name in ("decode_steps", "host_s", "idle_s")}
+        ttft, itl = [], []
+        for output in outputs:
+            times, count = output.metrics, sum(len(answer.token_ids) for answer in output.outputs)
+            if times is None or times.first_token_time is None:
+                continue
+            ttft.append(times.first_token_time - times.arrival_time)
+            if times.last_token_time is not None and count > 1:
+                itl.append((times.last_token_time - times.first_token_time) / (count - 1))
+        given = sum(len(output.prompt_token_ids or ()) for output in outputs)
+        made = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
+        return Report(
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            start_s=self.start_s,
+            start_cache=self.compiles.cache,
+            start_programs=self.compiles.count,
+            wall_s=wall_s,
+            requests=len(outputs),
+            input_tokens=given,
+            output_tokens=made,
+            requests_per_s=len(outputs) / wall_s,
+            input_tokens_per_s=given / wall_s,
+            output_tokens_per_s=made / wall_s,
+            decode_steps_per_s=spent["decode_steps"] / wall_s,
+            ttft_ms=Spread.of(ttft),
+            itl_ms=Spread.of(itl),
+            host_share=spent["host_s"] / wall_s,
+            idle_share=spent["idle_s"] / wall_s,
+            compiles_after_warmup=int(now["compiles_after_warmup"]),
+        )
+
+
+def throughput(model: str, work: Workload, engine: Mapping[str, Any]) -> Report:
+    """All prompts at once."""
+    bench = Bench(model, engine)
+    bench.warm_up(work)
+    return bench.run(work, seed=1)
+
+
+def latency(model: str, work: Workload, engine: Mapping[str, Any], repeats: int = 5) -> Report:
+    """The run of median wall time among `repeats` of them, each a batch of new prompts."""
+    bench = Bench(model, engine)
+    bench.warm_up(work)
+    runs = [bench.run(work, seed=seed) for seed in range(1, repeats + 1)]
+    middle = statistics.median_low(run.wall_s for run in runs)
+    return next(run for run in runs if run.wall_s == middle)

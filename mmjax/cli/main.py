@@ -1,0 +1,269 @@
+"""The command line: `mmjax demo|serve|chat|run-batch|convert|inspect|bench|version`.
+
+Nothing heavy is imported before a command is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmjax
+from mmjax.cli import chat, flags
+
+MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 2 for a wrong command line, 1 for input that cannot be used."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and words[0] in MODEL_COMMANDS:
+            arguments = _model_command(words[0], words[1:])
+        else:
+            parser = _parser()
+            try:
+                arguments = parser.parse_args(flags.fold(words))
+            except flags.FlagError as error:
+                parser.error(str(error))
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"mmjax: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command that has its own, those of the engine, and those in a file that `--config` names."""
+    _, add_flags, command = MODEL_COMMANDS[name]
+    parser = argparse.ArgumentParser(f"mmjax {name}", allow_abbrev=False)
+    parser.add_argument("model", nargs="?", help="model directory, hub id, or `demo`")
+    parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE", help="YAML with flags: `max-model-len: 4096`; those given here win")
+    add_flags(parser)
+    flags.add_engine_flags(parser)
+    try:
+        arguments = parser.parse_args(flags.fold(flags.from_file(words), MAPPINGS))
+    except flags.FlagError as error:
+        parser.error(str(error))
+    arguments.model = arguments.model or arguments.named_model
+    if arguments.model is None:
+        parser.error("which model? Name a directory, a hub id, or `demo`")
+    arguments.command = command
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    _add_demo(commands.add_parser("demo", help="see the model that ships with mmjax look, watch and listen"))
+
+    for name, (meaning, *_) in MODEL_COMMANDS.items():  # their flags are added when one is chosen: `_model_command`
+        commands.add_parser(name, help=meaning, add_help=False)
+
+    convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
+    convert.add_argument("source", help="model directory or hub id (safetensors)")
+    convert.add_argument("destination", type=Path, help="directory to create")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    convert.set_defaults(command=_convert)
+
+    inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds, from its headers alone")
+    inspect.add_argument("directory", type=Path)
+    inspect.set_defaults(command=_inspect)
+
+    bench = commands.add_parser("bench", help="measure throughput or latency on made-up inputs")
+    kinds = bench.add_subparsers(required=True, metavar="KIND")
+    for name, prompts in (("throughput", 16), ("latency", 1)):
+        kind = kinds.add_parser(name, allow_abbrev=False)
+        kind.set_defaults(command=_bench, kind=name)
+        _add_workload(kind, prompts)
+        flags.add_engine_flags(kind)
+
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(command=_version)
+    return parser
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    from mmjax.serve import command
+
+    command.add_flags(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from mmjax.config import env_number
+    from mmjax.serve import command
+
+    # Longer than clients keep an idle connection (httpx, and with it the openai package: 5 s). With the same time on
+    # both sides a request now and then meets the closing of its connection: 1 in 4000 under load.
+    keep_alive = int(env_number("HTTP_TIMEOUT_KEEP_ALIVE", 60))
+    command.run(arguments, flags.engine_kwargs(arguments), _settings(arguments), keep_alive)
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    """What a server is to know, from its flags and the environment."""
+    from mmjax.config import env, env_flag, env_number
+    from mmjax.serve import command
+
+    key = env("API_KEY", "")
+    return command.settings(
+        arguments,
+        keys=(key,) if key else (),
+        audio_mb=env_number("MAX_AUDIO_CLIP_FILESIZE_MB", 25),
+        max_stops=int(env_number("MAX_STOP_STRINGS", 4)),
+        max_prompts=int(env_number("MAX_COMPLETION_PROMPTS", 1024)),
+        development=env_flag("SERVER_DEV_MODE", False),
+    )
+
+
+def _batch_flags(parser: argparse.ArgumentParser) -> None:
+    from mmjax.serve import batches
+
+    batches.add_flags(parser)
+    _serve_flags(parser)
+
+
+def _run_batch(arguments: argparse.Namespace) -> None:
+    from mmjax.serve import batches
+
+    batches.run(arguments, flags.engine_kwargs(arguments), _settings(arguments))
+
+
+def _chat_flags(parser: argparse.ArgumentParser) -> None:
+
+    chat.add_flags(parser)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+
+    chat.run(arguments, flags.engine_kwargs(arguments))
+
+
+MODEL_COMMANDS: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
+] = {
+    "serve": ("answer HTTP requests as OpenAI's API does", _serve_flags, _serve),
+    "chat": ("talk to a model in the terminal", _chat_flags, _chat),
+    "run-batch": ("answer a file of requests in OpenAI's batch format", _batch_flags, _run_batch),
+}
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("question", nargs="?", help="about your own files")
+    for kind in ("image", "video", "audio"):
+        parser.add_argument(
+            f"--{kind}", type=Path, action="append", default=[], metavar="FILE", help=f"ask about your own {kind} file"
+        )
+    parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="where to put what is drawn and recorded")
+    parser.add_argument("--seed", type=int, help="another number, another picture")
+    parser.add_argument(
+        "--eval",
+        type=int,
+        nargs="?",
+        const=100,
+        metavar="N",
+        help="measure every skill on N questions that training never saw (default: 100)",
+    )
+    parser.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mmjax.demo import show
+
+    given = {kind: getattr(arguments, kind) for kind in show.KINDS}
+    show.run(given, arguments.question, arguments.out, arguments.seed, arguments.eval)
+
+
+def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
+    parser.add_argument("model", help="model directory or hub id; random weights with --load-format dummy")
+    group = parser.add_argument_group("workload")
+    group.add_argument("--prompts", "--batch", type=int, default=prompts, help=f"default: {prompts}")
+    group.add_argument("--text", type=int, default=64, help="tokens of text per prompt, about (default: 64)")
+    group.add_argument(
+        "--image", type=_size, action="append", default=[], metavar="WxH", help="one more image per prompt"
+    )
+    group.add_argument("--audio", type=float, default=0.0, metavar="SECONDS", help="audio per prompt")
+    group.add_argument("--output", type=int, default=64, help="tokens to generate per prompt (default: 64)")
+    group.add_argument("--repeats", type=int, default=5, help="runs to take the median of, for latency (default: 5)")
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 640x480")
+    return int(match[1]), int(match[2])
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from mmjax.cli import bench
+
+    work = bench.Workload(
+        prompts=arguments.prompts,
+        text=arguments.text,
+        images=tuple(arguments.image),
+        audio_s=arguments.audio,
+        output=arguments.output,
+    )
+    engine = flags.engine_kwargs(arguments)
+    if arguments.kind == "throughput":
+        report = bench.throughput(arguments.model, work, engine)
+    else:
+        report = bench.latency(arguments.model, work, engine, arguments.repeats)
+    print(report.as_table())
+    if arguments.json:
+        arguments.json.write_text(report.as_json() + "\n")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from mmjax.converters.orbax import convert_checkpoint
+    from mmjax.loader.checkpoint import Checkpoint
+    from mmjax.loader.params import param_specs
+
+    checkpoint = Checkpoint.open(arguments.source)
+    _, leaves = param_specs(checkpoint.family, checkpoint.model_config())
+    with tqdm(unit="B", unit_scale=True, desc="converting") as bar:
+
+        def progress(path: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        plan = convert_checkpoint(
+            checkpoint.directory,
+            arguments.destination,
+            table=checkpoint.family.table,
+            shapes={path: leaf.shape for path, leaf in leaves.items()},
+            dtype=arguments.dtype,
+            progress=progress,
+            tensors=checkpoint.tensors if checkpoint.family.table.parts else None,
+            config=checkpoint.config if checkpoint.family.table.parts else None,
+        )
+    taken = f"{len(leaves)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
+    print(f"{arguments.destination}: {taken}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from mmjax.converters.inspect import describe, render
+    from mmjax.loader.checkpoint import Checkpoint
+    from mmjax.loader.params import param_specs
+
+    try:
+        checkpoint = Checkpoint.open(str(arguments.directory))
+    except ValueError as error:  # no model of ours: what the files hold can still be told
+        print(render(describe(arguments.directory)) + f"\nno model to compare with: {error}")
+        return
+    _, leaves = param_specs(checkpoint.family, checkpoint.model_config())
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    print(render(describe(arguments.directory, table=checkpoint.family.table, shapes=shapes)), end="")
+
+
+def _version(arguments: argparse.Namespace) -> None:
+    print(mmjax.__version__)

@@ -1,0 +1,44 @@
+"""The thread that calls device programs, in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+Out = TypeVar("Out")
+P = ParamSpec("P")
+
+
+class DeviceQueue:
+    """Calls programs one after the other on a thread of its own. call_s: seconds it spent inside the calls.
+
+    Launching the kernels of a decode dispatch keeps the calling thread of a GPU busy for as long as the GPU runs them
+    (92 % of the wall time at batch 1), and a CPU computes within the call. In both cases the engine's thread commits
+    the dispatch before meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.call_s = 0.0
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._calls: list[Future[Any]] = []
+
+    def run(self, program: Callable[P, Out], *args: P.args, **kwargs: P.kwargs) -> Future[Out]:
+        """Have the thread call a program, after all that it was asked before."""
+
+        def call() -> Out:
+            begin = time.perf_counter()
+            try:
+                return program(*args, **kwargs)
+            finally:
+                self.call_s += time.perf_counter() - begin
+
+        future = self._thread.submit(call)
+        self._calls.append(future)
+        return future
+
+    def take_calls(self) -> list[Future[Any]]:
+        """The calls asked for since this was last called."""
+        calls, self._calls = self._calls, []
+        return calls

@@ -1,0 +1,163 @@
+"""How large everything on the device is: the KV cache, the mm_embeds buffer, the buckets of the programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from mmjax.config import BLOCK_SIZES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, EngineArgs
+from mmjax.engine.buckets import BucketConfig
+from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim, kv_cache_heads, kv_heads_first, q_block_size
+from mmjax.spec import ModelSpec
+
+# Padding between two bucket sizes is computed for nothing, which a CPU cannot afford; more buckets take longer to
+# compile, which a GPU's compiler does slowly.
+MIN_TOKEN_BUCKET = {"cpu": 128, "gpu": 256, "tpu": 256}
+TOKEN_BUCKET_FACTOR = {"cpu": 2, "gpu": 4, "tpu": 4}
+MAX_STOP_IDS = 16  # stop tokens per sequence that the device watches for
+EMBED_ROWS = 256  # rows per write of ready embeddings: an image of most families is one or two writes
+CPU_CACHE_BYTES = 1 << 30
+WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for what the programs hold while they run
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineMemory:
+    """The sizes of one replica. max_model_len: tokens of the longest sequence. num_blocks: blocks of the KV cache,
+    block 0 included, which belongs to nobody. num_mm_rows: rows of the mm_embeds buffer."""
+
+    max_model_len: int
+    num_blocks: int
+    num_mm_rows: int
+    buckets: BucketConfig
+
+    @classmethod
+    def plan(
+        cls, args: EngineArgs, spec: ModelSpec, platform: str, *, kv_dtype: str, tp_size: int, device: Any
+    ) -> EngineMemory:
+        """Sizes that fit the memory of `device`, which holds the weights already.
+
+        Raises ValueError when one sequence of max_model_len tokens does not fit.
+        """
+        planner = _Planner(args, spec, platform)
+        budget = planner.cache_bytes(device)
+        max_model_len, num_blocks = planner.cache_size(budget, planner.block_bytes(kv_dtype, tp_size))
+        num_mm_rows = planner.mm_rows(max_model_len)
+        return cls(max_model_len, num_blocks, num_mm_rows, planner.buckets(max_model_len, num_mm_rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planner:
+    """What the sizes are computed from."""
+
+    args: EngineArgs
+    spec: ModelSpec
+    platform: str
+
+    @property
+    def block_size(self) -> int:
+        return self.args.block_size or BLOCK_SIZES[self.platform]
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.args.max_num_seqs or MAX_NUM_SEQS[self.platform]
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.args.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[self.platform]
+
+    def block_bytes(self, kv_dtype: str, tp_size: int) -> int:
+        """Bytes of one block over all layers, on one device."""
+        shape, dtype = kv_block_shape(self.spec, self.block_size, kv_dtype, self.platform, tp_size)
+        return 2 * self.spec.num_layers * math.prod(shape) // tp_size * int(dtype.itemsize)
+
+    def cache_bytes(self, device: Any) -> int:
+        """Bytes that the KV cache may take on one device."""
+        if self.args.kv_cache_memory_bytes:
+            return self.args.kv_cache_memory_bytes
+        stats = device.memory_stats() if self.platform != "cpu" else None
+        if not stats:
+            return CPU_CACHE_BYTES
+        free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+        return max(free - min(WORKSPACE_BYTES, free // 4), free // 4)
+
+    def cache_size(self, budget: int, block_bytes: int) -> tuple[int, int]:
+        """(max_model_len, number of blocks). ValueError when one such sequence does not fit the budget."""
+        cross_blocks = -(-self.spec.cross_len // self.block_size)
+        affordable = budget // block_bytes - 1
+        asked, positions = self.args.max_model_len, self.spec.max_positions
+        if isinstance(asked, int) and asked > positions:
+            raise ValueError(
+                f"max_model_len {asked} is greater than the {positions} positions that the model was made for"
+            )
+        longest = asked if isinstance(asked, int) and asked > 0 else positions
+        if longest > (affordable - cross_blocks) * self.block_size:
+            fits = (affordable - cross_blocks) * self.block_size
+            if asked == -1 and fits > 0:
+                longest = fits
+            else:
+                raise ValueError(
+                    f"one sequence of max_model_len {longest} tokens needs "
+                    f"{longest * block_bytes / self.block_size / 2**30:.2f} GiB of cache, but only "
+                    f"{budget / 2**30:.2f} GiB are there, enough for {max(fits, 0)} tokens. Lower max_model_len (or "
+                    "set it to 'auto'), or raise "
+                    f"{'kv_cache_memory_bytes' if self.platform == 'cpu' else 'gpu_memory_utilization'}."
+                )
+        useful = self.max_num_seqs * (-(-longest // self.block_size) + cross_blocks)
+        return longest, min(affordable, useful if self.platform == "cpu" else affordable) + 1
+
+    def mm_rows(self, max_model_len: int) -> int:
+        """Rows of the mm_embeds buffer: at least those of the largest item that a prompt can hold."""
+        least = max((encoder.embeds_per_group for encoder in self.spec.encoders.values()), default=0)
+        if not least and not self.spec.mm_embed_dim:
+            return 0
+        return max(self.max_num_batched_tokens, least, min(max_model_len, self.spec.max_item_embeds))
+
+    def buckets(self, max_model_len: int, num_mm_rows: int) -> BucketConfig:
+        """Every static size of the programs."""
+        spec, args, block_size = self.spec, self.args, self.block_size
+        q_block, seqs = q_block_size(self.platform), self.max_num_seqs
+        tokens = -(-self.max_num_batched_tokens // q_block) * q_block
+        encoder_buckets = {}
+        for name, encoder in spec.encoders.items():
+            group = encoder.group_size
+            most = num_mm_rows // encoder.embeds_per_group * group if encoder.embeds_per_group else min(seqs, 8)
+            most = max(most, encoder.max_item_inputs)
+            encoder_buckets[name] = bucket_sizes(max(group, min(256, most)) if group > 1 else 1, most, 2)
+        return BucketConfig(
+            token_buckets=bucket_sizes(
+                min(MIN_TOKEN_BUCKET[self.platform], tokens), tokens, TOKEN_BUCKET_FACTOR[self.platform]
+            ),
+            seq_buckets=bucket_sizes(1, seqs, 4),
+            encoder_buckets=encoder_buckets,
+            num_mm_rows=num_mm_rows,
+            q_block_size=q_block,
+            block_size=block_size,
+            max_blocks_per_seq=-(-max_model_len // block_size),
+            cross_blocks_per_seq=-(-spec.cross_len // block_size),
+            rope_axes=spec.rope_axes,
+            num_rows=seqs + 1,
+            max_stop_ids=MAX_STOP_IDS,
+            num_decode_steps=args.num_decode_steps,
+            max_logprobs=spec.vocab_size if args.max_logprobs == -1 else min(args.max_logprobs, spec.vocab_size),
+            embed_rows=min(EMBED_ROWS, num_mm_rows) if args.enable_mm_embeds or args.enable_prompt_embeds else 0,
+        )
+
+
+def kv_block_shape(
+    spec: ModelSpec, block_size: int, dtype: Any, platform: str, tp_size: int
+) -> tuple[tuple[int, int, int], Any]:
+    """(shape, dtype) of the pool's pages, in the order and with the padding that the platform's kernels want."""
+    heads = kv_cache_heads(spec.num_kv_heads // tp_size, platform) * tp_size
+    inner = (heads, block_size) if kv_heads_first(platform) else (block_size, heads)
+    return (*inner, kv_cache_head_dim(spec.head_dim, platform)), kv_cache_dtype(dtype, platform)
+
+
+def bucket_sizes(least: int, most: int, factor: int) -> tuple[int, ...]:
+    """Ascending sizes from `least`, each `factor` times the last, ending with `most`."""
+    sizes = []
+    size = least
+    while size < most:
+        sizes.append(size)
+        size *= factor
+    return (*sizes, most)

@@ -1,0 +1,377 @@
+"""The device programs of a step, before they are compiled: pure functions of parameters, state and inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from mmjax.batch import Batch, KVCache, nest
+from mmjax.engine import sampler
+from mmjax.engine.buckets import BucketConfig
+from mmjax.engine.sampling_state import SAMPLING_FIELDS
+from mmjax.nn.weight import WeightValue
+from mmjax.spec import ModelSpec
+
+Array = jax.Array
+Params = list[WeightValue]
+LOGPROB_BLOCK = 128  # hidden states per block of prompt log-probabilities: bounds the logits that exist at once
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeviceState:
+    """All that lives on the device between steps; donated to every program that changes it.
+
+    mm_embeds: [M, W], embeddings of media. last_token: i32[R] and stopped: bool[R], each row's newest token and whether
+    it was a stop. token_counts: i32[R, V] and logit_bias: f32[R, V], see `sampler`.
+    """
+
+    kv_cache: KVCache
+    mm_embeds: Array
+    last_token: Array
+    stopped: Array
+    token_counts: Array
+    logit_bias: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a prefill or decode program gives, on the device.
+
+    sampled: of a generating engine; its arrays have a leading axis of steps after a decode. last_hidden: f32[S, D] of
+    a pooling engine, the hidden states where prompts end. hidden: [T, D] of a prefill.
+    """
+
+    sampled: sampler.SamplerOutput | None = None
+    last_hidden: Array | None = None
+    hidden: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One program of one bucket. args: arrays or their shapes, with shardings. outs: the shardings of what comes out.
+    donate: the positions of the arguments whose memory the program may reuse."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    outs: Any
+    donate: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFunctions:
+    """What the programs compute. paths: of the parameters, in their order. stops_early: whether a decode loop ends as
+    soon as no row is left, instead of running its full length."""
+
+    graph: nnx.GraphDef[Any]
+    paths: tuple[str, ...]
+    spec: ModelSpec
+    buckets: BucketConfig
+    replicated: NamedSharding
+    stops_early: bool
+
+    def _model(self, params: Params) -> Any:
+        return nnx.merge(self.graph, nest(dict(zip(self.paths, params, strict=True))))
+
+    def _sample(
+        self, model: Any, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
+    ) -> tuple[DeviceState, sampler.SamplerOutput]:
+        """Sample one token from hidden [S, D] for the rows that are active bool[S]."""
+        logits = jax.lax.with_sharding_constraint(model.logits(hidden), self.replicated)
+        metadata = sampler.SamplingMetadata(
+            **{name: f[name] for name, _ in SAMPLING_FIELDS}, seed=f["seed"], stop_ids=f["stop_ids"]
+        )
+        sampled = sampler.sample(
+            logits, metadata, state.token_counts, state.logit_bias, num_logprobs=self.buckets.max_logprobs
+        )
+        row = jnp.where(active, f["row"], self.buckets.num_rows - 1)
+        stopped = jnp.any(f["stop_ids"] == sampled.token_ids[:, None], axis=1)
+        return (
+            dataclasses.replace(
+                state,
+                last_token=state.last_token.at[row].set(sampled.token_ids),
+                stopped=state.stopped.at[row].set(stopped),
+                token_counts=sampler.count_tokens(state.token_counts, metadata, sampled.token_ids, active),
+            ),
+            sampled,
+        )
+
+    def prefill(
+        self, params: Params, state: DeviceState, vector: Array, *, tokens: int
+    ) -> tuple[DeviceState, StepOutput]:
+        """Run T tokens of prompts, and sample for the rows whose prompt ends here; an engine that pools takes the
+        hidden states there instead."""
+        f = self.buckets.prefill_layout(tokens).unpack(vector)
+        block_size, q_block = self.buckets.block_size, self.buckets.q_block_size
+        model = self._model(params)
+        seq_index = jnp.repeat(f["seq_index"], q_block, total_repeat_length=tokens)
+        at = f["positions"].clip(0)
+        slots = f["block_table"][seq_index, at // block_size] * block_size + at % block_size
+        batch = Batch(
+            token_ids=f["token_ids"],
+            rope_positions=f["rope_positions"],
+            mm_index=f["mm_index"],
+            slot_mapping=jnp.where(f["positions"] >= 0, slots, -1),
+            seq_index=f["seq_index"],
+            q_start=f["q_start"],
+            block_table=f["block_table"],
+            context_lens=f["context_lens"],
+            cross_block_table=f["cross_block_table"],
+            cross_context_lens=f["cross_context_lens"],
+        )
+        hidden, kv_cache = model(batch, state.kv_cache, state.mm_embeds)
+        ends = hidden[f["last_token_index"].clip(0)]
+        state = dataclasses.replace(state, kv_cache=kv_cache)
+        if self.spec.pooling:
+            return state, StepOutput(last_hidden=ends.astype(jnp.float32), hidden=hidden)
+        state, sampled = self._sample(model, ends, f, state, f["last_token_index"] >= 0)
+        return state, StepOutput(sampled=sampled, hidden=hidden)
+
+    def decode(
+        self, params: Params, state: DeviceState, vector: Array, *, seqs: int, steps: int
+    ) -> tuple[DeviceState, StepOutput]:
+        """Up to `steps` tokens for each of S sequences, fed back on the device; -1 where a row had stopped."""
+        buckets = self.buckets
+        f = buckets.decode_layout(seqs).unpack(vector)
+        model = self._model(params)
+        own = jnp.arange(seqs, dtype=jnp.int32)
+        blank = self._blank(seqs, steps)
+
+        def alive(step: Array, state: DeviceState) -> Array:
+            return (step < f["num_steps"]) & ~state.stopped[f["row"]]
+
+        def more(carry: tuple[Array, DeviceState, sampler.SamplerOutput]) -> Array:
+            return jnp.any(alive(carry[0], carry[1]))
+
+        def one(
+            carry: tuple[Array, DeviceState, sampler.SamplerOutput],
+        ) -> tuple[Array, DeviceState, sampler.SamplerOutput]:
+            step, state, out = carry
+            active = alive(step, state)
+            positions = f["positions"] + step
+            slots = (
+                f["block_table"][own, positions // buckets.block_size] * buckets.block_size
+                + positions % buckets.block_size
+            )
+            batch = Batch(
+                token_ids=state.last_token[f["row"]],
+                rope_positions=jnp.broadcast_to(positions + f["rope_delta"], (buckets.rope_axes, seqs)),
+                mm_index=jnp.full(seqs, -1, jnp.int32),
+                slot_mapping=jnp.where(active, slots, -1),
+                seq_index=own,
+                q_start=positions,
+                block_table=f["block_table"],
+                context_lens=jnp.where(active, positions + 1, 0),
+                cross_block_table=f["cross_block_table"],
+                cross_context_lens=jnp.where(active, f["cross_context_lens"], 0),
+            )
+            hidden, kv_cache = model(batch, state.kv_cache, state.mm_embeds)
+            now = dict(f) | {
+                "output_len": f["output_len"] + step,
+                "min_tokens_left": (f["min_tokens_left"] - step).clip(0),
+            }
+            state, sampled = self._sample(model, hidden, now, dataclasses.replace(state, kv_cache=kv_cache), active)
+            sampled = dataclasses.replace(sampled, token_ids=jnp.where(active, sampled.token_ids, -1))
+            out = jax.tree.map(lambda all, new: all.at[step].set(new), out, sampled)
+            return step + 1, state, out
+
+        start = (jnp.int32(0), state, blank)
+        if self.stops_early:
+            _, state, out = jax.lax.while_loop(more, one, start)
+        else:
+            _, state, out = jax.lax.fori_loop(0, steps, lambda _, carry: one(carry), start)
+        return state, StepOutput(sampled=out)
+
+    def _blank(self, seqs: int, k: int) -> sampler.SamplerOutput:
+        top = self.buckets.max_logprobs
+        return sampler.SamplerOutput(
+            token_ids=jnp.full((k, seqs), -1, jnp.int32),
+            logprobs=jnp.zeros((k, seqs), jnp.float32),
+            ranks=jnp.zeros((k, seqs), jnp.int32),
+            top_ids=jnp.zeros((k, seqs, top), jnp.int32),
+            top_logprobs=jnp.zeros((k, seqs, top), jnp.float32),
+        )
+
+    def encode(
+        self, params: Params, state: DeviceState, features: Mapping[str, Array], dest: Array, *, name: str
+    ) -> DeviceState:
+        """Encode media, and write the embeddings where the batch will look for them."""
+        model = self._model(params)
+        encoded = model.encode(name, features)
+        if self.spec.is_encoder_decoder:
+            return dataclasses.replace(state, kv_cache=model.write_cross_kv(encoded, state.kv_cache, dest))
+        mm_embeds = state.mm_embeds.at[dest].set(encoded.astype(state.mm_embeds.dtype), mode="drop")
+        return dataclasses.replace(state, mm_embeds=mm_embeds)
+
+    def write_embeds(self, state: DeviceState, rows: Array, dest: Array) -> DeviceState:
+        """Write embeddings that need no encoder."""
+        return dataclasses.replace(
+            state, mm_embeds=state.mm_embeds.at[dest].set(rows.astype(state.mm_embeds.dtype), mode="drop")
+        )
+
+    def prompt_logprobs(self, params: Params, hidden: Array, targets: Array) -> sampler.PromptLogprobs:
+        """(logprob [T], rank [T], top ids [T, top], top logprobs [T, top]) of targets i32[T] under hidden [T, D]."""
+        model = self._model(params)
+        block = min(LOGPROB_BLOCK, hidden.shape[0])
+
+        def one(part: tuple[Array, Array]) -> Any:
+            logits = jax.lax.with_sharding_constraint(model.logits(part[0]), self.replicated)
+            return sampler.prompt_logprobs(logits, part[1], self.buckets.max_logprobs)
+
+        out = jax.lax.map(one, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block)))
+        logprobs: sampler.PromptLogprobs = jax.tree.map(lambda x: x.reshape(hidden.shape[0], *x.shape[2:]), out)
+        return logprobs
+
+    def set_sampling_row(self, state: DeviceState, row: Array, counts: Array, bias: Array) -> DeviceState:
+        """Set one row of the sampling tables."""
+        return dataclasses.replace(
+            state, token_counts=state.token_counts.at[row].set(counts), logit_bias=state.logit_bias.at[row].set(bias)
+        )
+
+    def set_logit_biases(self, state: DeviceState, rows: Array, biases: Array) -> DeviceState:
+        """Set what is added to the logits of some rows."""
+        return dataclasses.replace(state, logit_bias=state.logit_bias.at[rows].set(biases))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramInputs:
+    """What the arguments of programs are made from: parameters and state, or only their shapes and shardings."""
+
+    functions: StepFunctions
+    params: Params
+    state: DeviceState
+    dtype: jnp.dtype
+
+    @property
+    def state_sharding(self) -> Any:
+        return jax.tree.map(lambda x: x.sharding, self.state)
+
+    def array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An input that every device gets whole."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.functions.replicated)
+
+
+class ProgramKey(Protocol):
+    """Which program: its kind, its bucket. Hashable."""
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        """The program of this kind and bucket."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Chunks of prompts, `tokens` in all."""
+
+    tokens: int
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        vector = inputs.array((functions.buckets.prefill_layout(self.tokens).size,))
+        return Program(
+            functools.partial(functions.prefill, tokens=self.tokens),
+            (inputs.params, inputs.state, vector),
+            (inputs.state_sharding, functions.replicated),
+            donate=(1,),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """A loop of `steps` decode steps for `seqs` sequences."""
+
+    seqs: int
+    steps: int
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        vector = inputs.array((functions.buckets.decode_layout(self.seqs).size,))
+        return Program(
+            functools.partial(functions.decode, seqs=self.seqs, steps=self.steps),
+            (inputs.params, inputs.state, vector),
+            (inputs.state_sharding, functions.replicated),
+            donate=(1,),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Media for the named encoder, `num_inputs` inputs of it."""
+
+    encoder: str
+    num_inputs: int
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        encoder = functions.spec.encoders[self.encoder]
+        num_embeds = functions.buckets.num_embeds(encoder, self.num_inputs)
+        features = {
+            field: inputs.array((axis, *tail), jnp.dtype(dtype))
+            for axis, fields in ((self.num_inputs, encoder.features), (num_embeds, encoder.gather_fields))
+            for field, (tail, dtype, _) in fields.items()
+        }
+        dest = inputs.array((self.num_inputs * encoder.keys_per_input or num_embeds,))
+        return Program(
+            functools.partial(functions.encode, name=self.encoder),
+            (inputs.params, inputs.state, features, dest),
+            inputs.state_sharding,
+            donate=(1,),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteEmbeds:
+    """Embeddings that need no encoder, `rows` at a time."""
+
+    rows: int
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        embeds = inputs.array((self.rows, functions.spec.mm_embed_dim), jnp.float32)
+        args = (inputs.state, embeds, inputs.array((self.rows,)))
+        return Program(functions.write_embeds, args, inputs.state_sharding, donate=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of `tokens` prompt tokens, from the hidden states of their prefill."""
+
+    tokens: int
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        hidden = inputs.array((self.tokens, functions.spec.hidden_size), inputs.dtype)
+        args = (inputs.params, hidden, inputs.array((self.tokens,)))
+        return Program(functions.prompt_logprobs, args, functions.replicated)
+
+
+@dataclasses.dataclass(frozen=True)
+class SetSamplingRow:
+    """One row of the sampling tables."""
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        vocab = functions.spec.vocab_size
+        args = (inputs.state, inputs.array(()), inputs.array((vocab,)), inputs.array((vocab,), jnp.float32))
+        return Program(functions.set_sampling_row, args, inputs.state_sharding, donate=(0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class SetLogitBiases:
+    """What is added to the logits of `rows` rows."""
+
+    rows: int
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        biases = inputs.array((self.rows, functions.spec.vocab_size), jnp.float32)
+        args = (inputs.state, inputs.array((self.rows,)), biases)
+        return Program(functions.set_logit_biases, args, inputs.state_sharding, donate=(0,))

@@ -1,0 +1,299 @@
+"""Logits to tokens: pure, vectorised over rows, called inside the engine's one jitted step.
+
+The order of operations, per row (S rows of V logits):
+
+ 1. the report (log-probability, rank, best rivals) is of the raw logits, before anything below;
+ 2. while `min_left` > 0 the stop ids are impossible;
+ 3. `bias` is added: logit_bias, and -inf for what is not allowed; where an answer tells times and all timestamp tokens
+    together are now likelier than any other token, only they are left;
+ 4. penalties, as defined by the CTRL paper (repetition, over prompt and output) and OpenAI (presence, frequency, over
+    the output only);
+ 5. temperature 0: the first of the largest logits. Otherwise logits / temperature, then
+ 6. min_p, top_k, top_p, each on what the previous one left; ties at a threshold are all kept;
+ 7. one token is drawn by the Gumbel-max trick.
+
+What no row of a batch asks for is skipped at run time (`lax.cond`). Measured with S = 16, V = 151936, in ms:
+
+                 greedy  temperature  + min_p  + top_k  + top_p  penalties or bias  |  jnp.argmax  jnp.sort
+    one CPU core    1.0          7.0      7.0       30       30                  3  |          12       657
+    one H100       0.06         0.19        -     0.81     0.80               0.19  |        0.03      0.63
+
+The report with 5 rivals takes 5 ms more on the CPU core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+IN_PROMPT = 1 << 30  # bit of a `seen` entry; the bits below count the token's occurrences in the output
+BLOCK = 1024  # at most so many vocabulary entries per block of the two-level searches
+
+
+PromptLogprobs = tuple[Array, Array, Array, Array]
+"""(logprob f32[T], rank i32[T], top_ids i32[T, top], top_logprobs f32[T, top])."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingMetadata:
+    """What each of the S rows of a step asks of the sampler."""
+
+    temperature: Array  # f32[S]; 0 = greedy
+    top_k: Array  # i32[S]; 0 = off
+    top_p: Array  # f32[S]; 1 = off
+    min_p: Array  # f32[S]; 0 = off
+    presence_penalty: Array  # f32[S]; 0 = off
+    frequency_penalty: Array  # f32[S]; 0 = off
+    repetition_penalty: Array  # f32[S]; 1 = off
+    seed: Array  # i32[S, 2]; the low 64 bits of the request's seed, low word first
+    output_len: Array  # i32[S]; how many output tokens the sequence already has
+    row: Array  # i32[S]; the sequence's row of the `seen` and `bias` tables; padding points at a row nobody owns
+    has_penalties: Array  # bool[S]; False = the three penalties are ignored and `seen` is neither read nor kept
+    has_bias: Array  # bool[S]; False = `bias` is ignored
+    first_timestamp: (
+        Array  # i32[S]; of biased rows: the first timestamp token, all from it on being such; 0 = there are none
+    )
+    min_tokens_left: Array  # i32[S]; tokens still required before a stop may happen
+    stop_ids: Array  # i32[S, E]; ids that end the sequence; -1 = padding
+    want_logprobs: Array  # bool[S]; the report is computed for all rows when any row wants it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplerOutput:
+    """One step's tokens and the report on them, which is all zeros when no row wants it."""
+
+    token_ids: Array  # i32[S]
+    logprobs: Array  # f32[S]; natural log
+    ranks: Array  # i32[S]; 1 = the most likely
+    top_ids: Array  # i32[S, top]; most likely first
+    top_logprobs: Array  # f32[S, top]
+
+
+def token_counts_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int) -> np.ndarray:
+    """Host: one row i32[V] of the `seen` table. Ids outside the vocabulary (embedding inputs) are left out."""
+
+    def valid(ids: Sequence[int]) -> np.ndarray:
+        array = np.asarray(ids, np.int64).reshape(-1)
+        return array[(array >= 0) & (array < vocab)]
+
+    row = np.bincount(valid(output_ids), minlength=vocab).astype(np.int32)
+    row[valid(prompt_ids)] |= IN_PROMPT
+    return row
+
+
+def count_tokens(token_counts: Array, metadata: SamplingMetadata, token: Array, active: Array) -> Array:
+    """Count token i32[S] in `seen` i32[R, V] for the rows that are active bool[S] and penalised.
+
+    In place when `seen` is donated. The others are dropped, so several padding rows may share one table row.
+    """
+    row = jnp.where(active & metadata.has_penalties, metadata.row, token_counts.shape[0])
+    return token_counts.at[row, token].add(jnp.int32(1), mode="drop")
+
+
+def sample(
+    logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array, *, num_logprobs: int
+) -> SamplerOutput:
+    """Choose one token per row of logits f32[S, V], with seen i32[R, V] and bias f32[R, V].
+
+    A row's token depends on its own logits, parameters, seed and index only: not on its neighbours, its place in the
+    batch or the batch's padding. `top` is how many rivals the report lists.
+    """
+    plain = ~jnp.any(
+        metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0) | (metadata.temperature > 0)
+    )
+    token = lax.cond(plain, lambda: _argmax(logits), lambda: _choose(logits, metadata, token_counts, logit_bias))
+    size = logits.shape[0]
+
+    def nothing() -> tuple[Array, Array, Array, Array]:
+        return (
+            jnp.zeros(size, jnp.float32),
+            jnp.zeros(size, jnp.int32),
+            jnp.zeros((size, num_logprobs), jnp.int32),
+            jnp.zeros((size, num_logprobs), jnp.float32),
+        )
+
+    report = lax.cond(jnp.any(metadata.want_logprobs), lambda: prompt_logprobs(logits, token, num_logprobs), nothing)
+    return SamplerOutput(token, *report)
+
+
+def prompt_logprobs(logits: Array, targets: Array, num_logprobs: int) -> PromptLogprobs:
+    """How likely the model finds targets i32[T] under logits f32[T, V].
+
+    Returns (logprob f32[T], rank i32[T], top_ids i32[T, top], top_logprobs f32[T, top]). The rank is one more than the
+    number of strictly likelier tokens. Targets past the vocabulary, which mark media in some models, are impossible.
+    """
+    norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    own = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
+    rank = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
+    ids, best = _largest(logits, num_logprobs)
+    return (own - norm)[:, 0], rank, ids, best - norm
+
+
+def _choose(logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
+    """The token of each row when at least one row is not plainly greedy."""
+    changed = metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0)
+    x = _when(changed, lambda x: _adjust(x, metadata, token_counts, logit_bias), logits)
+    hot = metadata.temperature > 0
+    return lax.cond(jnp.any(hot), lambda: jnp.where(hot, _draw(x, metadata), _argmax(x)), lambda: _argmax(x))
+
+
+def _when(asked: Array, change: Callable[[Array], Array], x: Array) -> Array:
+    """change(x) if any row asked for it, else x: which costs a copy of x, so do not chain these on the common path."""
+    return lax.cond(jnp.any(asked), change, lambda x: x, x)
+
+
+def _adjust(x: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
+    """Steps 2 to 4 of the order above, on x f32[S, V]."""
+
+    def forbid_stops(x: Array) -> Array:
+        ids = jnp.where(
+            (metadata.min_tokens_left[:, None] > 0) & (metadata.stop_ids >= 0), metadata.stop_ids, x.shape[1]
+        )
+        return jax.vmap(lambda line, at: line.at[at].set(-jnp.inf, mode="drop"))(x, ids)
+
+    def add_bias(x: Array) -> Array:
+        return x + jnp.where(metadata.has_bias[:, None], logit_bias[metadata.row], jnp.float32(0))
+
+    x = _when(metadata.min_tokens_left > 0, forbid_stops, x)
+
+    def prefer_times(x: Array) -> Array:
+        time = jnp.arange(x.shape[1], dtype=jnp.int32) >= metadata.first_timestamp[:, None]
+        times = jax.nn.logsumexp(jnp.where(time, x, -jnp.inf), axis=1, keepdims=True)
+        words = jnp.max(jnp.where(time, -jnp.inf, x), axis=1, keepdims=True)
+        return jnp.where((metadata.first_timestamp[:, None] > 0) & ~time & (times > words), -jnp.inf, x)
+
+    x = _when(metadata.has_bias, add_bias, x)
+    x = _when(metadata.first_timestamp > 0, prefer_times, x)
+    return _when(metadata.has_penalties, lambda x: _apply_penalties(x, metadata, token_counts[metadata.row]), x)
+
+
+def _apply_penalties(x: Array, metadata: SamplingMetadata, token_counts: Array) -> Array:
+    """Penalties on x f32[S, V] by the rows' own seen i32[S, V]."""
+    count = (token_counts & (IN_PROMPT - 1)).astype(jnp.float32)
+    factor = jnp.where(token_counts != 0, metadata.repetition_penalty[:, None], jnp.float32(1))
+    y = jnp.where(x > 0, x / factor, x * factor)
+    y = (
+        y
+        - metadata.frequency_penalty[:, None] * count
+        - metadata.presence_penalty[:, None] * (count > 0).astype(jnp.float32)
+    )
+    return jnp.where(metadata.has_penalties[:, None], y, x)
+
+
+def _draw(x: Array, metadata: SamplingMetadata) -> Array:
+    """A random token per row of x f32[S, V]; rows of temperature 0 get an arbitrary one."""
+    x = x / jnp.where(metadata.temperature > 0, metadata.temperature, jnp.float32(1))[:, None]
+
+    def key(seed: Array, index: Array) -> Array:
+        words = seed[::-1].astype(jnp.uint32)  # as jax.random.key(seed) has them
+        return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index.astype(jnp.uint32))
+
+    return _categorical(_weights(x, metadata), jax.vmap(key)(metadata.seed, metadata.output_len))
+
+
+def _weights(x: Array, metadata: SamplingMetadata) -> Array:
+    """f32[S, V]: probabilities of x f32[S, V] relative to the likeliest token's, zero where step 6 excludes a token.
+
+    The likeliest token always stays. Each exclusion is one threshold per row; only its search may be skipped.
+    """
+    size, vocab = x.shape
+    best = jnp.max(x, axis=-1, keepdims=True)
+    weight = jnp.exp(x - jnp.where(jnp.isneginf(best), jnp.float32(0), best))
+
+    def kth_largest() -> Array:
+        k = jnp.clip(metadata.top_k, 1, vocab).astype(jnp.float32)  # counts are exact in float32 up to 2^24
+        return jnp.where((metadata.top_k > 0)[:, None], _threshold(x, jnp.float32(1), k), -jnp.inf)
+
+    floor = lax.cond(jnp.any(metadata.top_k > 0), kth_largest, lambda: jnp.full((size, 1), -jnp.inf, jnp.float32))
+    weight = jnp.where((x >= floor) & (weight >= metadata.min_p[:, None]), weight, jnp.float32(0))
+
+    def nucleus() -> Array:
+        least = _threshold(weight, weight, metadata.top_p * jnp.sum(weight, axis=-1))
+        return jnp.where((metadata.top_p < 1)[:, None], jnp.minimum(least, jnp.float32(1)), jnp.float32(0))
+
+    least = lax.cond(jnp.any(metadata.top_p < 1), nucleus, lambda: jnp.zeros((size, 1), jnp.float32))
+    return jnp.where(weight >= least, weight, jnp.float32(0))
+
+
+def _threshold(value: Array, mass: Array, target: Array) -> Array:
+    """f32[S, 1]: the largest t for which the `mass` of all entries with value >= t reaches target f32[S].
+
+    value f32[S, V] has no NaN. Bisection over the ordered bit patterns of float32, from -inf to +inf: exact after 32
+    passes whatever the values are. Sorting would take 20 times as long on CPU; three thresholds per pass, to halve the
+    number of passes, take twice as long.
+    """
+
+    def unordered(key: Array) -> Array:
+        bits = key ^ ((key >> 31) & jnp.int32(0x7FFFFFFF))  # its own inverse
+        return lax.bitcast_convert_type(bits, jnp.float32)[:, None]
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)  # low + high would overflow
+        reached = jnp.sum(jnp.where(value >= unordered(middle), mass, jnp.float32(0)), axis=-1) >= target
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    infinity = jnp.full(value.shape[:1], 0x7F800000, jnp.int32)
+    low, _ = lax.fori_loop(0, 32, halve, (~infinity, infinity))
+    return unordered(low)
+
+
+def _argmax(x: Array) -> Array:
+    """i32[S]: the first of the largest entries of each row; 0.5 ms where jnp.argmax takes 12 (sizes as above)."""
+    blocks = _blocks(x, -jnp.inf)
+    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)
+    return block * blocks.shape[-1] + jnp.argmax(_pick(blocks, block), axis=-1).astype(jnp.int32)
+
+
+def _categorical(weight: Array, keys: Array) -> Array:
+    """i32[S]: one entry per row, with probability proportional to weight f32[S, V]; keys[S].
+
+    Gumbel-max first among blocks, by their total weight, then among the entries of the chosen block. That is the same
+    distribution as Gumbel-max over the row with about sqrt(V) as many random numbers (1 ms instead of 25).
+    """
+
+    blocks = _blocks(weight, 0.0)
+    count, width = blocks.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + width,), jnp.float32))(keys)
+    total = jnp.sum(blocks, axis=-1)
+    block = jnp.argmax(jnp.log(total) + noise[:, :count], axis=-1).astype(jnp.int32)
+    place = jnp.argmax(jnp.log(_pick(blocks, block)) + noise[:, count:], axis=-1).astype(jnp.int32)
+    return block * width + place
+
+
+def _blocks(x: Array, fill: float) -> Array:
+    """x f32[S, V] as n runs of W entries, [S, n, W]; without a copy if V has a divisor W that suits, else padded."""
+    size, vocab = x.shape
+    width = next((w for w in range(BLOCK, 63, -1) if vocab % w == 0), 0)
+    if not width:
+        width = min(vocab, BLOCK)
+        x = jnp.pad(x, ((0, 0), (0, -vocab % width)), constant_values=fill)
+    return x.reshape(size, -1, width)
+
+
+def _pick(blocks: Array, block: Array) -> Array:
+    """The block of each row: [S, n, W] at i32[S] -> [S, W]."""
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+
+
+def _largest(x: Array, count: int) -> tuple[Array, Array]:
+    """(ids i32[S, count], values f32[S, count]) of the largest entries of x f32[S, V], largest first.
+
+    Among the `count` blocks with the largest maxima only: no entry of another block can be one of them.
+    """
+    blocks = _blocks(x, -jnp.inf)
+    width = blocks.shape[-1]
+    if not 0 < count < blocks.shape[1]:
+        values, ids = lax.top_k(x, count)
+        return ids.astype(jnp.int32), values
+    near = jnp.sort(lax.top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)  # vocabulary order decides ties
+    entries = jnp.take_along_axis(blocks, near[:, :, None], axis=1).reshape(x.shape[0], -1)
+    values, at = lax.top_k(entries, count)
+    return (jnp.take_along_axis(near, at // width, axis=1) * width + at % width).astype(jnp.int32), values

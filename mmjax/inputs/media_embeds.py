@@ -1,0 +1,193 @@
+"""Embeddings in place of media: their forms, split into items and checked before anything is scheduled.
+
+A family says in `Processor.embeds` which arrays it takes for a modality: first the rows, then, where their number does
+not tell all, a size per item. `Processor.outline(kind, size)` is the item that a size makes, still without rows.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.multimodal.arrays import is_array, to_numpy
+from mmjax.processors import mel_features
+from mmjax.processors.base import MediaItem, Processor, ProcessorKwargs
+from mmjax.types import RequestError
+
+log = logging.getLogger(__name__)
+
+MOST = 1 << 31  # rows or patches that a size may speak of; beyond it, it is no size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmbedsInput:
+    """One item that comes as embeddings: its arrays by name, as given."""
+
+    fields: Mapping[str, Any]
+
+
+class MediaEmbedsReader:
+    """Reads the embeddings of one model. `width`: of a row, which for some models is more than the decoder's."""
+
+    def __init__(self, processor: Processor, width: int):
+        self.processor, self.width = processor, width
+
+    def looks_like(self, modality: str, array: Any) -> bool:
+        """Whether an array that might be a medium holds rows: floats, as wide as the model's."""
+        return (
+            modality in self.processor.embed_fields
+            and tuple(array.shape[-1:]) == (self.width,)
+            and "float" in str(array.dtype)
+        )
+
+    def field_names(self, modality: str) -> tuple[str, ...]:
+        """The arrays that embeddings of a modality come in. RequestError when the model takes none."""
+        names = self.processor.embed_fields.get(modality)
+        if names is None:
+            known = ", ".join(self.processor.embed_fields) or "no modality"
+            raise RequestError(
+                f"This model takes no {modality} embeddings (it takes those of {known}): pass raw {modality} data.",
+                "unsupported_embeds",
+            )
+        return names
+
+    def parse_item(self, modality: str, fields: Any) -> EmbedsInput:
+        """One item: a dictionary of its arrays, or its rows alone."""
+        names = self.field_names(modality)
+        if not isinstance(fields, Mapping):
+            fields = {names[0]: fields}
+        _require(names, fields)
+        return EmbedsInput({name: fields[name] for name in names})
+
+    def parse_items(self, modality: str, data: Any) -> list[EmbedsInput]:
+        """Every item in a dictionary of arrays for all, or in an array of rows: [n, rows, W], or [rows, W] for one.
+
+        Rows of several items may lie end to end where the model takes sizes, which then say where each ends.
+        """
+        names = self.field_names(modality)
+        fields = data if isinstance(data, Mapping) else {names[0]: data}
+        _require(names, fields)
+        rows = fields[names[0]]
+        if names[0] == mel_features.FEATURES:
+            return [EmbedsInput(clip) for clip in mel_features.split_clips(fields)]
+        if len(names) == 1:
+            return [EmbedsInput({names[0]: part}) for part in (rows if _is_many(rows) else [rows])]
+        sizes = np.atleast_2d(_sizes(fields[names[1]], names[1]))
+        parts = list(rows) if _is_many(rows) else self._cut(modality, names, rows, sizes)
+        if len(parts) != len(sizes):
+            raise RequestError(
+                f"`{names[0]}` holds {len(parts)} items, but `{names[1]}` has {len(sizes)} rows: pass one per item.",
+                "bad_embeds",
+            )
+        return [EmbedsInput({names[0]: part, names[1]: size}) for part, size in zip(parts, sizes, strict=True)]
+
+    def _cut(self, modality: str, names: Sequence[str], rows: Any, sizes: np.ndarray) -> list[Any]:
+        if not is_array(rows):
+            raise _no_rows(modality, names[0], rows)
+        if len(sizes) == 1:
+            return [rows]
+        counts = [self._outline(modality, names[1], size, {}).num_embeds for size in sizes]
+        if rows.ndim != 2 or sum(counts) != len(rows):
+            raise RequestError(
+                f"`{names[0]}` has shape {tuple(rows.shape)}, but `{names[1]}` speaks of {len(counts)} items of "
+                f"{counts} rows, {sum(counts)} together.",
+                "bad_embeds",
+            )
+        ends = np.cumsum(counts)
+        return [rows[int(end - count) : int(end)] for count, end in zip(counts, ends, strict=True)]
+
+    def to_media_item(self, modality: str, index: int, embeds: EmbedsInput, kwargs: ProcessorKwargs) -> MediaItem:
+        """The item, its rows checked and copied to float32 [n, W]."""
+        names = self.field_names(modality)
+        if isinstance(self.processor, mel_features.MelFeatureProcessor) and names[0] == mel_features.FEATURES:
+            return mel_features.media_item(self.processor, index, embeds.fields)
+        rows = self._rows(modality, index, names[0], embeds.fields[names[0]])
+        if len(names) == 1:
+            return dataclasses.replace(self.processor.item_for_embeds(modality, (len(rows),), kwargs), embeds=rows)
+        size = _sizes(embeds.fields[names[1]], names[1])
+        size = size[0] if size.ndim == 2 and len(size) == 1 else size
+        item = self._outline(modality, names[1], size, kwargs)
+        if item.num_embeds != len(rows):
+            raise RequestError(
+                f"`{names[0]}` of {modality} item {index} has {len(rows)} rows, but its `{names[1]}` "
+                f"{size.tolist()} needs "
+                f"{item.num_embeds}.",
+                "bad_embeds",
+            )
+        return dataclasses.replace(item, embeds=rows)
+
+    def _rows(self, modality: str, index: int, name: str, given: Any) -> np.ndarray:
+        title = modality.capitalize()
+        if not is_array(given):
+            raise _no_rows(modality, name, given)
+        shape = tuple(given.shape)
+        if len(shape) == 3 and shape[0] == 1:
+            log.warning("%s embedding of shape %s: pass one item as (rows, hidden size)", modality, shape)
+            given, shape = given[0], shape[1:]
+        if len(shape) != 2:
+            raise RequestError(
+                f"{title} embedding must be 2D (seq_len, hidden_size) or 3D (batch, seq_len, hidden_size), got "
+                f"{len(shape)}D tensor with shape {shape}.",
+                "bad_embeds",
+            )
+        if shape[1] != self.width:
+            raise RequestError(
+                f"{title} embedding[{index}] hidden dimension mismatch: got {shape[1]}, but model expects "
+                f"{self.width}. Embedding shape: {shape}",
+                "bad_embeds",
+            )
+        rows = to_numpy(given)
+        if rows.dtype.kind != "f":
+            raise RequestError(f"{title} embedding[{index}] must hold floats, got {rows.dtype}.", "bad_embeds")
+        if not len(rows):
+            raise RequestError(f"{title} embedding[{index}] is empty: its shape is {shape}.", "bad_embeds")
+        rows = rows.astype(np.float32)  # a copy in any case: what the caller writes later must not be seen
+        if not np.isfinite(rows).all():
+            raise RequestError(f"{title} embedding[{index}] contains NaN or infinite values.", "bad_embeds")
+        return rows
+
+    def _outline(self, modality: str, name: str, size: np.ndarray, kwargs: ProcessorKwargs) -> MediaItem:
+        if size.ndim != 1 or (size < 1).any() or math.prod(size.tolist()) > MOST:
+            raise RequestError(f"`{name}` must hold positive sizes, got {size.tolist()}.", "bad_embeds")
+        return self.processor.item_for_embeds(modality, tuple(size.tolist()), kwargs)
+
+
+def _require(names: Sequence[str], fields: Mapping[str, Any]) -> None:
+    if any(fields.get(name) is None for name in names):
+        raise RequestError(
+            f"The data should contain the fields: {set(names)}, but only found the following keys: "
+            f"{ {name for name, value in fields.items() if value is not None} or '{}' }",
+            "bad_embeds",
+        )
+
+
+def _is_many(rows: Any) -> bool:
+    return isinstance(rows, (list, tuple)) or (is_array(rows) and rows.ndim == 3)
+
+
+def _sizes(given: Any, name: str) -> np.ndarray:
+    """Integers of any origin as int64 [3] or [n, 3]."""
+    try:
+        if is_array(given):
+            sizes = to_numpy(given)
+        else:
+            sizes = np.asarray([to_numpy(row) if is_array(row) else row for row in given])
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"`{name}` must be an array of integers, one row per item.", "bad_embeds") from error
+    if sizes.dtype.kind not in "iu" or not 1 <= sizes.ndim <= 2 or not sizes.size:
+        raise RequestError(
+            f"`{name}` must be an array of integers, one row per item, got {sizes.dtype} of shape {sizes.shape}.",
+            "bad_embeds",
+        )
+    return sizes.astype(np.int64)
+
+
+def _no_rows(modality: str, name: str, given: Any) -> RequestError:
+    return RequestError(
+        f"`{name}` of a {modality} must be an array of torch, NumPy or JAX of shape (rows, hidden size), got "
+        f"{type(given).__name__}.",
+        "bad_embeds",
+    )

@@ -1,0 +1,333 @@
+"""What a caller hands over -> `Request`: the form is checked here, before any work is done.
+
+Wrong kinds of object are TypeError, wrong values RequestError. Media are split into items but neither decoded nor
+hashed; only their outer form is looked at.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmjax.inputs import prompt_embeds as whole_prompt
+from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
+from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
+from mmjax.multimodal.image import unwrap
+from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
+
+MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MediaInput:
+    """One media item as given; `Embeds` for one that comes as embeddings. `data` None: in the cache, under `uuid`."""
+
+    data: Any
+    uuid: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParsedPrompt:
+    """A prompt of known form. Exactly one of `text`, `tokens` and `rows` drives the model: rows, floats [T, D], when
+    they are given, else tokens.
+
+    For encoder-decoder models both belong to the decoder, and `encoder_text` is what an explicit encoder prompt said.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    media: Mapping[str, tuple[MediaInput, ...]] = dataclasses.field(default_factory=dict)
+    processor_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    io_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cache_salt: str | None = None
+    encoder_text: str | None = None
+    prompt_embeds: np.ndarray | None = None
+
+
+def split_prompts(prompts: Any) -> list[Any]:
+    """The prompts of a call: a dict, a str or a non-empty list of ints is one prompt, any other sequence many."""
+    if isinstance(prompts, (Mapping, str, bytes)) or (_is_list(prompts) and prompts and all(map(_is_int, prompts))):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise _not_a_prompt(prompts)
+    return list(prompts)
+
+
+def parse_prompt(
+    prompt: Any,
+    *,
+    encoder_decoder: bool = False,
+    embeds: MediaEmbedsReader | None = None,
+    row_width: int | None = None,
+) -> ParsedPrompt:
+    """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values.
+
+    `embeds`: reads embeddings in place of media; None refuses them. `row_width`: of embeddings in place of a whole
+    prompt; None refuses them.
+    """
+    if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None and not encoder_decoder:
+        return _parse_rows(prompt, row_width)
+    if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
+        if not encoder_decoder:
+            raise TypeError("Cannot pass encoder-decoder prompt to decoder-only models")
+        return _parse_pair(prompt, embeds)
+    return _parse_single(prompt, encoder_decoder, embeds)
+
+
+def _parse_pair(prompt: Mapping[str, Any], embeds: MediaEmbedsReader | None) -> ParsedPrompt:
+    if "decoder_prompt" not in prompt:
+        raise TypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
+    encoder, decoder = _parse_single(prompt["encoder_prompt"], True, embeds), prompt["decoder_prompt"]
+    if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
+        raise TypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
+    half = ParsedPrompt(text="") if decoder is None else _parse_single(decoder, True, embeds)
+    return dataclasses.replace(
+        encoder,
+        text=half.text,
+        token_ids=half.token_ids,
+        encoder_text=encoder.text,
+        cache_salt=encoder.cache_salt or half.cache_salt,
+    )
+
+
+def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
+    """A prompt of embeddings; its text, if there is one, is only carried into the output."""
+    if width is None:
+        raise RequestError(
+            "You must set `--enable-prompt-embeds` to input `prompt_embeds`; else pass `prompt` or `prompt_token_ids`.",
+            "embeds_disabled",
+        )
+    if prompt.get("prompt_token_ids") is not None or prompt.get("multi_modal_data"):
+        raise RequestError(
+            "`prompt_embeds` is the whole prompt: pass no `prompt_token_ids` beside it, and the rows of media within.",
+            "bad_embeds",
+        )
+    text = prompt.get("prompt")
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
+    return ParsedPrompt(
+        text=text,
+        prompt_embeds=whole_prompt.read(prompt["prompt_embeds"], width),
+        cache_salt=_salt(prompt.get("cache_salt")),
+    )
+
+
+def _parse_single(prompt: Any, encoder_decoder: bool, embeds: MediaEmbedsReader | None) -> ParsedPrompt:
+    if isinstance(prompt, str):
+        return ParsedPrompt(text=prompt)
+    if _is_list(prompt):
+        return ParsedPrompt(token_ids=_token_ids(prompt))
+    if not isinstance(prompt, Mapping):
+        raise _not_a_prompt(prompt)
+    text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if prompt.get("prompt_embeds") is not None:
+        raise TypeError("Cannot pass embeddings prompt to encoder-decoder models")
+    if tokens is None and text is None:
+        raise TypeError(
+            "Prompt dictionary must contain text, tokens, or embeddings: "
+            "`prompt`, `prompt_token_ids` or `prompt_embeds`"
+        )
+    if text is not None and not isinstance(text, str):
+        raise TypeError(
+            f"Prompt should be a string, list of tokens, or dictionary; `prompt` is a {type(text).__name__}"
+        )
+    kwargs, io_kwargs = (prompt.get(name) or {} for name in ("mm_processor_kwargs", "media_io_kwargs"))
+    for name, value in (("mm_processor_kwargs", kwargs), ("media_io_kwargs", io_kwargs)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
+    return ParsedPrompt(
+        text=text,
+        token_ids=None if tokens is None else _token_ids(tokens),
+        media=parse_media(prompt.get("multi_modal_data"), prompt.get("multi_modal_uuids"), embeds),
+        processor_kwargs=dict(kwargs),
+        io_kwargs=dict(io_kwargs),
+        cache_salt=_salt(prompt.get("cache_salt")),
+    )
+
+
+def _token_ids(tokens: Any) -> tuple[int, ...]:
+    if not _is_list(tokens) or not all(map(_is_int, tokens)):
+        raise TypeError("Token prompt should be a list of integers")
+    return tuple(map(int, tokens))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _not_a_prompt(prompt: Any) -> TypeError:
+    return TypeError(f"Prompt should be a string, list of tokens, or dictionary, got {type(prompt).__name__}")
+
+
+def _salt(salt: Any) -> str | None:
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError("cache_salt must be a non-empty string.", "bad_cache_salt")
+    try:
+        (salt or "").encode()
+    except UnicodeEncodeError:
+        raise RequestError("cache_salt must be valid Unicode, without lone surrogates.", "bad_cache_salt") from None
+    return salt
+
+
+def parse_media(
+    data: Any, uuids: Any = None, embeds: MediaEmbedsReader | None = None
+) -> dict[str, tuple[MediaInput, ...]]:
+    """`multi_modal_data` and `multi_modal_uuids` -> items per modality, each with its name."""
+    data, uuids = data or {}, uuids or {}
+    for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
+        for modality in value:
+            if modality not in MODALITIES:
+                raise RequestError(
+                    f"Unsupported modality: {modality}. Known are {', '.join(MODALITIES)}.", "unknown_modality"
+                )
+    media = {}
+    for modality in MODALITIES:
+        if modality in data or uuids.get(modality):
+            media[modality] = _pair(
+                modality, split_items(modality, data.get(modality), embeds), _names(modality, uuids.get(modality))
+            )
+    return media
+
+
+def _pair(modality: str, items: list[Any], names: list[str | None]) -> tuple[MediaInput, ...]:
+    """Give every item its name, and require one or the other of each."""
+    where, by = f"multi_modal_data['{modality}']", f"multi_modal_uuids['{modality}']"
+    if not items:
+        if not names:
+            raise RequestError(f"{where} is empty but {by} is missing.", "missing_media")
+        items = [None] * len(names)
+    if names and len(names) != len(items):
+        raise RequestError(
+            f"If given, {by} must have same length as {where}, but got {len(names)} vs {len(items)}.", "uuid_mismatch"
+        )
+    names = names or [None] * len(items)
+    for index, (item, name) in enumerate(zip(items, names, strict=True)):
+        if item is None and name is None:
+            raise RequestError(f"{where}[{index}] is empty but {by}[{index}] is missing.", "missing_media")
+    return tuple(map(MediaInput, items, names))
+
+
+def _names(modality: str, uuids: Any) -> list[str | None]:
+    names = [uuids] if isinstance(uuids, str) else uuids
+    if names is None:
+        return []
+    if not _is_list(names) or not all(name is None or (isinstance(name, str) and name) for name in names):
+        raise RequestError(
+            f"multi_modal_uuids['{modality}'] must be a string, or a list of non-empty strings and None.", "bad_uuid"
+        )
+    return list(names)
+
+
+def split_items(modality: str, data: Any, embeds: MediaEmbedsReader | None = None) -> list[Any]:
+    """The items in the value of one modality: one item, a list of items, or an array whose first axis counts them.
+
+    Dictionaries are embeddings, as are arrays that `_holds_rows`; in a list they may stand among raw media.
+    """
+    if data is None:
+        return []
+    if modality == "image":
+        data = [unwrap(member) for member in data] if isinstance(data, (list, tuple)) else unwrap(data)
+    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(modality, data, embeds, alone=True)):
+        return list(_reader(modality, embeds).parse_items(modality, data))
+    if is_array(data):
+        axes = {"image": 3, "video": 4, "audio": 1}[modality]  # of one item
+        if data.ndim == axes:
+            return [data]
+        if data.ndim == axes + 1:
+            if data.shape[0] > MOST_ITEMS:
+                raise RequestError(f"An array of shape {tuple(data.shape)} is too many {modality}s.", "too_many_items")
+            return list(data if hasattr(data, "__getitem__") else to_numpy(data))
+        raise RequestError(
+            f"An array of shape {tuple(data.shape)} is no {modality}: one {modality} has {axes} axes, several "
+            f"have {axes + 1}.",
+            "bad_media",
+        )
+    if not _is_list(data) or is_one_item(modality, data):
+        return [data]
+    if modality == "audio" and len(data) == 2 and is_array(data[0]) and isinstance(data[1], (int, float)):
+        raise RequestError("Audio with its sampling rate must be a tuple (array, rate), not a list.", "bad_media")
+    return [_member(modality, member, embeds) for member in data]
+
+
+def _member(modality: str, data: Any, embeds: MediaEmbedsReader | None) -> Any:
+    """One item of a list."""
+    if isinstance(data, EmbedsInput):
+        return data
+    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(modality, data, embeds, alone=False)):
+        return _reader(modality, embeds).parse_item(modality, data)
+    return data
+
+
+def _holds_rows(modality: str, array: Any, embeds: MediaEmbedsReader | None, *, alone: bool) -> bool:
+    """Whether an array holds embeddings and no medium; `alone`: outside of a list.
+
+    What has an axis too few for a medium does: [rows, W] for an image or a video. Arrays of torch and JAX do in every
+    ambiguous case: alone with three axes (never an image), and with two in a list of audio. Of NumPy, three axes are
+    an image and two a stereo clip, unless they hold floats as wide as the model's rows.
+    """
+    if array.ndim not in (2, 3):
+        return False
+    rows = is_tensor(array) or (embeds is not None and embeds.looks_like(modality, array))
+    if array.ndim == 2:
+        if modality == "audio":  # clips of one length, or in a list the channels of one
+            return rows and not alone
+        return rows or not alone or embeds is not None
+    if modality == "image" and not alone:
+        return array.shape[0] == 1 and embeds is not None and embeds.looks_like(modality, array)
+    return rows or (modality == "video" and embeds is not None)
+
+
+def _reader(modality: str, embeds: MediaEmbedsReader | None) -> MediaEmbedsReader:
+    if embeds is None:
+        raise embeds_disabled(modality)
+    return embeds
+
+
+def is_one_item(modality: str, data: Sequence[Any]) -> bool:
+    """Whether a list or tuple is itself one item: a video's frames, audio samples, or media with metadata."""
+    if not data or modality == "image":
+        return False
+    first = data[0]
+    if isinstance(data, tuple) and len(data) == 2 and (is_array(first) or _is_list(first)):
+        second = data[1]
+        if modality == "video" and isinstance(second, Mapping):
+            return True
+        if modality == "audio" and (second is None or isinstance(second, numbers.Real)):
+            return True
+    if modality == "video":
+        # a flat list of 3-D arrays is one video, as are PIL images; arrays with four axes are videos themselves
+        return all(isinstance(f, Image.Image) or (is_array(f) and f.ndim == 3) for f in data)
+    return isinstance(first, numbers.Real) and not isinstance(first, bool)
+
+
+def embeds_disabled(modality: str) -> RequestError:
+    """Embeddings where the operator allows none."""
+    return RequestError(
+        f"You must set `--enable-mm-embeds` to input `{modality}_embeds`. (Three-axis arrays of torch or JAX, "
+        "lists of 2-D "
+        f"arrays and dictionaries are read as embeddings; pass raw {modality} data as NumPy or PIL.)",
+        "embeds_disabled",
+    )
+
+
+def mm_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
+    """`limit_mm_per_prompt` -> most items per modality; see `mmjax.types.read_limit`."""
+    counts = dict.fromkeys(MODALITIES, UNLIMITED)
+    return counts | {modality: read_limit(modality, limit) for modality, limit in (limits or {}).items()}
+
+
+def check_count(modality: str, count: int, limit: int, hard: int | None) -> None:
+    """RequestError when a prompt holds more items than `limit` (the operator's) or `hard` (the model's, None: any)."""
+    most = limit if hard is None else min(limit, hard)
+    if count > most:
+        advice = " Set `--limit-mm-per-prompt` to increase this limit." if hard is None or most < hard else ""
+        raise RequestError(f"At most {most} {modality}(s) may be provided in one prompt.{advice}", "too_many_items")

@@ -1,0 +1,1 @@
+"""Checkpoints become parameters on the devices."""

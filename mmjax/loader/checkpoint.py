@@ -1,0 +1,155 @@
+"""A checkpoint directory, or a hub id, opened: its configuration, its family and its stored tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.converters.table import Part, convert
+from mmjax.models import Family
+
+DEMO = "demo"  # the name of the model that ships with mmjax
+DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo" / "model"
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+
+HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A directory that holds a model: config.json, the other *config.json by name, and weights in either form."""
+
+    directory: Path
+    family: Family
+    config: dict[str, Any]
+    files: Mapping[str, dict[str, Any]]
+    token: str | None = None
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Checkpoint:
+        """From a local directory or a hub id. overrides: values that replace those of config.json, such as the places
+        of parts that another checkpoint holds. Raises ValueError saying what is missing."""
+        directory = find_model(model, revision=revision, token=token)
+        files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}  # not the vocabulary
+        nested = files.get("processor_config.json", {})
+        for part, name in (
+            ("image_processor", "preprocessor_config.json"),
+            ("feature_extractor", "preprocessor_config.json"),
+            ("video_processor", "video_preprocessor_config.json"),
+        ):
+            if part in nested and name not in files:  # what save_pretrained of transformers 5 writes
+                files[name] = nested[part]
+        if "config.json" not in files:
+            raise ValueError(f"{directory} holds no config.json; is it a model directory?")
+        config = files["config.json"] | dict(overrides or {})
+        family = Family.of(config)
+        for part in family.table.parts:
+            if part.config not in config and config.get(part.key):
+                config[part.config] = read_json(find_part(part, config, token) / "config.json")
+        return cls(directory, family, config, files, token)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Any]:
+        """The stored tensors by name, read lazily: published names, or our own paths in a converted directory."""
+        if self.converted:
+            from mmjax.converters.orbax import open_converted
+
+            return open_converted(self.directory)
+        from mmjax.converters.safetensors import open_checkpoint
+
+        own = open_checkpoint(self.directory)
+        found = dict(own)
+        for part in self.family.table.parts:
+            if self.config.get(part.key) and not any(name.startswith(part.here) for name in own):
+                other = open_checkpoint(find_part(part, self.config, self.token))
+                within = {name: tensor for name, tensor in other.items() if name.startswith(part.there)}
+                found |= {part.here + name.removeprefix(part.there): tensor for name, tensor in within.items()}
+        return found
+
+    @property
+    def converted(self) -> bool:
+        """Whether `mmjax convert` wrote this directory."""
+        return (self.directory / "mmjax.json").is_file()
+
+    def model_config(self, *, dummy: bool = False, headless: bool = False) -> Any:
+        """The family's configuration. The head is tied when the config says so or when no head is stored.
+
+        headless: leave a head of its own out, for those who want no logits.
+        """
+        flag = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
+        if dummy:
+            stored = not flag
+        elif self.converted:
+            stored = "text.head" in self.tensors
+        else:
+            stored = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
+        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or headless or not stored)
+
+    def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+        """Every parameter, by path, one at a time. Raises ConversionError when the checkpoint does not fit `shapes`."""
+        if not self.converted:
+            yield from convert(self.tensors, self.family.table, shapes)
+            return
+        for path, shape in shapes.items():
+            if path not in self.tensors or tuple(self.tensors[path].shape) != shape:
+                found = tuple(self.tensors[path].shape) if path in self.tensors else "nothing"
+                raise ValueError(
+                    f"{self.directory}: parameter {path!r} needs shape {shape}, found {found}; convert it again"
+                )
+            yield path, self.tensors[path].read()
+
+
+def find_model(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
+    """The directory of a model: a local path as it is, anything else through huggingface_hub's cache.
+
+    "demo" is the model that ships with mmjax, unless a local directory of that name holds a config.json.
+    """
+    path = Path(model).expanduser()
+    if model == DEMO and not (path / "config.json").is_file():
+        return DEMO_DIRECTORY
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise ValueError(f"{model!r} is neither a model directory nor a hub id such as 'Qwen/Qwen2-VL-2B-Instruct'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub's client raises a dozen kinds, offline ones included
+        raise ValueError(
+            f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
+    """The directory that holds a part of a model. Raises ValueError saying how to name another."""
+    try:
+        return find_model(config[part.key], token=token)
+    except ValueError as error:
+        raise ValueError(
+            f"{part.key} of config.json: {error}. hf_overrides={{{part.key!r}: ...}} names another place."
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,61 @@
+"""What the Qwen vision families have in common: a decoder, and a tower of patches whose rows it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mmjax.models import decoder_vlm
+from mmjax.nn.vision.qwen_vl import QwenVisionConfig, QwenVisionEncoder
+from mmjax.spec import EncoderSpec, ModelSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(decoder_vlm.Config):
+    """Sizes. largest: rows of the largest item that the preprocessor lets through."""
+
+    vision: QwenVisionConfig
+    max_item_embeds: int
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Sizes for the engine."""
+        v = self.vision
+        encoder = EncoderSpec(
+            features=v.features,
+            modalities=("image", "video"),
+            group_size=v.patches_per_embed,
+            embeds_per_group=1,
+            segment_fields=v.segment_fields,
+            gather_fields=v.gather_fields,
+            offset_fields=v.offset_fields,
+        )
+        return dataclasses.replace(
+            super().spec,
+            mm_embed_dim=v.mm_embed_dim,
+            encoders={"vision": encoder},
+            max_item_embeds=self.max_item_embeds,
+        )
+
+    def for_tp(self, tp_size: int) -> Config:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
+
+
+def max_pixels(prepare: Mapping[str, Any]) -> int:
+    """The largest area that a preprocessor file allows; `size` and `max_pixels` both hold areas."""
+    return int(prepare.get("max_pixels") or prepare["size"]["longest_edge"])
+
+
+class Model(decoder_vlm.Model):
+    """See `mmjax.models.base.Model`."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__(c)
+        self.vision = QwenVisionEncoder(c.vision)
+
+    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+        return self.vision(features)

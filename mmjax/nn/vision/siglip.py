@@ -1,0 +1,99 @@
+"""SigLIP's image tower: patches of square pictures or of pictures of any shape, without a class token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.encoder import Encoder, EncoderConfig
+from mmjax.nn.norm import layer_norm
+from mmjax.nn.weight import weight
+
+DEFAULTS: Mapping[str, Any] = {  # what SiglipVisionConfig fills in
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes: `image` and `patch` are edges in pixels. last_norm: whether the rows are normed after the last block."""
+
+    tower: EncoderConfig
+    image_size: int
+    patch_size: int
+    last_norm: bool
+
+    @classmethod
+    def from_hf(cls, vision: Mapping[str, Any], layer: int, *, last_norm: bool) -> SiglipConfig:
+        """From a vision_config; `layer` is the hidden state that is wanted, 0 being what enters the first block."""
+        vision = {**DEFAULTS, **vision}
+        depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
+        tower = EncoderConfig(
+            hidden_size=vision["hidden_size"],
+            num_layers=layer if layer >= 0 else depth + 1 + layer,
+            num_heads=heads,
+            head_dim=vision["hidden_size"] // heads,
+            intermediate_size=vision["intermediate_size"],
+            eps=vision["layer_norm_eps"],
+            act=vision["hidden_act"],
+        )
+        return cls(tower, vision["image_size"], vision["patch_size"], last_norm)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one edge of a square picture; the table of positions has its square."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch."""
+        return 3 * self.patch_size**2
+
+    def for_tp(self, tp_size: int) -> SiglipConfig:
+        """The same sizes, padded to divide over `ways` devices."""
+        return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
+
+
+class SiglipVisionEncoder(Encoder):
+    """The tower up to the chosen hidden state."""
+
+    def __init__(self, c: SiglipConfig) -> None:
+        super().__init__(c.tower)
+        width = c.tower.hidden_size
+        self.patch = weight(c.patch_dim, width, axes=("patch", "embed"))
+        self.patch_bias = weight(width, axes=("embed",))
+        self.positions = weight(c.grid_size**2, width, axes=("position", "embed"))
+        self.last_norm = weight(width, axes=("embed",)) if c.last_norm else None
+        self.last_norm_bias = weight(width, axes=("embed",)) if c.last_norm else None
+        self.c = c
+
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
+        """Normalised f32[U, 3, image, image] to [U * side**2, C], the patches of a picture row by row."""
+        patch, side = self.c.patch_size, self.c.grid_size
+        x = pixels.reshape(-1, 3, side, patch, side, patch).transpose(0, 2, 4, 1, 3, 5)
+        x = x.reshape(-1, self.c.patch_dim)
+        coords = jnp.arange(x.shape[0], dtype=jnp.int32)
+        return self.encode_patches(x, coords % side**2, coords // side**2, segment_len=side**2)
+
+    def encode_patches(
+        self, patches: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, segment_len: int | None = None
+    ) -> jax.Array:
+        """Normalised patches f32[U, values], at places i32[U] of the table of positions, to [U, C]; patches attend
+        those of equal `segment` i32[U]."""
+        x = patches.astype(self.patch.dtype) @ self.patch[...] + self.patch_bias[...]
+        x = x + jnp.take(self.positions[...], position_ids, axis=0, mode="clip")
+        x = self(x, segment_ids, segment_len=segment_len)
+        if self.last_norm is None or self.last_norm_bias is None:
+            return x
+        return layer_norm(x, self.last_norm[...], self.last_norm_bias[...], self.c.tower.eps)

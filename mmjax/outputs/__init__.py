@@ -1,0 +1,1 @@
+"""What the device computed becomes what users read."""

@@ -1,0 +1,183 @@
+"""What POST /v1/responses takes, said as a chat request: items become messages, flat tools nested ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from mmjax.serve import openapi as say
+from mmjax.serve.schema import ChatFields, ChatRequest, GenerationFields, StreamOptions
+from pydantic import Field, field_validator
+from pydantic import ValidationError as FormError
+
+from mmjax.types import ValidationError
+
+Json = dict[str, Any]
+LOGPROBS = "message.output_text.logprobs"
+FORMATS = ("text", "json_object", "json_schema")
+NOT_KEPT = "nothing is kept here; send the whole conversation as `input`"
+NOT_TO_BE_HAD = {
+    "store": "answers are not kept here; leave it out, or send false",
+    "previous_response_id": NOT_KEPT,
+    "conversation": NOT_KEPT,
+    "prompt": "no prompts are kept here; send `instructions` and `input`",
+    "background": "answers are made while the client waits; leave it out, and use `stream`",
+    "truncation": "items are never left out; send fewer, or 'disabled'",
+}
+
+
+class ResponsesRequest(GenerationFields, ChatFields):
+    """POST /v1/responses. Nothing is kept from one request to the next: `input` is the whole conversation."""
+
+    input: say.ResponseInput
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: say.FlatTools | None = None
+    tool_choice: say.FlatToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: say.TextForm | None = None
+    include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+    background: Literal[False] | None = None
+    truncation: Literal["disabled"] | None = None
+
+    @field_validator(*NOT_TO_BE_HAD, mode="wrap")
+    @classmethod
+    def _to_be_had(cls, value: Any, check: Any, told: Any) -> Any:
+        try:
+            return check(value)
+        except ValueError:
+            raise ValueError(NOT_TO_BE_HAD[told.field_name]) from None
+
+    @field_validator("tools")
+    @classmethod
+    def _functions(cls, tools: list[Json] | None) -> list[Json] | None:
+        for tool in tools or ():
+            if not _names_function(tool):
+                raise ValueError("each must be {'type': 'function', 'name': ..., 'parameters': ...}")
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _one_function(cls, choice: str | Json | None) -> str | Json | None:
+        if isinstance(choice, dict) and not _names_function(choice):
+            raise ValueError("must be none, auto, required or {'type': 'function', 'name': ...}")
+        return choice
+
+    @field_validator("text")
+    @classmethod
+    def _known_format(cls, text: Json | None) -> Json | None:
+        form = (text or {}).get("format")
+        if form is None:
+            return text
+        if not isinstance(form, dict) or form.get("type") not in FORMATS:
+            raise ValueError(f"format must be an object whose type is one of {', '.join(FORMATS)}")
+        if form["type"] == "json_schema" and not isinstance(form.get("schema"), dict):
+            raise ValueError("format of type json_schema needs `schema`, an object")
+        return text
+
+    @property
+    def form(self) -> Json:
+        """The form of the answer, as the client asked for it."""
+        return (self.text or {}).get("format") or {"type": "text"}
+
+    def chat(self) -> ChatRequest:
+        """The same request to /v1/chat/completions. ValidationError for an item that cannot be read."""
+        names = (GenerationFields.model_fields.keys() | ChatFields.model_fields.keys()) - {"tools"}
+        wants = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+        try:
+            return ChatRequest(
+                **{name: getattr(self, name) for name in names},
+                messages=messages_of(self.input, self.instructions),
+                max_completion_tokens=self.max_output_tokens,
+                tools=[{"type": "function", "function": _without_type(tool)} for tool in self.tools or ()] or None,
+                tool_choice=_nested(self.tool_choice, "function"),
+                parallel_tool_calls=self.parallel_tool_calls,
+                response_format=_nested(self.form, "json_schema"),
+                logprobs=wants,
+                top_logprobs=self.top_logprobs if wants else None,
+                stream_options=StreamOptions(include_usage=True) if self.stream else None,
+            )
+        except FormError as error:
+            told = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+            raise RequestValidationError(told) from None
+
+
+def _names_function(given: Json) -> bool:
+    return given.get("type") == "function" and isinstance(given.get("name"), str)
+
+
+def _without_type(given: Json) -> Json:
+    return {name: value for name, value in given.items() if name != "type"}
+
+
+def _nested(given: Any, kind: str) -> Any:
+    """What chat keeps one level deeper, under the name of its type."""
+    return {"type": kind, kind: _without_type(given)} if isinstance(given, dict) and given["type"] == kind else given
+
+
+def messages_of(given: str | list[Json], instructions: str | None) -> list[Json]:
+    """Messages of a chat. Instructions come first; calls belong to the answer before them. ValidationError naming the
+    item that cannot be read."""
+    messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not given:
+        raise ValidationError("input: the list is empty", parameter="input")
+    for index, item in enumerate(given):
+        kind = item.get("type") or "message"
+        if not isinstance(kind, str) or kind not in READ:
+            words = f"items of type {kind!r} are not taken; known are {', '.join(READ)}"
+            raise ValidationError(f"input.{index}: {words}", parameter="input")
+        try:
+            READ[kind](item, messages)
+        except ValueError as error:
+            raise ValidationError(f"input.{index}: {error}", parameter="input") from None
+    return messages
+
+
+def _message(item: Json, messages: list[Json]) -> None:
+    role = _text(item, "role")
+    messages.append({"role": "system" if role == "developer" else role, "content": _content(item, "content")})
+
+
+def _call(item: Json, messages: list[Json]) -> None:
+    function = {"name": _text(item, "name"), "arguments": _text(item, "arguments")}
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    call = {"id": _text(item, "call_id"), "type": "function", "function": function}
+    messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _call_output(item: Json, messages: list[Json]) -> None:
+    messages.append({"role": "tool", "tool_call_id": _text(item, "call_id"), "content": _content(item, "output")})
+
+
+def _text(item: Json, name: str) -> str:
+    if not isinstance(item.get(name), str):
+        raise ValueError(f"{name} must be a text")
+    return str(item[name])
+
+
+def _content(item: Json, name: str) -> str | list[Any]:
+    """A text, or parts, which the chat reads."""
+    content = item.get(name)
+    if not isinstance(content, (str, list)):
+        raise ValueError(f"{name} must be a text or a list of parts")
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and part.get("file_id") is not None:
+            raise ValueError("file_id: no files are kept here; send the picture itself, as image_url")
+    return content
+
+
+READ: Mapping[str, Callable[[Json, list[Json]], None]] = {
+    "message": _message,
+    "function_call": _call,
+    "function_call_output": _call_output,
+}

@@ -1,0 +1,133 @@
+"""Tokens, POST /generate, models, health and figures."""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from mmjax.serve.context import as_json
+
+from mmjax import AsyncLLM
+from prompts import file_of, pil, url, user
+
+
+def test_tokens_there_and_back(client: TestClient) -> None:
+    told = client.post("/tokenize", json={"prompt": "the lazy dog", "return_token_strs": True}).json()
+    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) and told["max_model_len"] == 384
+    assert client.post("/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": "the lazy dog"}
+    for wrong in ([10**9], [-1], "no"):
+        assert client.post("/detokenize", json={"tokens": wrong}).status_code == 400
+
+
+def test_tokens_of_a_conversation_count_its_pictures(client: TestClient) -> None:
+    messages = user(url(pil(1)), "What is this?")
+    told = client.post("/tokenize", json={"messages": messages}).json()
+    answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
+    assert told["count"] == answer["usage"]["prompt_tokens"]
+    assert client.post("/tokenize", json={"messages": messages, "prompt": "both"}).status_code == 400
+    assert client.post("/tokenize", json={"messages": messages, "chat_template": "{{ 1 }}"}).status_code == 400
+
+
+def test_generate(client: TestClient, served: AsyncLLM) -> None:
+    seen = {
+        "prompt": "<image>What is this?",
+        "multi_modal_data": {"image": f"data:image/png;base64,{file_of(pil(1))}"},
+    }
+    params = {"temperature": 0, "max_tokens": 3, "logprobs": 1, "logit_bias": {"5": 1.5}}
+    outputs = client.post("/generate", json={"prompts": [seen, "the", [5, 6]], "sampling_params": params}).json()
+    assert [output["outputs"][0]["index"] for output in outputs] == [0, 0, 0]
+    assert len(outputs[0]["prompt_token_ids"]) > 6 and outputs[2]["prompt_token_ids"] == [5, 6]
+    [alone] = client.post("/generate", json={"prompts": [5, 6], "sampling_params": params}).json()
+    assert alone["outputs"][0]["token_ids"] == outputs[2]["outputs"][0]["token_ids"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompts": [{"prompt": "<image>", "multi_modal_data": {"image": [[1, 2], [3, 4]]}}]},
+        {"prompts": {"prompt": "<image>", "multi_modal_data": {"smell": "http://a/b"}}},
+        {"prompts": {"prompt": "<image>", "multi_modal_data": {"image": "file:///etc/passwd"}}},
+        {"prompts": ["the", {"prompt_token_ids": [10**8]}]},
+        {"prompts": "the", "sampling_params": {"temprature": 1}},
+        {"prompts": "the", "sampling_params": {"stop_token_ids": list(range(500))}},
+        {"prompts": ["the"] * 1025},
+        {},
+    ],
+)
+def test_generate_refuses(client: TestClient, body: Any) -> None:
+    response = client.post("/generate", json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_models(client: TestClient) -> None:
+    cards = client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["tiny", "alias"] and cards[0]["max_model_len"] == 384
+    assert client.get("/v1/models/alias").json()["id"] == "alias"
+    assert client.get("/v1/models/other").status_code == 404
+
+
+def test_health_and_figures(client: TestClient) -> None:
+    for path in ("/health", "/ping", "/version", "/load", "/"):
+        assert client.get(path).status_code == 200
+    assert client.post("/ping").status_code == 200
+
+    def figures() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        return {m[1]: float(m[2]) for line in lines if (m := re.fullmatch(r"([\w:]+)\{.*\} (\S+)", line))}
+
+    before = figures()
+    client.post("/v1/completions", json={"prompt": "the", "max_tokens": 5, "ignore_eos": True})
+    after = figures()
+    assert after["vllm:generation_tokens_total"] == before["vllm:generation_tokens_total"] + 5
+    assert after["vllm:e2e_request_latency_seconds_count"] == before["vllm:e2e_request_latency_seconds_count"] + 1
+    assert after["vllm:num_requests_running"] == 0 and 0 <= after["vllm:kv_cache_usage_perc"] < 0.01
+
+
+def test_caches_are_emptied_in_development_only(make_client: Any) -> None:
+    plain, developing = make_client(), make_client(development=True)
+    for path in ("/reset_mm_cache", "/reset_prefix_cache"):
+        assert plain.post(path).status_code == 404
+        assert developing.post(path).status_code == 200
+
+
+def test_routes_are_those_the_model_can_serve(
+    client: TestClient, speech_client: TestClient, vector_client: TestClient
+) -> None:
+    def routes(of: TestClient) -> set[str]:
+        return {
+            path for path in of.get("/openapi.json").json()["paths"] if path.startswith("/v1/") and "models" not in path
+        }
+
+    chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
+    assert routes(client) == {*chats, "/v1/completions"}
+    assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
+    assert routes(vector_client) == {"/v1/embeddings"}
+    assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
+
+
+def test_long_answers_are_the_same_json() -> None:
+    content = {"a": [], "b": [{"c": [1.5, None, True]}, {}], "d": {"ü": "日本\n\ud800"}, "e": [[1], [2]], "f": [1, "x"]}
+    body = asyncio.run(as_json(content)).body.decode()
+    assert json.loads(body) == {**content, "d": {"ü": "日本\n?"}} and "日本" in body
+
+
+def test_the_tokenizer_has_limits(client: TestClient) -> None:
+    assert client.post("/tokenize", json={"prompt": "a" * (1 << 20 | 1)}).status_code == 400
+    assert client.post("/detokenize", json={"tokens": [1] * (1 << 20 | 1)}).status_code == 400
+
+
+def test_depth_is_refused(client: TestClient) -> None:
+    deep = "[" * 5000 + "]" * 5000
+    call = {"function": {"name": "f", "arguments": deep}}
+    bodies = {
+        "/v1/chat/completions": json.dumps({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}),
+        "/v1/completions": f'{{"prompt": {deep}}}',
+        "/generate": f'{{"prompts": {{"prompt": "a", "multi_modal_data": {{"image": {deep}}}}}}}',
+    }
+    for path, body in bodies.items():
+        response = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert response.status_code == 400 and response.json()["error"]["message"], path
+    assert client.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200

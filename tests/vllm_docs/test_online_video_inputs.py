@@ -1,0 +1,93 @@
+"""The page's section on video inputs through a server: clips by URL and as data, how many frames, lost ones, sound."""
+
+import base64
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import pytest
+
+from mmjax import LLM
+from mmjax.multimodal.media import VideoMediaIO
+from online_server import alike, ask, heard, online, openai
+from prompts import answer, file_of, pil, reply, user
+from web import Site
+
+Shared = Callable[[str], LLM]
+MakeOf = Callable[..., LLM]
+Film = Callable[..., bytes]
+
+
+def clip(link: str, **more: Any) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": link}, **more}
+
+
+def data_of(film: bytes) -> str:
+    return f"data:video/quicktime;base64,{base64.b64encode(film).decode()}"
+
+
+def test_the_page_s_server(make_llm_of: MakeOf, site: Site, film: Film) -> None:
+    """LLaVA-OneVision: a clip by its URL, as data, and as JPEG images; frames as many as a request wants, 0 refused."""
+    llm = make_llm_of("llava_onevision", "--runner generate --max-model-len 512 --media-io-kwargs.video.num_frames 4")
+    site.pages["/film.mov"] = film()
+    whole, link = film(), clip(site.url("/film.mov"))
+    offline = reply(llm, user("What's in this video?", clip(data_of(whole))))
+    few = {"video": {"num_frames": 2}}
+    frames = VideoMediaIO(num_frames=2).load_bytes(whole)
+    two = answer(llm, {"prompt": offline.prompt, "multi_modal_data": {"video": [frames]}})
+    pictures = clip("data:video/jpeg;base64," + ",".join(file_of(pil(i), "JPEG") for i in range(3)))
+    drawn = reply(llm, user("What's in this video?", pictures))
+    with online(llm) as client:
+        messages = user("What's in this video?", link)
+        assert alike(offline, ask(client, messages), ask(client, user("What's in this video?", clip(data_of(whole)))))
+        assert alike(drawn, ask(client, user("What's in this video?", pictures)))
+        assert alike(two, ask(client, messages, media_io_kwargs=few))
+        by_rate = ask(client, messages, media_io_kwargs={"video": {"fps": 1}})  # of 2.6 s, and no default num_frames
+        assert alike(two, by_rate)
+        for wrong in ({"num_frames": 0}, {"num_frames": "many"}, {"fps": "fast"}, {"video_backend": "none"}):
+            with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
+                ask(client, messages, media_io_kwargs={"video": wrong})
+        with pytest.raises(openai.BadRequestError, match="Could not open video stream"):
+            ask(client, user(clip(data_of(b"no film"))))
+        assert alike(offline, ask(client, messages))
+    (seen, _), (seen_of_two, _) = heard(offline, two)
+    assert (len(seen) - len(seen_of_two)) % 2 == 0 and len(seen) > len(seen_of_two)
+
+
+def test_frame_recovery(make_llm_of: MakeOf, film: Film) -> None:
+    """`--media-io-kwargs '{"video": {"frame_recovery": true}}'`: the next good frame stands in for one that is lost,
+    unless a request wants none of it."""
+    broken = film(17)
+    kept, mended = (VideoMediaIO(num_frames=8, frame_recovery=mend).load_bytes(broken) for mend in (False, True))
+    assert [len(frames) for frames, _ in (kept, mended)] == [7, 8]
+    llm = make_llm_of("qwen2_vl", """--media-io-kwargs '{"video": {"frame_recovery": true, "num_frames": 8}}'""")
+    messages = user("What?", clip(data_of(broken)))
+    told = reply(llm, messages)
+    want = [answer(llm, {"prompt": told.prompt, "multi_modal_data": {"video": [each]}}) for each in (kept, mended)]
+    assert alike(told, want[1]) and not alike(*want)
+    with online(llm) as client:
+        assert alike(want[1], ask(client, messages))
+        assert alike(want[0], ask(client, messages, media_io_kwargs={"video": {"frame_recovery": False}}))
+
+
+def test_the_sound_of_a_clip(shared_llm: Shared, site: Site, tmp_path: Path) -> None:
+    """`use_audio_in_video` in `mm_processor_kwargs`: the clip brings its sound track, also from the cache."""
+    file = tmp_path / "sounding.mp4"
+    sources = ["-f", "lavfi", "-i", "testsrc=s=84x56:r=4:d=1", "-f", "lavfi", "-i", "sine=f=300:r=16000:d=1"]
+    coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *sources, *coded, str(file)], check=True)
+    site.pages["/sounding.mp4"] = file.read_bytes()
+    llm = shared_llm("qwen2_5_omni")
+    messages = user(clip(site.url("/sounding.mp4"), uuid="sounding"), "What?")
+    io_kwargs: dict[str, Any] = {"media_io_kwargs": {"video": {"num_frames": 2}}}
+    kwargs: dict[str, Any] = {**io_kwargs, "mm_processor_kwargs": {"use_audio_in_video": True}}
+    offline, silent = reply(llm, messages, **kwargs), reply(llm, messages, **io_kwargs)
+    again = user({"type": "video_url", "video_url": None, "uuid": "sounding"}, "What?")
+    with online(llm) as client:
+        answers = [ask(client, messages, **kwargs), ask(client, again, **kwargs)]
+        assert alike(offline, *answers)
+        assert alike(silent, ask(client, messages, **io_kwargs)) and not alike(silent, offline)
+    (heard_tokens, _), (seen_tokens, _) = heard(offline, silent)
+    assert len(heard_tokens) > len(seen_tokens)
