@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mmjax.cli import flags
 from mmjax.cli.main import MODEL_COMMANDS, model_parser, top_parser
@@ -104,11 +106,13 @@ def plain(value: Any) -> Any:
 def variables_read() -> dict[str, Any]:
     """Name, without its prefix, to default, of every variable that a `config.env*` call reads."""
     found: dict[str, Any] = {}
-    for module, tree in modules():
-        for call, owner in calls_of(tree):
-            if module == "mmjax.config" and isinstance(call.args[0], ast.Name):
-                continue  # one reader calls another
-            found[ast.literal_eval(call.args[0])] = value_of(call.args[1], module, owner)
+    unset = {name: value for name, value in os.environ.items() if not name.startswith(("MMJAX_", "VLLM_"))}
+    with patch.dict(os.environ, unset, clear=True):  # what is set on this machine is no default
+        for module, tree in modules():
+            for call, owner in calls_of(tree):
+                if module == "mmjax.config" and isinstance(call.args[0], ast.Name):
+                    continue  # one reader calls another
+                found[ast.literal_eval(call.args[0])] = value_of(call.args[1], module, owner)
     return found
 
 
@@ -129,11 +133,10 @@ def calls_of(tree: ast.Module) -> Iterator[tuple[ast.Call, str | None]]:
 
 
 def value_of(default: ast.expr, module: str, owner: str | None) -> Any:
-    """The value of a default, which may be a constant of its module or a field of its class. What this machine's
-    environment says does not count."""
+    """The value of a default, which may name something of its module or of its class."""
     if isinstance(default, ast.Constant):
         return default.value
-    names = dict(vars(importlib.import_module(module))) | dict.fromkeys(READERS, lambda name, default: default)
+    names = dict(vars(importlib.import_module(module)))
     if owner is not None:
         names["cls"] = names[owner]
     value = eval(compile(ast.Expression(default), module, "eval"), names)
