@@ -1,4 +1,4 @@
-"""The openai package for Python against mmjax: an answer, a stream, a picture, an answer in a given schema, a tool call.
+"""The openai package for Python against mmjax: an answer, a stream, a picture, an answer held to a schema, a tool call.
 
     pip install openai
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python examples/clients/openai_client.py [PICTURE]
