@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mmjax.chat import Chat, Stored, load_template
-from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, env, resolve_dtype
+from mmjax.config import MAX_BATCHED_TOKENS, MAX_SEQS, PAGE, EngineArgs, cache_root, env, resolve_dtype
 from mmjax.engine.engine import Engine
 from mmjax.engine.grammar import Vocabulary
 from mmjax.engine.pack import Sizes
@@ -200,7 +200,7 @@ def _start_jax(args: EngineArgs) -> Any:
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        where = env("COMPILATION_CACHE", str(Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser() / "xla"))
+        where = env("COMPILATION_CACHE", str(cache_root() / "xla"))
         if where != "0":
             jax.config.update("jax_compilation_cache_dir", where)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

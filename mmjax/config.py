@@ -41,6 +41,11 @@ def env_flag(name: str, default: bool) -> bool:
     return text in ("1", "true")
 
 
+def cache_root() -> Path:
+    """The directory for what can be made again."""
+    return Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser()
+
+
 @dataclasses.dataclass
 class EngineArgs:
     """Arguments of `mmjax.LLM`, with vLLM's names and meanings.

@@ -361,7 +361,7 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
         "import sys; from rendering import make_renderer; import numpy as np; from pathlib import Path\n"
         f"r = make_renderer('qwen2_vl', Path({str(tiny_dir('qwen2_vl'))!r}))\n"
         "r.render(r.parse({'prompt': '<image>', 'multi_modal_data': {'image': np.zeros((60, 60, 3), np.uint8)}}))\n"
-        "print(*sorted({'jax', 'torch', 'transformers', 'scipy', 'librosa'} & set(sys.modules)))"
+        "print(*sorted({'jax', 'torch', 'transformers', 'scipy', 'numba', 'librosa'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parent
     done = subprocess.run(
@@ -369,3 +369,20 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
         env={"PYTHONPATH": f"{root}:{root.parent}", "PATH": ""},
     )  # fmt: skip
     assert done.stdout.strip() == ""
+
+
+def test_libraries_for_sound_come_with_the_first_sound(tiny_dir: Make) -> None:
+    code = (
+        "import sys; from rendering import make_renderer; import numpy as np; from pathlib import Path\n"
+        f"r = make_renderer('whisper', Path({str(tiny_dir('whisper'))!r}))\n"
+        "loaded = lambda: sorted({'jax', 'scipy', 'numba', 'librosa', 'soxr'} & set(sys.modules))\n"
+        "print(*loaded())\n"
+        "r.render(r.parse({'prompt': '', 'multi_modal_data': {'audio': (np.zeros(1600, np.float32), 16000)}}))\n"
+        "print(*loaded())"
+    )
+    root = Path(__file__).resolve().parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root.parent,
+        env={"PYTHONPATH": f"{root}:{root.parent}", "PATH": ""},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["", "librosa numba scipy"]

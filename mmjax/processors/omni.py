@@ -79,7 +79,7 @@ class OmniProcessor(PatchProcessor):
     @property
     def bins(self) -> int:
         """Of the log-mel features."""
-        return len(self.mel.filters)
+        return self.mel.bins
 
     def heard(self, samples: int) -> int:
         """Rows of a clip of so many samples; 0 or less when it is too short to be heard."""
