@@ -4,7 +4,6 @@ The steps: count, tokenise, find or process every item, expand placeholders, che
 touches a device, and a `Renderer` may be used from several threads.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from cachetools import LRUCache
 
 from mmjax import inputs
 from mmjax.inputs import Media, Request
@@ -70,37 +70,34 @@ class _Asked(NamedTuple):
 
 
 class ItemCache:
-    """Processed items by key, least recently used out first, within a budget of bytes. Items above it are not kept."""
+    """Processed items by key, least recently used out first, within a budget of bytes. Items above it are not kept.
+    Counts what is asked for and what is found. Safe from any thread."""
 
     def __init__(self, budget_bytes: int):
-        self.budget_bytes = budget_bytes
-        self.queries = self.hits = self.used_bytes = 0
-        self._items: collections.OrderedDict[str, Item] = collections.OrderedDict()
+        self.queries = self.hits = 0
+        self._items: LRUCache[str, Item] = LRUCache(budget_bytes, getsizeof=lambda item: item.nbytes)
         self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return int(self._items.currsize)
 
     def get(self, key: str) -> Item | None:
         with self._lock:
-            self.queries += 1
             item = self._items.get(key)
-            if item is not None:
-                self.hits += 1
-                self._items.move_to_end(key)
+            self.queries += 1
+            self.hits += item is not None
             return item
 
     def put(self, key: str, item: Item) -> None:
         with self._lock:
-            if item.nbytes > self.budget_bytes or key in self._items:
-                return
-            self._items[key] = item
-            self.used_bytes += item.nbytes
-            while self.used_bytes > self.budget_bytes:
-                self.used_bytes -= self._items.popitem(last=False)[1].nbytes
+            if item.nbytes <= self._items.maxsize and key not in self._items:
+                self._items[key] = item
 
     def clear(self) -> None:
         """Forget every item; the statistics go on."""
         with self._lock:
             self._items.clear()
-            self.used_bytes = 0
 
 
 # Prompts rendered at once, however many threads ask. More of them keep Python's lock from the thread that feeds the
