@@ -371,18 +371,20 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
     assert done.stdout.strip() == ""
 
 
-def test_libraries_for_sound_come_with_the_first_sound(tiny_dir: Make) -> None:
+def test_libraries_for_sound_come_with_the_first_sound(tiny_dir: Make, tmp_path: Path) -> None:
+    """And what numba compiles of them is kept in a folder that can be written to."""
     code = (
-        "import sys; from rendering import make_renderer; import numpy as np; from pathlib import Path\n"
+        "import os, sys; from rendering import make_renderer; import numpy as np; from pathlib import Path\n"
         f"r = make_renderer('whisper', Path({str(tiny_dir('whisper'))!r}))\n"
         "loaded = lambda: sorted({'jax', 'scipy', 'numba', 'librosa', 'soxr'} & set(sys.modules))\n"
         "print(*loaded())\n"
         "r.render(r.parse({'prompt': '', 'multi_modal_data': {'audio': (np.zeros(1600, np.float32), 16000)}}))\n"
-        "print(*loaded())"
+        "print(*loaded())\n"
+        "print(os.environ['NUMBA_CACHE_DIR'])"
     )
     root = Path(__file__).resolve().parent
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root.parent,
-        env={"PYTHONPATH": f"{root}:{root.parent}", "PATH": ""},
+        env={"PYTHONPATH": f"{root}:{root.parent}", "PATH": "", "MMJAX_CACHE_ROOT": str(tmp_path)},
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["", "librosa numba scipy"]
+    assert done.stdout.splitlines() == ["", "librosa numba scipy", str(tmp_path / "numba")]
