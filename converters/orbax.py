@@ -57,11 +57,6 @@ class _Pending:
         value = build(self.pieces, self.shape, self.tensors)
         return value if value.dtype == self.dtype else value.astype(self.dtype)
 
-    def release(self) -> None:
-        for piece in self.pieces:
-            for name in piece.sources:
-                self.tensors[name].release()
-
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax has no type hints to check
     """Writes pending parameters as Orbax writes NumPy arrays, each finished before the next is made."""
@@ -76,16 +71,17 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax 
     ) -> Sequence[Any]:
         done = 0
         for place, value in enumerate(values):
-            written = await super().serialize(
-                [value.make()], [infos[place]], [ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)]
-            )
-            for future in written:
-                future.result()
-            value.release()
+            await self._write(value, infos[place])
             done += value.nbytes
             if self.progress is not None:
                 self.progress(value.path, done, self.total)
         return []
+
+    async def _write(self, value: _Pending, info: Any) -> None:
+        """Its own function: when it returns, nothing holds the value that was made."""
+        chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+        for future in await super().serialize([value.make()], [info], [chunks]):
+            future.result()
 
 
 def convert_checkpoint(
@@ -192,9 +188,6 @@ class StoredLeaf:
     def read(self, region: tuple[slice, ...] = ()) -> np.ndarray:
         """The value, or the part of it that a device needs: a fresh array. Reads only the chunks it touches."""
         return np.asarray(self.store[region].read().result())
-
-    def release(self) -> None:
-        """Nothing is held between reads."""
 
 
 def open_converted(directory: Path | str) -> dict[str, StoredLeaf]:

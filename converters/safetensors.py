@@ -1,7 +1,8 @@
-"""Read a directory of safetensors files: headers at once, weights when asked for, through a memory map.
+"""Read a directory of safetensors files: headers at once, weights when asked for.
 
-Headers come from strangers. Every length, offset, dtype and file name is checked before it is used; whatever is wrong
-is a `CheckpointError` that names the file. Pickle formats are never opened.
+Headers come from strangers. The safetensors library checks every length, offset and shape before it is used; beside
+what it checks, a key that occurs twice and a dtype that NumPy cannot hold are refused. Whatever is wrong is a
+`CheckpointError` that names the file. Pickle formats are never opened.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8  # little-endian length of the header, at the start of the file
+MAX_DIMENSIONS = 32
 
 DTYPES: Mapping[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
@@ -40,6 +42,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
+FLOAT8 = (DTYPES["F8_E4M3"], DTYPES["F8_E5M2"])  # the library looks for these in NumPy, which has none
 
 
 class CheckpointError(ValueError):
@@ -48,27 +51,27 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a memory-mapped file; `start` counts bytes from the start of the file."""
+    """A tensor in an open file; `start` counts bytes from the start of the file."""
 
+    name: str
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    pages: mmap.mmap = dataclasses.field(repr=False)
+    opened: safe_open = dataclasses.field(repr=False)
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file; it keeps the map open for as long as it lives."""
-        return np.frombuffer(self.pages, self.dtype, math.prod(self.shape), self.start).reshape(self.shape)
-
-    def release(self) -> None:
-        """Drop the tensor's pages from this process. Views stay valid: the next access reads the file again."""
-        if hasattr(mmap, "MADV_DONTNEED") and self.nbytes:
-            first = self.start - self.start % mmap.PAGESIZE
-            self.pages.madvise(mmap.MADV_DONTNEED, first, self.start + self.nbytes - first)
+        """The value, read-only. It is read anew each time, and nothing else of the file stays in memory."""
+        if self.dtype in FLOAT8:
+            value = np.fromfile(self.file, self.dtype, math.prod(self.shape), offset=self.start).reshape(self.shape)
+        else:
+            value = self.opened.get_tensor(self.name)
+        value.flags.writeable = False
+        return value
 
 
 def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:
@@ -103,69 +106,76 @@ def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Name -> tensor of one file, in the order of their bytes. Raises CheckpointError."""
     try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            if size < LENGTH_BYTES:
-                raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
-            pages = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        header, start, nbytes = _header(file)
+        opened = safe_open(file, framework="np", backend="pread")  # mapped pages would count as this process's memory
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    length = int.from_bytes(pages[:LENGTH_BYTES], "little")
-    if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{file}: a header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}")
-    if LENGTH_BYTES + length > size:
-        raise CheckpointError(f"{file}: the header should take {length} bytes, but the file has {size} in all")
-    header = _parse(pages[LENGTH_BYTES : LENGTH_BYTES + length], f"{file}: the header")
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: {_fault(header, nbytes) or error}") from error
+    tensors = {}
+    for name in opened.offset_keys():
+        stored, begin = opened.get_slice(name), header[name]["data_offsets"][0]
+        dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
+        if dtype not in DTYPES or len(shape) > MAX_DIMENSIONS:
+            raise CheckpointError(f"{file}: tensor {name!r} {_entry_fault(header[name])}")
+        tensors[name] = StoredTensor(name, file, DTYPES[dtype], shape, start + begin, opened)
+    return tensors
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """(name -> entry as it is written, where the weights start, their bytes), each name once."""
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        if size < LENGTH_BYTES:
+            raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file")
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        if length > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{file}: a header of {length} bytes exceeds the limit of {MAX_HEADER_BYTES}")
+        start = LENGTH_BYTES + length
+        if start > size:
+            raise CheckpointError(f"{file}: the header should take {length} bytes, but the file has {size} in all")
+        header = _parse(stream.read(length), f"{file}: the header")
     header.pop("__metadata__", None)
-    data = LENGTH_BYTES + length
-    spans = [_span(file, name, entry) for name, entry in header.items()]
-    spans.sort(key=lambda span: (span.begin, span.end))
+    return header, start, size - start
+
+
+def _fault(header: Mapping[str, Any], nbytes: int) -> str | None:
+    """What is wrong with a header that the library refuses, with the values; None: something it says itself."""
+    for name, entry in header.items():
+        if fault := _entry_fault(entry):
+            return f"tensor {name!r} {fault}"
     at, before = 0, "the header"
-    for span in spans:
-        if span.begin != at:
-            problem = "overlaps" if span.begin < at else f"leaves {span.begin - at} unused bytes after"
-            raise CheckpointError(f"{file}: tensor {span.name!r} {problem} {before}")
-        at, before = span.end, repr(span.name)
-    if at != size - data:
-        raise CheckpointError(
-            f"{file}: the header describes {at} bytes of weights, but the file has {size - data}"
-            " (an incomplete download?)"
-        )
-    return {span.name: StoredTensor(file, span.dtype, span.shape, data + span.begin, pages) for span in spans}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != at:
+            problem = "overlaps" if begin < at else f"leaves {begin - at} unused bytes after"
+            return f"tensor {name!r} {problem} {before}"
+        at, before = end, repr(name)
+    if at != nbytes:
+        return f"the header describes {at} bytes of weights, but the file has {nbytes} (an incomplete download?)"
+    return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Span:
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-def _span(file: Path, name: str, entry: Any) -> _Span:
-    """One checked header entry; offsets count from the end of the header."""
-    where = f"{file}: tensor {name!r}"
+def _entry_fault(entry: Any) -> str | None:
+    """What is wrong with the entry of one tensor, as the end of a sentence about it."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where} needs exactly dtype, shape and data_offsets")
+        return "needs exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}")
-    if not _naturals(shape) or len(shape) > 32:
-        raise CheckpointError(f"{where} has a bad shape {str(shape)[:80]}")
+        return f"has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}"
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        return f"has a bad shape {str(shape)[:80]}"
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has bad data_offsets {str(offsets)[:80]}")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != nbytes:
-        raise CheckpointError(
-            f"{where} of shape {tuple(shape)} and dtype {dtype} takes {nbytes} bytes,"
-            f" but its data_offsets span {offsets[1] - offsets[0]}"
-        )
-    return _Span(name, DTYPES[dtype], tuple(shape), *offsets)
+        return f"has bad data_offsets {str(offsets)[:80]}"
+    nbytes, span = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    if span != nbytes:
+        return f"of shape {tuple(shape)} and dtype {dtype} takes {nbytes} bytes, but its data_offsets span {span}"
+    return None
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
 def _parse(raw: bytes, what: str) -> dict[str, Any]:

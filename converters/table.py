@@ -47,11 +47,7 @@ class Tensor(Protocol):
     def shape(self) -> Shape: ...
 
     def read(self) -> np.ndarray:
-        """The value: a view or a copy, not to be written to."""
-        ...
-
-    def release(self) -> None:
-        """Say that what `read` brought into memory may go again; earlier results stay valid."""
+        """The value, not to be written to. Nothing of it stays in memory beside the result."""
         ...
 
 
@@ -329,16 +325,18 @@ def build(pieces: tuple[Piece, ...], shape: Shape, tensors: Mapping[str, Tensor]
     """The value of one parameter, C-contiguous. Raises WrongShapeError when a transform breaks its promise."""
     out = np.empty(shape, leaf_dtype(pieces, tensors)) if pieces[0].index is not None else None
     for piece in pieces:
-        value = piece.transform(*(tensors[name].read() for name in piece.sources), shape=piece.shape)
-        if value.shape != piece.shape:
-            raise WrongShapeError(f"tensors {piece.sources} became shape {value.shape}, not {piece.shape}")
         if out is None:
-            return np.ascontiguousarray(value)
-        out[piece.index] = value
-        for name in piece.sources:
-            tensors[name].release()
+            return np.ascontiguousarray(_made(piece, tensors))
+        out[piece.index] = _made(piece, tensors)  # not named: it is gone before the next one is read
     assert out is not None
     return out
+
+
+def _made(piece: Piece, tensors: Mapping[str, Tensor]) -> np.ndarray:
+    value = piece.transform(*(tensors[name].read() for name in piece.sources), shape=piece.shape)
+    if value.shape != piece.shape:
+        raise WrongShapeError(f"tensors {piece.sources} became shape {value.shape}, not {piece.shape}")
+    return value
 
 
 def convert(
@@ -346,15 +344,12 @@ def convert(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, value) for every path of `shapes`, in its order and in the dtype of the source, one at a time.
 
-    A value may be a read-only view of the checkpoint. Raises ConversionError, before anything is read.
+    A value may be read-only. Raises ConversionError, before anything is read.
     """
     ready = plan(tensors, table, shapes)
 
     def values() -> Iterator[tuple[str, np.ndarray]]:
         for path, pieces in ready.pieces.items():
             yield path, build(pieces, tuple(shapes[path]), tensors)
-            for piece in pieces:
-                for name in piece.sources:
-                    tensors[name].release()
 
     return values()

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from mmjax.types import UNLIMITED, ValidationError, read_limit
 
@@ -58,6 +58,8 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
 """Every environment variable, without its prefix, and what it sets. The reference in the documentation is this table;
 defaults stand where a variable is read."""
 
+T = TypeVar("T")
+
 
 def env(name: str, default: str) -> str:
     """MMJAX_<name>, else VLLM_<name>, else the default."""
@@ -82,6 +84,22 @@ def env_flag(name: str, default: bool) -> bool:
     return text in ("1", "true")
 
 
+def cache_root() -> Path:
+    """The directory for what can be made again."""
+    return Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser()
+
+
+def argument(default: T, help: str) -> T:
+    """A field of EngineArgs: its default, and what it means, which `--help` and the documentation tell."""
+    metadata = {"help": help}
+    made: Any = (
+        dataclasses.field(default_factory=default.copy, metadata=metadata)
+        if isinstance(default, dict)
+        else dataclasses.field(default=default, metadata=metadata)
+    )
+    return made
+
+
 @dataclasses.dataclass
 class EngineArgs:
     """Arguments of `mmjax.LLM`, with vLLM's names and meanings.
@@ -103,51 +121,61 @@ class EngineArgs:
     """
 
     model: str
-    runner: str = "auto"
-    convert: str = "auto"
-    tokenizer: str | None = None
-    tokenizer_mode: str = "auto"
-    skip_tokenizer_init: bool = False
-    trust_remote_code: bool = False
-    allowed_local_media_path: str = ""
-    allowed_media_domains: Sequence[str] | None = None
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
-    dtype: str = "auto"
-    load_format: str = "auto"
-    quantization: str | None = None
-    revision: str | None = None
-    tokenizer_revision: str | None = None
-    hf_token: str | None = None
-    hf_overrides: Mapping[str, Any] | None = None
-    seed: int = 0
-    gpu_memory_utilization: float = 0.9
-    kv_cache_memory_bytes: int | None = None
-    enforce_eager: bool = False
-    chat_template: str | None = None
-    max_model_len: int | str | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    block_size: int | None = None
-    num_decode_steps: int = 8
-    limit_mm_per_prompt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    media_io_kwargs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    mm_processor_kwargs: Mapping[str, Any] | None = None
-    enable_mm_embeds: bool = False
-    enable_prompt_embeds: bool = False
-    interleave_mm_strings: bool = False
-    mm_processor_cache_gb: float = 4.0
-    mm_processor_cache_type: str = "lru"
-    mm_shm_cache_max_object_size_mb: int = 128
-    mm_encoder_tp_mode: str = "weights"
-    skip_mm_profiling: bool = False
-    video_pruning_rate: float | None = None
-    enable_prefix_caching: bool | None = None
-    language_model_only: bool = False
-    max_logprobs: int = 20
-    generation_config: str = "auto"
-    override_generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    disable_log_stats: bool = True
+    runner: str = argument("auto", "`generate` answers with text, `pooling` with vectors; `auto` is `generate`")
+    convert: str = argument("auto", "`embed` is runner `pooling`")
+    tokenizer: str | None = argument(None, "directory of another tokenizer than the model's")
+    tokenizer_mode: str = argument("auto", "accepted: `auto` or `hf`; tokenizers are always the fast ones")
+    skip_tokenizer_init: bool = argument(False, "no tokenizer: prompts are token ids, outputs have no text")
+    trust_remote_code: bool = argument(False, "accepted; mmjax runs its own model code, never a checkpoint's")
+    allowed_local_media_path: str = argument("", "directory from which `file:` URLs may be read; empty refuses them")
+    allowed_media_domains: Sequence[str] | None = argument(
+        None, "hosts from which media may be fetched; unset allows all"
+    )
+    tensor_parallel_size: int = argument(1, "devices that share one copy of the model")
+    data_parallel_size: int = argument(1, "copies of the model, each on its own devices")
+    dtype: str = argument("auto", "dtype to compute in; `auto` follows the checkpoint and the platform")
+    load_format: str = argument("auto", "`dummy` makes random weights and reads none")
+    quantization: str | None = argument(None, "`int8` keeps the language model in half the memory")
+    revision: str | None = argument(None, "branch, tag or commit of the model on the hub")
+    tokenizer_revision: str | None = argument(None, "the same for the tokenizer")
+    hf_token: str | None = argument(None, "token for the hub")
+    hf_overrides: Mapping[str, Any] | None = argument(None, "values that replace those of config.json")
+    seed: int = argument(0, "seed of requests that bring none")
+    gpu_memory_utilization: float = argument(0.9, "share of the accelerator's memory to use")
+    kv_cache_memory_bytes: int | None = argument(None, "bytes for keys and values; on the CPU 1 GiB unless given")
+    enforce_eager: bool = argument(False, "compile each shape on first use instead of all at start")
+    chat_template: str | None = argument(None, "file or text of a template that replaces the model's")
+    max_model_len: int | str | None = argument(
+        None, "most tokens of prompt and answer: `4096`, `4k` (4000), `4K` (4096), `auto`"
+    )
+    max_num_seqs: int | None = argument(None, "sequences decoded together; unset: by platform")
+    max_num_batched_tokens: int | None = argument(
+        None, "prompt tokens per step, and the largest media item; unset: by platform"
+    )
+    block_size: int | None = argument(None, "tokens per block of the KV cache; unset: by platform")
+    num_decode_steps: int = argument(8, "decode steps per dispatch while no sequence needs the host")
+    limit_mm_per_prompt: Mapping[str, Any] = argument({}, "most items of a modality in one prompt")
+    media_io_kwargs: Mapping[str, Mapping[str, Any]] = argument({}, "options of the decoders, by modality")
+    mm_processor_kwargs: Mapping[str, Any] | None = argument(None, "options of the model's processor")
+    enable_mm_embeds: bool = argument(False, "take embeddings in place of media")
+    enable_prompt_embeds: bool = argument(False, "take embeddings in place of a whole prompt")
+    interleave_mm_strings: bool = argument(False, "keep media where they stand among the text of a chat message")
+    mm_processor_cache_gb: float = argument(4.0, "GiB of processed media to keep; 0 keeps none")
+    mm_processor_cache_type: str = argument(
+        "lru", "accepted: `lru` or `shm`; everything is in one process, so both are the same"
+    )
+    mm_shm_cache_max_object_size_mb: int = argument(128, "accepted; no memory is shared between processes")
+    mm_encoder_tp_mode: str = argument("weights", "accepted: `weights` or `data`; answers are the same")
+    skip_mm_profiling: bool = argument(False, "accepted; memory is planned without a profiling run")
+    video_pruning_rate: float | None = argument(None, "only unset: no model here prunes its videos")
+    enable_prefix_caching: bool | None = argument(
+        None, "share the blocks of equal prefixes; unset: on for decoder-only models"
+    )
+    language_model_only: bool = argument(False, "take no media at all")
+    max_logprobs: int = argument(20, "most log-probabilities per token; -1 is the vocabulary")
+    generation_config: str = argument("auto", "`auto` takes sampling defaults from the model, `vllm` neutral ones")
+    override_generation_config: Mapping[str, Any] = argument({}, "sampling defaults that replace the model's")
+    disable_log_stats: bool = argument(True, "do not log figures")
 
     def __post_init__(self) -> None:
         self._check_sizes()

@@ -33,61 +33,17 @@ MAPPINGS = frozenset(
 )
 
 
-MEANINGS = {
-    "runner": "`generate` answers with text, `pooling` with vectors; `auto` is `generate`",
-    "convert": "`embed` is runner `pooling`",
-    "tokenizer": "directory of another tokenizer than the model's",
-    "tokenizer_mode": "accepted: `auto` or `hf`; tokenizers are always the fast ones",
-    "skip_tokenizer_init": "no tokenizer: prompts are token ids, outputs have no text",
-    "trust_remote_code": "accepted; mmjax runs its own model code, never a checkpoint's",
-    "allowed_local_media_path": "directory from which `file:` URLs may be read; empty refuses them",
-    "allowed_media_domains": "hosts from which media may be fetched; unset allows all",
-    "tensor_parallel_size": "devices that share one copy of the model",
-    "data_parallel_size": "copies of the model, each on its own devices",
-    "dtype": "dtype to compute in; `auto` follows the checkpoint and the platform",
-    "load_format": "`dummy` makes random weights and reads none",
-    "quantization": "`int8` keeps the language model in half the memory",
-    "revision": "branch, tag or commit of the model on the hub",
-    "tokenizer_revision": "the same for the tokenizer",
-    "hf_token": "token for the hub",
-    "hf_overrides": "values that replace those of config.json",
-    "seed": "seed of requests that bring none",
-    "gpu_memory_utilization": "share of the accelerator's memory to use",
-    "kv_cache_memory_bytes": "bytes for keys and values; on the CPU 1 GiB unless given",
-    "enforce_eager": "compile each shape on first use instead of all at start",
-    "chat_template": "file or text of a template that replaces the model's",
-    "max_model_len": "most tokens of prompt and answer: `4096`, `4k` (4000), `4K` (4096), `auto`",
-    "max_num_seqs": "sequences decoded together; unset: by platform",
-    "max_num_batched_tokens": "prompt tokens per step, and the largest media item; unset: by platform",
-    "block_size": "tokens per block of the KV cache; unset: by platform",
-    "num_decode_steps": "decode steps per dispatch while no sequence needs the host",
-    "limit_mm_per_prompt": "most items of a modality in one prompt",
-    "media_io_kwargs": "options of the decoders, by modality",
-    "mm_processor_kwargs": "options of the model's processor",
-    "enable_mm_embeds": "take embeddings in place of media",
-    "enable_prompt_embeds": "take embeddings in place of a whole prompt",
-    "interleave_mm_strings": "keep media where they stand among the text of a chat message",
-    "mm_processor_cache_gb": "GiB of processed media to keep; 0 keeps none",
-    "mm_processor_cache_type": "accepted: `lru` or `shm`; everything is in one process, so both are the same",
-    "mm_shm_cache_max_object_size_mb": "accepted; no memory is shared between processes",
-    "mm_encoder_tp_mode": "accepted: `weights` or `data`; answers are the same",
-    "skip_mm_profiling": "accepted; memory is planned without a profiling run",
-    "video_pruning_rate": "only unset: no model here prunes its videos",
-    "enable_prefix_caching": "share the blocks of equal prefixes; unset: on for decoder-only models",
-    "language_model_only": "take no media at all",
-    "max_logprobs": "most log-probabilities per token; -1 is the vocabulary",
-    "generation_config": "`auto` takes sampling defaults from the model, `vllm` neutral ones",
-    "override_generation_config": "sampling defaults that replace the model's",
-    "disable_log_stats": "do not log figures",
-}
-
-
 class FlagError(ValueError):
     """Flags that cannot be understood; the message says how to write them."""
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def meaning(name: str) -> str:
+    """What an engine argument means, in a line."""
+    return str(FIELDS[name].metadata["help"])
 
 
 def default(name: str) -> Any:
@@ -100,7 +56,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """One flag per engine argument. Only those given appear in the parsed namespace."""
     group = parser.add_argument_group("engine arguments")
     for name in FIELDS:
-        text = f"{MEANINGS[name]} (default: {shown(default(name))})".replace("%", "%%")
+        text = f"{meaning(name)} (default: {shown(default(name))})".replace("%", "%%")
         group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **_reading(name))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mmjax.chat import ChatRenderer, StoredTemplates, load_template
-from mmjax.config import EngineArgs, env
+from mmjax.config import EngineArgs, cache_root, env
 from mmjax.engine.engine import Engine
 from mmjax.engine.loaded_model import LoadedModel
 from mmjax.engine.logits.structured_output import GrammarCompiler
@@ -161,7 +161,7 @@ def _start_jax(args: EngineArgs) -> Any:
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        where = env("COMPILATION_CACHE", str(Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser() / "xla"))
+        where = env("COMPILATION_CACHE", str(cache_root() / "xla"))
         if where != "0":
             jax.config.update("jax_compilation_cache_dir", where)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -2,41 +2,39 @@
 
 from __future__ import annotations
 
-import collections
 import threading
+
+from cachetools import LRUCache
 
 from mmjax.processors.base import MediaItem
 
 
 class ProcessorCache:
-    """Processed items by key, least recently used out first, within a budget of bytes. Items above it are not kept."""
+    """Processed items by key, least recently used out first, within a budget of bytes. An item above the budget is not
+    stored. Counts lookups and hits. Safe from any thread."""
 
     def __init__(self, budget_bytes: int):
-        self.budget_bytes = budget_bytes
-        self.queries = self.hits = self.used_bytes = 0
-        self._items: collections.OrderedDict[str, MediaItem] = collections.OrderedDict()
+        self.queries = self.hits = 0
+        self._items: LRUCache[str, MediaItem] = LRUCache(budget_bytes, getsizeof=lambda item: item.nbytes)
         self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return int(self._items.currsize)
 
     def get(self, key: str) -> MediaItem | None:
         with self._lock:
-            self.queries += 1
             item = self._items.get(key)
-            if item is not None:
-                self.hits += 1
-                self._items.move_to_end(key)
+            self.queries += 1
+            self.hits += item is not None
             return item
 
     def put(self, key: str, item: MediaItem) -> None:
         with self._lock:
-            if item.nbytes > self.budget_bytes or key in self._items:
-                return
-            self._items[key] = item
-            self.used_bytes += item.nbytes
-            while self.used_bytes > self.budget_bytes:
-                self.used_bytes -= self._items.popitem(last=False)[1].nbytes
+            if item.nbytes <= self._items.maxsize and key not in self._items:
+                self._items[key] = item
 
     def clear(self) -> None:
         """Forget every item; the statistics go on."""
         with self._lock:
             self._items.clear()
-            self.used_bytes = 0

@@ -1,8 +1,10 @@
-"""Log-mel features as Whisper was trained on, which most audio families share. NumPy and SciPy only."""
+"""Log-mel features as Whisper was trained on, which most audio families share."""
 
 import functools
 
 import numpy as np
+
+from mmjax.multimodal.audio import librosa
 
 FLOOR = -10.0  # log10 of the smallest power kept
 RANGE = 8.0  # powers further below the loudest are lifted to this many decades under it
@@ -13,10 +15,14 @@ class LogMel:
     """Log-mel features: Hann windows, slaney filters, 8 decades scaled to about ±1."""
 
     def __init__(self, *, rate: int, window: int, hop: int, bins: int, samples: int):
-        self.rate, self.window, self.hop, self.samples = rate, window, hop, samples
+        self.rate, self.window, self.hop, self.bins, self.samples = rate, window, hop, bins, samples
         self.frames = samples // hop
         self.taper = np.hanning(window + 1)[:-1].astype(np.float32)  # periodic
-        self.filters = mel_filters(rate, window, bins)
+
+    @property
+    def filters(self) -> np.ndarray:
+        """float32 [bins, window // 2 + 1], made when the first sound comes."""
+        return mel_filters(self.rate, self.window, self.bins)
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """float32 [n] -> float32 [bins, frames]; longer audio is cut, shorter padded with silence.
@@ -30,7 +36,7 @@ class LogMel:
         padded[half : half + len(audio)] = audio
         padded[:half] = padded[half + 1 : 2 * half + 1][::-1]
         padded[-half:] = padded[-2 * half - 1 : -half - 1][::-1]
-        mel = np.full((self.filters.shape[0], self.frames), FLOOR, np.float32)
+        mel = np.full((self.bins, self.frames), FLOOR, np.float32)
         mel[:, :live] = self._logarithm(padded, live)
         return self._scale(mel)
 
@@ -70,17 +76,6 @@ class LogMel:
 
 @functools.lru_cache
 def mel_filters(rate: int, window: int, bins: int) -> np.ndarray:
-    """Slaney's triangular filters up to 8 kHz, each of unit area: float32 [bins, window // 2 + 1].
-
-    The scale is linear (200/3 Hz per mel) up to 1 kHz and logarithmic (27 mels per factor 6.4) above.
-    """
-    step, knee = 200.0 / 3, 1000.0
-    per_mel = np.log(6.4) / 27.0
-    top = knee / step + np.log(TOP_HZ / knee) / per_mel
-    mels = np.linspace(0.0, top, bins + 2)
-    edges = np.where(mels < knee / step, mels * step, knee * np.exp(per_mel * (mels - knee / step)))
-    freqs = np.linspace(0.0, rate / 2, window // 2 + 1)
-    rise = (freqs - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    fall = (edges[2:, None] - freqs) / (edges[2:] - edges[1:-1])[:, None]
-    area = 2.0 / (edges[2:] - edges[:-2])
-    return (np.maximum(0.0, np.minimum(rise, fall)) * area[:, None]).astype(np.float32)
+    """Slaney's triangular filters up to 8 kHz, each of unit area: float32 [bins, window // 2 + 1]. `rate` is in Hz."""
+    filters: np.ndarray = librosa().filters.mel(sr=rate, n_fft=window, n_mels=bins, fmax=TOP_HZ)
+    return filters

@@ -80,7 +80,7 @@ class OmniProcessor(QwenVLProcessor):
     @property
     def num_mel_bins(self) -> int:
         """Of the log-mel features."""
-        return len(self.mel.filters)
+        return self.mel.bins
 
     def audio_embeds(self, samples: int) -> int:
         """Rows of a clip of so many samples; 0 or less when it is too short to be heard."""

@@ -32,9 +32,6 @@ class Header:
     def read(self) -> np.ndarray:
         raise AssertionError("nothing is read to make a plan")
 
-    def release(self) -> None:
-        pass
-
 
 def wanted(config: dict[str, Any], files: Mapping[str, dict[str, Any]]) -> dict[str, Shape]:
     family = Family.of(config)

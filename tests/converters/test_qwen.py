@@ -50,9 +50,6 @@ class Value:
     def read(self) -> np.ndarray:
         return self.array
 
-    def release(self) -> None:
-        pass
-
 
 def parameters(config: dict[str, Any], files: Mapping[str, Any], tied: bool) -> tuple[Any, Table, dict[str, Shape]]:
     """(configuration, table, shapes of the parameters) of a config.json."""

@@ -38,7 +38,6 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         tensor = tensors[name]
         assert (tensor.dtype, tensor.shape, tensor.nbytes) == (array.dtype, array.shape, array.nbytes)
         value = tensor.read()
-        tensor.release()
         assert value.tobytes() == array.tobytes() and not value.flags.writeable
 
 
@@ -50,6 +49,15 @@ def test_every_dtype_has_its_width(tmp_path: Path) -> None:
     write(tmp_path / SINGLE, header, bytes(at))
     for name, tensor in open_checkpoint(tmp_path).items():
         assert tensor.dtype == DTYPES[name] and not tensor.read().astype(np.float32).any()
+
+
+@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2", "BF16"])
+def test_values_of_dtypes_that_numpy_lacks(name: str, tmp_path: Path) -> None:
+    before, values = np.arange(3, dtype=np.int8), np.arange(-4, 4).astype(DTYPES[name]).reshape(2, 4)
+    header = {"a": entry("I8", [3], [0, 3]), "b": entry(name, [2, 4], [3, 3 + values.nbytes])}
+    write(tmp_path / SINGLE, header, before.tobytes() + values.tobytes())
+    read = open_checkpoint(tmp_path)["b"].read()
+    assert read.dtype == values.dtype and read.tobytes() == values.tobytes() and not read.flags.writeable
 
 
 def test_a_view_outlives_the_reader_and_the_directory(tmp_path: Path) -> None:
@@ -90,6 +98,9 @@ HEADERS = [
     ("overlap", {"a": entry(), "b": entry(offsets=[4, 12])}, "overlaps 'a'"),
     ("same bytes twice", {"a": entry(), "b": entry()}, "overlaps"),
     ("hole", {"a": entry(shape=[1], offsets=[4, 8])}, "unused bytes after the header"),
+    ("dtype that NumPy lacks", {"a": entry("F4", [16])}, "known are BOOL"),
+    ("one dimension too many", {"a": entry(shape=[1] * 32 + [2])}, "bad shape"),
+    ("metadata that is no text", {"__metadata__": {"a": 1}, "a": entry()}, "expected a string"),
     ("unused tail", {"a": entry(shape=[1], offsets=[0, 4])}, "describes 4 bytes"),
 ]
 

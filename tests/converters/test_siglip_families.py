@@ -53,9 +53,6 @@ class Header:
     def read(self) -> np.ndarray:
         raise AssertionError("nothing is read to make a plan")
 
-    def release(self) -> None:
-        pass
-
 
 def table(family: str) -> Table:
     found: Table = importlib.import_module(f"mmjax.converters.{family}").TABLE

@@ -43,9 +43,6 @@ class Held:
         self.reads += 1
         return self.value
 
-    def release(self) -> None:
-        pass
-
 
 def held(**arrays: tuple[int, ...]) -> dict[str, Held]:
     rng = np.random.default_rng(0)

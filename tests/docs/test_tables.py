@@ -33,14 +33,14 @@ def reference(tables: ModuleType) -> str:
 
 
 def test_every_flag_of_the_engine_has_a_meaning() -> None:
-    assert set(flags.MEANINGS) == set(flags.FIELDS)
+    assert [name for name in flags.FIELDS if not flags.FIELDS[name].metadata.get("help")] == []
 
 
 def test_flags_of_the_engine(reference: str) -> None:
     for name in flags.FIELDS:
         default = flags.shown(flags.default(name))
         shown = default if default == "unset" else f"`{default}`"
-        assert f"| `{flags.flag(name)}` | {shown} | {flags.MEANINGS[name]} |" in reference
+        assert f"| `{flags.flag(name)}` | {shown} | {flags.meaning(name)} |" in reference
 
 
 @pytest.mark.parametrize("name", COMMANDS)

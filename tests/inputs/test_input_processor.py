@@ -368,7 +368,7 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
         "import sys; from input_processors import make_input_processor; import numpy as np; from pathlib import Path\n"
         f"r = make_input_processor('qwen2_vl', Path({str(tiny_dir('qwen2_vl'))!r}))\n"
         "r.process(r.parse({'prompt': '<image>', 'multi_modal_data': {'image': np.zeros((60, 60, 3), np.uint8)}}))\n"
-        "print(*sorted({'jax', 'torch', 'transformers', 'scipy', 'librosa'} & set(sys.modules)))"
+        "print(*sorted({'jax', 'torch', 'transformers', 'scipy', 'numba', 'librosa'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parent
     done = subprocess.run(
@@ -376,3 +376,23 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
         env={"PYTHONPATH": f"{root}:{root.parent}", "PATH": ""},
     )  # fmt: skip
     assert done.stdout.strip() == ""
+
+
+def test_libraries_for_sound_come_with_the_first_sound(tiny_dir: Make, tmp_path: Path) -> None:
+    """And what numba compiles of them is kept in a folder that can be written to."""
+    code = (
+        "import os, sys; import numpy as np; from pathlib import Path\n"
+        "from input_processors import make_input_processor\n"
+        f"r = make_input_processor('whisper', Path({str(tiny_dir('whisper'))!r}))\n"
+        "loaded = lambda: sorted({'jax', 'scipy', 'numba', 'librosa', 'soxr'} & set(sys.modules))\n"
+        "print(*loaded())\n"
+        "r.process(r.parse({'prompt': '', 'multi_modal_data': {'audio': (np.zeros(1600, np.float32), 16000)}}))\n"
+        "print(*loaded())\n"
+        "print(os.environ['NUMBA_CACHE_DIR'])"
+    )
+    root = Path(__file__).resolve().parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root.parent,
+        env={"PYTHONPATH": f"{root}:{root.parent}", "PATH": "", "MMJAX_CACHE_ROOT": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["", "librosa numba scipy", str(tmp_path / "numba")]
