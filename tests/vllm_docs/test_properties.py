@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine_inputs import IMAGE, greedy, ids, text
 from mmjax import LLM
-from mmjax.chat.conversation import in_strings, read
+from mmjax.chat.conversation import read_messages, with_strings
 from mmjax.types import RequestError
 from prompts import answer, pil, rows_of
 
@@ -99,7 +99,7 @@ def test_one_placeholder_per_medium(talk: list[list[str]], interleave: bool) -> 
         for content in talk
     ]
     try:
-        made = in_strings(read(messages), lambda kind, _: marks[kind], interleave=interleave)
+        made = with_strings(read_messages(messages), lambda kind, _: marks[kind], interleave=interleave)
     except RequestError as error:
         assert "Found more '<img>' placeholders" in str(error) and not interleave
         return

@@ -1,7 +1,7 @@
 """From URL to medium: `MediaConnector` knows where media may come from and how they are decoded."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,12 +10,13 @@ from PIL import Image
 from mmjax.config import env, env_number
 from mmjax.multimodal import network, url_sources
 from mmjax.multimodal.cache import MediaCache
+from mmjax.multimodal.connector import Media
 from mmjax.multimodal.media.audio import AudioEmbeddingMediaIO, AudioMediaIO
 from mmjax.multimodal.media.base import MediaIO
 from mmjax.multimodal.media.image import ImageEmbeddingMediaIO, ImageMediaIO
 from mmjax.multimodal.media.video import Frames, VideoMediaIO
 from mmjax.multimodal.media_limits import MediaLimits
-from mmjax.types import RequestError
+from mmjax.types import MODALITIES, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,30 @@ class MediaConnector:
     def _patience(self, fetch_timeout: float | None) -> float:
         return self.timeouts["audio"] if fetch_timeout is None else fetch_timeout
 
+    # --- any modality, for callers that have its name
+
+    def fetch(self, modality: str, url: str) -> Media:
+        """The media item at a URL."""
+        fetch: Mapping[str, Callable[[str], Media]] = {
+            "image": self.fetch_image,
+            "audio": self.fetch_audio,
+            "video": self.fetch_video,
+        }
+        return fetch[_known(modality)](url)
+
+    async def fetch_async(self, modality: str, url: str) -> Media:
+        """The media item at a URL."""
+        fetch: Mapping[str, Callable[[str], Awaitable[Media]]] = {
+            "image": self.fetch_image_async,
+            "audio": self.fetch_audio_async,
+            "video": self.fetch_video_async,
+        }
+        return await fetch[_known(modality)](url)
+
+    def decode_embeds(self, modality: str, text: str) -> np.ndarray:
+        """The tensor in base64 text."""
+        return self.fetch_audio_embedding(text) if modality == "audio" else self.fetch_image_embedding(text)
+
     # --- one modality each
 
     def fetch_image(self, image_url: str, *, image_mode: str = "RGB") -> Image.Image:
@@ -143,6 +168,12 @@ class MediaConnector:
     def fetch_audio_embedding(self, data: str) -> np.ndarray:
         """The tensor in base64 text."""
         return AudioEmbeddingMediaIO(limits=self.limits).load_base64("", data)
+
+
+def _known(modality: str) -> str:
+    if modality not in MODALITIES:
+        raise RequestError(f"Unsupported modality: {modality}.", "bad_modality")
+    return modality
 
 
 class ConnectorRegistry:
