@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from mmjax.engine.programs import (
     StepOutput,
     WriteEmbeds,
 )
+from mmjax.loader.params import ProgressBar
 from mmjax.loader.precision import Precision
 from mmjax.nn.attention import kv_cache_axes
 from mmjax.nn.weight import QuantizedArray, WeightValue
@@ -150,7 +151,7 @@ class ModelRunner:
         """The length of the decode loop for at most this many steps."""
         return 1 if max_steps == 1 and not self.functions.stops_early else self.buckets.num_decode_steps
 
-    def warm_up(self, progress: Callable[[Iterator[Any], int], Iterator[Any]]) -> float:
+    def warm_up(self, progress: ProgressBar) -> float:
         """Compile all programs. Returns the seconds it took."""
         start = time.perf_counter()
         keys = self.program_keys()

@@ -14,7 +14,8 @@ from mmjax.engine.engine import Engine
 from mmjax.outputs.request import EngineRequest
 
 Output = TypeVar("Output")
-Progress = bool | Callable[..., Any]
+UseTqdm = bool | Callable[..., Any]
+"""Whether to show progress bars, or what makes them in place of `tqdm`."""
 
 MAX_PROCESSED_AHEAD = 32  # prompts processed before the engine has taken them: bounds the decoded media held at once
 
@@ -30,7 +31,7 @@ class BatchJob(Generic[Output]):
     manager with an exception aborts every request."""
 
     def __init__(
-        self, engines: Sequence[Engine], workers: concurrent.futures.Executor, use_tqdm: Progress, total: int
+        self, engines: Sequence[Engine], workers: concurrent.futures.Executor, use_tqdm: UseTqdm, total: int
     ) -> None:
         self.engines = engines
         self.workers = workers
@@ -101,6 +102,6 @@ class BatchJob(Generic[Output]):
                 engine.step()
 
 
-def _progress_bar(use_tqdm: Progress, total: int, name: str) -> Any:
+def _progress_bar(use_tqdm: UseTqdm, total: int, name: str) -> Any:
     make = use_tqdm if callable(use_tqdm) else tqdm
     return make(total=total, desc=name, disable=not use_tqdm, dynamic_ncols=True)

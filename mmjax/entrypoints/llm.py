@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from mmjax.chat import ChatOptions, RenderedChat, load_template, split
 from mmjax.config import EngineArgs, env_number
 from mmjax.engine.loaded_model import LoadedModel
-from mmjax.entrypoints.batch_job import BatchJob, Prepare, Progress, Start
+from mmjax.entrypoints.batch_job import BatchJob, Prepare, Start, UseTqdm
 from mmjax.entrypoints.load_model import load_model
 from mmjax.inputs import parse
 from mmjax.inputs.input_processor import EngineInput
@@ -53,7 +53,7 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: Progress = True,
+        use_tqdm: UseTqdm = True,
         lora_request: Any = None,
         priority: Sequence[int] | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
@@ -76,7 +76,7 @@ class LLM:
         self,
         messages: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: Progress = True,
+        use_tqdm: UseTqdm = True,
         lora_request: Any = None,
         chat_template: str | os.PathLike[str] | None = None,
         chat_template_content_format: str = "auto",
@@ -125,7 +125,7 @@ class LLM:
         self,
         prompts: Any,
         *,
-        use_tqdm: Progress = True,
+        use_tqdm: UseTqdm = True,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         lora_request: Any = None,
         priority: Sequence[int] | None = None,
@@ -154,7 +154,7 @@ class LLM:
         prompts: Any,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
-        use_tqdm: Progress = True,
+        use_tqdm: UseTqdm = True,
         lora_request: Any = None,
         priority: Sequence[int] | None = None,
         pooling_task: str | None = None,
@@ -208,7 +208,7 @@ class LLM:
         return prepare
 
     def _run(
-        self, prepares: Sequence[Prepare[Output]], use_tqdm: Progress, priority: Sequence[int] | None = None
+        self, prepares: Sequence[Prepare[Output]], use_tqdm: UseTqdm, priority: Sequence[int] | None = None
     ) -> list[Output]:
         """Run prompts to their ends; the outputs are in the order of the prompts."""
         count = len(prepares)
