@@ -15,6 +15,7 @@ from mmjax.batch import Batch, KVCache, nest
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.loader.params import load_params
+from mmjax.loader.precision import Precision
 from mmjax.processors.base import MediaItem
 from mmjax.spec import EncoderSpec
 
@@ -37,7 +38,7 @@ class Bare:
         checkpoint = Checkpoint.open(str(directory))
         mesh = sharding.mesh(jax.local_devices()[:1])
         config = checkpoint.model_config()
-        self.graph, config, params = load_params(checkpoint, config, mesh, dtype, dtype, matmul_dtype=products)
+        self.graph, config, params = load_params(checkpoint, config, mesh, Precision(dtype, dtype, products))
         self.params = nest(params)
         self.spec = config.spec
         self.tokens, self.dtype = tokens, jnp.dtype(dtype)
