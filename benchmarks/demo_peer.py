@@ -41,11 +41,11 @@ class Peer:
         self.spectrum = WhisperFeatureExtractor.from_pretrained(directory)
         self.ends = self.tokenizer.encode("<|im_end|><|endoftext|>").ids
 
-    def inputs(self, question: heldout.Question) -> tuple[dict[str, Any], list[int]]:
+    def inputs(self, question: heldout.MediaQuestion) -> tuple[dict[str, Any], list[int]]:
         """(what the model takes of the media, placeholders of each)."""
         import torch
 
-        if question.kind == "audio":
+        if question.modality == "audio":
             ((samples, rate),) = question.media
             made = self.spectrum(
                 samples, sampling_rate=rate, padding="max_length", return_attention_mask=True, return_tensors="pt"
@@ -54,7 +54,7 @@ class Peer:
             frames = int(mask.sum())
             features = {"input_features": made["input_features"], "feature_attention_mask": mask}
             return features, [((frames - 1) // 2 + 1 - 2) // 2 + 1]
-        if question.kind == "image":
+        if question.modality == "image":
             made = self.pixels(images=question.media, return_tensors="pt")
             return dict(made), [int(grid.prod()) // 4 for grid in made["image_grid_thw"]]
         (clip,) = question.media
@@ -71,19 +71,19 @@ class Peer:
         }
         return features, [int(grid.prod()) // 4]
 
-    def answer(self, question: heldout.Question) -> list[int]:
+    def answer(self, question: heldout.MediaQuestion) -> list[int]:
         """Token ids, without the one that ends them."""
         import torch
 
         features, counts = self.inputs(question)
-        around, token = AROUND[question.kind], TOKENS[question.kind]
+        around, token = AROUND[question.modality], TOKENS[question.modality]
         media = "".join(f"<|{around}_bos|>{token * count}<|{around}_eos|>" for count in counts)
-        ids = torch.tensor([self.tokenizer.encode(heldout.PROMPT.format(media + question.asked.question)).ids])
+        ids = torch.tensor([self.tokenizer.encode(heldout.PROMPT.format(media + question.qa.question)).ids])
         with torch.inference_mode():
             made = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=measure.LONGEST,
+                max_new_tokens=measure.MAX_TOKENS,
                 do_sample=False,
                 eos_token_id=self.ends,
                 pad_token_id=self.ends[1],
@@ -103,17 +103,17 @@ def compare(directory: Path, count: int) -> float:
     each = -(-count // len(ask.SKILLS))
     questions = [one for skill in ask.SKILLS for one in heldout.questions(skill, each)][:count]
     llm = LLM(str(directory), dtype="float32", max_model_len=512, max_num_seqs=16, enforce_eager=True)
-    params = SamplingParams(temperature=0.0, max_tokens=measure.LONGEST)
+    params = SamplingParams(temperature=0.0, max_tokens=measure.MAX_TOKENS)
     outputs = llm.generate([one.prompt for one in questions], params, use_tqdm=False)
     peer, equal, right = Peer(directory), [], np.zeros(2)
     begin = time.perf_counter()
     for question, output in zip(questions, outputs, strict=True):
         ours, theirs = until_end(output.outputs[0].token_ids, peer.ends), peer.answer(question)
         told = [peer.tokenizer.decode(ids) for ids in (ours, theirs)]
-        right += [ask.correct(question.asked, text) for text in told]
+        right += [ask.correct(question.qa, text) for text in told]
         equal.append(ours == theirs)
         if ours != theirs:
-            print(f"{question.asked.skill}: {question.asked.question} mmjax {told[0]!r}, transformers {told[1]!r}")
+            print(f"{question.qa.skill}: {question.qa.question} mmjax {told[0]!r}, transformers {told[1]!r}")
     share = sum(equal) / len(equal)
     print(f"transformers took {time.perf_counter() - begin:.0f} s")
     print(f"{sum(equal)} of {len(equal)} answers are equal: {share:.1%} (aim {AIM:.0%})")

@@ -56,7 +56,7 @@ def main() -> None:
     for skill in ask.SKILLS:
         for question in heldout.questions(skill, count):
             prompt = question.prompt
-            prompts.append({**prompt, "prompt": prompt["prompt"] + question.asked.answer})
+            prompts.append({**prompt, "prompt": prompt["prompt"] + question.qa.answer})
     scored = {name: logprobs(mode, prompts) for name, mode in MODES.items()}
     truth, whole = scored["float32"]
     print(f"{len(prompts)} questions with their answers, {len(truth)} tokens")

@@ -1,4 +1,4 @@
-"""Every knob of the engine, typed, checked and documented; and the only reader of environment variables."""
+"""The engine's arguments, typed, checked and documented; and the only reader of environment variables."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def env(name: str, default: str) -> str:
 
 
 def env_number(name: str, default: float) -> float:
-    """`env`, as a finite number of at least 0. Raises ValidationError naming the variable."""
+    """`env` as a finite number of at least 0. ValidationError for other values, naming the variable."""
     text = env(name, str(default)).strip()
     try:
         number = float(text)
@@ -78,7 +78,7 @@ def env_number(name: str, default: float) -> float:
 
 
 def env_flag(name: str, default: bool) -> bool:
-    """`env`, as yes or no. Raises ValidationError naming the variable."""
+    """`env` as a boolean. ValidationError for other values, naming the variable."""
     text = env(name, str(int(default))).strip().lower()
     _require(text in ("0", "1", "false", "true"), f"MMJAX_{name}", text, "0 or 1")
     return text in ("1", "true")
@@ -104,20 +104,19 @@ def argument(default: T, help: str) -> T:
 class EngineArgs:
     """Arguments of `mmjax.LLM`, with vLLM's names and meanings.
 
-    model: a local directory (Hugging Face layout, or what `mmjax convert` wrote) or a hub id.
-    runner: "pooling" answers with vectors (`LLM.embed`), everything else with text; convert "embed" means the same.
-    dtype: "auto" follows the checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU it says
-    what the weights are rounded to; they are held and computed with in float32, but for the matrices of bfloat16 where
-    the processor has instructions to multiply them.
-    enforce_eager: compile each shape on first use instead of all at start. max_model_len: most tokens of a prompt and
-    its answer ("4k" = 4000, "4K" = 4096, "auto" or -1 = what the model and the memory allow). max_num_seqs: sequences
-    decoded together. max_num_batched_tokens: prompt tokens per step, and the largest media item.
-    gpu_memory_utilization: share of the accelerator's memory to use; on the CPU `kv_cache_memory_bytes` (default
+    model: a local directory (in Hugging Face layout, or written by `mmjax convert`) or a hub id. runner: "pooling"
+    computes embeddings (`LLM.embed`), "generate" text; convert "embed" is runner "pooling". dtype: "auto" follows the
+    checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU, weights are rounded to dtype, but
+    stored and multiplied in float32; the exception are matrices in bfloat16 where the processor has instructions to
+    multiply them. enforce_eager: compile each program on first use instead of all at start. max_model_len: most tokens
+    of prompt and output ("4k" = 4000, "4K" = 4096, "auto" or -1 = as many as model and memory allow). max_num_seqs:
+    sequences decoded together. max_num_batched_tokens: prompt tokens per step, and embeddings of the largest media
+    item. gpu_memory_utilization: share of the accelerator's memory to use; on the CPU `kv_cache_memory_bytes` (default
     1 GiB, at most what max_num_seqs sequences can fill) bounds the cache. num_decode_steps: decode steps per dispatch
-    where no row needs the host. enable_prefix_caching: None = on for decoder-only models. limit_mm_per_prompt:
-    {"image": 2} or {"image": {"count": 2}}. quantization: "int8" keeps the language model's matrices in 8 bits, with
-    a scale per output channel, made when they are loaded; arithmetic stays in dtype. generation_config: "auto" takes
-    sampling defaults from the model's generation_config.json, "vllm" takes neutral ones.
+    while no sequence needs the host. enable_prefix_caching: None = on for decoder-only models. limit_mm_per_prompt:
+    {"image": 2} or {"image": {"count": 2}}. quantization: "int8" stores the language model's matrices in 8 bits, with
+    a scale per output channel, quantized when they are loaded; arithmetic stays in dtype. generation_config: "auto"
+    takes sampling defaults from the model's generation_config.json, "vllm" neutral ones.
     """
 
     model: str
@@ -190,8 +189,8 @@ class EngineArgs:
             _require(value is None or isinstance(value, Mapping), name, value, "a dictionary or None")
         if isinstance(self.allowed_media_domains, str):
             self.allowed_media_domains = [self.allowed_media_domains]
-        for kind, limit in self.limit_mm_per_prompt.items():
-            read_limit(kind, limit)
+        for modality, limit in self.limit_mm_per_prompt.items():
+            read_limit(modality, limit)
         path = self.allowed_local_media_path
         if path and not Path(path).is_dir():
             reason = "must be a directory" if Path(path).exists() else "does not exist"
@@ -239,20 +238,20 @@ class EngineArgs:
 
     @property
     def pooling(self) -> bool:
-        """Whether prompts are answered with vectors."""
+        """Whether the engine computes embeddings instead of text."""
         return self.runner == "pooling" or self.convert == "embed"
 
-    def limits(self, kinds: Mapping[str, int | None]) -> dict[str, int]:
-        """Most items per prompt of each modality a model has, its own hard maximum included."""
-        out = {}
-        for kind, most in kinds.items():
-            count = read_limit(kind, self.limit_mm_per_prompt.get(kind, UNLIMITED))
-            out[kind] = 0 if self.language_model_only else min(count, UNLIMITED if most is None else most)
-        return out
+    def limits(self, model_limits: Mapping[str, int | None]) -> dict[str, int]:
+        """Most items per prompt, by modality of the model. model_limits: the model's own; None for any number."""
+        limits = {}
+        for modality, most in model_limits.items():
+            count = read_limit(modality, self.limit_mm_per_prompt.get(modality, UNLIMITED))
+            limits[modality] = 0 if self.language_model_only else min(count, UNLIMITED if most is None else most)
+        return limits
 
 
 def human_int(name: str, value: int | str) -> int:
-    """4096, "4k" (4000), "4K" (4096), "1m", "1M"; "auto" and -1 give -1. Raises ValidationError."""
+    """4096, "4k" (4000), "4K" (4096), "1m", "1M"; "auto" and -1 give -1. ValidationError for other values."""
     text = str(value).strip()
     if text in ("auto", "-1"):
         return -1

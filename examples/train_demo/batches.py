@@ -51,7 +51,7 @@ class Batch:
     0 and of its own turn before it; places i64[B, T]: how many it sees, the media's included. Everything else by what
     is shown.
 
-    pictures: things [N, MOST, FIELDS], ground [N, GROUND_FIELDS], noise [N]: N frames in the order of their tokens,
+    pictures: things [N, MAX_THINGS, FIELDS], ground [N, GROUND_FIELDS], noise [N]: N frames in token order,
     two for each pair of a clip, `edges` wide and high in units of the shorter side. sounds i16[B, samples], to which
     noise is to be added unless `quiet`. named i64[K], spots f32[K, 2]: which of the flattened tokens name a thing of a
     single picture that can be no other, and where its centre is, 0..1. grid: tokens (time, rows, columns) of one item;
@@ -74,7 +74,7 @@ class Batch:
     quiet: bool = True
     named: np.ndarray | None = None
     spots: np.ndarray | None = None
-    asked: list[ask.Asked] = dataclasses.field(default_factory=list)
+    asked: list[ask.QuestionAnswer] = dataclasses.field(default_factory=list)
 
     @property
     def form(self) -> Form:
@@ -123,7 +123,7 @@ class Rows:
     def row(
         self,
         media: Sequence[int],
-        turns: Sequence[ask.Asked],
+        turns: Sequence[ask.QuestionAnswer],
         *,
         last: bool = False,
         system: bool = True,
@@ -192,7 +192,7 @@ def _painted(drawn: Sequence[scenes.Scene]) -> dict[str, np.ndarray]:
     }
 
 
-def _loose(rng: np.random.Generator, turns: Sequence[ask.Asked]) -> list[ask.Asked]:
+def _loose(rng: np.random.Generator, turns: Sequence[ask.QuestionAnswer]) -> list[ask.QuestionAnswer]:
     return [dataclasses.replace(turn, question=lessons.loosely(rng, turn.question)) for turn in turns]
 
 
@@ -205,7 +205,7 @@ def pictures(rng: np.random.Generator, rows: Rows, size: int, *, skill: str | No
     apart = not skill and not last and rng.random() < 0.9
     out: list[Row] = []
     drawn: list[scenes.Scene] = []
-    questions: list[ask.Asked] = []
+    questions: list[ask.QuestionAnswer] = []
     media = rows.media("image", 1 + pairs, height * width)
     while len(out) < (size // 2 if pairs else size):
         most = 1 if pairs and rng.random() < 0.4 else None
@@ -257,7 +257,8 @@ def clips(rng: np.random.Generator, rows: Rows, size: int, *, test: bool = False
 def talk(rng: np.random.Generator, rows: Rows, size: int) -> Batch:
     chosen = [list(ask.TALK.items())[int(i)] for i in rng.integers(len(ask.TALK), size=size)]
     return together(
-        "text", [rows.row((), _loose(rng, [ask.Asked("talk", *pair)]), system=rng.random() > 0.1) for pair in chosen]
+        "text",
+        [rows.row((), _loose(rng, [ask.QuestionAnswer("talk", *pair)]), system=rng.random() > 0.1) for pair in chosen],
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mmjax.demo.ask import PICTURE, TRIES, Asked, listing, one, only
+from mmjax.demo.ask import PICTURE, TRIES, QuestionAnswer, listing, one, only
 from mmjax.demo.scenes import Scene, Thing
 
 # how often single pictures are asked for what: few pictures allow the question for sides
@@ -24,16 +24,16 @@ CLEAR = 0.05  # shorter sides of the picture: what is nearer than that is neithe
 SIDES = {"left": (0, 1), "right": (0, -1), "above": (1, 1), "below": (1, -1)}  # axis, sign
 
 
-def about_picture(rng: np.random.Generator, scenes: Sequence[Scene], turns: int) -> list[Asked]:
+def about_picture(rng: np.random.Generator, scenes: Sequence[Scene], turns: int) -> list[QuestionAnswer]:
     """`turns` different questions about one picture, or about two. Fewer where the picture gives none."""
-    out: list[Asked] = []
+    out: list[QuestionAnswer] = []
     for _ in range(turns * TRIES):
         if len(out) == turns:
             break
         skill = "compare" if len(scenes) > 1 else LEARNT[int(rng.integers(len(LEARNT)))]
         made = STEPS[skill](rng, scenes[0]) if skill in STEPS else PICTURE[skill](rng, scenes)
         if made is not None and all(made[0] != asked.question for asked in out):
-            out.append(Asked(skill, *made))
+            out.append(QuestionAnswer(skill, *made))
     return out
 
 

@@ -1,1 +1,1 @@
-"""Small media to try things with. They are drawn and played by the code here, under the names of vLLM's samples."""
+"""Sample media under the names of vLLM's. They are generated here, so nothing is downloaded."""

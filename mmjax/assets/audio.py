@@ -1,4 +1,4 @@
-"""Sounds."""
+"""Sample audio."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from mmjax.types import RequestError
 
 @dataclasses.dataclass(frozen=True)
 class AudioAsset:
-    """A sound by its name: `mary_had_lamb` (the tune) or `winning_call` (a crowd). ValueError for another name."""
+    """Audio by name: `mary_had_lamb` (the tune) or `winning_call` (a crowd). ValueError for other names."""
 
     name: str
 
@@ -25,48 +25,48 @@ class AudioAsset:
     @property
     def audio_and_sample_rate(self) -> tuple[np.ndarray, int]:
         """(mono float32 samples in ±1, sampling rate)."""
-        samples, rate = _played(self.name)
+        samples, rate = _generate(self.name)
         return samples.copy(), rate
 
     @property
     def url(self) -> str:
-        """The sound as a data URL, good wherever a URL is taken."""
-        return encode_audio_url(*_played(self.name))
+        """The audio as a data URL."""
+        return encode_audio_url(*_generate(self.name))
 
     def get_local_path(self) -> Path:
-        """The sound as a file in the folder that MMJAX_ASSETS_CACHE names."""
+        """The audio as a file in the directory that MMJAX_ASSETS_CACHE names."""
         import soundfile
 
         folder = Path(env("ASSETS_CACHE", "~/.cache/mmjax/assets")).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{self.name}.wav"
-        samples, rate = _played(self.name)
+        samples, rate = _generate(self.name)
         soundfile.write(file, samples, rate)
         return file
 
 
 def _tune(notes: str, rate: int = 16_000, beat: float = 0.4) -> np.ndarray:
-    """Notes a..g of the octave from middle C, with overtones, each for one beat; `-` goes on with the last."""
-    steps = {"c": -9, "d": -7, "e": -5, "f": -4, "g": -2, "a": 0, "b": 2}
+    """Notes a..g of the octave from middle C, with overtones, each for one beat; `-` prolongs a note by a beat."""
+    semitones = {"c": -9, "d": -7, "e": -5, "f": -4, "g": -2, "a": 0, "b": 2}  # from a' at 440 Hz
     parts = []
-    for note, held in [(note, len(tail)) for note, tail in _held(notes)]:
-        seconds = np.arange(round(rate * beat * held)) / rate
-        hertz = 440 * 2 ** (steps[note] / 12)
+    for note, beats in _lengths(notes):
+        seconds = np.arange(round(rate * beat * beats)) / rate
+        hertz = 440 * 2 ** (semitones[note] / 12)
         tone = sum(np.sin(2 * np.pi * hertz * k * seconds) / k**2 for k in (1, 2, 3))
         parts.append(0.3 * tone * np.exp(-3 * seconds) * np.minimum(1, seconds / 0.01))
     return np.concatenate(parts).astype(np.float32)
 
 
-def _held(notes: str) -> list[tuple[str, str]]:
-    """Each note with itself and the dashes behind it."""
-    found: list[tuple[str, str]] = []
+def _lengths(notes: str) -> list[tuple[str, int]]:
+    """(note, beats) of each note."""
+    found: list[tuple[str, int]] = []
     for sign in notes.replace(" ", ""):
-        found = [*found[:-1], (found[-1][0], found[-1][1] + sign)] if sign == "-" else [*found, (sign, sign)]
+        found = [*found[:-1], (found[-1][0], found[-1][1] + 1)] if sign == "-" else [*found, (sign, 1)]
     return found
 
 
 def _crowd(rate: int = 22_050, seconds: float = 8.0) -> np.ndarray:
-    """A murmur that swells to a roar, with a voice that rises over it."""
+    """The noise of a crowd that grows louder, and a rising voice over it."""
     time = np.arange(round(rate * seconds)) / rate
     noise = np.random.default_rng(0).standard_normal(len(time))
     murmur = np.convolve(noise, np.hanning(64) / 32, "same") * (0.05 + 0.4 / (1 + np.exp(-3 * (time - 5))))
@@ -84,5 +84,5 @@ SOUNDS: dict[str, Callable[[], tuple[np.ndarray, int]]] = {
 
 
 @functools.cache
-def _played(name: str) -> tuple[np.ndarray, int]:
+def _generate(name: str) -> tuple[np.ndarray, int]:
     return SOUNDS[name]()

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Sample images."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from mmjax.types import RequestError
 
 @dataclasses.dataclass(frozen=True)
 class ImageAsset:
-    """A picture by its name: `stop_sign` or `cherry_blossom`. ValueError for another name."""
+    """An image by name: `stop_sign` or `cherry_blossom`. ValueError for other names."""
 
     name: str
 
@@ -24,18 +24,18 @@ class ImageAsset:
 
     @property
     def pil_image(self) -> Image.Image:
-        """The picture, in RGB."""
-        return _drawn(self.name).copy()
+        """The image, in RGB."""
+        return _draw(self.name).copy()
 
     def read_bytes(self, ext: str = "jpg") -> bytes:
-        """The picture as a file."""
+        """The image as a file."""
         buffer = io.BytesIO()
         self.pil_image.save(buffer, {"jpg": "JPEG"}.get(ext, ext.upper()))
         return buffer.getvalue()
 
 
 def _stop_sign() -> Image.Image:
-    """A red octagon with a white rim and white letters, before grass and sky."""
+    """A red octagon with a white rim and white letters, in front of grass and sky."""
     picture = Image.new("RGB", (1300, 876), (150, 190, 230))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((0, 620, 1300, 876), fill=(90, 140, 70))
@@ -48,7 +48,7 @@ def _stop_sign() -> Image.Image:
 
 
 def _cherry_blossom() -> Image.Image:
-    """Dark branches with pink blossoms before a tower and a blue sky."""
+    """Dark branches with pink blossoms in front of a tower and a blue sky."""
     picture = Image.new("RGB", (1200, 800), (110, 170, 235))
     draw = ImageDraw.Draw(picture)
     draw.polygon([(560, 800), (590, 200), (600, 60), (610, 200), (640, 800)], fill=(225, 230, 235))
@@ -71,5 +71,5 @@ PICTURES: dict[str, Callable[[], Image.Image]] = {"stop_sign": _stop_sign, "cher
 
 
 @functools.cache
-def _drawn(name: str) -> Image.Image:
+def _draw(name: str) -> Image.Image:
     return PICTURES[name]()

@@ -1,4 +1,4 @@
-"""Videos."""
+"""Sample videos."""
 
 import dataclasses
 import functools
@@ -20,8 +20,8 @@ DRAWN = "baby_reading"
 
 @dataclasses.dataclass(frozen=True)
 class VideoAsset:
-    """A video by its name, `baby_reading`, or by the path of a file. `num_frames`: how many frames, evenly spread; -1
-    is all of them. ValueError for something else."""
+    """A video by name, `baby_reading`, or by the path of a file. num_frames: frames to take, evenly spread; -1 for all.
+    ValueError for other names."""
 
     name: str
     num_frames: int = -1
@@ -31,11 +31,11 @@ class VideoAsset:
             raise RequestError(
                 f"Unknown video asset {self.name!r}; there is {DRAWN!r}, and files by their paths.", "unknown_name"
             )
-        video.Sampling(self.num_frames)
+        video.FrameSampling(self.num_frames)
 
     @property
     def _video(self) -> video.Video:
-        return _loaded(self.name, self.num_frames)
+        return _load(self.name, self.num_frames)
 
     @property
     def np_ndarrays(self) -> np.ndarray:
@@ -44,16 +44,16 @@ class VideoAsset:
 
     @property
     def pil_images(self) -> list[Image.Image]:
-        """The frames as pictures."""
+        """The frames as PIL images."""
         return [Image.fromarray(frame) for frame in self._video.frames]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is known of the source; see `mmjax.multimodal.video.Video`."""
+        """Metadata of the source; see `mmjax.multimodal.video.Video`."""
         return dict(self._video.metadata)
 
     def get_audio(self, sampling_rate: float | None = None) -> np.ndarray:
-        """The sound, mono float32, at the given rate or its own."""
+        """The sound track, mono float32, at the given sampling rate or its own."""
         if self.name == DRAWN:
             samples, rate = AudioAsset("mary_had_lamb").audio_and_sample_rate
             samples = samples[: round(TOTAL / RATE * rate)]
@@ -63,9 +63,9 @@ class VideoAsset:
 
 
 @functools.lru_cache(4)
-def _loaded(name: str, num_frames: int) -> video.Video:
+def _load(name: str, num_frames: int) -> video.Video:
     if name != DRAWN:
-        return video.load(Path(name), video.Sampling(num_frames))
+        return video.load(Path(name), video.FrameSampling(num_frames))
     indices = video.uniform_indices(TOTAL, RATE, num_frames, -1)
     metadata = {
         "total_num_frames": TOTAL,
@@ -79,7 +79,7 @@ def _loaded(name: str, num_frames: int) -> video.Video:
 
 
 def _frame(time: float) -> np.ndarray:
-    """A round head that nods over an open book, whose page turns."""
+    """A round head that nods over an open book, of which a page turns."""
     picture = Image.new("RGB", SIZE, (235, 225, 205))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((0, 140, 320, 180), fill=(150, 110, 80))

@@ -1,1 +1,1 @@
-"""The command line. Nothing heavy is imported before a command is chosen."""
+"""The command line. Commands import what they need when they run, so that `--help` is quick."""

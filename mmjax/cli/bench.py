@@ -1,9 +1,7 @@
-"""Measure an engine on made-up inputs of real shapes: greedy, end-of-sequence ignored, every prompt different.
+"""Benchmarks an engine on random inputs of realistic shapes: greedy, without stop tokens, every prompt different.
 
-    throughput   many prompts at once: what the machine delivers
-    latency      one batch, again and again: what a request waits for
-
-A time means something on the machine it was taken on only, and a random model's tokens mean nothing at all.
+throughput   many prompts at once
+latency      one small batch, repeated
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ AUDIO_RATE = 16_000
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """prompts: how many. text: tokens of text in each. images: (width, height) of each image of a prompt. audio_s:
-    seconds of audio in each, 0 for none. output: tokens to generate for each."""
+    """prompts: how many. text: tokens of text per prompt. images: (width, height) of each image of a prompt. audio_s:
+    seconds of audio per prompt, 0 for none. output: tokens to generate per prompt."""
 
     prompts: int = 16
     text: int = 64
@@ -39,7 +37,7 @@ class Workload:
 
 
 def make_prompts(work: Workload, encode: Callable[[str], Sequence[int]], seed: int) -> list[dict[str, Any]]:
-    """Prompts of random words and noise; equal seeds give equal prompts, different seeds share none."""
+    """Prompts of random words and noise. Equal seeds give equal prompts; prompts of different seeds all differ."""
     rng = np.random.default_rng(seed)
     return [_prompt(work, encode, rng) for _ in range(work.prompts)]
 
@@ -65,7 +63,7 @@ def _text(tokens: int, encode: Callable[[str], Sequence[int]], rng: np.random.Ge
 
 
 @dataclasses.dataclass(frozen=True)
-class Spread:
+class Percentiles:
     """Milliseconds over requests."""
 
     mean: float
@@ -73,7 +71,7 @@ class Spread:
     p99: float
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread | None:
+    def of(cls, seconds: Sequence[float]) -> Percentiles | None:
         if not seconds:
             return None
         ms = np.asarray(seconds) * 1e3
@@ -81,12 +79,13 @@ class Spread:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What a run took and gave.
+class BenchResult:
+    """The figures of a run.
 
-    start_s: building the engine, weights and programs included; start_cache says what of the programs the persistent
-    cache held. ttft: arrival to first token. itl: mean time between a request's tokens. host_share: part of the wall
-    time the engine's own Python took; idle_share: the part of it during which the device had nothing to do.
+    start_s: loading the model, compiling included. start_cache: how many of its programs the compilation cache had; see
+    `CompileCounter.cache`. ttft_ms: arrival to first token. itl_ms: mean time between a request's tokens. host_share:
+    the share of the wall time that the engine's own Python took. idle_share: the part of it during which the device had
+    nothing to do.
     """
 
     device: str
@@ -101,8 +100,8 @@ class Report:
     input_tokens_per_s: float
     output_tokens_per_s: float
     decode_steps_per_s: float
-    ttft_ms: Spread | None
-    itl_ms: Spread | None
+    ttft_ms: Percentiles | None
+    itl_ms: Percentiles | None
     host_share: float
     idle_share: float
     compiles_after_warmup: int
@@ -122,16 +121,16 @@ class Report:
 
 
 class Bench:
-    """An engine, what it took to start, and the runs on it."""
+    """An engine, and runs on it."""
 
-    def __init__(self, model: str, engine: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, engine_kwargs: Mapping[str, Any]) -> None:
         with count_compiles() as self.compiles:
             begin = time.perf_counter()
-            self.llm = LLM(model, **{"disable_log_stats": False, **engine})
+            self.llm = LLM(model, **{"disable_log_stats": False, **engine_kwargs})
             self.start_s = time.perf_counter() - begin
 
-    def run(self, work: Workload, seed: int) -> Report:
-        """Generate for one set of prompts. The first call should not be believed: see `warm_up`."""
+    def run(self, work: Workload, seed: int) -> BenchResult:
+        """Generate outputs for one set of prompts. Call `warm_up` first: a first run is slower than the others."""
         tokenizer = self.llm.model.tokenizer
         if tokenizer is None:
             raise ValueError("the benchmark writes its prompts as text and needs the model's tokenizer")
@@ -140,57 +139,57 @@ class Bench:
         before = self.llm.get_metrics()
         begin = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return self._report(outputs, before, time.perf_counter() - begin)
+        return self._result(outputs, before, time.perf_counter() - begin)
 
     def warm_up(self, work: Workload) -> None:
-        """Touch everything once, so that the first measured run pays for nothing but itself."""
+        """Run a small part of the workload, so that whatever is done only once is done."""
         self.run(dataclasses.replace(work, prompts=min(work.prompts, 2), output=min(work.output, 4)), seed=0)
 
-    def _report(self, outputs: Sequence[RequestOutput], before: Mapping[str, float], wall_s: float) -> Report:
+    def _result(self, outputs: Sequence[RequestOutput], before: Mapping[str, float], wall_s: float) -> BenchResult:
         now = self.llm.get_metrics()
         spent = {name: now[name] - before[name] for name in ("decode_steps", "host_s", "idle_s")}
         ttft, itl = [], []
         for output in outputs:
-            times, count = output.metrics, sum(len(answer.token_ids) for answer in output.outputs)
+            times, count = output.metrics, sum(len(completion.token_ids) for completion in output.outputs)
             if times is None or times.first_token_time is None:
                 continue
             ttft.append(times.first_token_time - times.arrival_time)
             if times.last_token_time is not None and count > 1:
                 itl.append((times.last_token_time - times.first_token_time) / (count - 1))
-        given = sum(len(output.prompt_token_ids or ()) for output in outputs)
-        made = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
-        return Report(
+        input_tokens = sum(len(output.prompt_token_ids or ()) for output in outputs)
+        output_tokens = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+        return BenchResult(
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             start_s=self.start_s,
             start_cache=self.compiles.cache,
             start_programs=self.compiles.count,
             wall_s=wall_s,
             requests=len(outputs),
-            input_tokens=given,
-            output_tokens=made,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
             requests_per_s=len(outputs) / wall_s,
-            input_tokens_per_s=given / wall_s,
-            output_tokens_per_s=made / wall_s,
+            input_tokens_per_s=input_tokens / wall_s,
+            output_tokens_per_s=output_tokens / wall_s,
             decode_steps_per_s=spent["decode_steps"] / wall_s,
-            ttft_ms=Spread.of(ttft),
-            itl_ms=Spread.of(itl),
+            ttft_ms=Percentiles.of(ttft),
+            itl_ms=Percentiles.of(itl),
             host_share=spent["host_s"] / wall_s,
             idle_share=spent["idle_s"] / wall_s,
             compiles_after_warmup=int(now["compiles_after_warmup"]),
         )
 
 
-def throughput(model: str, work: Workload, engine: Mapping[str, Any]) -> Report:
-    """All prompts at once."""
-    bench = Bench(model, engine)
+def throughput(model: str, work: Workload, engine_kwargs: Mapping[str, Any]) -> BenchResult:
+    """A run of all prompts at once."""
+    bench = Bench(model, engine_kwargs)
     bench.warm_up(work)
     return bench.run(work, seed=1)
 
 
-def latency(model: str, work: Workload, engine: Mapping[str, Any], repeats: int = 5) -> Report:
-    """The run of median wall time among `repeats` of them, each a batch of new prompts."""
-    bench = Bench(model, engine)
+def latency(model: str, work: Workload, engine_kwargs: Mapping[str, Any], repeats: int = 5) -> BenchResult:
+    """The run of median wall time among `repeats` runs, each a batch of new prompts."""
+    bench = Bench(model, engine_kwargs)
     bench.warm_up(work)
     runs = [bench.run(work, seed=seed) for seed in range(1, repeats + 1)]
-    middle = statistics.median_low(run.wall_s for run in runs)
-    return next(run for run in runs if run.wall_s == middle)
+    median = statistics.median_low(run.wall_s for run in runs)
+    return next(run for run in runs if run.wall_s == median)

@@ -1,4 +1,4 @@
-"""`mmjax chat`: a conversation in the terminal, with pictures, sound and videos."""
+"""`mmjax chat`: a conversation in the terminal, with images, audio and videos."""
 
 from __future__ import annotations
 
@@ -6,34 +6,35 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmjax.chat.parts import media_part
-from mmjax.entrypoints.async_llm import AsyncLLM
-from mmjax.entrypoints.llm import LLM
-from mmjax.types import SamplingParams
+from mmjax.types import MODALITIES, SamplingParams
+
+if TYPE_CHECKING:
+    from mmjax import AsyncLLM
 
 HELP = """\
-/image PATH|URL   show a picture with the next message; /audio and /video likewise, and as many as you like
-/system TEXT      begin again, with an instruction
-/clear            begin again
-/quit             leave (as does the end of input); Ctrl-C cuts an answer short"""
-MEDIA = ("image", "audio", "video")
+/image PATH|URL   add an image to the next message; /audio and /video do the same; use them as often as you like
+/system TEXT      start over with a system message
+/clear            start over
+/quit             leave (so does the end of the input); Ctrl-C stops an answer"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the flags of this command."""
     group = parser.add_argument_group("chat")
-    group.add_argument("--system", metavar="TEXT", help="instruction that the conversation begins with")
+    group.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
     group.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: the model's)")
-    group.add_argument("--max-tokens", type=int, help="longest answer (default: as long as there is room)")
+    group.add_argument("--max-tokens", type=int, help="most tokens of an answer (default: as many as fit)")
 
 
-def run(arguments: argparse.Namespace, engine: Mapping[str, Any]) -> None:
-    """Load the model and talk until the input ends."""
-    served = AsyncLLM(LLM(arguments.model, **engine))
+def run(arguments: argparse.Namespace, engine_kwargs: Mapping[str, Any]) -> None:
+    """Load the model and chat until the input ends."""
+    from mmjax import LLM, AsyncLLM
+
+    engine = AsyncLLM(LLM(arguments.model, **engine_kwargs))
     try:
-        defaults = served.llm.get_default_sampling_params()
+        defaults = engine.llm.get_default_sampling_params()
         temperature = defaults.temperature if arguments.temperature is None else arguments.temperature
         params = SamplingParams(
             temperature=temperature,
@@ -42,10 +43,10 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any]) -> None:
             repetition_penalty=defaults.repetition_penalty,
             max_tokens=arguments.max_tokens,
         )
-        print(f"{arguments.model} listens. /help tells what else there is.")
-        Terminal(served, params, arguments.system).talk(input, _print)
+        print(f"Chat with {arguments.model}. /help lists the commands.")
+        Terminal(engine, params, arguments.system).run(input, _print)
     finally:
-        served.close()
+        engine.close()
 
 
 def _print(text: str) -> None:
@@ -54,22 +55,22 @@ def _print(text: str) -> None:
 
 
 class Terminal:
-    """A conversation. What goes wrong with a turn is told, and the turn forgotten with its media."""
+    """A conversation. If a turn fails, the error is printed and the turn is dropped with its media."""
 
-    def __init__(self, served: AsyncLLM, params: SamplingParams, system: str | None = None) -> None:
-        self.served = served
+    def __init__(self, engine: AsyncLLM, params: SamplingParams, system: str | None = None) -> None:
+        self.engine = engine
         self.params = params
         self.messages: list[dict[str, Any]] = []
-        self.media: list[dict[str, Any]] = []
-        self.begin(system)
+        self.media: list[dict[str, Any]] = []  # parts of the next message
+        self.start(system)
 
-    def begin(self, system: str | None) -> None:
-        """Forget everything."""
+    def start(self, system: str | None) -> None:
+        """Start over, with a system message if there is one."""
         self.messages = [{"role": "system", "content": system}] if system else []
         self.media = []
 
-    def talk(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:
-        """Turn by turn until the input ends. read: a line, given a prompt; write: text as it comes."""
+    def run(self, read: Callable[[str], str], write: Callable[[str], None]) -> None:
+        """Take turns until the input ends. read: shows a prompt and returns a line. write: prints text at once."""
         with asyncio.Runner() as runner:
             while True:
                 try:
@@ -85,36 +86,38 @@ class Terminal:
                     elif line:
                         runner.run(self.turn(line, write))
                 except KeyboardInterrupt:
-                    write(" [cut short]\n")
+                    write(" [stopped]\n")
                 except (ValueError, OSError, NotImplementedError) as error:
                     write(f"{error}\n")
 
     def command(self, line: str) -> str:
-        """Do what a line that begins with a slash says; what to tell about it."""
-        name, _, rest = line[1:].partition(" ")
-        rest = rest.strip()
-        if name in MEDIA and rest:
-            self.media.append(media_part(name, rest))
+        """Run a command, a line that begins with a slash. Returns what to print."""
+        from mmjax.chat.parts import media_part
+
+        name, _, argument = line[1:].partition(" ")
+        argument = argument.strip()
+        if name in MODALITIES and argument:
+            self.media.append(media_part(name, argument))
             return f"[{len(self.media)} with the next message]\n"
         if name in ("clear", "system"):
-            self.begin(rest or None)
-            return "[from the beginning]\n"
+            self.start(argument or None)
+            return "[new conversation]\n"
         return HELP + "\n"
 
     async def turn(self, text: str, write: Callable[[str], None]) -> None:
-        """Ask, and write the answer as it comes."""
+        """Send a message, and print the answer as it is generated."""
         content: Any = [*self.media, {"type": "text", "text": text}] if self.media else text
         self.media = []
         messages = [*self.messages, {"role": "user", "content": content}]
-        engine_input = await self.served.prepare_chat(messages)
-        stream = self.served.submit(engine_input, self.params, streaming=True)
-        said = []
+        engine_input = await self.engine.prepare_chat(messages)
+        stream = self.engine.submit(engine_input, self.params, streaming=True)
+        texts = []
         try:
-            async for delta in self.served.stream(stream):
-                said.append(delta.text)
+            async for delta in self.engine.stream(stream):
+                texts.append(delta.text)
                 write(delta.text)
             write("\n")
         finally:
-            self.served.drop(stream)
-            if said:
-                self.messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+            self.engine.drop(stream)
+            if texts:
+                self.messages = [*messages, {"role": "assistant", "content": "".join(texts)}]

@@ -34,7 +34,7 @@ MAPPINGS = frozenset(
 
 
 class FlagError(ValueError):
-    """Flags that cannot be understood; the message says how to write them."""
+    """Flags that cannot be parsed; the message says how to write them."""
 
 
 def flag(name: str) -> str:
@@ -47,7 +47,7 @@ def meaning(name: str) -> str:
 
 
 def default(name: str) -> Any:
-    """The default of an engine argument, as it is shown to people."""
+    """The default of an engine argument."""
     field = FIELDS[name]
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
@@ -66,33 +66,33 @@ def engine_kwargs(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """A default, for people."""
+    """A default, as `--help` shows it."""
     if value is None or value == "":
         return "unset"
     return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
 
 
 def _reading(name: str) -> dict[str, Any]:
-    """How argparse reads a flag, from the type of its field."""
+    """The arguments with which argparse reads a flag, from the type of its field."""
     hint = HINTS[name]
     union = isinstance(hint, types.UnionType)
-    kinds = {typing.get_origin(part) or part for part in (typing.get_args(hint) if union else (hint,))} - {
+    hint_types = {typing.get_origin(part) or part for part in (typing.get_args(hint) if union else (hint,))} - {
         types.NoneType
     }
     if name in MAPPINGS:
         return {"type": json.loads, "metavar": "JSON"}
-    if kinds == {bool}:
+    if hint_types == {bool}:
         return {"action": argparse.BooleanOptionalAction}
-    if collections.abc.Sequence in kinds:
+    if collections.abc.Sequence in hint_types:
         return {"nargs": "+"}
-    (kind,) = kinds - {int} if len(kinds) > 1 else kinds  # "4k" or 4096: EngineArgs reads both from a string
-    return {"type": kind, "metavar": kind.__name__.upper()}
+    (parse,) = hint_types - {int} if len(hint_types) > 1 else hint_types  # EngineArgs reads "4k" and "4096" itself
+    return {"type": parse, "metavar": parse.__name__.upper()}
 
 
 def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
-    """Rewrite flags to what argparse reads: dashes for underscores, and each mapping once, as one JSON object.
+    """Rewrite flags for argparse: dashes for underscores, and each mapping once, as one JSON object.
 
-    Raises FlagError for a part without a value and for a value that is not a JSON object.
+    FlagError for a key without a value and for a value that is not a JSON object.
     """
     rest: list[str] = []
     trees: dict[str, dict[str, Any]] = {}
@@ -120,9 +120,9 @@ def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
 
 
 def from_file(argv: Sequence[str]) -> list[str]:
-    """Put the flags of `--config FILE` (YAML, one key per flag) before those of the command line, which win.
+    """Insert the flags in the file of `--config FILE` (YAML, one key per flag). Those on the command line win.
 
-    Raises FlagError for a file that cannot be read as such.
+    FlagError for a file that cannot be read.
     """
     words, file = list(argv), None
     for i, word in enumerate(words):
@@ -141,12 +141,12 @@ def from_file(argv: Sequence[str]) -> list[str]:
         raise FlagError(f"--config {file}: {error}") from error
     if not isinstance(entries, Mapping):
         raise FlagError(f"--config {file}: expected one `flag: value` per line, got {type(entries).__name__}")
-    told = {word.partition("=")[0].partition(".")[0].replace("_", "-") for word in words if word.startswith("--")}
+    given_flags = {word.partition("=")[0].partition(".")[0].replace("_", "-") for word in words if word[:2] == "--"}
     first, last = [], []
     for key, value in entries.items():
         name = flag(str(key).lstrip("-")).replace("--model-tag", "--model")
-        if isinstance(value, list):  # takes every word that follows, so it comes last
-            last += [] if name in told else [name, *map(str, value)]
+        if isinstance(value, list):  # a list takes all words that follow, so it comes last
+            last += [] if name in given_flags else [name, *map(str, value)]
         elif isinstance(value, bool):
             first.append(name if value else name.replace("--", "--no-", 1))
         elif value is not None:
@@ -170,7 +170,7 @@ def _object(head: str, text: str) -> dict[str, Any]:
 
 
 def _put(tree: dict[str, Any], keys: list[str], text: str, *, split: bool, name: str) -> None:
-    """Set one leaf from its text. A last key that ends in `+` appends instead."""
+    """Set one value from its text. A last key that ends in `+` appends to a list."""
     *path, last = keys
     try:
         value = json.loads(text)
@@ -194,7 +194,7 @@ def _nest(path: Sequence[str], leaf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], more: Mapping[str, Any], name: str, *, quiet: bool = False) -> None:
-    """Merge in place; where both hold a key and either is not an object, the later wins, with a warning."""
+    """Merge `more` into `tree`. Of two values for a key the later wins, with a warning, unless both are objects."""
     for key, value in more.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
             _merge(tree[key], value, f"{name}.{key}", quiet=quiet)

@@ -1,6 +1,6 @@
 """The command line: `mmjax demo|serve|chat|run-batch|convert|inspect|bench|version`.
 
-Nothing heavy is imported before a command is chosen.
+Commands import what they need when they run, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import mmjax
-from mmjax.cli import flags
+from mmjax.cli import chat, flags
 
 MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 2 for a wrong command line, 1 for input that cannot be used."""
+    """Run one command. Returns the exit status: 2 for a wrong command line, 1 for unusable input."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words and words[0] in MODEL_COMMANDS:
@@ -44,7 +44,9 @@ def model_parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(f"mmjax {name}", allow_abbrev=False)
     parser.add_argument("model", nargs="?", help="model directory, hub id, or `demo`")
     parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML with flags: `max-model-len: 4096`; those given here win")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of flags, such as `max-model-len: 4096`; the command line wins"
+    )
     add_flags(parser)
     flags.add_engine_flags(parser)
     return parser
@@ -69,9 +71,9 @@ def top_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    _add_demo(commands.add_parser("demo", help="see the model that ships with mmjax look, watch and listen"))
+    _add_demo(commands.add_parser("demo", help="try the model that ships with mmjax on images, videos and audio"))
 
-    for name, (meaning, *_) in MODEL_COMMANDS.items():  # their flags are added when one is chosen: `_model_command`
+    for name, (meaning, *_) in MODEL_COMMANDS.items():  # `_model_command` adds their flags
         commands.add_parser(name, help=meaning, add_help=False)
 
     convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
@@ -82,17 +84,17 @@ def top_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(command=_convert)
 
-    inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds, from its headers alone")
+    inspect = commands.add_parser("inspect", help="describe the checkpoint in a directory, from its headers alone")
     inspect.add_argument("directory", type=Path, help="checkpoint directory")
     inspect.set_defaults(command=_inspect)
 
-    bench = commands.add_parser("bench", help="measure throughput or latency on made-up inputs")
-    kinds = bench.add_subparsers(required=True, metavar="KIND")
+    bench = commands.add_parser("bench", help="measure throughput or latency on random inputs")
+    benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     for name, prompts in (("throughput", 16), ("latency", 1)):
-        kind = kinds.add_parser(name, allow_abbrev=False)
-        kind.set_defaults(command=_bench, kind=name)
-        _add_workload(kind, prompts)
-        flags.add_engine_flags(kind)
+        benchmark = benchmarks.add_parser(name, allow_abbrev=False)
+        benchmark.set_defaults(command=_bench, benchmark=name)
+        _add_workload(benchmark, prompts)
+        flags.add_engine_flags(benchmark)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=_version)
@@ -109,14 +111,14 @@ def _serve(arguments: argparse.Namespace) -> None:
     from mmjax.config import env_number
     from mmjax.serve import command
 
-    # Longer than clients keep an idle connection (httpx, and with it the openai package: 5 s). With the same time on
-    # both sides a request now and then meets the closing of its connection: 1 in 4000 under load.
+    # Longer than clients keep an idle connection (httpx, and with it the openai package: 5 s). With equal times on both
+    # sides, 1 request in 4000 under load was sent on a connection that the server was closing.
     keep_alive = int(env_number("HTTP_TIMEOUT_KEEP_ALIVE", 60))
     command.run(arguments, flags.engine_kwargs(arguments), _settings(arguments), keep_alive)
 
 
 def _settings(arguments: argparse.Namespace) -> Any:
-    """What a server is to know, from its flags and the environment."""
+    """The server's settings, from its flags and the environment."""
     from mmjax.config import env, env_flag, env_number
     from mmjax.serve import command
 
@@ -144,42 +146,35 @@ def _run_batch(arguments: argparse.Namespace) -> None:
     batches.run(arguments, flags.engine_kwargs(arguments), _settings(arguments))
 
 
-def _chat_flags(parser: argparse.ArgumentParser) -> None:
-    from mmjax.cli import chat
-
-    chat.add_flags(parser)
-
-
 def _chat(arguments: argparse.Namespace) -> None:
-    from mmjax.cli import chat
-
     chat.run(arguments, flags.engine_kwargs(arguments))
 
 
 MODEL_COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 ] = {
-    "serve": ("answer HTTP requests as OpenAI's API does", _serve_flags, _serve),
-    "chat": ("talk to a model in the terminal", _chat_flags, _chat),
-    "run-batch": ("answer a file of requests in OpenAI's batch format", _batch_flags, _run_batch),
+    "serve": ("serve OpenAI's HTTP API", _serve_flags, _serve),
+    "chat": ("chat with a model in the terminal", chat.add_flags, _chat),
+    "run-batch": ("process a file of requests in OpenAI's batch format", _batch_flags, _run_batch),
 }
+"""name -> (help, adds its flags, runs it)."""
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", nargs="?", help="question about your own files")
-    for kind in ("image", "video", "audio"):
+    parser.add_argument("question", nargs="?", help="a question about your own files")
+    for modality in ("image", "video", "audio"):
         parser.add_argument(
-            f"--{kind}", type=Path, action="append", default=[], metavar="FILE", help=f"ask about your own {kind} file"
+            f"--{modality}", type=Path, action="append", default=[], metavar="FILE", help=f"your own {modality} file"
         )
     parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="directory for the files that it makes")
-    parser.add_argument("--seed", type=int, help="seed of what is drawn and of which recording is taken")
+    parser.add_argument("--seed", type=int, help="seed of the files that it makes")
     parser.add_argument(
         "--eval",
         type=int,
         nargs="?",
         const=100,
         metavar="N",
-        help="measure every skill on N questions, 100 unless given, that training never saw",
+        help="measure each skill on N questions outside of the training set (default: 100)",
     )
     parser.set_defaults(command=_demo)
 
@@ -187,15 +182,15 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from mmjax.demo import show
 
-    given = {kind: getattr(arguments, kind) for kind in show.KINDS}
-    show.run(given, arguments.question, arguments.out, arguments.seed, arguments.eval)
+    files = {"image": arguments.image, "video": arguments.video, "audio": arguments.audio}
+    show.run(files, arguments.question, arguments.out, arguments.seed, arguments.eval)
 
 
 def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
     parser.add_argument("model", help="model directory or hub id; random weights with --load-format dummy")
     group = parser.add_argument_group("workload")
     group.add_argument("--prompts", "--batch", type=int, default=prompts, help=f"prompts at once (default: {prompts})")
-    group.add_argument("--text", type=int, default=64, help="tokens of text per prompt, about (default: 64)")
+    group.add_argument("--text", type=int, default=64, help="approximate tokens of text per prompt (default: 64)")
     group.add_argument(
         "--image", type=_size, action="append", default=[], metavar="WxH", help="one more image per prompt"
     )
@@ -203,8 +198,10 @@ def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
         "--audio", type=float, default=0.0, metavar="SECONDS", help="seconds of audio per prompt (default: 0)"
     )
     group.add_argument("--output", type=int, default=64, help="tokens to generate per prompt (default: 64)")
-    group.add_argument("--repeats", type=int, default=5, help="runs to take the median of, for latency (default: 5)")
-    group.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")
+    group.add_argument(
+        "--repeats", type=int, default=5, help="runs of latency, of which the median counts (default: 5)"
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -224,14 +221,14 @@ def _bench(arguments: argparse.Namespace) -> None:
         audio_s=arguments.audio,
         output=arguments.output,
     )
-    engine = flags.engine_kwargs(arguments)
-    if arguments.kind == "throughput":
-        report = bench.throughput(arguments.model, work, engine)
+    engine_kwargs = flags.engine_kwargs(arguments)
+    if arguments.benchmark == "throughput":
+        result = bench.throughput(arguments.model, work, engine_kwargs)
     else:
-        report = bench.latency(arguments.model, work, engine, arguments.repeats)
-    print(report.as_table())
+        result = bench.latency(arguments.model, work, engine_kwargs, arguments.repeats)
+    print(result.as_table())
     if arguments.json:
-        arguments.json.write_text(report.as_json() + "\n")
+        arguments.json.write_text(result.as_json() + "\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -242,7 +239,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from mmjax.loader.params import param_specs
 
     checkpoint = Checkpoint.open(arguments.source)
-    _, leaves = param_specs(checkpoint.family, checkpoint.model_config())
+    _, specs = param_specs(checkpoint.family, checkpoint.model_config())
     with tqdm(unit="B", unit_scale=True, desc="converting") as bar:
 
         def progress(path: str, done: int, total: int) -> None:
@@ -253,14 +250,14 @@ def _convert(arguments: argparse.Namespace) -> None:
             checkpoint.directory,
             arguments.destination,
             table=checkpoint.family.table,
-            shapes={path: leaf.shape for path, leaf in leaves.items()},
+            shapes={path: spec.shape for path, spec in specs.items()},
             dtype=arguments.dtype,
             progress=progress,
             tensors=checkpoint.tensors if checkpoint.family.table.parts else None,
             config=checkpoint.config if checkpoint.family.table.parts else None,
         )
-    taken = f"{len(leaves)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
-    print(f"{arguments.destination}: {taken}")
+    counts = f"{len(specs)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
+    print(f"{arguments.destination}: {counts}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -270,11 +267,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     try:
         checkpoint = Checkpoint.open(str(arguments.directory))
-    except ValueError as error:  # no model of ours: what the files hold can still be told
+    except ValueError as error:  # not a model that mmjax runs: describe its files alone
         print(render(describe(arguments.directory)) + f"\nno model to compare with: {error}")
         return
-    _, leaves = param_specs(checkpoint.family, checkpoint.model_config())
-    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    _, specs = param_specs(checkpoint.family, checkpoint.model_config())
+    shapes = {path: spec.shape for path, spec in specs.items()}
     print(render(describe(arguments.directory, table=checkpoint.family.table, shapes=shapes)), end="")
 
 

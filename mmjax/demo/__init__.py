@@ -1,6 +1,6 @@
-"""The model that ships with mmjax, and what it was made to see and hear: coloured shapes, moving shapes, spoken words.
+"""The model that ships with mmjax, and its media: pictures and videos of colored shapes, recordings of spoken words.
 
-`LLM("demo")` loads it, `mmjax demo` shows it, and examples/train_demo trained it on the pictures drawn here.
+`LLM("demo")` loads the model, `mmjax demo` shows what it can do, and examples/train_demo has trained it on these media.
 """
 
 from mmjax.loader.checkpoint import DEMO as NAME

@@ -1,4 +1,4 @@
-"""Questions about what was drawn, shown or said, with the right answers. Names of skills are the keys of SKILLS."""
+"""Questions about scenes, videos and recordings, with the right answers, by skill."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mmjax.demo.scenes import COLORS, SHAPES, Clip, Scene, Thing
+from mmjax.demo.scenes import COLORS, SHAPES, MovingScene, Scene, Thing
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDS = (
@@ -28,8 +28,8 @@ TALK = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """One question and its answer. `skill` is a key of SKILLS."""
+class QuestionAnswer:
+    """A question and the right answer. skill: one of SKILLS."""
 
     skill: str
     question: str
@@ -37,6 +37,7 @@ class Asked:
 
 
 Maker = Callable[[np.random.Generator, Sequence[Scene]], "tuple[str, str] | None"]
+"""Makes a question and its answer about one or two pictures; None where the scenes do not allow one."""
 
 
 def _any(rng: np.random.Generator, *options: str) -> str:
@@ -48,7 +49,7 @@ def _a(name: str) -> str:
 
 
 def _some(count: int, shape: str, color: str = "") -> str:
-    """There are two red circles."""
+    """A sentence such as "There are two red circles."."""
     what = f"{color} {shape}".strip()
     if count == 1:
         return f"There is one {what}."
@@ -60,7 +61,7 @@ def _plural(shape: str) -> str:
 
 
 def only(things: Sequence[Thing], **wanted: str) -> bool:
-    """Whether exactly one thing is like that."""
+    """Whether exactly one thing has these attributes."""
     return sum(all(getattr(thing, key) == value for key, value in wanted.items()) for thing in things) == 1
 
 
@@ -69,7 +70,7 @@ def one(rng: np.random.Generator, things: Sequence[Thing]) -> Thing:
 
 
 def listing(scene: Scene, order: Sequence[Thing] | None = None) -> str:
-    """A red circle, a blue square and a green star: from left to right, or in the order given."""
+    """A sentence such as "A red circle, a blue square and a green star.", from left to right or in the given order."""
     names = [_a(thing.name) for thing in order or sorted(scene.things, key=lambda thing: thing.x)]
     text = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
     return text[0].upper() + text[1:] + "."
@@ -145,7 +146,7 @@ SIDES = {"left of": "right of", "right of": "left of", "above": "below", "below"
 
 
 def _side(a: Thing, b: Thing) -> str:
-    """Where a is from b, or "" where that is open to doubt."""
+    """On which side of b a is; "" where it is on none clearly."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > 1.6 * abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -172,9 +173,9 @@ def _where(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]
             f"Is the {a} left of, right of, above or below the {b}?",
         )
         return question, f"The {a} is {side} the {b}."
-    asked = side if rng.random() < 0.5 else _any(rng, SIDES[side], *SIDES)
-    word = f"to the {asked}" if asked.endswith("of") and rng.random() < 0.5 else asked
-    return f"Is the {a} {word} the {b}?", f"{'Yes' if asked == side else 'No'}, the {a} is {side} the {b}."
+    guess = side if rng.random() < 0.5 else _any(rng, SIDES[side], *SIDES)
+    phrase = f"to the {guess}" if guess.endswith("of") and rng.random() < 0.5 else guess
+    return f"Is the {a} {phrase} the {b}?", f"{'Yes' if guess == side else 'No'}, the {a} is {side} the {b}."
 
 
 def _compare(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
@@ -222,19 +223,19 @@ PICTURE: dict[str, Maker] = {
     "compare": _compare,
 }
 SKILLS = (*PICTURE, "motion", "digits", "words")
-TRIES = 6  # to find something to ask: what is drawn at random does not always allow it
+TRIES = 6  # to make a question: not every choice that a maker draws allows one
 
 
-def about_picture(rng: np.random.Generator, scenes: Sequence[Scene], skill: str) -> Asked | None:
-    """A question of one skill about one picture, or about two. None where the picture gives none."""
+def about_picture(rng: np.random.Generator, scenes: Sequence[Scene], skill: str) -> QuestionAnswer | None:
+    """A question of one skill about one or two pictures. None where the scenes do not allow one."""
     for _ in range(TRIES):
         if (made := PICTURE[skill](rng, scenes)) is not None:
-            return Asked(skill, *made)
+            return QuestionAnswer(skill, *made)
     return None
 
 
-def about_clip(rng: np.random.Generator, clip: Clip) -> Asked:
-    """What moves, and where to."""
+def about_clip(rng: np.random.Generator, clip: MovingScene) -> QuestionAnswer:
+    """A question about what moves, and in which direction."""
     thing = clip.scene.things[0]
     questions = ["What moves?", "What happens in the video?", "Describe the video.", "What does the video show?"]
     for name in (thing.name, thing.shape):
@@ -244,36 +245,38 @@ def about_clip(rng: np.random.Generator, clip: Clip) -> Asked:
         questions += ["Which way does it move?", "Which way does the shape move?", "In which direction does it move?"]
     ways = {"": "does not move", "up": "moves up", "down": "moves down"}
     way = ways.get(clip.direction, f"moves to the {clip.direction}")
-    return Asked("motion", _any(rng, *questions), f"The {thing.name} {way}.")
+    return QuestionAnswer("motion", _any(rng, *questions), f"The {thing.name} {way}.")
 
 
-def about_speech(rng: np.random.Generator, said: str) -> list[Asked]:
-    """Questions about a spoken word or about spoken digits, the words of which are given."""
-    parts = said.split()
-    if parts[0] not in DIGITS:
+def about_speech(rng: np.random.Generator, transcript: str) -> list[QuestionAnswer]:
+    """Questions about a recording of a word or of digits."""
+    words = transcript.split()
+    if words[0] not in DIGITS:
         questions = ("What is said?", "Which word is spoken?", "Which word do you hear?", "Transcribe the audio.")
-        return [Asked("words", _any(rng, *questions, "What do you hear?"), said)]
+        return [QuestionAnswer("words", _any(rng, *questions, "What do you hear?"), transcript)]
     questions = ("What is said?", "Which digits are spoken?", "What digits do you hear?", "Transcribe the audio.")
-    out = [Asked("digits", _any(rng, *questions, "What do you hear?"), said)]
+    out = [QuestionAnswer("digits", _any(rng, *questions, "What do you hear?"), transcript)]
     if rng.random() < 0.3:
-        number = f"There {'is one digit' if len(parts) == 1 else f'are {COUNTS[len(parts)]} digits'}."
-        out.append(Asked("digits", _any(rng, "How many digits are spoken?", "How many digits do you hear?"), number))
+        number = f"There {'is one digit' if len(words) == 1 else f'are {COUNTS[len(words)]} digits'}."
+        out.append(
+            QuestionAnswer("digits", _any(rng, "How many digits are spoken?", "How many digits do you hear?"), number)
+        )
     return out
 
 
-def correct(asked: Asked, answer: str) -> bool:
-    """Whether an answer says the same. Lists may come in any order, and case and full stops do not matter."""
-    given, wanted = (re.sub(r"[^\w\s,]", "", text.lower()).strip() for text in (answer, asked.answer))
+def correct(qa: QuestionAnswer, answer: str) -> bool:
+    """Whether an answer is right. Lists may come in any order, and case and punctuation do not matter."""
+    given, wanted = (re.sub(r"[^\w\s,]", "", text.lower()).strip() for text in (answer, qa.answer))
     if given == wanted:
         return True
-    listed = re.compile(r",\s*|\s+and\s+")
-    told = wanted.startswith(("a ", "an "))
-    return told and sorted(listed.split(given)) == sorted(listed.split(wanted))
+    separator = re.compile(r",\s*|\s+and\s+")
+    is_list = wanted.startswith(("a ", "an "))
+    return is_list and sorted(separator.split(given)) == sorted(separator.split(wanted))
 
 
-def word_errors(said: str, heard: str) -> int:
-    """Substitutions, insertions and deletions that turn one string of words into the other."""
-    a, b = said.lower().split(), re.sub(r"[^\w\s]", "", heard.lower()).split()
+def word_errors(reference: str, transcript: str) -> int:
+    """Substitutions, insertions and deletions of words that turn one text into the other."""
+    a, b = reference.lower().split(), re.sub(r"[^\w\s]", "", transcript.lower()).split()
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, 1):
         previous, row[0] = row[0], i

@@ -1,12 +1,15 @@
-"""`mmjax demo --eval`: how often the shipped model is right about what it has never seen or heard, skill by skill."""
+"""`mmjax demo --eval`: the accuracy of the demo model on questions outside of its training set, by skill."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mmjax.demo import DIRECTORY, ask, heldout
+
+if TYPE_CHECKING:
+    from mmjax.entrypoints.llm import LLM
 
 MEANINGS = {
     "color": "colour of a shape",
@@ -20,62 +23,61 @@ MEANINGS = {
     "digits": "spoken digits, all of a recording",
     "words": "spoken words",
 }
-LONGEST = 40  # tokens of an answer: a description of four things has 20
+MAX_TOKENS = 40  # of an answer: a description of four things has 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Of one skill. answers: one per question; error_rate: of words, where a recording was to be written down."""
+    """The answers to the questions of one skill."""
 
     skill: str
-    questions: Sequence[heldout.Question]
+    questions: Sequence[heldout.MediaQuestion]
     answers: Sequence[str]
 
     @property
-    def right(self) -> float:
-        """Share of right answers."""
+    def accuracy(self) -> float:
+        """The share of right answers."""
         pairs = zip(self.questions, self.answers, strict=True)
-        return sum(ask.correct(one.asked, told) for one, told in pairs) / len(self.questions)
+        return sum(ask.correct(question.qa, answer) for question, answer in pairs) / len(self.questions)
 
     @property
-    def error_rate(self) -> float | None:
-        """Wrong, missing and added words by those spoken, of digits."""
+    def word_error_rate(self) -> float | None:
+        """Wrong, missing and added words per spoken word; of digits only."""
         if self.skill != "digits":
             return None
-        said = [one.asked.answer for one in self.questions]
-        wrong = sum(ask.word_errors(*pair) for pair in zip(said, self.answers, strict=True))
-        return wrong / sum(len(words.split()) for words in said)
+        references = [question.qa.answer for question in self.questions]
+        errors = sum(ask.word_errors(*pair) for pair in zip(references, self.answers, strict=True))
+        return errors / sum(len(reference.split()) for reference in references)
 
 
-def load() -> Any:
-    """The packaged model with room for many questions at once."""
+def load() -> LLM:
+    """The demo model, for many questions at once."""
     from mmjax.entrypoints.llm import LLM
 
     return LLM(str(DIRECTORY), max_model_len=512, max_num_batched_tokens=512, max_num_seqs=16, enforce_eager=True)
 
 
-def measure(count: int, tell: Callable[[str], None], llm: Any = None) -> list[Score]:
-    """Ask `count` questions of every skill through mmjax."""
+def measure(count: int, log: Callable[[str], None], llm: LLM | None = None) -> list[Score]:
+    """Ask the model `count` questions of every skill."""
     from mmjax.types import SamplingParams
 
     llm = llm or load()
-    params = SamplingParams(temperature=0.0, max_tokens=LONGEST)
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     scores = []
     for skill in ask.SKILLS:
         questions = heldout.questions(skill, count)
-        outputs = llm.generate([one.prompt for one in questions], params, use_tqdm=False)
+        outputs = llm.generate([question.prompt for question in questions], params, use_tqdm=False)
         scores.append(Score(skill, questions, [output.outputs[0].text for output in outputs]))
-        tell(f"{skill}: {scores[-1].right:.1%} of {len(questions)}")
+        log(f"{skill}: {scores[-1].accuracy:.1%} of {len(questions)}")
     return scores
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Markdown."""
+    """The scores as a table in Markdown."""
     rows = ["| skill | for example | questions | right |", "|---|---|---|---|"]
     for score in scores:
-        example = score.questions[0].asked
-        told = f"{example.question} {example.answer}"
-        rows.append(f"| {MEANINGS[score.skill]} | {told} | {len(score.questions)} | {score.right:.1%} |")
-        if score.error_rate is not None:
-            rows.append(f"| word error rate of digits | | {len(score.questions)} | {score.error_rate:.1%} |")
+        example = f"{score.questions[0].qa.question} {score.questions[0].qa.answer}"
+        rows.append(f"| {MEANINGS[score.skill]} | {example} | {len(score.questions)} | {score.accuracy:.1%} |")
+        if score.word_error_rate is not None:
+            rows.append(f"| word error rate of digits | | {len(score.questions)} | {score.word_error_rate:.1%} |")
     return "\n".join(rows)

@@ -1,6 +1,6 @@
-"""From scenes to pixels. One formula for numpy and for torch: `xp` is the array module.
+"""Paints scenes. The same code runs with NumPy and with torch: `xp` is the array module.
 
-Every shape is a distance, negative inside, in units of its radius; edges are as soft as the scene says.
+A shape is a signed distance function, negative inside, in units of its radius. The scene says how soft edges are.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.demo.scenes import MOST, SHAPES, Scene
+from mmjax.demo.scenes import MAX_THINGS, SHAPES, Scene
 
 # per thing: x, y, 1/size, cos, sin, stretch, red, green, blue, size, then one-hot shape; absent things have size 0
 FIELDS = 10 + len(SHAPES)
-GROUND_FIELDS = 9  # two colours, cos and sin of the slope, softness
-TIP = 0.42  # inner radius of the star
+GROUND_FIELDS = 9  # two colors, cos and sin of the slope, softness
+STAR_INNER_RADIUS = 0.42
 
 
 def table(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [MOST, FIELDS] and [GROUND_FIELDS]: a scene as numbers."""
-    things = np.zeros((MOST, FIELDS), np.float32)
+    """A scene as arrays: things float32 [MAX_THINGS, FIELDS] and ground float32 [GROUND_FIELDS]."""
+    things = np.zeros((MAX_THINGS, FIELDS), np.float32)
     for row, thing in zip(things, scene.things, strict=False):
         stretch = math.sqrt(thing.stretch)
         row[:10] = (
@@ -38,12 +38,12 @@ def table(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distances(xp: Any, u: Any, v: Any) -> list[Any]:
-    """Distance of (u, v) to each of SHAPES, v pointing down."""
+    """The signed distance of (u, v) to each of SHAPES; v points down."""
     r = xp.sqrt(u * u + v * v + 1e-9)
     a, b = abs(u), abs(v)
     angle = xp.arctan2(u, -v)
     fold = abs(xp.remainder(angle + math.pi / 5, 2 * math.pi / 5) - math.pi / 5)
-    edge = (TIP * math.cos(math.pi / 5) - 1, TIP * math.sin(math.pi / 5))
+    edge = (STAR_INNER_RADIUS * math.cos(math.pi / 5) - 1, STAR_INNER_RADIUS * math.sin(math.pi / 5))
     length = math.hypot(*edge)
     star = ((r * xp.cos(fold) - 1) * edge[1] - r * xp.sin(fold) * edge[0]) / length
     return [
@@ -57,9 +57,10 @@ def _distances(xp: Any, u: Any, v: Any) -> list[Any]:
 
 
 def paint(xp: Any, things: Any, ground: Any, x: Any, y: Any) -> Any:
-    """[N, H, W, 3] colours in 0..1, without noise.
+    """Colors [N, H, W, 3] in 0..1, without noise.
 
-    things [N, MOST, FIELDS], ground [N, GROUND_FIELDS]; x [W], y [H]: pixel centres in units of the shorter side.
+    things: [N, MAX_THINGS, FIELDS]. ground: [N, GROUND_FIELDS]. x [W], y [H]: pixel centers in units of the shorter
+    side.
     """
     across = x[None, None, :]
     down = y[None, :, None]
@@ -68,7 +69,7 @@ def paint(xp: Any, things: Any, ground: Any, x: Any, y: Any) -> Any:
     share = ((across - x[-1] / 2) * cos + (down - y[-1] / 2) * sin) / far + 0.5
     share = xp.clip(share, 0, 1)[..., None]
     out = ground[:, None, None, 0:3] * (1 - share) + ground[:, None, None, 3:6] * share
-    for index in range(MOST):
+    for index in range(MAX_THINGS):
         thing = things[:, index, :, None, None]
         dx, dy = across - thing[:, 0], down - thing[:, 1]
         u = (dx * thing[:, 3] + dy * thing[:, 4]) * thing[:, 2] / (thing[:, 5] + 1e-6)
@@ -83,7 +84,7 @@ def paint(xp: Any, things: Any, ground: Any, x: Any, y: Any) -> Any:
 
 
 def pictures(scenes: Sequence[Scene], side: int, rng: np.random.Generator) -> list[Image.Image]:
-    """RGB pictures of scenes of one shape, `side` pixels on the shorter edge."""
+    """RGB pictures of scenes of equal width and height, `side` pixels on the shorter edge."""
     width, height = (round(side * edge) for edge in (scenes[0].width, scenes[0].height))
     things, grounds = (np.stack(rows) for rows in zip(*map(table, scenes), strict=True))
     x, y = ((np.arange(n, dtype=np.float32) + 0.5) / side for n in (width, height))

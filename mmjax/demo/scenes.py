@@ -1,4 +1,4 @@
-"""What pictures and clips show, made up from a random generator: which things, where, before which ground."""
+"""Random scenes of pictures and videos: colored shapes in front of a ground."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ GROUNDS = (  # hue, saturation, value
     ((0, 360), (0, 0.4), (0.1, 0.3)),
     ((0, 360), (0, 0.1), (0, 0.08)),
 )
-MOST = 4
-CONTRAST = 0.42  # least distance of a thing's colour from the ground's, in the unit cube
+MAX_THINGS = 4
+CONTRAST = 0.42  # least distance between the color of a thing and those of the ground, in the unit cube
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 Rgb = tuple[float, float, float]
@@ -37,9 +37,9 @@ Rgb = tuple[float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """A coloured shape. x, y: its centre, in units of the picture's shorter side; size: its radius, likewise.
+    """A colored shape. x, y: its center, and size: its radius, in units of the picture's shorter side.
 
-    turn: radians; stretch: how much wider than tall.
+    turn: radians. stretch: width divided by height.
     """
 
     shape: str
@@ -58,9 +58,10 @@ class Thing:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Things before a ground that fades from one colour to another along `slope` (radians).
+    """Things in front of a ground that fades from one color to another along `slope` (radians).
 
-    width, height: in units of the shorter side. soft: the width of edges in the same unit; noise: standard deviation.
+    width, height: in units of the shorter side. soft: width of the things' edges, in the same unit. noise: standard
+    deviation.
     """
 
     things: tuple[Thing, ...]
@@ -73,9 +74,9 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """A scene whose first thing moves: `direction` is a key of DIRECTIONS, or "" when it stays. `paths`: per frame,
-    the displacement of the first thing."""
+class MovingScene:
+    """A scene whose first thing moves. direction: a key of DIRECTIONS, or "" when it stays. paths: its displacement in
+    each frame."""
 
     scene: Scene
     direction: str
@@ -107,13 +108,13 @@ def _distance(a: Rgb, b: Rgb) -> float:
 def draw_scene(
     rng: np.random.Generator, width: float = 1.0, height: float = 1.0, things: int | None = None, largest: float = 0.36
 ) -> Scene:
-    """A scene of one to four things that do not touch, each of a colour that stands out from the ground."""
-    count = int(rng.integers(1, MOST + 1)) if things is None else things
-    kind = GROUNDS[int(rng.integers(len(GROUNDS)))]
-    start = _pick(rng, kind)
+    """A scene of one to four things that do not touch, each in a color that stands out from the ground."""
+    count = int(rng.integers(1, MAX_THINGS + 1)) if things is None else things
+    ground = GROUNDS[int(rng.integers(len(GROUNDS)))]
+    start = _pick(rng, ground)
     end = start
     if rng.random() < 0.4:
-        other = _pick(rng, kind)
+        other = _pick(rng, ground)
         share = rng.random() * 0.7
         end = tuple(a + (b - a) * share for a, b in zip(start, other, strict=True))  # type: ignore[assignment]
     placed: list[Thing] = []
@@ -133,7 +134,7 @@ def draw_scene(
 def _place(
     rng: np.random.Generator, count: int, width: float, height: float, ground: tuple[Rgb, Rgb], largest: float
 ) -> list[Thing]:
-    """Up to `count` things at free places; fewer when there was no room left."""
+    """Up to `count` things that do not touch; fewer when there was no room left."""
     highest = min(largest, (0.36, 0.26, 0.22, 0.2)[count - 1])
     out: list[Thing] = []
     for _ in range(60):
@@ -166,15 +167,15 @@ def _color(rng: np.random.Generator, ground: tuple[Rgb, Rgb]) -> tuple[str, Rgb]
             return name, rgb
 
 
-def draw_clip(rng: np.random.Generator, frames: int, width: float = 1.0, height: float = 1.0) -> Clip:
-    """A thing that moves straight, or stays, for `frames` frames; sometimes beside another that stays."""
+def draw_clip(rng: np.random.Generator, frames: int, width: float = 1.0, height: float = 1.0) -> MovingScene:
+    """`frames` frames of a thing that moves in a line, or stays; sometimes with a second thing that stays."""
     scene = draw_scene(rng, width, height, things=1 + int(rng.random() < 0.35), largest=0.2)
     first = scene.things[0]
     direction = ("", *DIRECTIONS)[int(rng.integers(5))] if rng.random() < 0.8 else ""
     if len(scene.things) > 1 and not direction:
         direction = list(DIRECTIONS)[int(rng.integers(4))]
     if not direction:
-        return Clip(scene, "", ((0.0, 0.0),) * frames)
+        return MovingScene(scene, "", ((0.0, 0.0),) * frames)
     dx, dy = DIRECTIONS[direction]
     side = width if dx else height
     reach = first.size * 1.1
@@ -183,25 +184,25 @@ def draw_clip(rng: np.random.Generator, frames: int, width: float = 1.0, height:
     if dx + dy < 0:
         start = side - start
     moving = dataclasses.replace(first, x=start if dx else first.x, y=start if dy else first.y)
-    if len(scene.things) > 1:  # the one that stays keeps off the path
+    if len(scene.things) > 1:  # the second thing must not be in the way
         scene = dataclasses.replace(scene, things=(moving, *_aside(rng, scene, moving, bool(dx))))
     else:
         scene = dataclasses.replace(scene, things=(moving,))
     drift = (rng.random() * 2 - 1) * 0.04
     steps = [i / max(1, frames - 1) for i in range(frames)]
     path = tuple((dx * travel * s + dy * dy * drift * s, dy * travel * s + dx * dx * drift * s) for s in steps)
-    return Clip(scene, direction, path)
+    return MovingScene(scene, direction, path)
 
 
 def _aside(rng: np.random.Generator, scene: Scene, moving: Thing, sideways: bool) -> list[Thing]:
-    """The second thing beside the band that the first one sweeps; none when there is no room."""
+    """The second thing, off the path of the first; empty when there is no room."""
     second = scene.things[1]
-    here = moving.y if sideways else moving.x
+    path = moving.y if sideways else moving.x
     room = scene.height if sideways else scene.width
     gap = moving.size * 1.15 + second.size * 1.15 + 0.05
     reach = second.size * 1.1
-    places = [p for p in (reach + (room - 2 * reach) * rng.random() for _ in range(8)) if abs(p - here) > gap]
-    if not places:
+    candidates = [reach + (room - 2 * reach) * rng.random() for _ in range(8)]
+    position = next((each for each in candidates if abs(each - path) > gap), None)
+    if position is None:
         return []
-    place = places[0]
-    return [dataclasses.replace(second, y=place) if sideways else dataclasses.replace(second, x=place)]
+    return [dataclasses.replace(second, y=position) if sideways else dataclasses.replace(second, x=position)]

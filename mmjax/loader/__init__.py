@@ -1,1 +1,1 @@
-"""Checkpoints become parameters on the devices."""
+"""Loads checkpoints: files become parameters on the devices."""

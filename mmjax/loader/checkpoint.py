@@ -1,4 +1,4 @@
-"""A checkpoint directory, or a hub id, opened: its configuration, its family and its stored tensors."""
+"""Opens a checkpoint, from a directory or a hub id: its configuration, its family and its stored tensors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.converters.table import Part, convert
+from mmjax.converters.table import Part, Tensor, convert
 from mmjax.models import Family
+from mmjax.models.base import Config
 
 DEMO = "demo"  # the name of the model that ships with mmjax
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo" / "model"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-
-
 HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A directory that holds a model: config.json, the other *config.json by name, and weights in either form."""
+    """A model directory. config: config.json. files: all *config.json by name. token: for the hub, where parts of the
+    model may lie."""
 
     directory: Path
     family: Family
@@ -42,17 +42,17 @@ class Checkpoint:
         token: str | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
-        """From a local directory or a hub id. overrides: values that replace those of config.json, such as the places
-        of parts that another checkpoint holds. Raises ValueError saying what is missing."""
+        """Open a local directory or a hub id. overrides: values that replace those of config.json, such as the
+        locations of parts that lie in other checkpoints. ValueError for an incomplete checkpoint."""
         directory = find_model(model, revision=revision, token=token)
-        files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}  # not the vocabulary
+        files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}
         nested = files.get("processor_config.json", {})
         for part, name in (
             ("image_processor", "preprocessor_config.json"),
             ("feature_extractor", "preprocessor_config.json"),
             ("video_processor", "video_preprocessor_config.json"),
         ):
-            if part in nested and name not in files:  # what save_pretrained of transformers 5 writes
+            if part in nested and name not in files:  # as save_pretrained of transformers 5 writes them
                 files[name] = nested[part]
         if "config.json" not in files:
             raise ValueError(f"{directory} holds no config.json; is it a model directory?")
@@ -64,8 +64,8 @@ class Checkpoint:
         return cls(directory, family, config, files, token)
 
     @functools.cached_property
-    def tensors(self) -> Mapping[str, Any]:
-        """The stored tensors by name, read lazily: published names, or our own paths in a converted directory."""
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The stored tensors: by published names, or in a converted directory by paths of parameters."""
         if self.converted:
             from mmjax.converters.orbax import open_converted
 
@@ -73,35 +73,35 @@ class Checkpoint:
         from mmjax.converters.safetensors import open_checkpoint
 
         own = open_checkpoint(self.directory)
-        found = dict(own)
+        tensors: dict[str, Tensor] = dict(own)
         for part in self.family.table.parts:
             if self.config.get(part.key) and not any(name.startswith(part.here) for name in own):
-                other = open_checkpoint(find_part(part, self.config, self.token))
-                within = {name: tensor for name, tensor in other.items() if name.startswith(part.there)}
-                found |= {part.here + name.removeprefix(part.there): tensor for name, tensor in within.items()}
-        return found
+                for name, tensor in open_checkpoint(find_part(part, self.config, self.token)).items():
+                    if name.startswith(part.there):
+                        tensors[part.here + name.removeprefix(part.there)] = tensor
+        return tensors
 
     @property
     def converted(self) -> bool:
         """Whether `mmjax convert` wrote this directory."""
         return (self.directory / "mmjax.json").is_file()
 
-    def model_config(self, *, dummy: bool = False, headless: bool = False) -> Any:
-        """The family's configuration. The head is tied when the config says so or when no head is stored.
+    def model_config(self, *, dummy: bool = False, headless: bool = False) -> Config:
+        """The family's configuration. The head is tied where config.json says so and where none is stored.
 
-        headless: leave a head of its own out, for those who want no logits.
+        dummy: look at no tensors. headless: leave out the head, for models that compute no logits.
         """
         flag = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
         if dummy:
-            stored = not flag
+            has_head = not flag
         elif self.converted:
-            stored = "text.head" in self.tensors
+            has_head = "text.head" in self.tensors
         else:
-            stored = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
-        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or headless or not stored)
+            has_head = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
+        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or headless or not has_head)
 
     def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-        """Every parameter, by path, one at a time. Raises ConversionError when the checkpoint does not fit `shapes`."""
+        """(path, value) of every parameter, one at a time. ConversionError for a checkpoint that does not fit."""
         if not self.converted:
             yield from convert(self.tensors, self.family.table, shapes)
             return
@@ -115,9 +115,9 @@ class Checkpoint:
 
 
 def find_model(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a model: a local path as it is, anything else through huggingface_hub's cache.
+    """The directory of a model: a local path, or a hub id, which is downloaded to huggingface_hub's cache.
 
-    "demo" is the model that ships with mmjax, unless a local directory of that name holds a config.json.
+    "demo" is the model that ships with mmjax, unless a local directory of that name has a config.json.
     """
     path = Path(model).expanduser()
     if model == DEMO and not (path / "config.json").is_file():
@@ -130,14 +130,14 @@ def find_model(model: str, *, revision: str | None = None, token: str | None = N
 
     try:
         return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub's client raises a dozen kinds, offline ones included
+    except Exception as error:  # the hub's client raises a dozen types of exceptions
         raise ValueError(
             f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
         ) from error
 
 
 def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
-    """The directory that holds a part of a model. Raises ValueError saying how to name another."""
+    """The directory of a part of a model that lies in another checkpoint. ValueError if there is none."""
     try:
         return find_model(config[part.key], token=token)
     except ValueError as error:
@@ -147,7 +147,7 @@ def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming the file."""
+    """The JSON object in a file; empty for other JSON. ValueError for a file that is not JSON."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

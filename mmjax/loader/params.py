@@ -1,4 +1,4 @@
-"""A checkpoint directory, or a hub id, becomes a family, its configuration and its parameters on the devices."""
+"""Reads the parameters of a checkpoint, brings them to their shapes and dtypes, and puts them on the devices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mmjax import sharding
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.loader.precision import Precision
 from mmjax.models import Family
+from mmjax.models.base import Config
 from mmjax.nn.weight import QuantizedArray, contracted_axes, is_matrix, quantize
 
-TEXT, EMBEDDING = "text.", "text.embed"  # where every family keeps its language model, and that one's embedding
+TEXT, EMBEDDING = "text.", "text.embed"  # paths of every family's language model and of its embedding
+ProgressBar = Callable[[Iterator[Any], int], Iterator[Any]]
+"""Shows a progress bar over an iterator of this many items."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,8 @@ class ParamSpec:
     axes: tuple[str, ...]
 
 
-def param_specs(family: Family, config: Any) -> tuple[nnx.GraphDef[Any], dict[str, ParamSpec]]:
-    """The module's graph and its parameters by dotted path. Nothing is allocated."""
+def param_specs(family: Family, config: Config) -> tuple[nnx.GraphDef[Any], dict[str, ParamSpec]]:
+    """The graph of the family's module, and its parameters by dotted path. Allocates nothing."""
     graph, state = nnx.split(family.model(config))
     specs = {}
     for path, param in nnx.to_flat_state(state):
@@ -43,122 +46,123 @@ def param_specs(family: Family, config: Any) -> tuple[nnx.GraphDef[Any], dict[st
 
 def load_params(
     checkpoint: Checkpoint,
-    config: Any,
+    config: Config,
     mesh: Mesh,
     precision: Precision,
     *,
     dummy_seed: int | None = None,
     int8: bool = False,
     text_only: bool = False,
-    progress: Callable[[Iterator[Any], int], Iterator[Any]] = lambda items, total: items,
-) -> tuple[nnx.GraphDef[Any], Any, dict[str, jax.Array | QuantizedArray]]:
-    """(graph, configuration as split over the mesh, parameters by path on the mesh).
+    progress: ProgressBar = lambda items, total: items,
+) -> tuple[nnx.GraphDef[Any], Config, dict[str, jax.Array | QuantizedArray]]:
+    """(graph, configuration as split over the mesh, parameters on the mesh by path).
 
-    dummy_seed: make random weights of this seed and read none. int8: keep the matrices of the language model in int8;
-    one at a time is on the devices in both forms. text_only: whatever belongs to no language model stays off the
+    dummy_seed: make random weights of this seed and read none. int8: store the matrices of the language model in int8;
+    only one at a time is on the devices in both forms. text_only: leave everything but the language model off the
     devices; no program may use it.
     """
     tp_size = sharding.tp_size(mesh)
     split = config.for_tp(tp_size)
     graph, specs = param_specs(checkpoint.family, split)
 
-    def dtype_of(path: str) -> Any:
-        apart = is_matrix(specs[path].axes) and not (int8 and is_int8_param(path, specs[path]))
-        return jnp.dtype(precision.matmul_dtype if apart and precision.matmul_dtype else precision.compute_dtype)
+    def dtype_of(path: str) -> jnp.dtype:
+        multiplied = is_matrix(specs[path].axes) and not (int8 and is_int8_param(path, specs[path]))
+        return jnp.dtype(precision.matmul_dtype if multiplied and precision.matmul_dtype else precision.compute_dtype)
 
-    if dummy_seed is not None:
-        make = progress(iter(specs.items()), len(specs))
-        none = ParamSpec((0,), ("size_1",))
-        kept = ((path, none if text_only and not path.startswith(TEXT) else spec) for path, spec in make)
-        made = ((path, random_param(path, spec, mesh, dtype_of(path), dummy_seed)) for path, spec in kept)
-        return graph, split, {path: store_param(path, specs[path], array, mesh, int8=int8) for path, array in made}
-    _, stored = param_specs(checkpoint.family, config)
+    def is_left_out(path: str) -> bool:
+        return text_only and not path.startswith(TEXT)
+
+    empty = ParamSpec((0,), ("size_1",))
     params: dict[str, jax.Array | QuantizedArray] = {}
-    for path, value in progress(
-        checkpoint.param_values({path: spec.shape for path, spec in stored.items()}), len(stored)
-    ):
+    if dummy_seed is not None:
+        for path, spec in progress(iter(specs.items()), len(specs)):
+            shape = empty if is_left_out(path) else spec
+            array = random_param(path, shape, mesh, dtype_of(path), dummy_seed)
+            params[path] = store_param(path, spec, array, mesh, int8=int8)
+        return graph, split, params
+    _, stored = param_specs(checkpoint.family, config)
+    values = checkpoint.param_values({path: spec.shape for path, spec in stored.items()})
+    for path, value in progress(values, len(stored)):
         spec = specs[path]
-        if text_only and not path.startswith(TEXT):
-            params[path] = jnp.zeros(
-                (0,), jnp.dtype(precision.compute_dtype), device=sharding.named_sharding(mesh, ("size_1",))
-            )
+        if is_left_out(path):
+            placement = sharding.named_sharding(mesh, empty.axes)
+            params[path] = jnp.zeros(empty.shape, jnp.dtype(precision.compute_dtype), device=placement)
             continue
-        array = (
-            fit_to_mesh(value, stored[path], spec)
-            .astype(jnp.dtype(precision.weight_dtype), copy=False)
-            .astype(dtype_of(path), copy=False)
-        )
-        params[path] = store_param(
-            path, spec, jax.device_put(array, sharding.named_sharding(mesh, spec.axes)), mesh, int8=int8
-        )
+        rounded = fit_to_mesh(value, stored[path], spec).astype(jnp.dtype(precision.weight_dtype), copy=False)
+        array = jax.device_put(rounded.astype(dtype_of(path), copy=False), sharding.named_sharding(mesh, spec.axes))
+        params[path] = store_param(path, spec, array, mesh, int8=int8)
     return graph, split, params
 
 
 def store_param(path: str, spec: ParamSpec, array: jax.Array, mesh: Mesh, *, int8: bool) -> jax.Array | QuantizedArray:
-    """A parameter in the form in which it stays: as it is, or a matrix of the language model in int8.
+    """A parameter as it is stored: unchanged, or in int8 if it is a matrix of the language model.
 
-    The embedding stays as it is: rows of it are looked up, and it may be the head as well.
+    The embedding is stored unchanged: its rows are looked up, and it may be the head as well.
     """
     if not (int8 and is_int8_param(path, spec)):
         return array
     inputs = contracted_axes(spec.axes)
-    scale = tuple("size_1" if i in inputs else axis for i, axis in enumerate(spec.axes))
-    kept = _quantiser(inputs, sharding.named_sharding(mesh, spec.axes), sharding.named_sharding(mesh, scale))(array)
-    return jax.block_until_ready(kept)  # else the next ones would be sent before this one's first form is freed
+    scale_axes = tuple("size_1" if i in inputs else axis for i, axis in enumerate(spec.axes))
+    placements = (sharding.named_sharding(mesh, axes) for axes in (spec.axes, scale_axes))
+    quantized = _quantizer(inputs, *placements)(array)
+    return jax.block_until_ready(quantized)  # or the next parameters would be sent before `array` is freed
 
 
 def is_int8_param(path: str, spec: ParamSpec) -> bool:
-    """Whether a parameter is one of those that int8 is for."""
+    """Whether quantization to int8 applies to a parameter."""
     return path.startswith(TEXT) and path != EMBEDDING and bool(contracted_axes(spec.axes))
 
 
 @functools.cache
-def _quantiser(inputs: tuple[int, ...], steps: Any, scale: Any) -> Callable[[jax.Array], QuantizedArray]:
-    return jax.jit(lambda array: quantize(array, inputs), out_shardings=QuantizedArray(steps, scale))
+def _quantizer(inputs: tuple[int, ...], values: Any, scale: Any) -> Callable[[jax.Array], QuantizedArray]:
+    """`quantize` into these shardings, which stand in a QuantizedArray as jit wants them."""
+    return jax.jit(lambda array: quantize(array, inputs), out_shardings=QuantizedArray(values, scale))
 
 
 def fit_to_mesh(value: np.ndarray, stored: ParamSpec, wanted: ParamSpec) -> np.ndarray:
-    """Bring a stored parameter to the shape it has on the mesh.
+    """Bring a stored parameter to the shape that it has on the mesh.
 
-    Key/value heads that are fewer than the devices are repeated, each copy with its share of the query heads; every
-    other axis is filled up with zeros, which no result depends on.
+    Key/value heads that are fewer than the devices are repeated, each copy with its share of the query heads. Every
+    other axis is padded with zeros, which no result depends on.
     """
     if stored.shape == wanted.shape:
         return value
     if "kv_heads" in wanted.axes:
         axis = wanted.axes.index("kv_heads")
         group = axis + 1
-        fused = wanted.axes[group] == "group_kv"
         copies = wanted.shape[axis] // stored.shape[axis]
         if stored.shape[group] != wanted.shape[group]:
-            keys = 2 if fused else 0
-            value = _repeat(value, axis, copies, keys)
-    pad = [(0, want - have) for have, want in zip(value.shape, wanted.shape, strict=True)]
-    return np.pad(value, pad)
+            num_kv = 2 if wanted.axes[group] == "group_kv" else 0  # keys and values that lie behind the queries
+            value = _repeat_kv_heads(value, axis, copies, num_kv)
+    padding = [(0, want - have) for have, want in zip(value.shape, wanted.shape, strict=True)]
+    return np.pad(value, padding)
 
 
-def _repeat(value: np.ndarray, axis: int, copies: int, keys: int) -> np.ndarray:
-    """[.., K, G + keys, ..] to [.., K * copies, G / copies + keys, ..]: queries are dealt out, keys repeated."""
+def _repeat_kv_heads(value: np.ndarray, axis: int, copies: int, num_kv: int) -> np.ndarray:
+    """[.., K, G + num_kv, ..] to [.., K * copies, G / copies + num_kv, ..]: queries are split among the copies, keys
+    and values repeated."""
     value = np.moveaxis(value, (axis, axis + 1), (0, 1))
-    heads, group = value.shape[0], value.shape[1] - keys
+    heads, group = value.shape[0], value.shape[1] - num_kv
     queries = value[:, :group].reshape(heads * copies, group // copies, *value.shape[2:])
-    shared = np.repeat(value[:, group:], copies, axis=0)
-    return np.moveaxis(np.concatenate([queries, shared], axis=1), (0, 1), (axis, axis + 1))
+    repeated = np.repeat(value[:, group:], copies, axis=0)
+    return np.moveaxis(np.concatenate([queries, repeated], axis=1), (0, 1), (axis, axis + 1))
 
 
-def random_param(path: str, spec: ParamSpec, mesh: Mesh, dtype: Any, seed: int) -> jax.Array:
-    """A parameter of the right shape made on the device: ones for norms, small noise otherwise."""
-    kind = "ones" if re.search(r"norm\d?$", path) else "noise"
-    make = _maker(spec.shape, sharding.named_sharding(mesh, spec.axes), jnp.dtype(dtype), kind)
+def random_param(path: str, spec: ParamSpec, mesh: Mesh, dtype: jnp.dtype, seed: int) -> jax.Array:
+    """A parameter made on the device: ones for norms, small noise otherwise."""
+    is_norm = re.search(r"norm\d?$", path) is not None
+    make = _random_param(spec.shape, sharding.named_sharding(mesh, spec.axes), jnp.dtype(dtype), is_norm)
     return make(np.uint32(seed), np.uint32(zlib.crc32(path.encode())))
 
 
 @functools.cache
-def _maker(shape: tuple[int, ...], place: Any, dtype: Any, kind: str) -> Callable[..., jax.Array]:
+def _random_param(
+    shape: tuple[int, ...], placement: NamedSharding, dtype: jnp.dtype, is_norm: bool
+) -> Callable[..., jax.Array]:
     def make(seed: jax.Array, name: jax.Array) -> jax.Array:
-        if kind == "ones":
+        if is_norm:
             return jnp.ones(shape, dtype)
         key = jax.random.fold_in(jax.random.key(seed), name)
         return (jax.random.normal(key, shape, jnp.float32) * 0.02).astype(dtype)
 
-    return jax.jit(make, out_shardings=place)
+    return jax.jit(make, out_shardings=placement)

@@ -1,4 +1,4 @@
-"""Which dtypes a model's weights are rounded to, kept in and multiplied in."""
+"""The dtypes in which a model's weights are rounded, stored and multiplied."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mmjax.config import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Names of dtypes. weight_dtype: what the weights are rounded to. compute_dtype: what they are then kept in, and
-    what arithmetic runs in. matmul_dtype: another dtype for the matrices and the KV cache, where there is one."""
+    """Names of dtypes. weight_dtype: to which the weights are rounded. compute_dtype: in which they are then stored,
+    and in which the model computes. matmul_dtype: of matrices and the KV cache, where it is not compute_dtype."""
 
     weight_dtype: str
     compute_dtype: str
@@ -24,15 +24,15 @@ class Precision:
         return self.matmul_dtype or self.compute_dtype
 
     @classmethod
-    def of(cls, asked: str, config: Mapping[str, Any], platform: str) -> Precision:
+    def of(cls, requested: str, config: Mapping[str, Any], platform: str) -> Precision:
         """From `EngineArgs.dtype`, config.json and the platform.
 
-        XLA:CPU emulates half precision, which makes a decode step take 10 times as long. The exception is products of
+        XLA:CPU emulates half precision, which makes a decode step take 10 times as long. The exception are products of
         bfloat16 on processors that have instructions for them.
         """
         from mmjax.kernels import multiplies_bfloat16
 
-        dtype = resolve_dtype(asked, stored_dtype(config), platform)
+        dtype = resolve_dtype(requested, stored_dtype(config), platform)
         if platform != "cpu":
             return cls(dtype, dtype)
         return cls(dtype, "float32", "bfloat16" if dtype == "bfloat16" and multiplies_bfloat16() else None)
@@ -47,10 +47,10 @@ def stored_dtype(config: Mapping[str, Any]) -> str:
     return "float32"
 
 
-def resolve_dtype(asked: str, stored: str, platform: str) -> str:
-    """The dtype of the weights. See `EngineArgs.dtype`."""
-    if asked != "auto":
-        return DTYPES[asked]
+def resolve_dtype(requested: str, stored: str, platform: str) -> str:
+    """The dtype of the weights; see `EngineArgs.dtype`."""
+    if requested != "auto":
+        return DTYPES[requested]
     stored = DTYPES.get(stored.removeprefix("torch."), "float32")
     if platform == "cpu":
         return stored

@@ -1,1 +1,1 @@
-"""Text to tokens and back. Imports no jax."""
+"""Converts text to tokens and back. Imports no jax."""

@@ -1,6 +1,6 @@
-"""Text to token ids and back, straight from tokenizer.json.
+"""Converts text to token ids and back, by tokenizer.json.
 
-The file is read by `tokenizers` alone: importing transformers costs seconds, and its AutoTokenizer may rebuild a
+`tokenizers` reads the file, and not transformers: importing that takes seconds, and its AutoTokenizer may build a
 tokenizer that encodes differently from the published file.
 """
 
@@ -16,7 +16,7 @@ from mmjax.types import ValidationError
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint directory. Safe to use from several threads."""
+    """The tokenizer of a checkpoint directory. May be used from several threads."""
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
@@ -27,18 +27,18 @@ class Tokenizer:
                 'with `transformers.AutoTokenizer.from_pretrained("<model>").save_pretrained("<directory>")`.'
             )
         self._backend = Backend.from_file(str(file))
-        self._backend.no_truncation()  # some published files carry the settings of their last training run
+        self._backend.no_truncation()  # some published files contain the settings of a training run
         self._backend.no_padding()
         self.config: dict[str, Any] = _read_json(self.directory / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._texts: dict[int, str] = {}
-        self.eos_id = self._named("eos_token")
-        self.bos_id = self._named("bos_token")
-        self.pad_id = self._named("pad_token")
+        self.eos_id = self._id_from_config("eos_token")
+        self.bos_id = self._id_from_config("bos_token")
+        self.pad_id = self._id_from_config("pad_token")
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
-        """Token ids of `text`. With `max_tokens`, text that cannot fit is refused before the (slow) tokenisation."""
+        """The token ids of a text. max_tokens: text too long to fit is refused before the (slow) tokenization."""
         if max_tokens is not None and len(text) > max_tokens * self.longest_token:
             raise ValidationError(
                 f"This model's maximum context length is {max_tokens} tokens. However, your request has {len(text)} "
@@ -54,47 +54,47 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; incomplete UTF-8 shows as U+FFFD."""
+        """The text of token ids. Incomplete UTF-8 becomes U+FFFD."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def text_of(self, index: int) -> str:
-        """The text of one token by itself. Kept: reports of log-probabilities ask for the same ones all the time."""
+        """The text of one token by itself. Cached: log-probabilities need those of the same tokens again and again."""
         text = self._texts.get(index)
         if text is None:
             text = self._texts[index] = self.decode([index], False)
         return text
 
     def id_of(self, token: str) -> int | None:
-        """Id of exactly this token, or None."""
+        """The id of a token, or None."""
         index: int | None = self._backend.token_to_id(token)
         return index
 
     def token_of(self, index: int) -> str | None:
-        """The token as the file spells it (byte-level alphabets included), or None."""
+        """The token as tokenizer.json spells it, possibly in a byte-level alphabet; or None."""
         token: str | None = self._backend.id_to_token(index)
         return token
 
     @property
     def vocab_size(self) -> int:
-        """Entries including added tokens; a model's embedding table may be larger."""
+        """Tokens, added ones included. A model's embedding may have more rows."""
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token: text of more than n times as many cannot be n tokens."""
+        """Characters of the longest token: text of more than n times as many is more than n tokens."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property
     def hf(self) -> Any:
-        """The same tokenizer.json as a Hugging Face tokenizer object; imports transformers on first use (seconds)."""
+        """The tokenizer as a Hugging Face object. Importing transformers, on first use, takes seconds."""
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(self.directory)
 
-    def _named(self, role: str) -> int | None:
-        """Id of a token that tokenizer_config.json names, as a string or as a serialised token."""
+    def _id_from_config(self, role: str) -> int | None:
+        """The id of a token that tokenizer_config.json names, as a string or as a serialized token."""
         token = self.config.get(role)
         if isinstance(token, dict):
             token = token["content"]
@@ -102,7 +102,7 @@ class Tokenizer:
 
 
 def _require_unicode(text: str) -> None:
-    """ValidationError for text with half a character in it, which JSON can spell and UTF-8 cannot."""
+    """ValidationError for text with a lone surrogate, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -113,5 +113,5 @@ def _require_unicode(text: str) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return content

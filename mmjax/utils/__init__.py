@@ -1,1 +1,1 @@
-"""Names that scripts for vLLM import from its folder of this name. What they stand for lives in other rooms."""
+"""Names that scripts import from vLLM's package of this name. Their code lies elsewhere."""

@@ -54,7 +54,7 @@ def test_what_is_made_can_be_read(tmp_path: Path) -> None:
     assert frames.shape == (heldout.FRAMES, 112, 112, 3) and facts["fps"] == show.RATE
     samples, rate = read.fetch_audio(sound.as_uri())
     assert rate == 16000 and len(samples) > 8000
-    assert [[asked.skill for asked in each.asked] for each in made] == [
+    assert [[question.skill for question in each.questions] for each in made] == [
         list(show.ABOUT_PICTURE),
         ["motion"],
         ["digits"],
@@ -68,7 +68,7 @@ def test_the_same_seed_makes_the_same(tmp_path: Path) -> None:
 
 
 def test_the_show(tmp_path: Path, parrot: Parrot, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = [one for each in show.make(tmp_path / "before", show.SEED) for one in each.asked]
+    asked = [one for each in show.make(tmp_path / "before", show.SEED) for one in each.questions]
     parrot.answers = [one.answer for one in asked[:-1]]
     assert main(["demo", "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
@@ -89,13 +89,13 @@ def test_own_files(tmp_path: Path, parrot: Parrot, capsys: pytest.CaptureFixture
     assert [part["type"] for part in message["content"]] == ["image_url", "image_url", "text"]
 
 
-@pytest.mark.parametrize("kind", show.KINDS)
+@pytest.mark.parametrize("kind", show.MODALITIES)
 def test_own_files_without_a_question(
     kind: str, tmp_path: Path, parrot: Parrot, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {each.kind: each.file for each in show.make(tmp_path, 0)}
+    files = {each.modality: each.file for each in show.make(tmp_path, 0)}
     assert main(["demo", f"--{kind}", str(files[kind])]) == 0
-    assert show.ASKED[kind] in capsys.readouterr().out
+    assert show.DEFAULT_QUESTIONS[kind] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -127,15 +127,15 @@ def test_what_cannot_be_shown(
 
 def test_figures() -> None:
     questions = {skill: heldout.questions(skill, 2) for skill in ask.SKILLS}
-    right = [one.asked.answer for group in questions.values() for one in group]
-    last = right.index(questions["digits"][1].asked.answer)
+    right = [one.qa.answer for group in questions.values() for one in group]
+    last = right.index(questions["digits"][1].qa.answer)
     right[last] = "nonsense"
     scores = measure.measure(2, lambda text: None, Parrot(right))
-    assert {score.skill: score.right for score in scores} == {
+    assert {score.skill: score.accuracy for score in scores} == {
         skill: 1 - (skill == "digits") / 2 for skill in ask.SKILLS
     }
-    said = sum(len(one.asked.answer.split()) for one in questions["digits"])
-    lost = len(questions["digits"][1].asked.answer.split())
+    said = sum(len(one.qa.answer.split()) for one in questions["digits"])
+    lost = len(questions["digits"][1].qa.answer.split())
     table = measure.table(scores)
     assert f"| word error rate of digits | | 2 | {lost / said:.1%} |" in table
     assert table.count("| 100.0% |") == len(ask.SKILLS) - 1

@@ -9,7 +9,7 @@ import pytest
 from mmjax import LLM, AsyncLLM, SamplingParams
 from mmjax.demo import ask, heldout, measure, show
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=measure.LONGEST)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=measure.MAX_TOKENS)
 MIXED = ("describe", "compare", "motion", "digits")
 
 
@@ -31,11 +31,11 @@ def test_a_picture_in_a_conversation(demo: LLM) -> None:
     for question in heldout.questions("describe", 3):
         content = [
             {"type": "image_pil", "image_pil": question.media[0]},
-            {"type": "text", "text": question.asked.question},
+            {"type": "text", "text": question.qa.question},
         ]
         (output,) = demo.chat([{"role": "user", "content": content}], GREEDY, use_tqdm=False)
         assert output.outputs[0].finish_reason == "stop"
-        assert ask.correct(question.asked, output.outputs[0].text), (question.asked, output.outputs[0].text)
+        assert ask.correct(question.qa, output.outputs[0].text), (question.qa, output.outputs[0].text)
         assert said(demo.generate(question.prompt, GREEDY, use_tqdm=False)) == [output.outputs[0].text]
 
 
@@ -46,7 +46,7 @@ def test_text_alone(demo: LLM) -> None:
 
 def test_right_about_most(demo: LLM) -> None:
     scores = {score.skill: score for score in measure.measure(5, lambda text: None, demo)}
-    right = sum(score.right for score in scores.values()) / len(scores)
+    right = sum(score.accuracy for score in scores.values()) / len(scores)
     assert right > 0.95, measure.table(list(scores.values()))
     rate = scores["digits"].error_rate
     assert rate is not None and rate < 0.05
@@ -107,5 +107,5 @@ def test_the_lines_that_are_told(
     """What `mmjax demo` prints as Python gives the answer that it gave itself."""
     (picture, *_) = show.make(media, show.SEED)
     monkeypatch.setattr("mmjax.LLM", lambda model, **kwargs: demo)
-    exec("\n".join(show.lines(picture)), {})
-    assert ask.correct(picture.asked[0], capsys.readouterr().out.strip())
+    exec("\n".join(show.python_lines(picture)), {})
+    assert ask.correct(picture.questions[0], capsys.readouterr().out.strip())

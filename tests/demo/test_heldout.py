@@ -27,18 +27,18 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("batches")
 
 
-def shown(question: heldout.Question) -> list[bytes]:
-    return [np.asarray(item[0] if question.kind == "audio" else item).tobytes() for item in question.media]
+def shown(question: heldout.MediaQuestion) -> list[bytes]:
+    return [np.asarray(item[0] if question.modality == "audio" else item).tobytes() for item in question.media]
 
 
 @pytest.mark.parametrize("skill", ask.SKILLS)
 def test_the_same_every_time(skill: str) -> None:
     first, second = heldout.questions(skill, 2), heldout.questions(skill, 2)
-    assert [one.asked for one in first] == [one.asked for one in second]
+    assert [one.qa for one in first] == [one.qa for one in second]
     assert [shown(one) for one in first] == [shown(one) for one in second]
-    assert {one.asked.skill for one in first} == {skill}
+    assert {one.qa.skill for one in first} == {skill}
     assert len({shown(one)[0] for one in first}) == 2
-    assert [one.asked for one in heldout.questions(skill, 1)] == [one.asked for one in first[:1]]
+    assert [one.qa for one in heldout.questions(skill, 1)] == [one.qa for one in first[:1]]
 
 
 def test_no_seed_is_one_of_training(batches: ModuleType) -> None:
@@ -109,7 +109,7 @@ def test_counts_are_of_what_is_there() -> None:
     for question in heldout.questions("count", 5):
         (picture,) = question.media
         assert isinstance(picture, Image.Image)
-        assert question.asked.answer.startswith(("There is one ", "There are "))
+        assert question.qa.answer.startswith(("There is one ", "There are "))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_counts_are_of_what_is_there() -> None:
     ],
 )
 def test_right_answers(wanted: str, given: str, right: bool) -> None:
-    assert ask.correct(ask.Asked("any", "?", wanted), given) is right
+    assert ask.correct(ask.QuestionAnswer("any", "?", wanted), given) is right
 
 
 @pytest.mark.parametrize(

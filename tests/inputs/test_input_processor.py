@@ -64,7 +64,7 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(
     qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread more would keep the one that feeds the device from running; who waits is not forgotten."""
-    inside, most, plain = [0], [0], qwen._tokens
+    inside, most, plain = [0], [0], qwen._tokenize
 
     def slowly(*arguments: Any) -> Any:
         inside[0] += 1
@@ -73,7 +73,7 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(
         inside[0] -= 1
         return plain(*arguments)
 
-    monkeypatch.setattr(qwen, "_tokens", slowly)
+    monkeypatch.setattr(qwen, "_tokenize", slowly)
     with concurrent.futures.ThreadPoolExecutor(4 * MAX_CONCURRENT) as pool:
         made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * MAX_CONCURRENT)))
     assert most == [MAX_CONCURRENT] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * MAX_CONCURRENT)]

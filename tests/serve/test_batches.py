@@ -131,7 +131,7 @@ def test_a_conversation_in_the_terminal(served: AsyncLLM, tmp_path: Path) -> Non
         turns.append(len(chat.messages))
         return next(lines)
 
-    chat.talk(read, said.append)
+    chat.run(read, said.append)
     assert turns == [0, 0, 2, 2, 4, 4, 4, 4, 1, 3, 3, 3]
     text = "".join(said)
     assert "[1 with the next message]" in text and "No such file" in text and text.count("/image PATH") == 2
@@ -144,7 +144,7 @@ def test_the_end_of_input_ends_it(served: AsyncLLM) -> None:
     def ended(_: str) -> str:
         raise EOFError
 
-    Terminal(served, SamplingParams(max_tokens=1)).talk(ended, lambda _: None)
+    Terminal(served, SamplingParams(max_tokens=1)).run(ended, lambda _: None)
 
 
 def test_chat_has_its_flags() -> None:
