@@ -312,13 +312,14 @@ class Encode:
     def program(self, inputs: ProgramInputs) -> Program:
         functions = inputs.functions
         encoder = functions.spec.encoders[self.encoder]
-        num_embeds = functions.buckets.num_embeds(encoder, self.num_inputs)
+        buckets = functions.buckets
         features = {
-            field: inputs.array((axis, *tail), jnp.dtype(dtype))
-            for axis, fields in ((self.num_inputs, encoder.features), (num_embeds, encoder.gather_fields))
-            for field, (tail, dtype, _) in fields.items()
+            field.name: inputs.array(
+                (buckets.field_len(field, encoder, self.num_inputs), *field.shape), jnp.dtype(field.dtype)
+            )
+            for field in encoder.fields
         }
-        dest = inputs.array((self.num_inputs * encoder.keys_per_input or num_embeds,))
+        dest = inputs.array((self.num_inputs * encoder.keys_per_input or buckets.num_embeds(encoder, self.num_inputs),))
         return Program(
             functools.partial(functions.encode, name=self.encoder),
             (inputs.params, inputs.state, features, dest),

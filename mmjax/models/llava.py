@@ -13,6 +13,7 @@ from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.projector import Projector
+from mmjax.processors.llava import image_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it out
@@ -52,13 +53,10 @@ class Config(decoder_vlm.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side = self.vision.image_size
-        rows = self.vision.grid_size**2 + (not self.drop_class)
-        encoder = EncoderSpec(
-            features={"pixels": ((3, side, side), "uint8", 0)}, modalities=("image",), embeds_per_group=rows
-        )
+        num_embeds = self.vision.grid_size**2 + (not self.drop_class)
+        encoder = EncoderSpec(image_fields(self.vision.image_size), ("image",), embeds_per_group=num_embeds)
         return dataclasses.replace(
-            super().spec, mm_embed_dim=self.text.hidden_size, encoders={"vision": encoder}, max_item_embeds=rows
+            super().spec, mm_embed_dim=self.text.hidden_size, encoders={"vision": encoder}, max_item_embeds=num_embeds
         )
 
     def for_tp(self, tp_size: int) -> Config:

@@ -15,24 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import decoder_vlm
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.projector import Projector
 from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight
+from mmjax.processors.llava_onevision import NEWLINE, SLACK, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
-QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-}
-SLACK = 1.1  # above so many times the edge that is wanted, a picture is scaled down
 FRAMES = 64  # of a video that always fit
 
 
@@ -63,7 +53,7 @@ class Config(decoder_vlm.Config):
             for height, width in config["image_grid_pinpoints"]
         ]
         return cls(
-            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tie_embeddings=tied),
+            text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
             vision=vision,
             act=config.get("projector_hidden_act", "gelu"),
             pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
@@ -75,14 +65,12 @@ class Config(decoder_vlm.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side, image = self.vision.grid_size, self.vision.image_size
+        side = self.vision.grid_size
         patches = side**2
         encoder = EncoderSpec(
-            features={"pixels": ((3, image, image), "uint8", 0)},
+            crop_fields(self.vision.image_size, patches),
             modalities=("image", "video"),
             embeds_per_group=patches + side,  # a crop above all others still adds one newline per line
-            gather_fields={"source_index": ((4,), "int32", -1), "source_weight": ((4,), "float32", 0)},
-            offset_fields={"source_index": patches},
             max_item_inputs=max(self.max_crops + 1, FRAMES),
         )
         return dataclasses.replace(
@@ -115,4 +103,4 @@ class Model(decoder_vlm.Model):
         for corner in range(4):  # one after the other: four times the rows at once would be the largest array by far
             part = jnp.take(x, source[:, corner], axis=0, mode="clip").astype(jnp.float32)
             total = total + part * share[:, corner, None]
-        return jnp.where(source[:, :1] < 0, self.newline[...], total.astype(x.dtype))
+        return jnp.where(source[:, :1] == NEWLINE, self.newline[...], total.astype(x.dtype))

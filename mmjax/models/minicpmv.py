@@ -20,6 +20,7 @@ from mmjax.nn.norm import layer_norm
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight, weight_einsum
+from mmjax.processors.minicpmv import AREA_FACTOR, patch_fields
 from mmjax.sharding import round_up
 from mmjax.spec import EncoderSpec, ModelSpec
 
@@ -67,21 +68,15 @@ class Config(decoder_vlm.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        group_size = max(1, self.slice_patches // 2)  # no slice has fewer patches
+        group_size = max(1, self.slice_patches // AREA_FACTOR)  # no slice has fewer patches
         largest = (
             max(self.max_slices + 1, FRAMES) * self.slice_patches * 9 // 8
         )  # few have more than an eighth above the area
         encoder = EncoderSpec(
-            features={
-                "pixels": ((self.vision.patch_dim,), "uint8", 0),
-                "position_ids": ((), "int32", 0),
-                "patch_coords": ((2,), "int32", 0),
-                "segment_ids": ((), "int32", -1),
-            },
+            patch_fields(self.vision.patch_dim),
             modalities=("image", "video"),
             group_size=group_size,
             embeds_per_group=self.queries,
-            segment_fields=("segment_ids",),
             max_item_inputs=round_up(largest, group_size),
         )
         return dataclasses.replace(
@@ -136,7 +131,7 @@ class Resampler(nnx.Module):
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, slices: int) -> jax.Array:
         """q [Q, N, H] over each slice's k, v [U, N, H]: [slices * Q, N, H]."""
-        window = min(k.shape[0], 2 * self.c.slice_patches)  # no slice has more patches
+        window = min(k.shape[0], AREA_FACTOR * self.c.slice_patches)  # no slice has more patches
         segment_ids = jnp.where(segment_ids < 0, FAR, segment_ids)
         first = jnp.searchsorted(segment_ids, jnp.arange(slices, dtype=segment_ids.dtype))
 

@@ -17,6 +17,7 @@ from mmjax.nn.encoder import gelu
 from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.weight import weight
+from mmjax.processors.phi3_v import CLIP_IMAGE_SIZE, CLIP_PATCH_SIZE, DIVIDER, NEWLINE, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the published config only names
@@ -24,8 +25,8 @@ CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the pu
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
+    "image_size": CLIP_IMAGE_SIZE,
+    "patch_size": CLIP_PATCH_SIZE,
 }
 LAYER = -2  # the hidden state of the tower that is used, where the config does not say
 MOST_CROPS = 16  # recommended for single images: that many always fit, whatever the files say
@@ -67,19 +68,13 @@ class Config(decoder_vlm.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side, edge = self.vision.image_size, self.edge
+        edge = self.edge
         # n units (crops and the whole) in one column are n * edge lines of edge + 1 rows, and one row between the two
         most = edge * (edge + 1) + 1
         encoder = EncoderSpec(
-            features={
-                "pixels": ((3, side, side), "uint8", 0),
-                "crop_coords": ((4,), "int32", 1),
-                "view_index": ((), "int32", -1),
-            },
+            crop_fields(self.vision.image_size, edge),
             modalities=("image",),
             embeds_per_group=most,
-            gather_fields={"patch_index": ((), "int32", -1)},
-            offset_fields={"view_index": 1, "patch_index": edge**2},
             max_item_inputs=self.max_crops + 1,
         )
         return dataclasses.replace(
@@ -128,8 +123,9 @@ class Model(decoder_vlm.Model):
         x = self.vision.encode(c.pixels.normalize(pixels, axis=1))[:, 1:]
         x = x.reshape(-1, c.edge, 2, c.edge, 2, x.shape[-1]).swapaxes(2, 3).reshape(-1, 4 * x.shape[-1])
         x = self.projector(jnp.concatenate([x, self.newline[...][None], self.divider[...][None]]))
-        index = features["patch_index"]
-        return jnp.take(x, jnp.where(index < 0, x.shape[0] - 3 - index, index), axis=0, mode="clip")
+        index, newline = features["patch_index"], x.shape[0] - 2
+        index = jnp.where(index == NEWLINE, newline, jnp.where(index == DIVIDER, newline + 1, index))
+        return jnp.take(x, index, axis=0, mode="clip")
 
 
 def global_views(pixels: jax.Array, crop_coords: jax.Array, view_index: jax.Array) -> jax.Array:

@@ -10,21 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import decoder_vlm
-from mmjax.nn.audio.whisper import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
 from mmjax.nn.weight import weight
+from mmjax.processors.qwen2_audio import audio_fields
+from mmjax.processors.whisper_chunks import CHUNK_STEPS
 from mmjax.spec import EncoderSpec, ModelSpec
 
-QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-}
 ENCODER = {  # what Qwen2AudioEncoderConfig fills in
     "d_model": 1280,
     "encoder_layers": 32,
@@ -45,7 +37,7 @@ class Config(decoder_vlm.Config):
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json."""
         return cls(
-            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tie_embeddings=tied),
+            text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
             audio=WhisperEncoderConfig.from_hf(ENCODER | config["audio_config"]),
         )
 
@@ -54,13 +46,10 @@ class Config(decoder_vlm.Config):
         """Sizes for the engine."""
         a = self.audio
         encoder = EncoderSpec(
-            features=a.chunk_fields,
+            audio_fields(a.num_mel_bins),
             modalities=("audio",),
             embeds_per_group=CHUNK_STEPS // 2,
-            segment_fields=("window_ids",),
-            gather_fields={"step_index": ((), "int32", 0)},
-            offset_fields={"step_index": CHUNK_STEPS},
-            max_item_inputs=a.chunks_per_window,
+            max_item_inputs=-(-a.window_steps // CHUNK_STEPS),
         )
         return dataclasses.replace(
             super().spec,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.models import qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig, Qwen2OmniAudioEncoder, Qwen3OmniAudioEncoder
+from mmjax.processors.qwen_omni import audio_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 
@@ -27,12 +28,9 @@ class Config(qwen_vl.Config):
         shape, a = super().spec, self.audio
         units = -(-self.max_mel_frames // a.chunk_frames)
         encoder = EncoderSpec(
-            features=a.features,
+            audio_fields(a.chunk_frames, a.num_mel_bins, a.chunk_steps, windows=a.conv_channels > 0),
             modalities=("audio",),
             embeds_per_group=a.embeds_per_chunk,
-            segment_fields=a.segment_fields,
-            gather_fields=a.gather_fields,
-            offset_fields=a.offset_fields,
             max_item_inputs=units,
         )
         return dataclasses.replace(

@@ -10,6 +10,7 @@ import jax
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig, QwenVisionEncoder
+from mmjax.processors.qwen_vl import patch_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 
@@ -25,13 +26,10 @@ class Config(decoder_vlm.Config):
         """Sizes for the engine."""
         v = self.vision
         encoder = EncoderSpec(
-            features=v.features,
+            patch_fields(v.patch_dim, windows=v.full_attention_layers is not None, position_grid=v.position_grid > 0),
             modalities=("image", "video"),
             group_size=v.patches_per_embed,
             embeds_per_group=1,
-            segment_fields=v.segment_fields,
-            gather_fields=v.gather_fields,
-            offset_fields=v.offset_fields,
         )
         return dataclasses.replace(
             super().spec,

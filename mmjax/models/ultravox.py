@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.models import decoder_vlm
-from mmjax.nn.audio.whisper import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.weight import weight
+from mmjax.processors.ultravox import audio_fields
+from mmjax.processors.whisper_chunks import CHUNK_STEPS
 from mmjax.spec import EncoderSpec, ModelSpec
 
 EPS = 1e-6  # of the projector's norms; the config does not name it
@@ -54,13 +56,10 @@ class Config(decoder_vlm.Config):
         """Sizes for the engine."""
         a = self.audio
         encoder = EncoderSpec(
-            features=a.padded_chunk_fields,
+            audio_fields(a.num_mel_bins),
             modalities=("audio",),
             embeds_per_group=-(-CHUNK_STEPS // self.stack),
-            segment_fields=("window_ids",),
-            gather_fields={"step_index": ((), "int32", 0), "num_steps": ((), "int32", 0)},
-            offset_fields={"step_index": CHUNK_STEPS},
-            max_item_inputs=LONG * a.chunks_per_window,
+            max_item_inputs=LONG * -(-a.window_steps // CHUNK_STEPS),
         )
         return dataclasses.replace(
             super().spec,

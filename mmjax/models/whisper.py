@@ -17,6 +17,7 @@ from mmjax.nn.encoder import ACTIVATIONS
 from mmjax.nn.layers import traced_once
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
+from mmjax.processors.whisper import window_fields
 from mmjax.sharding import round_up
 from mmjax.spec import EncoderSpec, ModelSpec
 
@@ -56,10 +57,8 @@ class Config:
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        bins, steps = self.audio.num_mel_bins, self.audio.window_steps
-        encoder = EncoderSpec(
-            features={"mel": ((bins, 2 * steps), "float32", 0)}, modalities=("audio",), keys_per_input=steps
-        )
+        steps = self.audio.window_steps
+        encoder = EncoderSpec(window_fields(self.audio.num_mel_bins, 2 * steps), ("audio",), keys_per_input=steps)
         return ModelSpec(
             num_layers=self.num_layers,
             num_kv_heads=self.num_heads,

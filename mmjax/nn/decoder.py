@@ -18,6 +18,17 @@ from mmjax.nn.rope import Rope, apply_rope
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
 
+QWEN2_DEFAULTS: dict[str, Any] = {  # what transformers' Qwen2Config fills in where a published text_config is silent
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+}
+
 
 def split_heads(kv_heads: int, q_per_kv: int, tp_size: int) -> tuple[int, int]:
     """(kv_heads, group) that divide over `ways` devices.

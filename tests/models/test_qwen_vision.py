@@ -14,6 +14,7 @@ from mmjax import sharding
 from mmjax.batch import nest
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.loader.params import load_params
+from mmjax.loader.precision import Precision
 from mmjax.multimodal.video import Video
 from models.bare_model import Bare
 
@@ -36,7 +37,7 @@ def test_company_padding_and_devices_change_nothing(family: str, tiny_dir: Calla
 
     checkpoint = Checkpoint.open(str(tiny_dir(family)))
     mesh = sharding.mesh(jax.devices()[:3])
-    graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, "float32", "float32")
+    graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, Precision("float32", "float32"))
     (encoder,) = config.spec.encoders.values()
     with jax.set_mesh(mesh):
         run = jax.jit(lambda params, f: nnx.merge(graph, params).encode("vision", f))
@@ -49,11 +50,11 @@ def test_a_pixel_is_seen_in_its_window_until_a_block_sees_the_frame(tiny_dir: Ca
     checkpoint = Checkpoint.open(str(tiny_dir("qwen2_5_vl")))
     checkpoint.config["vision_config"]["fullatt_block_indexes"] = []
     mesh = sharding.mesh(jax.devices()[:1])
-    graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, "float32", "float32")
+    graph, config, params = load_params(checkpoint, checkpoint.model_config(), mesh, Precision("float32", "float32"))
     processor, _ = load_processor("qwen2_5_vl", checkpoint.directory)
     encode = jax.jit(lambda params, f: nnx.merge(graph, params).encode("vision", f))
     (encoder,) = config.spec.encoders.values()
-    assert set(encoder.features) | set(encoder.gather_fields) == {
+    assert {field.name for field in encoder.fields} == {
         "pixels",
         "patch_coords",
         "segment_ids",

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.nn.audio.whisper import EPS, ConvEncoder, Fields
+from mmjax.nn.audio.whisper import EPS, ConvEncoder
 from mmjax.nn.encoder import ACTIVATIONS, Encoder, EncoderConfig, gelu
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
+from mmjax.spec import conv_length
 
 CONV_BATCH = 32  # chunks convolved at a time: of a published model each takes 6 MiB then
 
@@ -72,30 +73,6 @@ class OmniAudioConfig:
     def embeds_per_chunk(self) -> int:
         """Rows of a chunk, at most: a step each, or two steps of the first generation."""
         return self.chunk_steps if self.conv_channels else -(-self.chunk_steps // 2)
-
-    @property
-    def features(self) -> Fields:
-        """What each chunk comes with: its frames, and how many of them are sound. The second generation also wants the
-        frames that its convolutions see (silence follows the sound) and the window, numbered."""
-        out: Fields = {"mel": ((self.chunk_frames, self.num_mel_bins), "float32", 0), "audio_frames": ((), "int32", 0)}
-        if self.conv_channels:
-            out |= {"num_frames": ((), "int32", 0), "window_ids": ((), "int32", -1)}
-        return out
-
-    @property
-    def segment_fields(self) -> tuple[str, ...]:
-        """The features that hold segment numbers."""
-        return ("window_ids",) if self.conv_channels else ()
-
-    @property
-    def gather_fields(self) -> Fields:
-        """What each row comes with: its step, or the first of its two."""
-        return {"step_index": ((), "int32", 0)}
-
-    @property
-    def offset_fields(self) -> dict[str, int]:
-        """Which of them count steps."""
-        return {"step_index": self.chunk_steps}
 
     def for_tp(self, tp_size: int) -> OmniAudioConfig:
         """The same sizes, padded to divide over `ways` devices."""
@@ -178,11 +155,6 @@ def mask_after(x: jax.Array, length: jax.Array) -> jax.Array:
     """x [U, t, ...] with zeros after the first `length` i32[U] of t."""
     kept = length_mask(length, x.shape[1])
     return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
-
-
-def conv_length(length: Any, times: int) -> Any:
-    """Steps that convolutions of stride 2, kernel 3 and padding 1 leave of so many."""
-    return -(-length // 2**times)
 
 
 def length_mask(length: jax.Array, steps: int) -> jax.Array:

@@ -18,10 +18,6 @@ from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 
 EPS = 1e-5  # of every norm; the config does not name it
-CHUNK_STEPS = 96  # steps of a piece: 1.92 seconds; mmjax.processors.whisper_chunks cuts them
-CHUNK_OVERLAP = 3  # mel frames that the first and the last step of a piece see beyond it, two before and one behind
-
-Fields = dict[str, tuple[tuple[int, ...], str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,32 +44,6 @@ class WhisperEncoderConfig:
             act=audio.get("activation_function", "gelu"),
         )
         return cls(tower, audio["num_mel_bins"], audio["max_source_positions"])
-
-    @property
-    def chunk_fields(self) -> Fields:
-        """What each piece comes with.
-
-        mel: its frames and those that its ends see. window: the segment that it belongs to, numbered. start: its first
-        step in the window. extent: how many frames of the window, from its own first on, there are. heard: how many of
-        its steps are sound, which all steps of the window look at.
-        """
-        return {
-            "mel": ((2 * CHUNK_STEPS + CHUNK_OVERLAP, self.num_mel_bins), "float32", 0),
-            "window_ids": ((), "int32", -1),
-            "first_step": ((), "int32", 0),
-            "num_frames": ((), "int32", 0),
-            "audio_steps": ((), "int32", 0),
-        }
-
-    @property
-    def padded_chunk_fields(self) -> Fields:
-        """`pieces` with reach: how many steps are wanted, which may be more than are heard."""
-        return self.chunk_fields | {"wanted_steps": ((), "int32", 0)}
-
-    @property
-    def chunks_per_window(self) -> int:
-        """Pieces of a window."""
-        return -(-self.window_steps // CHUNK_STEPS)
 
     def for_tp(self, tp_size: int) -> WhisperEncoderConfig:
         """The same sizes, padded to divide over `ways` devices."""

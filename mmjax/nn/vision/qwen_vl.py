@@ -26,8 +26,6 @@ from mmjax.sharding import round_up
 EPS = 1e-6  # of all norms; no config names it
 THETA = 10000.0
 
-Fields = dict[str, tuple[tuple[int, ...], str, int]]
-
 
 @dataclasses.dataclass(frozen=True)
 class QwenVisionConfig:
@@ -105,39 +103,6 @@ class QwenVisionConfig:
     def patches_per_embed(self) -> int:
         """Patches per row."""
         return self.merge_size**2
-
-    @property
-    def features(self) -> Fields:
-        """What each patch comes with, as `models.family.Encoder` wants it.
-
-        place: its row and column. segment: its frame. window: its window; patches come window by window. table: where
-        in the table of positions it lies.
-        """
-        out: Fields = {
-            "pixels": ((self.patch_dim,), "uint8", 0),
-            "patch_coords": ((2,), "int32", 0),
-            "segment_ids": ((), "int32", -1),
-        }
-        if self.full_attention_layers is not None:
-            out["window_ids"] = ((), "int32", -1)
-        if self.position_grid:
-            out["position_coords"] = ((2,), "float32", 0)
-        return out
-
-    @property
-    def segment_fields(self) -> tuple[str, ...]:
-        """The features that hold segment numbers."""
-        return ("segment_ids",) if self.full_attention_layers is None else ("segment_ids", "window_ids")
-
-    @property
-    def gather_fields(self) -> Fields:
-        """What each row comes with. order: the first of the row's patches, which windows have moved."""
-        return {} if self.full_attention_layers is None else {"embed_order": ((), "int32", 0)}
-
-    @property
-    def offset_fields(self) -> dict[str, int]:
-        """Which of them count units."""
-        return {} if self.full_attention_layers is None else {"embed_order": 1}
 
     def for_tp(self, tp_size: int) -> QwenVisionConfig:
         """The same sizes, padded to divide over `ways` devices."""
