@@ -1,4 +1,4 @@
-"""Qwen2-Audio: Whisper's encoder, the mean of every two of its steps, one dense layer, Qwen2."""
+"""Qwen2-Audio: Whisper's encoder, the mean of every two of its steps, a dense layer, and Qwen2."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
+from mmjax.nn.encoder import Features
 from mmjax.nn.weight import weight
 from mmjax.processors.qwen2_audio import audio_fields
 from mmjax.processors.whisper_chunks import CHUNK_STEPS
@@ -59,7 +60,7 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), audio=self.audio.for_tp(tp_size))
 
 
@@ -72,7 +73,7 @@ class Model(decoder_vlm.Model):
         self.project = weight(c.audio.tower.hidden_size, c.text.hidden_size, axes=("embed", "embed_out"))
         self.project_bias = weight(c.text.hidden_size, axes=("embed_out",))
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         x, step = self.audio.encode_chunks(features), features["step_index"]
         x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
         return self.audio.final_norm(x) @ self.project[...] + self.project_bias[...]

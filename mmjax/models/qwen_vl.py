@@ -1,4 +1,4 @@
-"""What the Qwen vision families have in common: a decoder, and a tower of patches whose rows it reads."""
+"""What the Qwen vision families share: a decoder and a vision tower."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
+from mmjax.nn.encoder import Features
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig, QwenVisionEncoder
 from mmjax.processors.qwen_vl import patch_fields
 from mmjax.spec import EncoderSpec, ModelSpec
@@ -16,7 +17,7 @@ from mmjax.spec import EncoderSpec, ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. largest: rows of the largest item that the preprocessor lets through."""
+    """Sizes. max_item_embeds: embeddings of the largest item that the preprocessor lets through."""
 
     vision: QwenVisionConfig
     max_item_embeds: int
@@ -39,12 +40,12 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
 def max_pixels(prepare: Mapping[str, Any]) -> int:
-    """The largest area that a preprocessor file allows; `size` and `max_pixels` both hold areas."""
+    """The largest area that a preprocessor file allows; `max_pixels` and `size` both hold areas."""
     return int(prepare.get("max_pixels") or prepare["size"]["longest_edge"])
 
 
@@ -55,5 +56,5 @@ class Model(decoder_vlm.Model):
         super().__init__(c)
         self.vision = QwenVisionEncoder(c.vision)
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         return self.vision(features)

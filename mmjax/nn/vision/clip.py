@@ -1,4 +1,4 @@
-"""CLIP's image tower: square pictures in patches, a class token in front."""
+"""CLIP's image tower: square images in patches, a class token in front."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from mmjax.nn.encoder import Encoder, EncoderConfig
 from mmjax.nn.norm import layer_norm
@@ -27,7 +27,7 @@ DEFAULTS: Mapping[str, Any] = {  # what CLIPVisionConfig fills in
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Sizes: `image` and `patch` are edges in pixels."""
+    """Sizes. image_size, patch_size: edges in pixels."""
 
     tower: EncoderConfig
     image_size: int
@@ -35,7 +35,7 @@ class ClipConfig:
 
     @classmethod
     def from_hf(cls, vision: Mapping[str, Any], layer: int) -> ClipConfig:
-        """From a vision_config; `layer` is the hidden state that is wanted, 0 being what enters the first block."""
+        """From a vision_config; `layer` is the hidden state that is wanted, 0 being the input of the first layer."""
         vision = {**DEFAULTS, **vision}
         depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
         tower = EncoderConfig(
@@ -55,7 +55,7 @@ class ClipConfig:
         return self.image_size // self.patch_size
 
     def for_tp(self, tp_size: int) -> ClipConfig:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
 
 
@@ -72,8 +72,8 @@ class ClipVisionEncoder(Encoder):
         self.pre_norm_bias = weight(width, axes=("embed",))
         self.c = c
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """Normalised f32[U, 3, image, image] to [U, 1 + side**2, C], the class token first."""
+    def encode(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
+        """Hidden states of normalized images, the class token first."""
         c, side = self.c, self.c.grid_size
         x = (
             pixels.astype(self.patch.dtype)
