@@ -81,6 +81,7 @@ class StepFunctions:
     def _model(self, params: Params) -> Any:
         return nnx.merge(self.graph, nest(dict(zip(self.paths, params, strict=True))))
 
+    @jax.named_scope("sampler")
     def _sample(
         self, model: Any, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
     ) -> tuple[DeviceState, sampler.SamplerOutput]:
@@ -205,7 +206,8 @@ class StepFunctions:
     ) -> DeviceState:
         """Encode media, and write the embeddings where the batch will look for them."""
         model = self._model(params)
-        encoded = model.encode(name, features)
+        with jax.named_scope(name):
+            encoded = model.encode(name, features)
         if self.spec.is_encoder_decoder:
             return dataclasses.replace(state, kv_cache=model.write_cross_kv(encoded, state.kv_cache, dest))
         mm_embeds = state.mm_embeds.at[dest].set(encoded.astype(state.mm_embeds.dtype), mode="drop")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -99,8 +100,9 @@ class Model(decoder_vlm.Model):
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         index, weights = features["source_index"], features["source_weight"]
         x = self.projector(self.vision.encode_images(self.c.pixels.normalize(features["pixels"], axis=1)))
-        total = jnp.zeros((), jnp.float32)
-        for j in range(4):  # one after the other: all four at once would be the largest array by far
-            part = jnp.take(x, index[:, j], axis=0, mode="clip").astype(jnp.float32)
-            total = total + part * weights[:, j, None]
-        return jnp.where(index[:, :1] == NEWLINE, self.newline[...], total.astype(x.dtype))
+        with jax.named_scope("gather"):
+            total = jnp.zeros((), jnp.float32)
+            for j in range(4):  # one after the other: all four at once would be the largest array by far
+                part = jnp.take(x, index[:, j], axis=0, mode="clip").astype(jnp.float32)
+                total = total + part * weights[:, j, None]
+            return jnp.where(index[:, :1] == NEWLINE, self.newline[...], total.astype(x.dtype))

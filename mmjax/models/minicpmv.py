@@ -116,6 +116,7 @@ class Resampler(nnx.Module):
         self.out = weight(width, width, axes=("embed", "embed_out"))
         self.c = c
 
+    @jax.named_scope("resampler")
     def __call__(
         self, x: Float[Array, "U C"], patch_coords: Int[Array, "U 2"], segment_ids: Int[Array, "U"], slices: int
     ) -> Float[Array, "E D"]:

@@ -100,6 +100,7 @@ class Projector(nnx.Module):
         self.fc2 = weight(width, width, axes=("embed", "embed_out"))
         self.fc2_bias = weight(width, axes=("embed_out",))
 
+    @jax.named_scope("projector")
     def __call__(self, x: Float[Array, "E square"]) -> Float[Array, "E D"]:
         """Squares of four patches to embeddings."""
         return gelu(x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]
@@ -129,6 +130,7 @@ class Model(decoder_vlm.Model):
         return jnp.take(x, index, axis=0, mode="clip")
 
 
+@jax.named_scope("global_views")
 def global_views(
     pixels: Float32[Array, "I 3 size size"], crop_coords: Int[Array, "I 4"], view_index: Int[Array, "I"]
 ) -> Float32[Array, "I 3 size size"]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -75,5 +76,6 @@ class Model(decoder_vlm.Model):
 
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         x, step = self.audio.encode_chunks(features), features["step_index"]
-        x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
-        return self.audio.final_norm(x) @ self.project[...] + self.project_bias[...]
+        with jax.named_scope("projector"):
+            x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
+            return self.audio.final_norm(x) @ self.project[...] + self.project_bias[...]

@@ -86,6 +86,7 @@ class Projector(nnx.Module):
         self.fc2 = weight(half, c.text.hidden_size, axes=("embed", "embed_out"))
         self.norm_before_last = c.norm_before_last
 
+    @jax.named_scope("projector")
     def __call__(self, x: Float[Array, "E stacked"]) -> Float[Array, "E D"]:
         """Stacked steps to embeddings. The second half is the gate, unlike Llama's."""
         y = jnp.einsum("rc,cph->rph", rms_norm(x, self.norm1[...], EPS), self.fc1[...])

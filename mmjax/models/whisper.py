@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
@@ -118,17 +119,20 @@ class WhisperDecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "T D"], KVCache]:
         """The layer's output, and the cache with its keys and values written from block `first_block` on."""
         scale = self.c.head_dim**-0.5
-        y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
-        qkv = self.qkv.einsum("td,dkgh->tkgh", y) + self.qkv_bias[...]
-        y, kv_cache = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], kv_cache, batch, first_block, scale=scale)
-        x = x + self.o.einsum("tkgh,kghd->td", y) + self.o_bias[...]
-        y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
-        q = self.cross_q.einsum("td,dkgh->tkgh", y) + self.cross_q_bias[...]
-        y = cross_attend(q, kv_cache, batch, first_block, scale=scale)
-        x = x + self.cross_o.einsum("tkgh,kghd->td", y) + self.cross_o_bias[...]
-        y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
-        y = ACTIVATIONS[self.c.act](self.fc1.einsum("td,df->tf", y) + self.fc1_bias[...])
-        return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], kv_cache
+        with jax.named_scope("attn"):
+            y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
+            qkv = self.qkv.einsum("td,dkgh->tkgh", y) + self.qkv_bias[...]
+            y, kv_cache = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], kv_cache, batch, first_block, scale=scale)
+            x = x + self.o.einsum("tkgh,kghd->td", y) + self.o_bias[...]
+        with jax.named_scope("cross_attn"):
+            y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
+            q = self.cross_q.einsum("td,dkgh->tkgh", y) + self.cross_q_bias[...]
+            y = cross_attend(q, kv_cache, batch, first_block, scale=scale)
+            x = x + self.cross_o.einsum("tkgh,kghd->td", y) + self.cross_o_bias[...]
+        with jax.named_scope("mlp"):
+            y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
+            y = ACTIVATIONS[self.c.act](self.fc1.einsum("td,df->tf", y) + self.fc1_bias[...])
+            return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], kv_cache
 
     def write_cross_kv(
         self,
@@ -161,17 +165,22 @@ class Model(nnx.Module):
         self.audio = WhisperEncoder(c.audio)
         self.c = c
 
+    @jax.named_scope("decoder")
     def __call__(
         self, batch: Batch, kv_cache: KVCache, mm_embeds: Float[Array, "M W"]
     ) -> tuple[Float[Array, "T D"], KVCache]:
         text = self.text
-        x = text.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
-        x = x + jnp.take(text.positions[...], batch.rope_positions[0], axis=0, mode="clip")
+        with jax.named_scope("embed"):
+            x = text.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
+            x = x + jnp.take(text.positions[...], batch.rope_positions[0], axis=0, mode="clip")
         num_blocks = kv_cache.k.shape[0] // self.c.num_layers
         for i, layer in enumerate(jit_layers(text.layers, WhisperDecoderLayer.__call__)):
-            x, kv_cache = layer(x, kv_cache, batch, jnp.int32(i * num_blocks))
-        return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), kv_cache
+            with jax.named_scope(f"layer_{i}"):
+                x, kv_cache = layer(x, kv_cache, batch, jnp.int32(i * num_blocks))
+        with jax.named_scope("norm"):
+            return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), kv_cache
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
         out = self.text.embed.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
         return out[:, : self.c.vocab_size]
@@ -179,8 +188,10 @@ class Model(nnx.Module):
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         return self.audio.encode_windows(features["mel"])
 
+    @jax.named_scope("decoder")
     def write_cross_kv(self, encoded: Float[Array, "U D"], kv_cache: KVCache, slot_mapping: Int[Array, "U"]) -> KVCache:
         num_blocks = kv_cache.k.shape[0] // self.c.num_layers
         for i, write in enumerate(jit_layers(self.text.layers, WhisperDecoderLayer.write_cross_kv)):
-            kv_cache = write(encoded, kv_cache, slot_mapping, jnp.int32(i * num_blocks))
+            with jax.named_scope(f"layer_{i}"):
+                kv_cache = write(encoded, kv_cache, slot_mapping, jnp.int32(i * num_blocks))
         return kv_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
@@ -50,7 +51,8 @@ def attend(
         v_cache: Num[Array, "num_blocks _ _ cache_H"],
     ) -> tuple[Array, Array, Array]:
         slots = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * block_size, -1)
-        k_cache, v_cache = write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slots)
+        with jax.named_scope("kv_cache/write"):
+            k_cache, v_cache = write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slots)
         out = _paged_attention(
             q, k_cache, v_cache, batch.block_table + first_block, batch.context_lens, batch, causal=True, scale=scale
         )
@@ -80,6 +82,7 @@ def cross_attend(
     return map_heads(run, (QUERY, kv_cache_axes(), kv_cache_axes()), QUERY)(q, kv_cache.k, kv_cache.v)
 
 
+@jax.named_scope("kv_cache/write")
 def write_kv(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
@@ -104,6 +107,7 @@ def write_kv(
     )
 
 
+@jax.named_scope("segment_attention")
 def encoder_attention(
     q: Float[Array, "U N H"],
     k: Float[Array, "U N H"],
@@ -143,20 +147,15 @@ def _paged_attention(
     q = _pad_heads(q, k_cache)
     num_blocks = batch.seq_index.shape[0]
     if num_blocks == tokens:
-        out = paged_decode(q, k_cache, v_cache, block_table, context_lens, scale=scale)
+        with jax.named_scope("paged_decode"):
+            out = paged_decode(q, k_cache, v_cache, block_table, context_lens, scale=scale)
     else:
         blocks = q.reshape(num_blocks, tokens // num_blocks, *q.shape[1:])
-        out = paged_prefill(
-            blocks,
-            k_cache,
-            v_cache,
-            block_table,
-            batch.seq_index,
-            batch.q_start,
-            context_lens,
-            causal=causal,
-            scale=scale,
-        )
+        seq_index, q_start = batch.seq_index, batch.q_start
+        with jax.named_scope("paged_prefill"):
+            out = paged_prefill(
+                blocks, k_cache, v_cache, block_table, seq_index, q_start, context_lens, causal=causal, scale=scale
+            )
         out = out.reshape(q.shape)
     return out[:, :heads, :, :head_dim]
 

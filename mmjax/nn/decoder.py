@@ -160,20 +160,22 @@ class DecoderLayer(nnx.Module):
         first_block: Int[Array, ""],
     ) -> tuple[Float[Array, "T D"], KVCache]:
         """The layer's output, and the cache with its keys and values written from block `first_block` on."""
-        y = rms_norm(x, self.attn_norm[...], self.c.eps)
-        qkv = self.qkv.einsum("td,dkgh->tkgh", y)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
-        qk = apply_rope(self._qk_norm(qkv[:, :, :-1]), angles)
-        y, kv_cache = attend(
-            qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1], kv_cache, batch, first_block, scale=self.c.scale
-        )
-        x = x + self.o.einsum("tkgh,kghd->td", y)
-        y = rms_norm(x, self.mlp_norm[...], self.c.eps)
-        if self.experts is not None:
-            return x + self.experts(y), kv_cache
-        y = self.gate_up.einsum("td,dpf->tpf", y)
-        return x + self.down.einsum("tf,fd->td", jax.nn.silu(y[:, 0]) * y[:, 1]), kv_cache
+        with jax.named_scope("attn"):
+            y = rms_norm(x, self.attn_norm[...], self.c.eps)
+            qkv = self.qkv.einsum("td,dkgh->tkgh", y)
+            if self.qkv_bias is not None:
+                qkv = qkv + self.qkv_bias[...]
+            qk = apply_rope(self._qk_norm(qkv[:, :, :-1]), angles)
+            y, kv_cache = attend(
+                qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1], kv_cache, batch, first_block, scale=self.c.scale
+            )
+            x = x + self.o.einsum("tkgh,kghd->td", y)
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.mlp_norm[...], self.c.eps)
+            if self.experts is not None:
+                return x + self.experts(y), kv_cache
+            y = self.gate_up.einsum("td,dpf->tpf", y)
+            return x + self.down.einsum("tf,fd->td", jax.nn.silu(y[:, 0]) * y[:, 1]), kv_cache
 
     def _qk_norm(self, qk: Float[Array, "T K heads H"]) -> Float[Array, "T K heads H"]:
         """The queries and the key of each key head, normalized over H if the model does so."""
@@ -196,6 +198,7 @@ class Decoder(nnx.Module):
         self.head = None if c.tie_embeddings else weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
         self.c = c
 
+    @jax.named_scope("decoder")
     def __call__(
         self, batch: Batch, kv_cache: KVCache, mm_embeds: Float[Array, "M W"]
     ) -> tuple[Float[Array, "T D"], KVCache]:
@@ -204,18 +207,22 @@ class Decoder(nnx.Module):
         mm_embeds: the media embeddings that `batch.mm_index` refers to, D * (1 + n) numbers each: the first D take the
         place of the token's embedding, the n sets beside them are added after each of the first n layers.
         """
-        x = self.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
-        media, is_media = jnp.take(mm_embeds, batch.mm_index, axis=0, mode="clip"), batch.mm_index[:, None] >= 0
-        width = x.shape[-1]
-        x = jnp.where(is_media, media[:, :width], x)
+        with jax.named_scope("embed"):
+            x = self.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
+            media, is_media = jnp.take(mm_embeds, batch.mm_index, axis=0, mode="clip"), batch.mm_index[:, None] >= 0
+            width = x.shape[-1]
+            x = jnp.where(is_media, media[:, :width], x)
         angles = self.c.rope.angles(batch.rope_positions)
         num_blocks = kv_cache.k.shape[0] // self.c.num_layers
         for i, layer in enumerate(jit_layers(self.layers, DecoderLayer.__call__)):
-            x, kv_cache = layer(x, angles, kv_cache, batch, jnp.int32(i * num_blocks))
-            if media.shape[1] >= (i + 2) * width:
-                x = x + jnp.where(is_media, media[:, (i + 1) * width : (i + 2) * width], jnp.zeros_like(x))
-        return rms_norm(x, self.norm[...], self.c.eps), kv_cache
+            with jax.named_scope(f"layer_{i}"):
+                x, kv_cache = layer(x, angles, kv_cache, batch, jnp.int32(i * num_blocks))
+                if media.shape[1] >= (i + 2) * width:
+                    x = x + jnp.where(is_media, media[:, (i + 1) * width : (i + 2) * width], jnp.zeros_like(x))
+        with jax.named_scope("norm"):
+            return rms_norm(x, self.norm[...], self.c.eps), kv_cache
 
+    @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
         """Logits over the vocabulary, without its padding."""
         head = self.embed if self.head is None else self.head

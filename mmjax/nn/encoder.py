@@ -94,19 +94,21 @@ class EncoderLayers(nnx.Module):
     ) -> Float[Array, "U C"]:
         """One layer, of the weights that a scan has indexed."""
         c = self.c
-        y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
-        qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
-        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
-        q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
-        y = encoder_attention(
-            q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len, key_mask=key_mask
-        ).astype(x.dtype)
-        x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
-        y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
-        y = ACTIVATIONS[c.act](self.fc1.einsum("ud,df->uf", y) + self.fc1_bias[...])
-        return x + self.fc2.einsum("uf,fd->ud", y) + self.fc2_bias[...]
+        with jax.named_scope("attn"):
+            y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
+            qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
+            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            if angles is not None:
+                q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
+            y = encoder_attention(
+                q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len, key_mask=key_mask
+            ).astype(x.dtype)
+            x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
+        with jax.named_scope("mlp"):
+            y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
+            y = ACTIVATIONS[c.act](self.fc1.einsum("ud,df->uf", y) + self.fc1_bias[...])
+            return x + self.fc2.einsum("uf,fd->ud", y) + self.fc2_bias[...]
 
 
 class Encoder(nnx.Module):
@@ -128,6 +130,7 @@ class Encoder(nnx.Module):
         `encoder_attention`. angles: rotate q and k."""
         graph, weights = nnx.split(self.blocks)
 
+        @jax.named_scope("layer")
         def body(x: Float[Array, "U C"], layer: Any) -> tuple[Float[Array, "U C"], None]:
             return nnx.merge(graph, layer)(x, segment_ids, angles, segment_len, key_mask), None
 

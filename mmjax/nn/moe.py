@@ -68,10 +68,11 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """The weighted sum of the outputs of each token's experts."""
-        probs = jax.nn.softmax((x @ self.router[...]).astype(jnp.float32), axis=-1)
-        weights, expert_ids = jax.lax.top_k(probs, self.c.top_k)
-        if self.c.norm_topk_prob:
-            weights = weights / weights.sum(axis=-1, keepdims=True)
+        with jax.named_scope("router"):
+            probs = jax.nn.softmax((x @ self.router[...]).astype(jnp.float32), axis=-1)
+            weights, expert_ids = jax.lax.top_k(probs, self.c.top_k)
+            if self.c.norm_topk_prob:
+                weights = weights / weights.sum(axis=-1, keepdims=True)
         block = block_rows(expert_ids.size, self.c.num_experts)
         grouped_mlp = ragged_dot_mlp if jax.default_backend() == "tpu" else blockwise_mlp
 
@@ -104,6 +105,7 @@ def block_rows(rows: int, experts: int) -> int:
     return min(1 << (wanted - 1).bit_length(), MAX_BLOCK_ROWS.get(platform, 128))
 
 
+@jax.named_scope("experts")
 def routed_experts(
     x: Float[Array, "T D"],
     weights: Float32[Array, "T k"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
@@ -98,6 +99,7 @@ def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
     return Rope(long, (0,) * len(long), attention_factor=factor, short_inv_freq=short, original_max_positions=original)
 
 
+@jax.named_scope("rope")
 def apply_rope(x: Float[Array, "T *heads H"], angles: Float32[Array, "T H//2"]) -> Float[Array, "T *heads H"]:
     """Rotate pairs (i, i + H / 2), in float32; the result is in x's dtype."""
     shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1] // 2,)

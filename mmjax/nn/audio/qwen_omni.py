@@ -95,8 +95,9 @@ class Qwen2OmniAudioEncoder(ConvEncoder):
         x = zero_after(self.apply_conv1(features["mel"], pad=1), length)
         x = self.apply_conv2(x, pad=1)
         x = _run_layers(self, x, jnp.arange(len(x), dtype=jnp.int32), conv_length(length, 1))
-        x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
-        return self.final_norm(x) @ self.project[...] + self.project_bias[...]
+        with jax.named_scope("projector"):
+            x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
+            return self.final_norm(x) @ self.project[...] + self.project_bias[...]
 
 
 class Qwen3OmniAudioEncoder(Encoder):
@@ -126,11 +127,13 @@ class Qwen3OmniAudioEncoder(Encoder):
         mel = features["mel"].astype(self.conv1.dtype)
         x = jax.lax.map(lambda chunk: self._convolve(*chunk), (mel, features["num_frames"]), batch_size=CONV_BATCH)
         x = _run_layers(self, x @ self.gather[...], features["window_ids"], conv_length(features["audio_frames"], 3))
-        x = jnp.take(x, features["step_index"], axis=0, mode="clip")
-        x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
-        x = ACTIVATIONS[self.c.tower.act](self.project1.einsum("rd,df->rf", x) + self.project1_bias[...])
-        return self.project2.einsum("rf,fd->rd", x) + self.project2_bias[...]
+        with jax.named_scope("projector"):
+            x = jnp.take(x, features["step_index"], axis=0, mode="clip")
+            x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+            x = ACTIVATIONS[self.c.tower.act](self.project1.einsum("ed,df->ef", x) + self.project1_bias[...])
+            return self.project2.einsum("ef,fd->ed", x) + self.project2_bias[...]
 
+    @jax.named_scope("conv")
     def _convolve(self, mel: Float[Array, "t bins"], num_frames: Int[Array, ""]) -> Float[Array, "steps inner"]:
         """One chunk, of which the first `num_frames` frames exist."""
         x = zero_after(mel[None, :, :, None], num_frames[None])

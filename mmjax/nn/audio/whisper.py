@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -63,14 +64,17 @@ class ConvEncoder(Encoder):
         self.norm = weight(d, axes=("embed",))
         self.norm_bias = weight(d, axes=("embed",))
 
+    @jax.named_scope("conv1")
     def apply_conv1(self, mel: Float[Array, "I t bins"], *, pad: int = 0) -> Float[Array, "I frames C"]:
         """The first convolution, with `pad` zeros at both ends."""
         return gelu(convolve(mel.astype(self.conv1.dtype), self.conv1[...], stride=1, pad=pad) + self.conv1_bias[...])
 
+    @jax.named_scope("conv2")
     def apply_conv2(self, x: Float[Array, "I frames C"], *, pad: int = 0) -> Float[Array, "I steps C"]:
         """The second convolution, of stride 2."""
         return gelu(convolve(x, self.conv2[...], stride=2, pad=pad) + self.conv2_bias[...])
 
+    @jax.named_scope("norm")
     def final_norm(self, x: Float[Array, "*shape C"]) -> Float[Array, "*shape C"]:
         """The norm after the last layer."""
         return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -74,6 +75,16 @@ class ClipVisionEncoder(Encoder):
 
     def encode(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
         """Hidden states of normalized images, the class token first."""
+        x = self._embed(pixels)
+        num_inputs, num_positions, width = x.shape
+        segment_ids = jnp.arange(num_inputs * num_positions, dtype=jnp.int32) // num_positions
+        return self(x.reshape(-1, width), segment_ids, segment_len=num_positions).reshape(
+            num_inputs, num_positions, width
+        )
+
+    @jax.named_scope("patch_embed")
+    def _embed(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
+        """The class token and the patches, with positions added, normalized."""
         c, side = self.c, self.c.grid_size
         x = (
             pixels.astype(self.patch.dtype)
@@ -83,9 +94,4 @@ class ClipVisionEncoder(Encoder):
         x = x.reshape(-1, side**2, 3 * c.patch_size * c.patch_size) @ self.patch[...]
         first = jnp.broadcast_to(self.class_embed[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...]
-        x = layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.tower.eps)
-        num_inputs, num_positions, width = x.shape
-        segment_ids = jnp.arange(num_inputs * num_positions, dtype=jnp.int32) // num_positions
-        return self(x.reshape(-1, width), segment_ids, segment_len=num_positions).reshape(
-            num_inputs, num_positions, width
-        )
+        return layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.tower.eps)

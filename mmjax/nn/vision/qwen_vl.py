@@ -149,17 +149,19 @@ class GatedEncoderLayers(nnx.Module):
     ) -> Float[Array, "U C"]:
         """One layer, of the weights that a scan has indexed."""
         c = self.c
-        y = rms_norm(x, self.norm1[...], c.eps)
-        qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
-        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
-        q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
-        y = encoder_attention(q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len).astype(x.dtype)
-        x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
-        y = rms_norm(x, self.norm2[...], c.eps)
-        y = self.gate_up.einsum("ud,dpf->upf", y) + self.gate_up_bias[...]
-        return x + self.down.einsum("uf,fd->ud", ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) + self.down_bias[...]
+        with jax.named_scope("attn"):
+            y = rms_norm(x, self.norm1[...], c.eps)
+            qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
+            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            if angles is not None:
+                q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
+            y = encoder_attention(q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len).astype(x.dtype)
+            x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.norm2[...], c.eps)
+            y = self.gate_up.einsum("ud,dpf->upf", y) + self.gate_up_bias[...]
+            return x + self.down.einsum("uf,fd->ud", ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) + self.down_bias[...]
 
 
 class PatchMerger(nnx.Module):
@@ -183,6 +185,7 @@ class PatchMerger(nnx.Module):
         self.fc2_bias = weight(*stack, c.output_dim, axes=(*axis, "embed"))
         self.square = square
 
+    @jax.named_scope("merger")
     def __call__(self, x: Float[Array, "U C"]) -> Float[Array, "E W"]:
         """An embedding for every square of patches."""
         x = x.reshape(-1, self.norm.shape[-1])
@@ -220,6 +223,7 @@ class QwenVisionEncoder(nnx.Module):
             embeds = jnp.take(embeds, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
         return embeds
 
+    @jax.named_scope("patch_embed")
     def _embed(
         self, pixels: UInt8[Array, "U patch_dim"], position_coords: Float32[Array, "U 2"] | None
     ) -> Float[Array, "U C"]:
@@ -267,6 +271,7 @@ class QwenVisionEncoder(nnx.Module):
         is_full = jnp.array([c.full_attention_layers is None or i in c.full_attention_layers for i in range(depth)])
         level = jnp.array([sum(layer < i for layer in c.deepstack_layers) for i in range(depth)], jnp.int32)
 
+        @jax.named_scope("layer")
         def body(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], None]:
             (x, inner), (weights, is_full, level) = carry, layer
             ids = segment_ids

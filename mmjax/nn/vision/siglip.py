@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
@@ -95,8 +96,9 @@ class SiglipVisionEncoder(Encoder):
     ) -> Float[Array, "U C"]:
         """Hidden states of normalized patches. position_ids: rows of the position table. Patches attend those of equal
         segment id; segment_len: the length of every segment, where all have the same."""
-        x = patches.astype(self.patch.dtype) @ self.patch[...] + self.patch_bias[...]
-        x = x + jnp.take(self.positions[...], position_ids, axis=0, mode="clip")
+        with jax.named_scope("patch_embed"):
+            x = patches.astype(self.patch.dtype) @ self.patch[...] + self.patch_bias[...]
+            x = x + jnp.take(self.positions[...], position_ids, axis=0, mode="clip")
         x = self(x, segment_ids, segment_len=segment_len)
         if self.last_norm is None or self.last_norm_bias is None:
             return x
