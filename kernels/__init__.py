@@ -1,13 +1,14 @@
-"""Attention over a paged pool and over packed encoder units: one public function per op, several implementations each.
+"""Attention over a paged KV cache and over packed encoder sequences: one public function per op, several
+implementations each.
 
-    paged_decode        one query per sequence, keys and values in pages
-    paged_prefill       blocks of queries, keys and values in pages, causal or not
-    segment_attention   packed encoder units, attention inside each segment
-    write_kv_cache         new keys and values into the pool
+    paged_decode        one query per sequence, keys and values in the cache
+    paged_prefill       blocks of queries, keys and values in the cache, causal or not
+    segment_attention   packed encoder sequences, attention inside each segment
+    write_kv_cache      new keys and values into the cache
 
-Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U encoder units, P pages per sequence, K kv
-heads, G query heads per kv head, N = K * G query heads, H head dim. Which implementation serves which platform:
-`choose.py`.
+Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U positions of a packed encoder sequence, P
+cache blocks per sequence, K kv heads, G query heads per kv head, N attention heads, H head dim. Which implementation
+serves which platform: `choose.py`.
 
 Another distribution is called `kernels`, and transformers probes it by importing that name, which finds this folder
 whenever the repository's root is on sys.path. Under that name nothing is imported and nothing is defined.

@@ -6,13 +6,13 @@ The functions are plain jnp, so that they serve inside Pallas kernels as well.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
-State = tuple[jax.Array, jax.Array, jax.Array]
+State = tuple[Float32[Array, "*rows"], Float32[Array, "*rows"], Float32[Array, "*rows H"]]
 
 MASKED = -1e30
-"""Score of a key that is not seen: finite, so that a row that sees nothing stays finite too."""
+"""Score of a masked key: finite, so that a row whose keys are all masked stays finite too."""
 
 
 def start(rows: tuple[int, ...], head_dim: int) -> State:
@@ -26,12 +26,12 @@ def start(rows: tuple[int, ...], head_dim: int) -> State:
 
 def fold(
     state: State,
-    scores: jax.Array,
-    weigh: Callable[[jax.Array], jax.Array],
-    exp: Callable[[jax.Array], jax.Array] = jnp.exp,
+    scores: Float32[Array, "*rows keys"],
+    weigh: Callable[[Array], Array],
+    exp: Callable[[Array], Array] = jnp.exp,
 ) -> State:
-    """Add a chunk: scores [*rows, keys] float32; `weigh` maps weights [*rows, keys] to weighted values [*rows,
-    head_dim]. `exp` is jnp.exp2 where the scores are in units of log 2."""
+    """Add a chunk of keys. `weigh` maps weights [*rows, keys] to weighted values [*rows, H]. `exp` is jnp.exp2 where
+    the scores are in units of log 2."""
     top, total, values = state
     new_top = jnp.maximum(top, scores.max(-1))
     keep = exp(top - new_top)
@@ -39,7 +39,7 @@ def fold(
     return new_top, total * keep + weights.sum(-1), values * keep[..., None] + weigh(weights)
 
 
-def finish(state: State) -> jax.Array:
-    """The weighted mean of the values [*rows, head_dim]; zero where no key was folded."""
+def finish(state: State) -> Float[Array, "*rows H"]:
+    """The weighted mean of the values; zero where no key was folded."""
     _, total, values = state
     return values / jnp.maximum(total, 1e-30)[..., None]

@@ -1,21 +1,21 @@
 """The two matrix products of attention on a tile held by a Pallas kernel, accumulated in float32."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 
-def scores(query: jax.Array, key: jax.Array) -> jax.Array:
-    """[rows, H] x [keys, H] -> [rows, keys] float32."""
+def scores(query: Float[Array, "rows H"], key: Float[Array, "keys H"]) -> Float32[Array, "rows keys"]:
+    """query @ key.T"""
     return _dot(query, key, 1)
 
 
-def weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """[rows, keys] float32 x [keys, H] -> [rows, H] float32. The weights are rounded to the values' dtype."""
+def weigh(weights: Float32[Array, "rows keys"], value: Float[Array, "keys H"]) -> Float32[Array, "rows H"]:
+    """weights @ value, with the weights rounded to the values' dtype."""
     return _dot(weights.astype(value.dtype), value, 0)
 
 
-def _dot(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+def _dot(a: Float[Array, "rows inner"], b: Float[Array, "_ _"], axis: int) -> Float32[Array, "rows _"]:
     # Left to the default, float32 would be rounded to tf32 on GPU and to bfloat16 on TPU.
     exact = jnp.promote_types(a.dtype, b.dtype) == jnp.float32
     return lax.dot_general(

@@ -3,10 +3,10 @@ next."""
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Float32
 
 from . import online_softmax, tile
 
@@ -23,16 +23,22 @@ def state(rows: tuple[int, ...], head_dim: int) -> list[Any]:
     ]
 
 
-def start(top: jax.Ref, total: jax.Ref, values: jax.Ref) -> None:
+def start(top: Any, total: Any, values: Any) -> None:
+    """Write the state before any key."""
     top[...] = jnp.full(top.shape, online_softmax.MASKED, jnp.float32)
     total[...] = jnp.zeros(total.shape, jnp.float32)
     values[...] = jnp.zeros(values.shape, jnp.float32)
 
 
 def fold(
-    at: tuple[int, ...], top: jax.Ref, total: jax.Ref, values: jax.Ref, scores: jax.Array, value: jax.Array
+    at: tuple[int, ...],
+    top: Any,
+    total: Any,
+    values: Any,
+    scores: Float32[Array, "rows keys"],
+    value: Float[Array, "keys H"],
 ) -> None:
-    """Add scores [rows, keys] and value [keys, H] to the state at index `at`, as `online_softmax.fold` does."""
+    """Add a chunk of keys to the state at index `at`, as `online_softmax.fold` does."""
     before = top[(*at, slice(None), slice(0, 1))]
     new = jnp.maximum(before, scores.max(-1, keepdims=True))
     keep, weights = jnp.exp(before - new), jnp.exp(scores - new)
@@ -42,7 +48,8 @@ def fold(
     values[at] = values[at] * keep + tile.weigh(weights, value)
 
 
-def finish(total: jax.Ref, values: jax.Ref) -> jax.Array:
+def finish(total: Any, values: Any) -> Float32[Array, "*rows H"]:
+    """The weighted mean of the values; zero where no key was folded."""
     return values[...] / jnp.maximum(total[..., :1], 1e-30)
 
 

@@ -1,48 +1,68 @@
-"""What the engine must know of a model before it sees a weight. NumPy only: host code and device code read it."""
+"""What processor, engine and model agree on before a weight is read. NumPy only: host and device code import it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureField:
+    """One input array of an encoder, as a processor makes it and a model reads it.
+
+    The array is [n, *shape] of `dtype`. axis: what n counts, the item's encoder inputs (patches, crops, chunks) or its
+    embeddings, for arrays that say what each embedding is made from. Items are packed end to end into one array, which
+    is padded with `pad`. is_segment_id: holds segment ids, which count from 0 in each item and are renumbered in a
+    batch, so that no two items share one. index_stride: holds indices into something of which each encoder input has
+    this many; those >= 0 grow by that much for every input packed before the item.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: str = "int32"
+    pad: int = 0
+    axis: Literal["inputs", "embeds"] = "inputs"
+    is_segment_id: bool = False
+    index_stride: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSpec:
     """The sizes of a media encoder's input and output.
 
-    features: name -> (trailing shape, dtype name, padding value) of each input array; the leading axis is units.
-    kinds: the modalities it encodes. grain: units come in multiples of this (four patches make one row). rows: media
-    rows per `grain` units, with picks at most so many; 0 for an encoder whose output is read through cross attention.
-    keys: keys per unit that cross attention reads, else 0. numbered: the features that hold segment numbers, which
-    must differ from item to item. picks: like features, for an encoder whose rows do not follow from its units (crops
-    with margins, clips of any length): the leading axis is the item's rows, and says of each what it is made from.
-    based: features and picks that count from the item's first unit, n to a unit: where items are packed end to end,
-    values >= 0 grow by n for every unit before. largest: units of the largest item that the default preprocessing
-    yields, where `rows` does not tell.
+    fields: its input arrays. modalities: what it encodes. group_size: inputs come in multiples of this (four patches
+    make one embedding). embeds_per_group: embeddings per group of inputs, or the most there can be where fields say
+    what each is made from; 0 for an encoder whose output is read through cross attention. keys_per_input: keys per
+    input that cross attention reads, else 0. max_item_inputs: inputs of the largest item that the default
+    preprocessing yields, where `embeds_per_group` does not tell.
     """
 
-    features: Mapping[str, tuple[tuple[int, ...], str, int]]
+    fields: tuple[FeatureField, ...]
     modalities: tuple[str, ...]
     group_size: int = 1
     embeds_per_group: int = 0
     keys_per_input: int = 0
-    segment_fields: tuple[str, ...] = ()
-    gather_fields: Mapping[str, tuple[tuple[int, ...], str, int]] = dataclasses.field(default_factory=dict)
-    offset_fields: Mapping[str, int] = dataclasses.field(default_factory=dict)
     max_item_inputs: int = 0
 
+    @property
+    def gathers_embeds(self) -> bool:
+        """Whether fields say what each embedding is made from, so that the number of inputs does not tell how many
+        embeddings there are (crops with margins, clips of any length)."""
+        return any(field.axis == "embeds" for field in self.fields)
+
     def num_embeds(self, num_inputs: int) -> int:
-        """Media rows that `units` units yield, with picks at most."""
+        """Embeddings of so many inputs; the most there can be where `gathers_embeds`."""
         return num_inputs // self.group_size * self.embeds_per_group
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Sizes from which the engine makes the pool, the slab and the step's programs.
+    """Sizes from which the engine makes the KV cache, the mm_embeds buffer and the step's programs.
 
-    encoders: by a name of the family's choice. cross: whether the decoder reads the (one) encoder through cross
-    attention. largest_item: media rows of the largest item that the default preprocessing yields. pooling: whether
-    hidden states are wanted of it instead of tokens.
+    encoders: by a name of the family's choice. is_encoder_decoder: whether the decoder reads the (one) encoder through
+    cross attention. max_item_embeds: embeddings of the largest item that the default preprocessing yields. pooling:
+    whether hidden states are wanted of it instead of tokens.
     """
 
     num_layers: int
@@ -66,3 +86,8 @@ class ModelSpec:
     def encoder_of(self, modality: str) -> str:
         """The name of the encoder that takes this modality."""
         return next(name for name, encoder in self.encoders.items() if modality in encoder.modalities)
+
+
+def conv_length(length: Any, num_convs: int = 1) -> Any:
+    """What convolutions of stride 2, kernel 3 and padding 1 leave of `length` steps: int or integer array."""
+    return -(-length // 2**num_convs)

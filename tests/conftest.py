@@ -20,6 +20,7 @@ for flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimiza
 
 import jax  # noqa: E402 - reads the environment when it is imported
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,12 @@ if importlib.util.find_spec("mmjax") is None:
     sys.path.append(str(ROOT))  # last, so that the root's kernels/ never hides an installed distribution of that name
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# These packages' annotations are checked at every call, so the shapes and dtypes of arrays while a program is traced.
+install_import_hook(
+    ["mmjax.kernels", "mmjax.nn", "mmjax.models"],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int will do for a float
+)
 
 _user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
 jax.config.update("jax_compilation_cache_dir", str(_user_cache / "mmjax-tests" / f"jax-{jax.__version__}"))

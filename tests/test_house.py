@@ -68,8 +68,8 @@ LAWS = {
     "outputs": HOST,
     "batch": Law(ours=(), banned=NO_MODEL_CODE),
     "sharding": Law(ours=(), banned=NO_MODEL_CODE),
-    "nn": Law(ours=("nn", "kernels", "batch", "sharding"), banned=("orbax", "transformers")),
-    "models": Law(ours=("models", "nn", "batch", "sharding", "spec"), banned=("orbax", "transformers")),
+    "nn": Law(ours=("nn", "kernels", "batch", "sharding", "spec"), banned=("orbax", "transformers")),
+    "models": Law(ours=("models", "nn", "processors", "batch", "sharding", "spec"), banned=("orbax", "transformers")),
     "engine": HOST,
     "engine.model_runner": Law(banned=("orbax", "transformers")),
     "engine.programs": Law(banned=("orbax", "transformers")),
@@ -85,6 +85,8 @@ PARAMETERS = 8
 FAMILY_LINES = {"models": 350, "processors": 350, "converters": 60}
 # functions whose parameters are those of vLLM or OpenAI
 PUBLIC = {"mmjax/entrypoints/llm.py": {"chat"}}
+# what a model may import of processors: constants, and the declarations of its encoder's fields
+DECLARED = re.compile(r"processors\.\w+\.([A-Z0-9_]+|\w+_fields)")
 # vague names that scripts import from vLLM, and nothing else in those places
 MIRRORS = ("mmjax/utils/__init__.py", "mmjax/utils/serial_utils.py", "mmjax/multimodal/utils.py")
 VAGUE = re.compile(r"(^|_)(utils?|commons?|helpers?|managers?|handlers?|misc)(_|$)")
@@ -155,9 +157,11 @@ def room_of(inner: str) -> str:
 def may_open(room: str, law: Law, inner: str) -> bool:
     folder, _, family = room.partition(".")
     if folder in FAMILY_LINES and family in FAMILIES.values():
-        others = tuple(f"{folder}.{other}" for other in FAMILIES.values() if other != family)
+        others = tuple(f"{f}.{other}" for f in FAMILY_LINES for other in FAMILIES.values() if other != family)
         if within(inner, others):
             return False
+    if folder == "models" and within(inner, ("processors",)) and not DECLARED.fullmatch(inner):
+        return False
     if within(room, NO_FAMILY) and within(inner, tuple(f"{f}.{n}" for f in FAMILY_LINES for n in FAMILIES.values())):
         return False
     if room_of(inner) != room_of(room) and FLOOR_OF[room_of(inner)] >= FLOOR_OF[room_of(room)] and room:
@@ -241,6 +245,9 @@ PLANTED = [
     ("imports", "mmjax/nn/rope.py", "from mmjax.models import base", "may not open"),
     ("imports", "mmjax/models/llava.py", "from mmjax.models.whisper import Block", "may not open"),
     ("imports", "mmjax/models/llava.py", "from mmjax.inputs import parse", "may not open"),
+    ("imports", "mmjax/models/llava.py", "from mmjax.processors.phi3_v import crop_fields", "may not open"),
+    ("imports", "mmjax/models/llava.py", "from mmjax.processors.llava import Processor", "may not open"),
+    ("imports", "mmjax/nn/rope.py", "from mmjax.processors.qwen_vl import patch_fields", "may not open"),
     ("imports", "mmjax/engine/scheduler.py", "import jax", "not in engine.scheduler"),
     ("imports", "mmjax/engine/scheduler.py", "from mmjax.processors.llava import Processor", "may not open"),
     ("imports", "mmjax/engine/scheduler.py", "from mmjax.outputs import completion", "may not open"),
@@ -289,6 +296,7 @@ ALLOWED = [
     ("kernels/deep/reference.py", "from ..choose import select\nimport jax"),
     ("converters/orbax.py", "import jax, orbax.checkpoint"),
     ("mmjax/models/llava.py", "from mmjax.spec import EncoderSpec\nfrom mmjax.nn.encoder import Encoder"),
+    ("mmjax/models/llava.py", "from mmjax.processors.llava import PAD, image_fields"),
     ("mmjax/engine/model_runner.py", "import jax\nfrom mmjax.spec import ModelSpec"),
     ("mmjax/outputs/completion.py", "from mmjax.engine.sequence import Sequence"),
     ("mmjax/tokenizer/tokenizer.py", "def f():\n    from transformers import AutoTokenizer"),

@@ -1,25 +1,24 @@
-"""Attention of one query per sequence over its pages."""
+"""Attention of one query per sequence over its keys in the cache."""
 
-import jax
+from jaxtyping import Array, Float, Int, Num
 
 from ..choose import implementation
 
 
 def paged_decode(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    block_table: jax.Array,
-    context_lens: jax.Array,
+    q: Float[Array, "S K G H"],
+    k_cache: Num[Array, "num_blocks _ _ H"],
+    v_cache: Num[Array, "num_blocks _ _ H"],
+    block_table: Int[Array, "S P"],
+    context_lens: Int[Array, "S"],
     *,
     scale: float,
     impl: str | None = None,
-) -> jax.Array:
-    """Sequence s attends its keys 0..length[s]-1.
+) -> Float[Array, "S K G H"]:
+    """Sequence s attends its keys 0..context_lens[s]-1. The output is in q's dtype, and finite for a length of 0.
 
-    q [S, K, G, H]; k, v [pages, page, K, H] (for the reference [pages, K, page, H], see `kv_heads_first`); pages [S, P]
-    int32, page ids in order of position (layer included); length [S] int32 -> [S, K, G, H] in q's dtype. Length 0 gives
-    a finite output. Key j of s lies in page pages[s, j // page]. Raises NotImplementedError where `impl` does not serve
-    the shape.
+    k_cache, v_cache: [num_blocks, block_size, K, H], or [num_blocks, K, block_size, H] where `kv_heads_first`.
+    block_table: block ids in order of position, the layer's offset included; key j of s is in block
+    block_table[s, j // block_size]. Raises NotImplementedError where `impl` does not serve the shapes.
     """
-    return implementation("paged_decode", impl)(q, k, v, block_table, context_lens, scale=scale)
+    return implementation("paged_decode", impl)(q, k_cache, v_cache, block_table, context_lens, scale=scale)

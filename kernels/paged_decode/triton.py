@@ -1,7 +1,7 @@
 """Decode on GPU: split-KV (flash decoding) in Pallas-Triton.
 
 A program serves one kv head of one sequence, all its query heads at once, so that a key is read once, and one of
-`splits` equal shares of the keys the sequence really has. The shares are joined by XLA.
+`splits` equal shares of the sequence's keys. XLA combines the shares.
 """
 
 import functools
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int, Num
 
 from .. import gpu, online_softmax, tile
 from ..choose import refuse
@@ -22,21 +23,21 @@ MAX_SPLITS = 64
 
 
 def run(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    block_table: jax.Array,
-    context_lens: jax.Array,
+    q: Float[Array, "S K G H"],
+    k_cache: Num[Array, "num_blocks block_size K H"],
+    v_cache: Num[Array, "num_blocks block_size K H"],
+    block_table: Int[Array, "S P"],
+    context_lens: Int[Array, "S"],
     *,
     scale: float,
     interpret: bool = False,
-) -> jax.Array:
-    """See `paged_decode`. The page and the pool's head dim must be powers of two, from 16 up."""
+) -> Float[Array, "S K G H"]:
+    """See `paged_decode`. block_size and H must be powers of two, from 16 up."""
     S, K, G, H = q.shape
-    block_size = k.shape[1]
+    block_size = k_cache.shape[1]
     if not (gpu.power_of_2(block_size) and gpu.power_of_2(H)) or min(block_size, H) < gpu.TENSOR_CORE_ROWS:
-        refuse("paged_decode", "triton", "page and head dim must be powers of two >= 16", q=q, k=k)
-    block = gpu.key_block(block_size, k.dtype)
+        refuse("paged_decode", "triton", "page and head dim must be powers of two >= 16", q=q, k=k_cache)
+    block = gpu.key_block(block_size, k_cache.dtype)
     rows = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(G))
     splits = max(1, min(MAX_SPLITS, PROGRAMS // (S * K), block_table.shape[1] * block_size // block))
     query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
@@ -54,10 +55,10 @@ def run(
             jax.ShapeDtypeStruct((S, K, splits, rows), jnp.float32),
             jax.ShapeDtypeStruct((S, K, splits, rows, H), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if H * k.dtype.itemsize <= 256 else 2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3 if H * k_cache.dtype.itemsize <= 256 else 2),
         interpret=interpret,
         name="paged_decode",
-    )(query, k, v, block_table, context_lens)
+    )(query, k_cache, v_cache, block_table, context_lens)
     weight = jnp.exp2(top - top.max(2, keepdims=True))[:, :, :, :G]
     values = (values[:, :, :, :G] * weight[..., None]).sum(2)
     total = (total[:, :, :, :G] * weight).sum(2)
@@ -80,17 +81,17 @@ def _kernel(
 ) -> None:
     s, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     block_size = k_ref.shape[1]
-    context_lens = context_lens_ref[s]
-    blocks = lax.div(context_lens + (block - 1), block)
+    context_len = context_lens_ref[s]
+    blocks = lax.div(context_len + (block - 1), block)
     share = lax.div(blocks + (splits - 1), splits)
     query = q_ref[...]
 
-    def chunk(c: jax.Array, state: online_softmax.State) -> online_softmax.State:
+    def chunk(c: Int[Array, ""], state: online_softmax.State) -> online_softmax.State:
         at = c * block
-        page_id, rows = block_table_ref[s, lax.div(at, block_size)], pl.ds(lax.rem(at, block_size), block)
-        live = at + jnp.arange(block, dtype=jnp.int32) < context_lens
-        x = tile.scores(query, k_ref[page_id, rows, h, :]) * scale
-        value = plgpu.load(v_ref.at[page_id, rows, h, :], mask=live[:, None], other=0.0)
+        block_id, rows = block_table_ref[s, lax.div(at, block_size)], pl.ds(lax.rem(at, block_size), block)
+        live = at + jnp.arange(block, dtype=jnp.int32) < context_len
+        x = tile.scores(query, k_ref[block_id, rows, h, :]) * scale
+        value = plgpu.load(v_ref.at[block_id, rows, h, :], mask=live[:, None], other=0.0)
         x = jnp.where(live[None], x, online_softmax.MASKED)
         return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
 

@@ -1,32 +1,30 @@
-"""Attention of blocks of queries over the pages of their sequences: prefill in chunks, and cross attention."""
+"""Attention of blocks of queries over the keys of their sequences in the cache: chunked prefill, cross attention."""
 
-import jax
+from jaxtyping import Array, Float, Int, Num
 
 from ..choose import implementation
 
 
 def paged_prefill(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    block_table: jax.Array,
-    seq_index: jax.Array,
-    q_start: jax.Array,
-    context_lens: jax.Array,
+    q: Float[Array, "B Q K G H"],
+    k_cache: Num[Array, "num_blocks _ _ H"],
+    v_cache: Num[Array, "num_blocks _ _ H"],
+    block_table: Int[Array, "S P"],
+    seq_index: Int[Array, "B"],
+    q_start: Int[Array, "B"],
+    context_lens: Int[Array, "S"],
     *,
     causal: bool,
     scale: float,
     impl: str | None = None,
-) -> jax.Array:
-    """Block b holds Q consecutive queries of sequence owner[b]; query j of it has position start[b] + j.
+) -> Float[Array, "B Q K G H"]:
+    """Block b holds Q consecutive queries of sequence seq_index[b]; its query j has position q_start[b] + j.
 
-    q [B, Q, K, G, H]; k, v [num_blocks, block_size, K, H] (the reference: [num_blocks, K, block_size, H], see
-    `kv_heads_first`); block_table [S, P]
-    int32; owner, start [B] int32; length [S] int32 -> [B, Q, K, G, H] in q's dtype. Causal: a query sees keys
-    0..min(position, length - 1); otherwise (cross attention) keys 0..length - 1. A query past its sequence's length
-    gives a finite output, and so does a padding block (owner 0, start -Q), which sees nothing. Raises
-    NotImplementedError where `impl` does not serve the shape.
+    k_cache, v_cache, block_table: as for `paged_decode`. The output is in q's dtype. Causal: a query attends keys
+    0..min(position, context_len - 1); otherwise (cross attention) keys 0..context_len - 1. The output is finite for a
+    query past its sequence's length, and for a padding block (seq_index 0, q_start -Q), which attends nothing. Raises
+    NotImplementedError where `impl` does not serve the shapes.
     """
     return implementation("paged_prefill", impl)(
-        q, k, v, block_table, seq_index, q_start, context_lens, causal=causal, scale=scale
+        q, k_cache, v_cache, block_table, seq_index, q_start, context_lens, causal=causal, scale=scale
     )

@@ -1,6 +1,7 @@
-"""Prefill on TPU, in Pallas-Mosaic: flash attention of a block of queries, a few pages of its sequence per grid step.
+"""Prefill on TPU, in Pallas-Mosaic: flash attention of a block of queries, a few cache blocks of its sequence per grid
+step.
 
-As in decode, the number of steps is a value (the most pages that any block sees) and surplus steps copy nothing.
+As in decode, the number of steps is a value (of the query block that attends most), and surplus steps copy nothing.
 """
 
 import functools
@@ -11,44 +12,43 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Num
 
 from .. import online_softmax, tile, tpu
 from ..choose import refuse
 
 STEP_KEYS = 256
-MOST_PAGES = 8
+MAX_STEP_BLOCKS = 8
 
 
 def run(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    block_table: jax.Array,
-    seq_index: jax.Array,
-    q_start: jax.Array,
-    context_lens: jax.Array,
+    q: Float[Array, "B Q K G H"],
+    k_cache: Num[Array, "num_blocks block_size K H"],
+    v_cache: Num[Array, "num_blocks block_size K H"],
+    block_table: Int[Array, "S P"],
+    seq_index: Int[Array, "B"],
+    q_start: Int[Array, "B"],
+    context_lens: Int[Array, "S"],
     *,
     causal: bool,
     scale: float,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B Q K G H"]:
     """See `paged_prefill`. The rows of a kv head's matrix are query * G + head."""
     B, Q, K, G, H = q.shape
-    block_size = k.shape[1]
-    if jnp.float16 in (q.dtype, k.dtype):
-        refuse("paged_prefill", "mosaic_tpu", "the TPU has no float16", q=q, k=k)
-    count = max(1, min(STEP_KEYS // block_size, MOST_PAGES, block_table.shape[1]))
+    block_size = k_cache.shape[1]
+    if jnp.float16 in (q.dtype, k_cache.dtype):
+        refuse("paged_prefill", "mosaic_tpu", "the TPU has no float16", q=q, k=k_cache)
+    count = max(1, min(STEP_KEYS // block_size, MAX_STEP_BLOCKS, block_table.shape[1]))
     rows = tpu.sublanes(Q * G, q.dtype)
     query = q.transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, H)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
-    context_lens = jnp.where(q_start > -Q, context_lens[seq_index], 0)  # from here on per block
-    end = jnp.clip(q_start + Q, 0, context_lens) if causal else context_lens
+    block_lens = jnp.where(q_start > -Q, context_lens[seq_index], 0)
+    end = jnp.clip(q_start + Q, 0, block_lens) if causal else block_lens
     steps = jnp.maximum(lax.div(jnp.max(end) + (count * block_size - 1), count * block_size), 1)
 
-    def pool(j: int) -> pl.BlockSpec:
-        def index(
-            b: jax.Array, p: jax.Array, block_table: Any, seq_index: Any, q_start: Any, end: Any
-        ) -> tuple[Any, ...]:
+    def cache_block(j: int) -> pl.BlockSpec:
+        def index(b: Any, p: Any, block_table: Any, seq_index: Any, q_start: Any, end: Any) -> tuple[Any, ...]:
             last = jnp.maximum(lax.div(end[b] + (block_size - 1), block_size) - 1, 0)
             return block_table[seq_index[b], jnp.minimum(p * count + j, last)], 0, 0, 0
 
@@ -60,7 +60,7 @@ def run(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(B, steps),
-            in_specs=[heads, *[pool(j) for j in range(count)] * 2],
+            in_specs=[heads, *[cache_block(j) for j in range(count)] * 2],
             out_specs=heads,
             scratch_shapes=tpu.state((K, rows), H),
         ),
@@ -70,7 +70,7 @@ def run(
         ),
         interpret=interpret,
         name="paged_prefill",
-    )(block_table, seq_index, q_start, end, query, *[k] * count, *[v] * count)
+    )(block_table, seq_index, q_start, end, query, *[k_cache] * count, *[v_cache] * count)
     return out[:, :, : Q * G].reshape(B, K, Q, G, H).transpose(0, 2, 1, 3, 4)
 
 
@@ -96,7 +96,7 @@ def _kernel(
     for j in range(count):
         first = (p * count + j) * block_size
 
-        def fold(first: jax.Array = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
+        def fold(first: Any = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
             live = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
             at = first + lax.broadcasted_iota(jnp.int32, (rows, block_size), 1)
             seen = at < end

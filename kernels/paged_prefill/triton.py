@@ -1,4 +1,4 @@
-"""Prefill on GPU: flash attention over pages, in Pallas-Triton.
+"""Prefill on GPU: flash attention over cache blocks, in Pallas-Triton.
 
 The queries of a block and the query heads of a kv head make the rows of one matrix (row = query * G + head), cut into
 tiles; a program serves one tile, up to the last key that the tile sees. Tiles of a block and kv head are neighbours in
@@ -13,36 +13,40 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int, Num
 
 from .. import gpu, online_softmax, tile
 from ..choose import refuse
 
 
 def run(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    block_table: jax.Array,
-    seq_index: jax.Array,
-    q_start: jax.Array,
-    context_lens: jax.Array,
+    q: Float[Array, "B Q K G H"],
+    k_cache: Num[Array, "num_blocks block_size K H"],
+    v_cache: Num[Array, "num_blocks block_size K H"],
+    block_table: Int[Array, "S P"],
+    seq_index: Int[Array, "B"],
+    q_start: Int[Array, "B"],
+    context_lens: Int[Array, "S"],
     *,
     causal: bool,
     scale: float,
     interpret: bool = False,
-) -> jax.Array:
-    """See `paged_prefill`. The page and the pool's head dim must be powers of two from 16 up, and Q * G a multiple of
-    16."""
+) -> Float[Array, "B Q K G H"]:
+    """See `paged_prefill`. block_size and H must be powers of two from 16 up, and Q * G a multiple of 16."""
     B, Q, K, G, H = q.shape
-    block_size = k.shape[1]
+    block_size = k_cache.shape[1]
     rows = min(gpu.query_rows(H, q.dtype), Q * G & -(Q * G))  # the largest power of two that leaves no tile half empty
     if not (gpu.power_of_2(block_size) and gpu.power_of_2(H)) or min(block_size, H, rows) < gpu.TENSOR_CORE_ROWS:
         refuse(
-            "paged_prefill", "triton", "page and head dim must be powers of two >= 16, Q * G a multiple of 16", q=q, k=k
+            "paged_prefill",
+            "triton",
+            "page and head dim must be powers of two >= 16, Q * G a multiple of 16",
+            q=q,
+            k=k_cache,
         )
     return pl.pallas_call(
         functools.partial(
-            _kernel, rows=rows, block=gpu.key_block(block_size, k.dtype), causal=causal, scale=scale * gpu.LOG2E
+            _kernel, rows=rows, block=gpu.key_block(block_size, k_cache.dtype), causal=causal, scale=scale * gpu.LOG2E
         ),
         grid=(Q * G // rows, K, B),
         in_specs=[pl.no_block_spec] * 7,
@@ -51,7 +55,7 @@ def run(
         compiler_params=plgpu.CompilerParams(num_warps=gpu.warps(rows, H), num_stages=2),
         interpret=interpret,
         name="paged_prefill",
-    )(q, k, v, block_table, seq_index, q_start, context_lens)
+    )(q, k_cache, v_cache, block_table, seq_index, q_start, context_lens)
 
 
 def _kernel(
@@ -75,22 +79,22 @@ def _kernel(
     row = i * rows + jnp.arange(rows, dtype=jnp.int32)
     j, g = lax.div(row, G), lax.rem(row, G)
     sequence, q_start = seq_index_ref[b], q_start_ref[b]
-    context_lens = jnp.where(q_start > -Q, context_lens_ref[sequence], 0)
+    context_len = jnp.where(q_start > -Q, context_lens_ref[sequence], 0)
     first_query, last_query = q_start + lax.div(i * rows, G), q_start + lax.div((i + 1) * rows - 1, G)
-    seen_by_any = jnp.maximum(jnp.minimum(context_lens, last_query + 1), 0) if causal else context_lens
-    seen_by_all = jnp.maximum(jnp.minimum(context_lens, first_query + 1), 0) if causal else context_lens
+    seen_by_any = jnp.maximum(jnp.minimum(context_len, last_query + 1), 0) if causal else context_len
+    seen_by_all = jnp.maximum(jnp.minimum(context_len, first_query + 1), 0) if causal else context_len
     query = q_ref[b, j, h, g, :]
 
-    def chunk(c: jax.Array, state: online_softmax.State, masked: bool) -> online_softmax.State:
+    def chunk(c: Int[Array, ""], state: online_softmax.State, masked: bool) -> online_softmax.State:
         at = c * block
-        page_id, keys = block_table_ref[sequence, lax.div(at, block_size)], pl.ds(lax.rem(at, block_size), block)
-        x = tile.scores(query, k_ref[page_id, keys, h, :]) * scale
+        block_id, keys = block_table_ref[sequence, lax.div(at, block_size)], pl.ds(lax.rem(at, block_size), block)
+        x = tile.scores(query, k_ref[block_id, keys, h, :]) * scale
         if not masked:
-            value = v_ref[page_id, keys, h, :]
+            value = v_ref[block_id, keys, h, :]
         else:
             position = at + jnp.arange(block, dtype=jnp.int32)
-            live = position < context_lens
-            value = plgpu.load(v_ref.at[page_id, keys, h, :], mask=live[:, None], other=0.0)
+            live = position < context_len
+            value = plgpu.load(v_ref.at[block_id, keys, h, :], mask=live[:, None], other=0.0)
             seen = (position[None] <= (q_start + j)[:, None]) & live[None] if causal else live[None]
             x = jnp.where(seen, x, online_softmax.MASKED)
         return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)

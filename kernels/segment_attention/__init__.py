@@ -1,29 +1,29 @@
-"""Attention inside the segments of a packed sequence of encoder units (patches of an image, frames of a clip)."""
+"""Attention inside the segments of a packed encoder sequence (patches of an image, steps of sound)."""
 
 import jax
+from jaxtyping import Array, Bool, Float, Int
 
 from ..choose import implementation
 from .cudnn import serves
 
 
 def segment_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "U N H"],
+    k: Float[Array, "U N H"],
+    v: Float[Array, "U N H"],
+    segment_ids: Int[Array, "U"],
     *,
     scale: float,
     segment_len: int | None = None,
-    key_mask: jax.Array | None = None,
+    key_mask: Bool[Array, "U"] | None = None,
     impl: str | None = None,
-) -> jax.Array:
-    """Unit u attends every unit of its own segment.
+) -> Float[Array, "U N H"]:
+    """Each position attends every position of its own segment. The output is in q's dtype.
 
-    q, k, v [U, N, H]; segment [U] int32: equal values are contiguous runs, -1 is padding at the tail (finite output) ->
-    [U, N, H] in q's dtype. `uniform=n` promises that every segment, padding included, is n long and n divides U;
-    `segment` is then not read. `seen` bool[U], without `uniform` only: units that attend but are not attended to are
-    False (a segment of none but such units gives any finite output). Raises NotImplementedError where `impl` does not
-    serve the shape.
+    segment_ids: equal values are contiguous; -1 is padding at the end, whose output is finite. segment_len: promises
+    that every segment, padding included, has this length, which divides U; segment_ids is then not read. key_mask,
+    without segment_len only: False for positions that attend but are not attended to (a segment of only such positions
+    gives any finite output). Raises NotImplementedError where `impl` does not serve the shapes.
     """
     if segment_len is not None and key_mask is not None:
         raise ValueError("segment_attention: in segments of one length all units are seen")
@@ -31,7 +31,7 @@ def segment_attention(
         raise ValueError(f"segment_attention: {q.shape[0]} units are not whole segments of {segment_len}")
     if impl is None and jax.default_backend() == "gpu" and serves(q, segment_len):
         impl = "cudnn"  # 1.6 to 2.2 times the Triton kernel's speed on an H100, where it applies
-    hidden = {} if key_mask is None else {"key_mask": key_mask}
+    masked = {} if key_mask is None else {"key_mask": key_mask}
     return implementation("segment_attention", impl)(
-        q, k, v, segment_ids, scale=scale, segment_len=segment_len, **hidden
+        q, k, v, segment_ids, scale=scale, segment_len=segment_len, **masked
     )

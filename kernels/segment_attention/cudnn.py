@@ -2,21 +2,28 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ..choose import refuse
 
 
-def serves(q: jax.Array, segment_len: int | None) -> bool:
-    """Segments of one length, half precision, head dim a multiple of 8 up to 128."""
+def serves(q: Float[Array, "U N H"], segment_len: int | None) -> bool:
+    """Whether segments have one length, in half precision, with a head dim that is a multiple of 8 up to 128."""
     return (
         segment_len is not None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[2] % 8 == 0 and q.shape[2] <= 128
     )
 
 
 def run(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, scale: float, segment_len: int | None = None
-) -> jax.Array:
-    """See `segment_attention`; only what it `serves`."""
+    q: Float[Array, "U N H"],
+    k: Float[Array, "U N H"],
+    v: Float[Array, "U N H"],
+    segment_ids: Int[Array, "U"],
+    *,
+    scale: float,
+    segment_len: int | None = None,
+) -> Float[Array, "U N H"]:
+    """See `segment_attention`; only shapes that it `serves`."""
     U, N, H = q.shape
     if segment_len is None or not serves(q, segment_len):
         refuse("segment_attention", "cudnn", "needs segments of one length, half precision, head dim 8, 16 .. 128", q=q)

@@ -1,8 +1,7 @@
 """Segment attention on TPU, in Pallas-Mosaic: flash attention of a block of queries of one head over the keys of its
 segments.
 
-The number of key blocks of a step is a value: that of the block of queries that has most. The others' surplus steps
-copy nothing.
+The number of key blocks is a value: that of the query block that attends most. The others' surplus steps copy nothing.
 """
 
 import functools
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Bool, Float, Int
 
 from .. import online_softmax, tile, tpu
 from ..choose import refuse
@@ -22,28 +22,28 @@ BLOCK = 256
 
 
 def run(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "U N H"],
+    k: Float[Array, "U N H"],
+    v: Float[Array, "U N H"],
+    segment_ids: Int[Array, "U"],
     *,
     scale: float,
     segment_len: int | None = None,
-    key_mask: jax.Array | None = None,
+    key_mask: Bool[Array, "U"] | None = None,
     interpret: bool = False,
-) -> jax.Array:
+) -> Float[Array, "U N H"]:
     """See `segment_attention`."""
     U, N, H = q.shape
     if q.dtype == jnp.float16:
         refuse("segment_attention", "mosaic_tpu", "the TPU has no float16", q=q)
     block = BLOCK if q.shape[0] >= BLOCK else tpu.LANES
-    (q, k, v), segment_ids = whole_blocks((q, k, v), segment_ids, block, segment_len)
-    query, key, value = (x.swapaxes(0, 1) for x in (q, k, v))
-    low, high, _ = bounds(segment_ids, block)
+    padded, padded_ids = whole_blocks((q, k, v), segment_ids, block, segment_len)
+    query, key, value = (x.swapaxes(0, 1) for x in padded)
+    low, high, _ = bounds(padded_ids, block)
     first, last = lax.div(low, block), lax.div(high + (block - 1), block)
     steps = jnp.maximum(jnp.max(last - first), 1)
 
-    def keys(i: jax.Array, p: jax.Array, first: Any, last: Any) -> jax.Array:
+    def keys(i: Any, p: Any, first: Any, last: Any) -> Any:
         return jnp.maximum(jnp.minimum(first[i] + p, last[i] - 1), 0)
 
     queries = pl.BlockSpec((None, block, H), lambda n, i, p, *_: (n, i, 0))
@@ -52,7 +52,7 @@ def run(
         functools.partial(_kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(N, segment_ids.shape[0] // block, steps),
+            grid=(N, padded_ids.shape[0] // block, steps),
             in_specs=[
                 queries,
                 others,
@@ -67,7 +67,7 @@ def run(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="segment_attention",
-    )(first, last, query, key, value, segment_ids[:, None], as_keys(segment_ids, key_mask)[None])
+    )(first, last, query, key, value, padded_ids[:, None], as_keys(padded_ids, key_mask)[None])
     return unpad(out.swapaxes(0, 1), U, segment_len)
 
 

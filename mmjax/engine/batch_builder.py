@@ -13,7 +13,8 @@ from mmjax.engine.output_processor import PromptChunk
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import ScheduledChunk, ScheduledEncode
 from mmjax.engine.sequence import Sequence as Seq
-from mmjax.spec import EncoderSpec
+from mmjax.processors.base import MediaItem
+from mmjax.spec import EncoderSpec, FeatureField
 
 OUT_OF_RANGE = np.iinfo(np.int32).max  # an index past the end of every array: writes to it are dropped
 
@@ -88,27 +89,23 @@ def build_decode(
 def build_encode(
     buckets: BucketConfig, name: str, encoder: EncoderSpec, work: Sequence[ScheduledEncode]
 ) -> tuple[int, dict[str, np.ndarray], np.ndarray]:
-    """(unit bucket U, features and picks by name, destination) of media items, end to end in one row of units.
+    """(input bucket, fields by name, destination) of media items, packed end to end.
 
-    Destination: slab row of each encoded row, or place in the pages of each key for cross attention.
+    Destination: the mm_embeds row of each embedding, or for cross attention the cache slot of each key.
     """
     total = bucket(sum(e.item.num_inputs for e in work), buckets.encoder_buckets[name])
-    count = buckets.num_embeds(encoder, total)
-    features = {}
-    for axis, fields in ((total, encoder.features), (count, encoder.gather_fields)):
-        for field, (tail, dtype, fill) in fields.items():
-            parts = _parts(encoder, field, work)
-            out = np.full((axis, *tail), fill, dtype)
-            np.concatenate(parts, out=out[: sum(map(len, parts))])
-            features[field] = out
+    items = [e.item for e in work]
+    features = {
+        field.name: _pack_field(field, items, buckets.field_len(field, encoder, total)) for field in encoder.fields
+    }
     if encoder.keys_per_input:
         slots = np.concatenate(
-            [_places(e.block_ids, buckets.block_size)[: e.item.num_inputs * encoder.keys_per_input] for e in work]
+            [_slots(e.block_ids, buckets.block_size)[: e.item.num_inputs * encoder.keys_per_input] for e in work]
         )
         dest = np.full(total * encoder.keys_per_input, -1, np.int32)  # negative slots are dropped
         dest[: len(slots)] = slots
     else:
-        dest = np.full(count, OUT_OF_RANGE, np.int32)
+        dest = np.full(buckets.num_embeds(encoder, total), OUT_OF_RANGE, np.int32)
         rows = np.concatenate([e.rows for e in work])
         dest[: len(rows)] = rows
     return total, features, dest
@@ -128,22 +125,24 @@ def build_embed_writes(
         yield embeds, dest
 
 
-def _parts(encoder: EncoderSpec, field: str, work: Sequence[ScheduledEncode]) -> list[np.ndarray]:
-    """One array of every item, with the numbers in it made the batch's."""
-    parts, segments, units = [], 0, 0
-    for e in work:
-        part = e.item.features[field]
-        if field in encoder.segment_fields:
+def _pack_field(field: FeatureField, items: Sequence[MediaItem], length: int) -> np.ndarray:
+    """One field of all items, end to end and padded to `length`. Segment ids and indices become those of the batch."""
+    parts, segments, inputs = [], 0, 0
+    for item in items:
+        part = item.features[field.name]
+        if field.is_segment_id:
             part = part + segments
             segments = int(part.max()) + 1
-        elif field in encoder.offset_fields:
-            part = np.where(part >= 0, part + units * encoder.offset_fields[field], part)
-        units += e.item.num_inputs
+        elif field.index_stride:
+            part = np.where(part >= 0, part + inputs * field.index_stride, part)
+        inputs += item.num_inputs
         parts.append(part)
-    return parts
+    out = np.full((length, *field.shape), field.pad, field.dtype)
+    np.concatenate(parts, out=out[: sum(map(len, parts))])
+    return out
 
 
-def _places(block_ids: Sequence[int], size: int) -> np.ndarray:
+def _slots(block_ids: Sequence[int], size: int) -> np.ndarray:
     return (np.asarray(block_ids, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
 
 

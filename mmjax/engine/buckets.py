@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mmjax.batch import LayoutFields, PackedLayout
 from mmjax.engine.sampling_state import SAMPLING_FIELDS
-from mmjax.spec import EncoderSpec
+from mmjax.spec import EncoderSpec, FeatureField
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,12 @@ class BucketConfig:
 
     def num_embeds(self, encoder: EncoderSpec, num_inputs: int) -> int:
         """Embeddings that an encoder's program returns; gathered ones must fit into the mm_embeds buffer."""
-        rows = encoder.num_embeds(num_inputs)
-        return min(rows, self.num_mm_rows) if encoder.gather_fields else rows
+        num_embeds = encoder.num_embeds(num_inputs)
+        return min(num_embeds, self.num_mm_rows) if encoder.gathers_embeds else num_embeds
+
+    def field_len(self, field: FeatureField, encoder: EncoderSpec, num_inputs: int) -> int:
+        """The leading axis of one of the encoder's fields, in a program for `num_inputs` inputs."""
+        return num_inputs if field.axis == "inputs" else self.num_embeds(encoder, num_inputs)
 
     def max_seqs_in(self, tokens: int) -> int:
         """Most sequences in a prefill of this many tokens: each has at least one query block."""

@@ -81,6 +81,7 @@ class StepFunctions:
     def _model(self, params: Params) -> Any:
         return nnx.merge(self.graph, nest(dict(zip(self.paths, params, strict=True))))
 
+    @jax.named_scope("sampler")
     def _sample(
         self, model: Any, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
     ) -> tuple[DeviceState, sampler.SamplerOutput]:
@@ -205,7 +206,8 @@ class StepFunctions:
     ) -> DeviceState:
         """Encode media, and write the embeddings where the batch will look for them."""
         model = self._model(params)
-        encoded = model.encode(name, features)
+        with jax.named_scope(name):
+            encoded = model.encode(name, features)
         if self.spec.is_encoder_decoder:
             return dataclasses.replace(state, kv_cache=model.write_cross_kv(encoded, state.kv_cache, dest))
         mm_embeds = state.mm_embeds.at[dest].set(encoded.astype(state.mm_embeds.dtype), mode="drop")
@@ -310,13 +312,14 @@ class Encode:
     def program(self, inputs: ProgramInputs) -> Program:
         functions = inputs.functions
         encoder = functions.spec.encoders[self.encoder]
-        num_embeds = functions.buckets.num_embeds(encoder, self.num_inputs)
+        buckets = functions.buckets
         features = {
-            field: inputs.array((axis, *tail), jnp.dtype(dtype))
-            for axis, fields in ((self.num_inputs, encoder.features), (num_embeds, encoder.gather_fields))
-            for field, (tail, dtype, _) in fields.items()
+            field.name: inputs.array(
+                (buckets.field_len(field, encoder, self.num_inputs), *field.shape), jnp.dtype(field.dtype)
+            )
+            for field in encoder.fields
         }
-        dest = inputs.array((self.num_inputs * encoder.keys_per_input or num_embeds,))
+        dest = inputs.array((self.num_inputs * encoder.keys_per_input or buckets.num_embeds(encoder, self.num_inputs),))
         return Program(
             functools.partial(functions.encode, name=self.encoder),
             (inputs.params, inputs.state, features, dest),

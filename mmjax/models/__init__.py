@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-FAMILIES: dict[str, str] = {  # architecture in config.json -> module name, here, in processors/ and in converters/
+FAMILIES: dict[str, str] = {  # architecture in config.json -> module in models/, processors/ and converters/
     "WhisperForConditionalGeneration": "whisper",
     "Qwen2AudioForConditionalGeneration": "qwen2_audio",
     "UltravoxModel": "ultravox",

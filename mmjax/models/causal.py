@@ -1,4 +1,4 @@
-"""Language models alone: Llama, Mistral, Phi-3, Qwen2, Qwen3, and Qwen3 with experts."""
+"""Text-only language models: Llama, Mistral, Phi-3, Qwen2, Qwen3, and Qwen3 with experts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
 
-BIASED = ("Qwen2ForCausalLM",)  # q, k and v; no config says so
-NORMED = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # q and k of each head
+WITH_BIAS = ("Qwen2ForCausalLM",)  # q, k and v; no config says so
+WITH_QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # q and k of each head
 
 
 class Config(decoder_vlm.Config):
-    """See `reader.Config`."""
+    """See `decoder_vlm.Config`."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
-        """From config.json. Raises ValueError for what these decoders do not do."""
+        """From config.json. Raises ValueError for what these decoders do not support."""
         unknown = {
             "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
@@ -28,16 +28,19 @@ class Config(decoder_vlm.Config):
         for name, wrong in unknown.items():
             if wrong:
                 raise ValueError(f"config.json: {name} {config[name]!r} is not supported")
-        kinds = config["architectures"]
+        architectures = config["architectures"]
         text = DecoderConfig.from_hf(
-            config, bias=any(k in BIASED for k in kinds), tie_embeddings=tied, qk_norm=any(k in NORMED for k in kinds)
+            config,
+            bias=any(name in WITH_BIAS for name in architectures),
+            tie_embeddings=tied,
+            qk_norm=any(name in WITH_QK_NORM for name in architectures),
         )
         window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-        # No token of a sequence as short as the window slides out of sight.
+        # In a sequence as short as the window, every token attends to all before it.
         return cls(dataclasses.replace(text, max_positions=min(text.max_positions, window or text.max_positions)))
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return Config(self.text.for_tp(tp_size))
 
 

@@ -1,27 +1,29 @@
-"""What all families but Whisper have in common: a decoder that reads tokens and, among them, the rows of media."""
+"""What all families but Whisper share: a decoder that reads tokens and, among them, media embeddings."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Self
+from typing import TypeVar
 
-import jax
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from mmjax.batch import Batch, KVCache
 from mmjax.nn.decoder import Decoder, DecoderConfig
 from mmjax.spec import ModelSpec
 
+AnyConfig = TypeVar("AnyConfig", bound="Config")  # not Self: beartype knows it only where a class is decorated whole
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the decoder; a family adds those of its towers."""
+    """Sizes of the decoder; a family adds those of its encoders."""
 
     text: DecoderConfig
 
     @property
     def spec(self) -> ModelSpec:
-        """Sizes for the engine, of text alone; a family adds what its towers eat and yield."""
+        """Sizes for the engine, of text alone; a family adds its encoders."""
         t = self.text
         return ModelSpec(
             num_layers=t.num_layers,
@@ -33,7 +35,7 @@ class Config:
             rope_axes=t.rope.num_axes,
         )
 
-    def for_max_len(self, max_model_len: int) -> Self:
+    def for_max_len(self: AnyConfig, max_model_len: int) -> AnyConfig:
         """The same model for sequences of at most `max_model_len` tokens."""
         return dataclasses.replace(self, text=self.text.for_max_len(max_model_len))
 
@@ -44,8 +46,10 @@ class Model(nnx.Module):
     def __init__(self, c: Config) -> None:
         self.text = Decoder(c.text)
 
-    def __call__(self, batch: Batch, kv_cache: KVCache, mm_embeds: jax.Array) -> tuple[jax.Array, KVCache]:
+    def __call__(
+        self, batch: Batch, kv_cache: KVCache, mm_embeds: Float[Array, "M W"]
+    ) -> tuple[Float[Array, "T D"], KVCache]:
         return self.text(batch, kv_cache, mm_embeds)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
         return self.text.logits(hidden)

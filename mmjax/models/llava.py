@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.encoder import Features
 from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.projector import Projector
+from mmjax.processors.llava import image_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it out
@@ -28,7 +30,7 @@ LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes; `drop_class` when the class token's row is not handed to the language model."""
+    """Sizes. drop_class: whether the language model does without the class token's embedding."""
 
     vision: ClipConfig
     act: str
@@ -52,17 +54,14 @@ class Config(decoder_vlm.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side = self.vision.image_size
-        rows = self.vision.grid_size**2 + (not self.drop_class)
-        encoder = EncoderSpec(
-            features={"pixels": ((3, side, side), "uint8", 0)}, modalities=("image",), embeds_per_group=rows
-        )
+        num_embeds = self.vision.grid_size**2 + (not self.drop_class)
+        encoder = EncoderSpec(image_fields(self.vision.image_size), ("image",), embeds_per_group=num_embeds)
         return dataclasses.replace(
-            super().spec, mm_embed_dim=self.text.hidden_size, encoders={"vision": encoder}, max_item_embeds=rows
+            super().spec, mm_embed_dim=self.text.hidden_size, encoders={"vision": encoder}, max_item_embeds=num_embeds
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
@@ -75,7 +74,7 @@ class Model(decoder_vlm.Model):
         self.projector = Projector(c.vision.tower.hidden_size, c.text.hidden_size, c.act)
         self.c = c
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         x = self.vision.encode(self.c.pixels.normalize(features["pixels"], axis=1))
         x = self.projector(x[:, 1:] if self.c.drop_class else x)
         return x.reshape(-1, x.shape[-1])

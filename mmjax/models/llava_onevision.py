@@ -1,7 +1,7 @@
-"""LLaVA-OneVision: SigLIP over a picture and over the crops of it at its own resolution, Qwen2.
+"""LLaVA-OneVision: SigLIP over an image and over the crops of it at its own resolution, and Qwen2.
 
-Rows do not follow from crops: margins are cut off, large pictures and the frames of videos are scaled down after the
-tower, lines end with a newline. So each row says which patches it is made from, and how.
+The number of embeddings does not follow from the crops: margins are cut off, large images and the frames of videos are
+scaled down after the tower, rows of patches end with a newline. So each embedding says which patches it is made from.
 """
 
 from __future__ import annotations
@@ -13,32 +13,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
+from mmjax.nn.encoder import Features
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.projector import Projector
 from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight
+from mmjax.processors.llava_onevision import NEWLINE, SLACK, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
-QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-}
-SLACK = 1.1  # above so many times the edge that is wanted, a picture is scaled down
-FRAMES = 64  # of a video that always fit
+MIN_FRAMES = 64  # of the longest video that always fits
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. crops: of the largest picture, without the view of the whole; largest: rows of the largest picture."""
+    """Sizes. max_crops: of the largest image, without the view of the whole. max_item_embeds: of the largest image."""
 
     vision: SiglipConfig
     act: str
@@ -57,33 +49,31 @@ class Config(decoder_vlm.Config):
             )
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=False)
         patches, aspect = vision.grid_size**2, config.get("vision_aspect_ratio", "anyres_max_9")
-        kept = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # what is larger is scaled down
+        most = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # larger images are scaled down
         grids = [
             (height // vision.image_size, width // vision.image_size)
             for height, width in config["image_grid_pinpoints"]
         ]
         return cls(
-            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tie_embeddings=tied),
+            text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
             vision=vision,
             act=config.get("projector_hidden_act", "gelu"),
             pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
             max_crops=max(math.prod(grid) for grid in grids),
             max_item_embeds=patches
-            + max(min(math.prod(grid) * patches, kept) + grid[0] * vision.grid_size for grid in grids),
+            + max(min(math.prod(grid) * patches, most) + grid[0] * vision.grid_size for grid in grids),
         )
 
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side, image = self.vision.grid_size, self.vision.image_size
+        side = self.vision.grid_size
         patches = side**2
         encoder = EncoderSpec(
-            features={"pixels": ((3, image, image), "uint8", 0)},
+            crop_fields(self.vision.image_size, patches),
             modalities=("image", "video"),
-            embeds_per_group=patches + side,  # a crop above all others still adds one newline per line
-            gather_fields={"source_index": ((4,), "int32", -1), "source_weight": ((4,), "float32", 0)},
-            offset_fields={"source_index": patches},
-            max_item_inputs=max(self.max_crops + 1, FRAMES),
+            embeds_per_group=patches + side,  # crops below each other add one newline per row of patches
+            max_item_inputs=max(self.max_crops + 1, MIN_FRAMES),
         )
         return dataclasses.replace(
             super().spec,
@@ -93,12 +83,12 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
 class Model(decoder_vlm.Model):
-    """See `mmjax.models.base.Model`. newline: [D], the row at the end of a line."""
+    """See `mmjax.models.base.Model`. newline: the embedding at the end of a row of patches."""
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
@@ -107,12 +97,12 @@ class Model(decoder_vlm.Model):
         self.newline = weight(c.text.hidden_size, axes=("embed",))
         self.c = c
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        """source i32[R, 4] and share f32[R, 4]: a row is the weighted sum of four patches; of -1 it is the newline."""
-        source, share = features["source_index"], features["source_weight"]
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
+        index, weights = features["source_index"], features["source_weight"]
         x = self.projector(self.vision.encode_images(self.c.pixels.normalize(features["pixels"], axis=1)))
-        total = jnp.zeros((), jnp.float32)
-        for corner in range(4):  # one after the other: four times the rows at once would be the largest array by far
-            part = jnp.take(x, source[:, corner], axis=0, mode="clip").astype(jnp.float32)
-            total = total + part * share[:, corner, None]
-        return jnp.where(source[:, :1] < 0, self.newline[...], total.astype(x.dtype))
+        with jax.named_scope("gather"):
+            total = jnp.zeros((), jnp.float32)
+            for j in range(4):  # one after the other: all four at once would be the largest array by far
+                part = jnp.take(x, index[:, j], axis=0, mode="clip").astype(jnp.float32)
+                total = total + part * weights[:, j, None]
+            return jnp.where(index[:, :1] == NEWLINE, self.newline[...], total.astype(x.dtype))

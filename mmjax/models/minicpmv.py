@@ -1,6 +1,6 @@
-"""MiniCPM-V 2.6: SigLIP over slices of any shape, a resampler that turns each into the same number of rows, Qwen2.
+"""MiniCPM-V 2.6: SigLIP over slices of any shape, a resampler of each to the same number of embeddings, and Qwen2.
 
-A unit is a patch; slices lie end to end, each with its own segment number, and nothing is padded between them.
+An encoder input is a patch; slices are packed end to end, each with a segment id of its own, without padding between.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.encoder import Features
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight, weight_einsum
+from mmjax.processors.minicpmv import AREA_FACTOR, patch_fields
 from mmjax.sharding import round_up
 from mmjax.spec import EncoderSpec, ModelSpec
 
 VERSION = 2.6  # the architecture's name also stands for 2.0 and 2.5, which are other models
 EPS = 1e-6  # of the resampler's norms; the config does not name it
 HEAD_DIM = 128  # of the resampler; its heads follow from the width
-FRAMES = 64  # of a video that always fit
-FAR = np.iinfo(np.int32).max
-LOW = float(np.finfo(np.float32).min)  # not infinity: a slot without a slice has no finite score at all
+MIN_FRAMES = 64  # of the longest video that always fits
+NO_SEGMENT = np.iinfo(np.int32).max
+MASKED = float(np.finfo(np.float32).min)  # not infinity: where there is no slice, every score is masked
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. area: patches of a slice, about; slices: of the largest picture, without the view of the whole.
-
-    queries: rows that a slice becomes. heads: of the resampler.
+    """Sizes. queries: embeddings of a slice. heads: of the resampler. slice_patches: patches of a square slice; others
+    have about as many. max_slices: of the largest image, without the view of the whole.
     """
 
     vision: SiglipConfig
@@ -67,21 +69,14 @@ class Config(decoder_vlm.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        group_size = max(1, self.slice_patches // 2)  # no slice has fewer patches
-        largest = (
-            max(self.max_slices + 1, FRAMES) * self.slice_patches * 9 // 8
-        )  # few have more than an eighth above the area
+        group_size = max(1, self.slice_patches // AREA_FACTOR)  # no slice has fewer patches
+        # few images have more than 9/8 of these patches in all their slices
+        largest = max(self.max_slices + 1, MIN_FRAMES) * self.slice_patches * 9 // 8
         encoder = EncoderSpec(
-            features={
-                "pixels": ((self.vision.patch_dim,), "uint8", 0),
-                "position_ids": ((), "int32", 0),
-                "patch_coords": ((2,), "int32", 0),
-                "segment_ids": ((), "int32", -1),
-            },
+            patch_fields(self.vision.patch_dim),
             modalities=("image", "video"),
             group_size=group_size,
             embeds_per_group=self.queries,
-            segment_fields=("segment_ids",),
             max_item_inputs=round_up(largest, group_size),
         )
         return dataclasses.replace(
@@ -92,7 +87,7 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(
             self,
             text=self.text.for_tp(tp_size),
@@ -102,7 +97,7 @@ class Config(decoder_vlm.Config):
 
 
 class Resampler(nnx.Module):
-    """One attention of learned queries over the patches of each slice, placed by sines and cosines."""
+    """One attention of learned queries over the patches of each slice, whose positions are sines and cosines."""
 
     def __init__(self, c: Config) -> None:
         width, n, h = c.text.hidden_size, c.heads, HEAD_DIM
@@ -121,8 +116,11 @@ class Resampler(nnx.Module):
         self.out = weight(width, width, axes=("embed", "embed_out"))
         self.c = c
 
-    def __call__(self, x: jax.Array, patch_coords: jax.Array, segment_ids: jax.Array, slices: int) -> jax.Array:
-        """Patches [U, C] at (row, column) i32[U, 2] to [slices * queries, D]; slice s is segment s."""
+    @jax.named_scope("resampler")
+    def __call__(
+        self, x: Float[Array, "U C"], patch_coords: Int[Array, "U 2"], segment_ids: Int[Array, "U"], slices: int
+    ) -> Float[Array, "E D"]:
+        """The embeddings of each of `slices` slices; slice s is segment s. patch_coords: (row, column) in the slice."""
         query = layer_norm(self.query[...], self.query_norm[...], self.query_norm_bias[...], EPS)
         value = layer_norm(x @ self.key[...], self.key_norm[...], self.key_norm_bias[...], EPS)
         key = value + sincos_2d(patch_coords, value.shape[-1]).astype(value.dtype)
@@ -134,27 +132,34 @@ class Resampler(nnx.Module):
         y = self.o.einsum("qnh,nhd->qd", y) + self.o_bias[...]
         return layer_norm(y, self.last_norm[...], self.last_norm_bias[...], EPS) @ self.out[...]
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, slices: int) -> jax.Array:
-        """q [Q, N, H] over each slice's k, v [U, N, H]: [slices * Q, N, H]."""
-        window = min(k.shape[0], 2 * self.c.slice_patches)  # no slice has more patches
-        segment_ids = jnp.where(segment_ids < 0, FAR, segment_ids)
+    def _attend(
+        self,
+        q: Float[Array, "queries N H"],
+        k: Float[Array, "U N H"],
+        v: Float[Array, "U N H"],
+        segment_ids: Int[Array, "U"],
+        slices: int,
+    ) -> Float[Array, "E N H"]:
+        """All queries over each slice's keys; E = slices * queries."""
+        window = min(k.shape[0], AREA_FACTOR * self.c.slice_patches)  # no slice has more patches
+        segment_ids = jnp.where(segment_ids < 0, NO_SEGMENT, segment_ids)
         first = jnp.searchsorted(segment_ids, jnp.arange(slices, dtype=segment_ids.dtype))
 
-        def one(at: tuple[jax.Array, jax.Array]) -> jax.Array:
-            number, start = at
-            mine, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, window) for a in (segment_ids, k, v))
+        def one(segment: tuple[Int[Array, ""], Int[Array, ""]]) -> Float[Array, "queries N H"]:
+            number, start = segment
+            ids, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, window) for a in (segment_ids, k, v))
             score = jnp.einsum("qnh,unh->nqu", q, keys, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
-            score = jnp.where(mine == number, score, LOW)
+            score = jnp.where(ids == number, score, MASKED)
             return jnp.einsum("nqu,unh->qnh", jax.nn.softmax(score).astype(values.dtype), values)
 
-        found = jax.lax.map(one, (jnp.arange(slices, dtype=segment_ids.dtype), first))
-        return found.reshape(-1, *q.shape[1:])
+        out = jax.lax.map(one, (jnp.arange(slices, dtype=segment_ids.dtype), first))
+        return out.reshape(-1, *q.shape[1:])
 
 
-def sincos_2d(coords: jax.Array, width: int) -> jax.Array:
-    """Places (row, column) i32[U, 2] as f32[U, width]: sines and cosines of the column, then of the row."""
-    slots = width // 4
-    rate = 1.0 / 10000 ** (np.arange(slots, dtype=np.float32) / np.float32(slots))
+def sincos_2d(coords: Int[Array, "U 2"], width: int) -> Float32[Array, "U {width}"]:
+    """Positions of (row, column): sines and cosines of the column, then of the row."""
+    count = width // 4
+    rate = 1.0 / 10000 ** (np.arange(count, dtype=np.float32) / np.float32(count))
     angle = coords[:, ::-1].astype(jnp.float32)[:, :, None] * jnp.asarray(rate, jnp.float32)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(-1, width)
 
@@ -168,8 +173,7 @@ class Model(decoder_vlm.Model):
         self.resampler = Resampler(c)
         self.c = c
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        """position: of each patch in the tower's table; place: its row and column in its slice."""
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         pixels, segment_ids = features["pixels"], features["segment_ids"]
         num_inputs = pixels.shape[0]
         x = self.c.pixels.normalize(pixels.reshape(num_inputs, 3, -1), axis=1).reshape(num_inputs, -1)

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision and VLM2Vec: CLIP over square crops and over the whole picture, separators, Phi-3."""
+"""Phi-3.5-vision and VLM2Vec: CLIP over square crops and over a view of the whole image, separators, and Phi-3."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.encoder import gelu
+from mmjax.nn.encoder import Features, gelu
 from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.weight import weight
+from mmjax.processors.phi3_v import CLIP_IMAGE_SIZE, CLIP_PATCH_SIZE, DIVIDER, NEWLINE, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the published config only names
@@ -24,17 +26,17 @@ CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the pu
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
+    "image_size": CLIP_IMAGE_SIZE,
+    "patch_size": CLIP_PATCH_SIZE,
 }
-LAYER = -2  # the hidden state of the tower that is used, where the config does not say
-MOST_CROPS = 16  # recommended for single images: that many always fit, whatever the files say
-FAR = np.iinfo(np.int32).max
+FEATURE_LAYER = -2  # the hidden state of the tower that is used, where the config does not say
+MIN_CROPS = 16  # recommended for single images: that many always fit, whatever the files say
+NO_VIEW = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes; `crops`: the most that the largest picture is cut into."""
+    """Sizes. max_crops: of the largest image."""
 
     vision: ClipConfig
     pixels: PixelNorm
@@ -42,44 +44,38 @@ class Config(decoder_vlm.Config):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
-        """From config.json and preprocessor_config.json. Raises ValueError for a layout of images that is not known."""
+        """From config.json and preprocessor_config.json. Raises ValueError for an unsupported layout of images."""
         layout, tower = config["embd_layer"], config["img_processor"]
         order = layout.get("hd_transform_order")
-        kept = tower.get("type_feature", "patch")
-        if not layout.get("use_hd_transform") or not layout.get("with_learnable_separator") or kept != "patch":
-            raise ValueError(f"images are laid out in a way that is not supported: {layout}, {kept} features")
+        feature = tower.get("type_feature", "patch")
+        if not layout.get("use_hd_transform") or not layout.get("with_learnable_separator") or feature != "patch":
+            raise ValueError(f"images are laid out in a way that is not supported: {layout}, {feature} features")
         if order not in ("sub_glb", "glb_sub"):
             raise ValueError(f"hd_transform_order {order!r} is not supported; known: sub_glb, glb_sub")
         prepare = files["preprocessor_config.json"]
         vision = {**CLIP_L, **tower.get("vision_config", {})}
         return cls(
             text=DecoderConfig.from_hf(config, bias=False, tie_embeddings=tied),
-            vision=ClipConfig.from_hf(vision, tower.get("layer_idx", LAYER)),
+            vision=ClipConfig.from_hf(vision, tower.get("layer_idx", FEATURE_LAYER)),
             pixels=PixelNorm.from_hf(prepare),
-            max_crops=max(MOST_CROPS, prepare.get("num_crops", 0)),
+            max_crops=max(MIN_CROPS, prepare.get("num_crops", 0)),
         )
 
     @property
-    def edge(self) -> int:
-        """Rows along one edge of a crop: each takes a square of four patches."""
+    def embeds_per_edge(self) -> int:
+        """Embeddings along one edge of a crop: each takes a square of four patches."""
         return self.vision.grid_size // 2
 
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side, edge = self.vision.image_size, self.edge
-        # n units (crops and the whole) in one column are n * edge lines of edge + 1 rows, and one row between the two
+        edge = self.embeds_per_edge
+        # n inputs (crops and the view) in one column are n * edge lines of edge + 1 embeddings, and one divider
         most = edge * (edge + 1) + 1
         encoder = EncoderSpec(
-            features={
-                "pixels": ((3, side, side), "uint8", 0),
-                "crop_coords": ((4,), "int32", 1),
-                "view_index": ((), "int32", -1),
-            },
+            crop_fields(self.vision.image_size, edge),
             modalities=("image",),
             embeds_per_group=most,
-            gather_fields={"patch_index": ((), "int32", -1)},
-            offset_fields={"view_index": 1, "patch_index": edge**2},
             max_item_inputs=self.max_crops + 1,
         )
         return dataclasses.replace(
@@ -90,7 +86,7 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
@@ -104,13 +100,14 @@ class Projector(nnx.Module):
         self.fc2 = weight(width, width, axes=("embed", "embed_out"))
         self.fc2_bias = weight(width, axes=("embed_out",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[R, 4C] to [R, D]."""
+    @jax.named_scope("projector")
+    def __call__(self, x: Float[Array, "E square"]) -> Float[Array, "E D"]:
+        """Squares of four patches to embeddings."""
         return gelu(x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]
 
 
 class Model(decoder_vlm.Model):
-    """See `mmjax.models.base.Model`. newline, divider: [4C], what ends a line of squares and stands between parts."""
+    """See `mmjax.models.base.Model`. newline: ends a row of squares. divider: separates the crops and the view."""
 
     def __init__(self, c: Config) -> None:
         square = 4 * c.vision.tower.hidden_size
@@ -121,44 +118,48 @@ class Model(decoder_vlm.Model):
         self.divider = weight(square, axes=("embed",))
         self.c = c
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
-        """index i32[R]: a square of patches among those of all units, -1 for the newline, -2 for the divider."""
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         c = self.c
         pixels = global_views(features["pixels"].astype(jnp.float32), features["crop_coords"], features["view_index"])
         x = self.vision.encode(c.pixels.normalize(pixels, axis=1))[:, 1:]
-        x = x.reshape(-1, c.edge, 2, c.edge, 2, x.shape[-1]).swapaxes(2, 3).reshape(-1, 4 * x.shape[-1])
+        edge, width = c.embeds_per_edge, x.shape[-1]
+        x = x.reshape(-1, edge, 2, edge, 2, width).swapaxes(2, 3).reshape(-1, 4 * width)
         x = self.projector(jnp.concatenate([x, self.newline[...][None], self.divider[...][None]]))
-        index = features["patch_index"]
-        return jnp.take(x, jnp.where(index < 0, x.shape[0] - 3 - index, index), axis=0, mode="clip")
+        index, newline = features["patch_index"], x.shape[0] - 2
+        index = jnp.where(index == NEWLINE, newline, jnp.where(index == DIVIDER, newline + 1, index))
+        return jnp.take(x, index, axis=0, mode="clip")
 
 
-def global_views(pixels: jax.Array, crop_coords: jax.Array, view_index: jax.Array) -> jax.Array:
-    """Fill in the units that show a whole picture: f32[U, 3, S, S] pixels, theirs zero, to the same with all of them.
+@jax.named_scope("global_views")
+def global_views(
+    pixels: Float32[Array, "I 3 size size"], crop_coords: Int[Array, "I 4"], view_index: Int[Array, "I"]
+) -> Float32[Array, "I 3 size size"]:
+    """Fill in the pixels of global views, which are zero.
 
-    Such a view is its picture's canvas brought to S x S by bicubic interpolation (a = -0.75, edges repeated, nothing
-    smoothed), which is linear: every crop, at place i32[U, 4] = (row, rows, column, columns), adds its share to the
-    unit whole i32[U] (-1: to none).
+    A view is its image's canvas resized by bicubic interpolation (a = -0.75, edges repeated, no antialiasing), which is
+    linear: every crop, at crop_coords (row, rows, column, columns) of the canvas, adds its part to the input view_index
+    (-1: to none).
     """
     size = pixels.shape[-1]
-    down, across = (_shares(crop_coords[:, 2 * axis], crop_coords[:, 2 * axis + 1], size) for axis in (0, 1))
+    down, across = (_resize_weights(crop_coords[:, 2 * axis], crop_coords[:, 2 * axis + 1], size) for axis in (0, 1))
     exact = jax.lax.Precision.HIGHEST  # bytes do not fit the rounded inputs of a fast product
     parts = jnp.einsum("uyp,ucpq,uxq->ucyx", down, pixels, across, precision=exact)
-    return pixels.at[jnp.where(view_index >= 0, view_index, FAR)].add(parts, mode="drop")
+    return pixels.at[jnp.where(view_index >= 0, view_index, NO_VIEW)].add(parts, mode="drop")
 
 
-def _shares(at: jax.Array, count: jax.Array, size: int) -> jax.Array:
-    """f32[U, size, size]: how much of each pixel of crop `at` of `count` in a line goes into each pixel of the view."""
+def _resize_weights(at: Int[Array, "I"], count: Int[Array, "I"], size: int) -> Float32[Array, "I {size} {size}"]:
+    """The weight of each pixel of crop `at` of `count` in a line (last axis) in each pixel of the view."""
     source = (jnp.arange(size, dtype=jnp.float32) + 0.5) * count.astype(jnp.float32)[:, None] - 0.5
     first = jnp.floor(source)
     total = jnp.zeros((), jnp.float32)
     for tap in (-1, 0, 1, 2):
         pixel = (first.astype(jnp.int32) + tap).clip(0, count[:, None] * size - 1) - at[:, None] * size
-        share = _cubic(jnp.abs(source - first - tap))
-        total = total + jnp.where(pixel[:, :, None] == jnp.arange(size, dtype=jnp.int32), share[:, :, None], 0.0)
+        weights = _cubic(jnp.abs(source - first - tap))
+        total = total + jnp.where(pixel[:, :, None] == jnp.arange(size, dtype=jnp.int32), weights[:, :, None], 0.0)
     return total
 
 
-def _cubic(x: jax.Array, a: float = -0.75) -> jax.Array:
+def _cubic(x: Float32[Array, "*shape"], a: float = -0.75) -> Float32[Array, "*shape"]:
     """Keys' interpolation kernel at distances x >= 0."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker: Qwen2.5-VL with ears. It answers in text; the talker's weights are left alone."""
+"""Qwen2.5-Omni's thinker: Qwen2.5-VL with an audio tower. Text only: the talker is not loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
 class Config(qwen_omni.Config):
-    """See `omni.Config`."""
+    """See `qwen_omni.Config`."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: Qwen2-VL with a tower that mostly looks through windows, and clips that are placed in time."""
+"""Qwen2.5-VL: Qwen2-VL with a tower that mostly attends within windows, and videos whose positions follow time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
 class Config(qwen_vl.Config):
-    """See `vision_language.Config`."""
+    """See `qwen_vl.Config`."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:

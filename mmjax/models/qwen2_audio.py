@@ -1,4 +1,4 @@
-"""Qwen2-Audio: Whisper's encoder, the mean of every two of its steps, one dense layer, Qwen2."""
+"""Qwen2-Audio: Whisper's encoder, the mean of every two of its steps, a dense layer, and Qwen2."""
 
 from __future__ import annotations
 
@@ -8,23 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
-from mmjax.nn.audio.whisper import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
+from mmjax.nn.encoder import Features
 from mmjax.nn.weight import weight
+from mmjax.processors.qwen2_audio import audio_fields
+from mmjax.processors.whisper_chunks import CHUNK_STEPS
 from mmjax.spec import EncoderSpec, ModelSpec
 
-QWEN2 = {  # what Qwen2Config fills in when the published text_config leaves it out
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-}
 ENCODER = {  # what Qwen2AudioEncoderConfig fills in
     "d_model": 1280,
     "encoder_layers": 32,
@@ -45,7 +39,7 @@ class Config(decoder_vlm.Config):
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json."""
         return cls(
-            text=DecoderConfig.from_hf(QWEN2 | config["text_config"], bias=True, tie_embeddings=tied),
+            text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
             audio=WhisperEncoderConfig.from_hf(ENCODER | config["audio_config"]),
         )
 
@@ -54,13 +48,10 @@ class Config(decoder_vlm.Config):
         """Sizes for the engine."""
         a = self.audio
         encoder = EncoderSpec(
-            features=a.chunk_fields,
+            audio_fields(a.num_mel_bins),
             modalities=("audio",),
             embeds_per_group=CHUNK_STEPS // 2,
-            segment_fields=("window_ids",),
-            gather_fields={"step_index": ((), "int32", 0)},
-            offset_fields={"step_index": CHUNK_STEPS},
-            max_item_inputs=a.chunks_per_window,
+            max_item_inputs=-(-a.window_steps // CHUNK_STEPS),
         )
         return dataclasses.replace(
             super().spec,
@@ -70,7 +61,7 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), audio=self.audio.for_tp(tp_size))
 
 
@@ -83,7 +74,8 @@ class Model(decoder_vlm.Model):
         self.project = weight(c.audio.tower.hidden_size, c.text.hidden_size, axes=("embed", "embed_out"))
         self.project_bias = weight(c.text.hidden_size, axes=("embed_out",))
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         x, step = self.audio.encode_chunks(features), features["step_index"]
-        x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
-        return self.audio.final_norm(x) @ self.project[...] + self.project_bias[...]
+        with jax.named_scope("projector"):
+            x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
+            return self.audio.final_norm(x) @ self.project[...] + self.project_bias[...]

@@ -1,4 +1,4 @@
-"""Qwen2-VL: patches of any number in one packed row, two-dimensional rope in the tower, three-axis rope in the text."""
+"""Qwen2-VL: patches of any number in one packed sequence, two-axis rope in the tower and three-axis in the decoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
 class Config(qwen_vl.Config):
-    """See `vision_language.Config`."""
+    """See `qwen_vl.Config`."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:

@@ -1,4 +1,4 @@
-"""Qwen3-Omni's thinker: Qwen3-VL with experts and ears. It answers in text; the talker's weights are left alone."""
+"""Qwen3-Omni's thinker: Qwen3-VL with experts and an audio tower. Text only: the talker is not loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
 class Config(qwen_omni.Config):
-    """See `omni.Config`."""
+    """See `qwen_omni.Config`."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
@@ -21,7 +21,7 @@ class Config(qwen_omni.Config):
         vision = QwenVisionConfig.qwen3(thinker["vision_config"], prepare)
         text = dict(thinker["text_config"])
         name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-        text[name] = {**text[name], "mrope_interleaved": True}  # the text knows no other way
+        text[name] = {**text[name], "mrope_interleaved": True}  # config.json does not say so
         return cls(
             text=DecoderConfig.from_hf(text, bias=text.get("attention_bias", False), tie_embeddings=tied, qk_norm=True),
             vision=vision,

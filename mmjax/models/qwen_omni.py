@@ -1,4 +1,4 @@
-"""What the Omni thinkers have in common: a decoder that reads the rows of a vision tower and of an audio tower."""
+"""What the Omni thinkers share: a decoder, a vision tower and an audio tower."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mmjax.models import qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig, Qwen2OmniAudioEncoder, Qwen3OmniAudioEncoder
+from mmjax.nn.encoder import Features
+from mmjax.processors.qwen_omni import audio_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(qwen_vl.Config):
-    """Sizes. frames: mel frames of the longest clip that the preprocessor lets through."""
+    """Sizes. max_mel_frames: of the longest clip that the preprocessor lets through."""
 
     audio: OmniAudioConfig
     max_mel_frames: int
@@ -24,25 +26,22 @@ class Config(qwen_vl.Config):
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        shape, a = super().spec, self.audio
-        units = -(-self.max_mel_frames // a.chunk_frames)
+        spec, a = super().spec, self.audio
+        max_chunks = -(-self.max_mel_frames // a.chunk_frames)
         encoder = EncoderSpec(
-            features=a.features,
+            audio_fields(a.chunk_frames, a.num_mel_bins, a.chunk_steps, windows=a.conv_channels > 0),
             modalities=("audio",),
             embeds_per_group=a.embeds_per_chunk,
-            segment_fields=a.segment_fields,
-            gather_fields=a.gather_fields,
-            offset_fields=a.offset_fields,
-            max_item_inputs=units,
+            max_item_inputs=max_chunks,
         )
         return dataclasses.replace(
-            shape,
-            encoders={**shape.encoders, "audio": encoder},
-            max_item_embeds=max(shape.max_item_embeds, encoder.num_embeds(units)),
+            spec,
+            encoders={**spec.encoders, "audio": encoder},
+            max_item_embeds=max(spec.max_item_embeds, encoder.num_embeds(max_chunks)),
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(
             self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size), audio=self.audio.for_tp(tp_size)
         )
@@ -60,10 +59,10 @@ class Model(qwen_vl.Model):
     def __init__(self, c: Config) -> None:
         super().__init__(c)
         self.audio = Qwen3OmniAudioEncoder(c.audio) if c.audio.conv_channels else Qwen2OmniAudioEncoder(c.audio)
-        self.row_width = c.vision.mm_embed_dim
+        self.mm_embed_dim = c.vision.mm_embed_dim
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         if name != "audio":
             return super().encode(name, features)
-        rows = self.audio.encode(features)
-        return jnp.pad(rows, ((0, 0), (0, self.row_width - rows.shape[1])))  # sound has nothing to add to inner blocks
+        embeds = self.audio.encode(features)
+        return jnp.pad(embeds, ((0, 0), (0, self.mm_embed_dim - embeds.shape[1])))  # no DeepStack embeddings of audio

@@ -1,4 +1,4 @@
-"""What the Qwen vision families have in common: a decoder, and a tower of patches whose rows it reads."""
+"""What the Qwen vision families share: a decoder and a vision tower."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
+from mmjax.nn.encoder import Features
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig, QwenVisionEncoder
+from mmjax.processors.qwen_vl import patch_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. largest: rows of the largest item that the preprocessor lets through."""
+    """Sizes. max_item_embeds: embeddings of the largest item that the preprocessor lets through."""
 
     vision: QwenVisionConfig
     max_item_embeds: int
@@ -25,13 +27,10 @@ class Config(decoder_vlm.Config):
         """Sizes for the engine."""
         v = self.vision
         encoder = EncoderSpec(
-            features=v.features,
+            patch_fields(v.patch_dim, windows=v.full_attention_layers is not None, position_grid=v.position_grid > 0),
             modalities=("image", "video"),
             group_size=v.patches_per_embed,
             embeds_per_group=1,
-            segment_fields=v.segment_fields,
-            gather_fields=v.gather_fields,
-            offset_fields=v.offset_fields,
         )
         return dataclasses.replace(
             super().spec,
@@ -41,12 +40,12 @@ class Config(decoder_vlm.Config):
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
 def max_pixels(prepare: Mapping[str, Any]) -> int:
-    """The largest area that a preprocessor file allows; `size` and `max_pixels` both hold areas."""
+    """The largest area that a preprocessor file allows; `max_pixels` and `size` both hold areas."""
     return int(prepare.get("max_pixels") or prepare["size"]["longest_edge"])
 
 
@@ -57,5 +56,5 @@ class Model(decoder_vlm.Model):
         super().__init__(c)
         self.vision = QwenVisionEncoder(c.vision)
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         return self.vision(features)

@@ -1,4 +1,4 @@
-"""Ultravox: Whisper's encoder, eight of its steps stacked to a row, a gated projector, Llama."""
+"""Ultravox: Whisper's encoder, eight of its steps stacked into an embedding, a gated projector, and Llama."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
-from mmjax.nn.audio.whisper import CHUNK_STEPS, WhisperEncoder, WhisperEncoderConfig
+from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.encoder import Features
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.weight import weight
+from mmjax.processors.ultravox import audio_fields
+from mmjax.processors.whisper_chunks import CHUNK_STEPS
 from mmjax.spec import EncoderSpec, ModelSpec
 
 EPS = 1e-6  # of the projector's norms; the config does not name it
-LONG = 4  # windows of a clip that always fits: 2 minutes
+MIN_WINDOWS = 4  # of the longest clip that always fits: 2 minutes
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. stack: steps of a row; hidden: of the projector, gate and gated part together; norm_inside: whether the
-    projector's second norm comes before its last layer (since v0.5) or after it."""
+    """Sizes. stack_factor: encoder steps of an embedding. projector_dim: width inside the projector, gate included.
+    norm_before_last: whether the projector's second norm comes before its last layer (since v0.5) or after it."""
 
     audio: WhisperEncoderConfig
-    stack: int
-    hidden: int
-    norm_inside: bool
+    stack_factor: int
+    projector_dim: int
+    norm_before_last: bool
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
-        """From config.json with the configs of its two parts in it. Raises ValueError for a part or a projector of
-        another kind."""
+        """From config.json with the configs of its two parts in it. Raises ValueError for another language model or
+        projector."""
         text, act = config["text_config"], config.get("projector_act", "swiglu")
         kind = text.get("model_type", "llama")
         if kind != "llama" or act != "swiglu":
@@ -44,9 +48,9 @@ class Config(decoder_vlm.Config):
         return cls(
             text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied),
             audio=WhisperEncoderConfig.from_hf(config["audio_config"]),
-            stack=config["stack_factor"],
-            hidden=config["hidden_size"],
-            norm_inside=config.get("projector_ln_mid", False),
+            stack_factor=config["stack_factor"],
+            projector_dim=config["hidden_size"],
+            norm_before_last=config.get("projector_ln_mid", False),
         )
 
     @property
@@ -54,23 +58,20 @@ class Config(decoder_vlm.Config):
         """Sizes for the engine."""
         a = self.audio
         encoder = EncoderSpec(
-            features=a.padded_chunk_fields,
+            audio_fields(a.num_mel_bins),
             modalities=("audio",),
-            embeds_per_group=-(-CHUNK_STEPS // self.stack),
-            segment_fields=("window_ids",),
-            gather_fields={"step_index": ((), "int32", 0), "num_steps": ((), "int32", 0)},
-            offset_fields={"step_index": CHUNK_STEPS},
-            max_item_inputs=LONG * a.chunks_per_window,
+            embeds_per_group=-(-CHUNK_STEPS // self.stack_factor),
+            max_item_inputs=MIN_WINDOWS * -(-a.window_steps // CHUNK_STEPS),
         )
         return dataclasses.replace(
             super().spec,
             mm_embed_dim=self.text.hidden_size,
             encoders={"audio": encoder},
-            max_item_embeds=LONG * -(-a.window_steps // self.stack),
+            max_item_embeds=MIN_WINDOWS * -(-a.window_steps // self.stack_factor),
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), audio=self.audio.for_tp(tp_size))
 
 
@@ -78,18 +79,19 @@ class Projector(nnx.Module):
     """Norm, dense layer, SwiGLU, dense layer; a second norm before the last or after it."""
 
     def __init__(self, c: Config) -> None:
-        stacked, half = c.audio.tower.hidden_size * c.stack, c.hidden // 2
+        stacked, half = c.audio.tower.hidden_size * c.stack_factor, c.projector_dim // 2
         self.norm1 = weight(stacked, axes=("embed",))
         self.fc1 = weight(stacked, 2, half, axes=("embed", "pair", "embed_out"))
-        self.norm2 = weight(half if c.norm_inside else c.text.hidden_size, axes=("embed",))
+        self.norm2 = weight(half if c.norm_before_last else c.text.hidden_size, axes=("embed",))
         self.fc2 = weight(half, c.text.hidden_size, axes=("embed", "embed_out"))
-        self.norm_inside = c.norm_inside
+        self.norm_before_last = c.norm_before_last
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[R, stack * C] to [R, D]. It is the second half that gates, other than Llama's."""
+    @jax.named_scope("projector")
+    def __call__(self, x: Float[Array, "E stacked"]) -> Float[Array, "E D"]:
+        """Stacked steps to embeddings. The second half is the gate, unlike Llama's."""
         y = jnp.einsum("rc,cph->rph", rms_norm(x, self.norm1[...], EPS), self.fc1[...])
         y = y[:, 0] * jax.nn.silu(y[:, 1])
-        if self.norm_inside:
+        if self.norm_before_last:
             return rms_norm(y, self.norm2[...], EPS) @ self.fc2[...]
         return rms_norm(y @ self.fc2[...], self.norm2[...], EPS)
 
@@ -103,9 +105,9 @@ class Model(decoder_vlm.Model):
         self.projector = Projector(c)
         self.c = c
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         x = self.audio.final_norm(self.audio.encode_chunks(features))
-        offset = jnp.arange(self.c.stack, dtype=jnp.int32)
+        offset = jnp.arange(self.c.stack_factor, dtype=jnp.int32)
         x = jnp.take(x, features["step_index"][:, None] + offset, axis=0, mode="clip")
         x = jnp.where((offset < features["num_steps"][:, None])[..., None], x, jnp.zeros((), x.dtype))
         return self.projector(x.reshape(len(x), -1))

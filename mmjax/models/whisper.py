@@ -1,4 +1,4 @@
-"""Whisper: an audio encoder whose keys and values live in the pool's pages beside the decoder's own."""
+"""Whisper: an audio encoder, and a decoder that reads it by cross attention; both keep keys in the KV cache."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
 from mmjax.nn.attention import attend, cross_attend, write_kv
 from mmjax.nn.audio.whisper import EPS, WhisperEncoder, WhisperEncoderConfig
-from mmjax.nn.encoder import ACTIVATIONS
-from mmjax.nn.layers import traced_once
+from mmjax.nn.encoder import ACTIVATIONS, Features
+from mmjax.nn.layers import jit_layers
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
+from mmjax.processors.whisper import window_fields
 from mmjax.sharding import round_up
 from mmjax.spec import EncoderSpec, ModelSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes; `heads` and `mlp` of the decoder, `audio` of the encoder. `rows` counts rows of the padded embedding."""
+    """Sizes of the encoder, in `audio`, and of the decoder. padded_vocab_size: rows of the embedding, with padding."""
 
     audio: WhisperEncoderConfig
     hidden_size: int
@@ -56,10 +58,8 @@ class Config:
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        bins, steps = self.audio.num_mel_bins, self.audio.window_steps
-        encoder = EncoderSpec(
-            features={"mel": ((bins, 2 * steps), "float32", 0)}, modalities=("audio",), keys_per_input=steps
-        )
+        steps = self.audio.window_steps
+        encoder = EncoderSpec(window_fields(self.audio.num_mel_bins, 2 * steps), ("audio",), keys_per_input=steps)
         return ModelSpec(
             num_layers=self.num_layers,
             num_kv_heads=self.num_heads,
@@ -72,7 +72,7 @@ class Config:
         )
 
     def for_tp(self, tp_size: int) -> Config:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(
             self,
             audio=self.audio.for_tp(tp_size),
@@ -82,12 +82,12 @@ class Config:
         )
 
     def for_max_len(self, max_model_len: int) -> Config:
-        """The same: positions are learned."""
+        """The same: positions are a stored table."""
         return self
 
 
-class Block(nnx.Module):
-    """Self attention, cross attention and feed-forward, each behind a layer norm."""
+class WhisperDecoderLayer(nnx.Module):
+    """Self attention, cross attention and feed-forward, each after a layer norm."""
 
     def __init__(self, c: Config) -> None:
         d, n, h, f = c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
@@ -115,37 +115,44 @@ class Block(nnx.Module):
         self.c = c
 
     def __call__(
-        self, x: jax.Array, kv_cache: KVCache, batch: Batch, first_block: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """x [T, D] to [T, D] and the pool with this layer's keys written."""
+        self, x: Float[Array, "T D"], kv_cache: KVCache, batch: Batch, first_block: Int[Array, ""]
+    ) -> tuple[Float[Array, "T D"], KVCache]:
+        """The layer's output, and the cache with its keys and values written from block `first_block` on."""
         scale = self.c.head_dim**-0.5
-        y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
-        qkv = self.qkv.einsum("td,dkgh->tkgh", y) + self.qkv_bias[...]
-        y, kv_cache = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], kv_cache, batch, first_block, scale=scale)
-        x = x + self.o.einsum("tkgh,kghd->td", y) + self.o_bias[...]
-        y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
-        q = self.cross_q.einsum("td,dkgh->tkgh", y) + self.cross_q_bias[...]
-        y = cross_attend(q, kv_cache, batch, first_block, scale=scale)
-        x = x + self.cross_o.einsum("tkgh,kghd->td", y) + self.cross_o_bias[...]
-        y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
-        y = ACTIVATIONS[self.c.act](self.fc1.einsum("td,df->tf", y) + self.fc1_bias[...])
-        return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], kv_cache
+        with jax.named_scope("attn"):
+            y = layer_norm(x, self.attn_norm[...], self.attn_norm_bias[...], EPS)
+            qkv = self.qkv.einsum("td,dkgh->tkgh", y) + self.qkv_bias[...]
+            y, kv_cache = attend(qkv[:, :, :1], qkv[:, :, 1], qkv[:, :, 2], kv_cache, batch, first_block, scale=scale)
+            x = x + self.o.einsum("tkgh,kghd->td", y) + self.o_bias[...]
+        with jax.named_scope("cross_attn"):
+            y = layer_norm(x, self.cross_norm[...], self.cross_norm_bias[...], EPS)
+            q = self.cross_q.einsum("td,dkgh->tkgh", y) + self.cross_q_bias[...]
+            y = cross_attend(q, kv_cache, batch, first_block, scale=scale)
+            x = x + self.cross_o.einsum("tkgh,kghd->td", y) + self.cross_o_bias[...]
+        with jax.named_scope("mlp"):
+            y = layer_norm(x, self.mlp_norm[...], self.mlp_norm_bias[...], EPS)
+            y = ACTIVATIONS[self.c.act](self.fc1.einsum("td,df->tf", y) + self.fc1_bias[...])
+            return x + self.fc2.einsum("tf,fd->td", y) + self.fc2_bias[...], kv_cache
 
     def write_cross_kv(
-        self, encoded: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array, first_block: jax.Array
+        self,
+        encoded: Float[Array, "U D"],
+        kv_cache: KVCache,
+        slot_mapping: Int[Array, "U"],
+        first_block: Int[Array, ""],
     ) -> KVCache:
-        """Write the keys and values of encoded [U * frames, D] at this layer's slots."""
+        """Write the keys and values of the encoder's output at this layer's slots."""
         kv = self.cross_kv.einsum("td,dkph->tkph", encoded) + self.cross_kv_bias[...]
         return write_kv(kv[:, :, 0], kv[:, :, 1], kv_cache, slot_mapping, first_block)
 
 
-class Text(nnx.Module):
-    """The decoder."""
+class WhisperDecoder(nnx.Module):
+    """The decoder's weights."""
 
     def __init__(self, c: Config) -> None:
         self.embed = weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
         self.positions = weight(c.max_positions, c.hidden_size, axes=("position", "embed"))
-        self.layers = nnx.List([Block(c) for _ in range(c.num_layers)])
+        self.layers = nnx.List([WhisperDecoderLayer(c) for _ in range(c.num_layers)])
         self.norm = weight(c.hidden_size, axes=("embed",))
         self.norm_bias = weight(c.hidden_size, axes=("embed",))
 
@@ -154,28 +161,37 @@ class Model(nnx.Module):
     """See `mmjax.models.base.CrossModel`."""
 
     def __init__(self, c: Config) -> None:
-        self.text = Text(c)
+        self.text = WhisperDecoder(c)
         self.audio = WhisperEncoder(c.audio)
         self.c = c
 
-    def __call__(self, batch: Batch, kv_cache: KVCache, mm_embeds: jax.Array) -> tuple[jax.Array, KVCache]:
+    @jax.named_scope("decoder")
+    def __call__(
+        self, batch: Batch, kv_cache: KVCache, mm_embeds: Float[Array, "M W"]
+    ) -> tuple[Float[Array, "T D"], KVCache]:
         text = self.text
-        x = text.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
-        x = x + jnp.take(text.positions[...], batch.rope_positions[0], axis=0, mode="clip")
-        stride = kv_cache.k.shape[0] // self.c.num_layers
-        for i, block in enumerate(traced_once(text.layers, Block.__call__)):
-            x, kv_cache = block(x, kv_cache, batch, jnp.int32(i * stride))
-        return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), kv_cache
+        with jax.named_scope("embed"):
+            x = text.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
+            x = x + jnp.take(text.positions[...], batch.rope_positions[0], axis=0, mode="clip")
+        num_blocks = kv_cache.k.shape[0] // self.c.num_layers
+        for i, layer in enumerate(jit_layers(text.layers, WhisperDecoderLayer.__call__)):
+            with jax.named_scope(f"layer_{i}"):
+                x, kv_cache = layer(x, kv_cache, batch, jnp.int32(i * num_blocks))
+        with jax.named_scope("norm"):
+            return layer_norm(x, text.norm[...], text.norm_bias[...], EPS), kv_cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    @jax.named_scope("logits")
+    def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
         out = self.text.embed.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
         return out[:, : self.c.vocab_size]
 
-    def encode(self, name: str, features: Mapping[str, jax.Array]) -> jax.Array:
+    def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         return self.audio.encode_windows(features["mel"])
 
-    def write_cross_kv(self, encoded: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array) -> KVCache:
-        stride = kv_cache.k.shape[0] // self.c.num_layers
-        for i, cross in enumerate(traced_once(self.text.layers, Block.write_cross_kv)):
-            kv_cache = cross(encoded, kv_cache, slot_mapping, jnp.int32(i * stride))
+    @jax.named_scope("decoder")
+    def write_cross_kv(self, encoded: Float[Array, "U D"], kv_cache: KVCache, slot_mapping: Int[Array, "U"]) -> KVCache:
+        num_blocks = kv_cache.k.shape[0] // self.c.num_layers
+        for i, write in enumerate(jit_layers(self.text.layers, WhisperDecoderLayer.write_cross_kv)):
+            with jax.named_scope(f"layer_{i}"):
+                kv_cache = write(encoded, kv_cache, slot_mapping, jnp.int32(i * num_blocks))
         return kv_cache

@@ -1,7 +1,10 @@
-"""Building blocks of the models: norms, rotary positions, attention over pages, decoder and encoder stacks.
+"""Building blocks of the models: norms, rotary positions, attention over the KV cache, decoder and encoder stacks.
 
-Axis letters, here and in every model: T tokens of a step, B query blocks of Q tokens each (T = B * Q), S sequences,
-D width, K key/value heads, G query heads per key/value head, N = K * G query heads, H head size, F feed-forward width,
-V vocabulary, U encoder units (patches, crops or clips), M media rows, P pages of a sequence, R rows of rotary
-positions (1, or 3 for time, height and width), L layers, C width of an encoder.
+Axis letters, here, in the kernels and in every model.
+
+Decoder: T tokens of a step, S sequences, B query blocks of Q tokens each (T = B * Q), P cache blocks of a sequence,
+D width, K key/value heads, G query heads per key/value head, H head size, F feed-forward width, V vocabulary,
+R rotary axes (1, or 3 for time, height and width), M rows of the mm_embeds buffer.
+Encoders: I inputs that have positions of their own (crops, windows, chunks), t frames or steps of one, U positions of a
+packed sequence (patches, or all inputs' positions end to end), N heads, C width, E media embeddings, W their width.
 """

@@ -1,4 +1,4 @@
-"""Attention as the models call it: keys and values go into the pool's pages, queries look through them."""
+"""Attention as the models call it: keys and values are written to the KV cache, queries attend through block tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from mmjax.batch import Batch, KVCache
 from mmjax.kernels import kv_heads_first, paged_decode, paged_prefill, segment_attention, write_kv_cache
@@ -17,73 +18,111 @@ ENCODER_INPUT = ("position", "heads", "head_dim")
 
 
 def kv_cache_axes() -> tuple[str, str, str, str]:
-    """Logical axes of the pool's arrays."""
+    """Logical axes of the cache's arrays."""
     inner = ("kv_heads", "position") if kv_heads_first() else ("position", "kv_heads")
     return ("depth", *inner, "head_dim")
 
 
-def _block_size(cache: jax.Array) -> int:
+def _block_size(cache: Num[Array, "num_blocks _ _ cache_H"]) -> int:
     return cache.shape[kv_cache_axes().index("position")]
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, kv_cache: KVCache, batch: Batch, first_block: jax.Array, *, scale: float
-) -> tuple[jax.Array, KVCache]:
-    """Causal attention of q [T, K, G, H] over its sequence's pages, after writing k, v [T, K, H] into them.
+    q: Float[Array, "T K G H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cache: KVCache,
+    batch: Batch,
+    first_block: Int[Array, ""],
+    *,
+    scale: float,
+) -> tuple[Float[Array, "T K G H"], KVCache]:
+    """Causal attention over each sequence's cache blocks, after writing k and v into them.
 
-    `first`: i32[], the layer's first page id. Returns [T, K, G, H] and the pool.
+    first_block: the layer's first block id.
     """
-    size, pooled = _block_size(kv_cache.k), kv_cache_axes()
+    block_size, cache_axes = _block_size(kv_cache.k), kv_cache_axes()
 
     def run(
-        q: jax.Array, k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        slot = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * size, -1)
-        k_pool, v_pool = write_kv_cache(k_pool, v_pool, _pad_heads(k, k_pool), _pad_heads(v, v_pool), slot)
+        q: Float[Array, "T K G H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        k_cache: Num[Array, "num_blocks _ _ cache_H"],
+        v_cache: Num[Array, "num_blocks _ _ cache_H"],
+    ) -> tuple[Array, Array, Array]:
+        slots = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * block_size, -1)
+        with jax.named_scope("kv_cache/write"):
+            k_cache, v_cache = write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slots)
         out = _paged_attention(
-            q, k_pool, v_pool, batch.block_table + first_block, batch.context_lens, batch, causal=True, scale=scale
+            q, k_cache, v_cache, batch.block_table + first_block, batch.context_lens, batch, causal=True, scale=scale
         )
-        return out, k_pool, v_pool
+        return out, k_cache, v_cache
 
-    out, k_pool, v_pool = map_heads(run, (QUERY, KEY, KEY, pooled, pooled), (QUERY, pooled, pooled))(
+    out, k_cache, v_cache = map_heads(run, (QUERY, KEY, KEY, cache_axes, cache_axes), (QUERY, cache_axes, cache_axes))(
         q, k, v, kv_cache.k, kv_cache.v
     )
-    return out, KVCache(k_pool, v_pool)
+    return out, KVCache(k_cache, v_cache)
 
 
-def cross_attend(q: jax.Array, kv_cache: KVCache, batch: Batch, first_block: jax.Array, *, scale: float) -> jax.Array:
-    """Attention of q [T, K, G, H] over all the encoder's keys of its sequence. Returns [T, K, G, H]."""
+def cross_attend(
+    q: Float[Array, "T K G H"], kv_cache: KVCache, batch: Batch, first_block: Int[Array, ""], *, scale: float
+) -> Float[Array, "T K G H"]:
+    """Attention over all of the encoder's keys of each sequence."""
 
-    def run(q: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> jax.Array:
-        pages = batch.cross_block_table + first_block
-        return _paged_attention(q, k_pool, v_pool, pages, batch.cross_context_lens, batch, causal=False, scale=scale)
+    def run(
+        q: Float[Array, "T K G H"],
+        k_cache: Num[Array, "num_blocks _ _ cache_H"],
+        v_cache: Num[Array, "num_blocks _ _ cache_H"],
+    ) -> Float[Array, "T K G H"]:
+        block_table = batch.cross_block_table + first_block
+        return _paged_attention(
+            q, k_cache, v_cache, block_table, batch.cross_context_lens, batch, causal=False, scale=scale
+        )
 
     return map_heads(run, (QUERY, kv_cache_axes(), kv_cache_axes()), QUERY)(q, kv_cache.k, kv_cache.v)
 
 
-def write_kv(k: jax.Array, v: jax.Array, kv_cache: KVCache, slot_mapping: jax.Array, first_block: jax.Array) -> KVCache:
-    """Write k, v [T, K, H] at the layer's slots i32[T] (negative: dropped), without attending."""
-    size, pooled = _block_size(kv_cache.k), kv_cache_axes()
-    slot_mapping = jnp.where(slot_mapping >= 0, slot_mapping + first_block * size, -1)
+@jax.named_scope("kv_cache/write")
+def write_kv(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cache: KVCache,
+    slot_mapping: Int[Array, "T"],
+    first_block: Int[Array, ""],
+) -> KVCache:
+    """Write k and v at the layer's slots (negative: dropped), without attending."""
+    block_size, cache_axes = _block_size(kv_cache.k), kv_cache_axes()
+    slot_mapping = jnp.where(slot_mapping >= 0, slot_mapping + first_block * block_size, -1)
 
-    def run(k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return write_kv_cache(k_pool, v_pool, _pad_heads(k, k_pool), _pad_heads(v, v_pool), slot_mapping)
+    def run(
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        k_cache: Num[Array, "num_blocks _ _ cache_H"],
+        v_cache: Num[Array, "num_blocks _ _ cache_H"],
+    ) -> tuple[Array, Array]:
+        return write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slot_mapping)
 
-    return KVCache(*map_heads(run, (KEY, KEY, pooled, pooled), (pooled, pooled))(k, v, kv_cache.k, kv_cache.v))
+    return KVCache(
+        *map_heads(run, (KEY, KEY, cache_axes, cache_axes), (cache_axes, cache_axes))(k, v, kv_cache.k, kv_cache.v)
+    )
 
 
+@jax.named_scope("segment_attention")
 def encoder_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array,
+    q: Float[Array, "U N H"],
+    k: Float[Array, "U N H"],
+    v: Float[Array, "U N H"],
+    segment_ids: Int[Array, "U"],
     *,
     scale: float,
     segment_len: int | None,
-    key_mask: jax.Array | None = None,
-) -> jax.Array:
-    """Attention among units of equal segment, q, k, v [U, N, H]; `uniform` when every segment has that many units;
-    `seen` bool[U] where some attend that are not attended to."""
+    key_mask: Bool[Array, "U"] | None = None,
+) -> Float[Array, "U N H"]:
+    """Attention among positions of equal segment id.
+
+    segment_len: the length of every segment, where all have the same. key_mask: False for positions that attend but are
+    not attended to.
+    """
     run = functools.partial(
         segment_attention, segment_ids=segment_ids, scale=scale, segment_len=segment_len, key_mask=key_mask
     )
@@ -93,34 +132,38 @@ def encoder_attention(
 
 
 def _paged_attention(
-    q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    block_table: jax.Array,
-    context_lens: jax.Array,
+    q: Float[Array, "T K G H"],
+    k_cache: Num[Array, "num_blocks _ _ cache_H"],
+    v_cache: Num[Array, "num_blocks _ _ cache_H"],
+    block_table: Int[Array, "S P"],
+    context_lens: Int[Array, "S"],
     batch: Batch,
     *,
     causal: bool,
     scale: float,
-) -> jax.Array:
-    """Blocks of one query are a decode step (sequence s is row s); longer blocks are chunks of a prompt."""
-    tokens, heads, _, width = q.shape
+) -> Float[Array, "T K G H"]:
+    """Query blocks of one token are a decode step (token s is of sequence s); longer ones are chunks of prompts."""
+    tokens, heads, _, head_dim = q.shape
     q = _pad_heads(q, k_cache)
-    blocks = batch.seq_index.shape[0]
-    if blocks == tokens:
-        out = paged_decode(q, k_cache, v_cache, block_table, context_lens, scale=scale)
+    num_blocks = batch.seq_index.shape[0]
+    if num_blocks == tokens:
+        with jax.named_scope("paged_decode"):
+            out = paged_decode(q, k_cache, v_cache, block_table, context_lens, scale=scale)
     else:
-        chunks = q.reshape(blocks, tokens // blocks, *q.shape[1:])
-        owner, start = batch.seq_index, batch.q_start
-        out = paged_prefill(
-            chunks, k_cache, v_cache, block_table, owner, start, context_lens, causal=causal, scale=scale
-        )
+        blocks = q.reshape(num_blocks, tokens // num_blocks, *q.shape[1:])
+        seq_index, q_start = batch.seq_index, batch.q_start
+        with jax.named_scope("paged_prefill"):
+            out = paged_prefill(
+                blocks, k_cache, v_cache, block_table, seq_index, q_start, context_lens, causal=causal, scale=scale
+            )
         out = out.reshape(q.shape)
-    return out[:, :heads, :, :width]
+    return out[:, :heads, :, :head_dim]
 
 
-def _pad_heads(x: jax.Array, cache: jax.Array) -> jax.Array:
-    """Zero-pad x [T, K, .., H] to the pool's heads and head size: zeros change no score, and what they yield is cut."""
+def _pad_heads(
+    x: Float[Array, "T K *group H"], cache: Num[Array, "num_blocks _ _ cache_H"]
+) -> Float[Array, "T _ *group cache_H"]:
+    """Zero-pad x to the cache's heads and head size: zeros change no score, and their outputs are cut off."""
     heads, width = cache.shape[kv_cache_axes().index("kv_heads")] - x.shape[1], cache.shape[3] - x.shape[-1]
     if heads == width == 0:
         return x

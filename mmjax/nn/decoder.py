@@ -1,4 +1,4 @@
-"""The language model that most families share: Llama's, Qwen2's and Qwen3's decoder over a paged pool."""
+"""The language model that most families share: the decoder of Llama, Qwen2 and Qwen3 over a paged KV cache."""
 
 from __future__ import annotations
 
@@ -8,22 +8,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
 from mmjax.nn.attention import attend
-from mmjax.nn.layers import traced_once
+from mmjax.nn.layers import jit_layers
 from mmjax.nn.moe import Experts, MoeConfig
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.rope import Rope, apply_rope
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
 
+QWEN2_DEFAULTS: dict[str, Any] = {  # what transformers' Qwen2Config fills in where a published text_config is silent
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+}
+
 
 def split_heads(kv_heads: int, q_per_kv: int, tp_size: int) -> tuple[int, int]:
-    """(kv_heads, group) that divide over `ways` devices.
+    """(kv_heads, q_per_kv) that divide over `tp_size` devices.
 
-    Key/value heads are repeated, each copy serving a part of its queries, when that comes out even; otherwise
-    heads of zeros are added, which attend to nothing and write nothing.
+    Key/value heads are repeated, each copy serving a part of its queries, where that divides evenly; otherwise heads of
+    zeros are added, whose output is zero.
     """
     if kv_heads % tp_size == 0:
         return kv_heads, q_per_kv
@@ -35,10 +47,11 @@ def split_heads(kv_heads: int, q_per_kv: int, tp_size: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder. `vocab` counts real tokens; `rows` counts rows of the (padded) embedding.
+    """Sizes of a decoder.
 
-    qk_norm: whether each head's queries and keys are normed before they turn. moe: the experts, of the layers that
-    have some in place of a feed-forward.
+    q_per_kv: query heads per key/value head. padded_vocab_size: rows of the embedding, padding included. bias: of q, k
+    and v. qk_norm: whether each head's queries and keys are normalized before rotary positions. moe: the experts of the
+    layers that have them in place of a feed-forward.
     """
 
     hidden_size: int
@@ -67,8 +80,8 @@ class DecoderConfig:
         qk_norm: bool = False,
         norm_topk_prob: bool | None = None,
     ) -> DecoderConfig:
-        """From the text part of config.json; `bias` for q, k, v; `tied` when the head is the embedding; `renormalise`
-        see `MoeConfig.from_hf`."""
+        """From the text part of config.json. tie_embeddings: the head is the embedding. norm_topk_prob: see
+        `MoeConfig.from_hf`. Raises ValueError for heads that do not divide."""
         heads = text["num_attention_heads"]
         kv_heads = text.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -98,7 +111,7 @@ class DecoderConfig:
         )
 
     def for_tp(self, tp_size: int) -> DecoderConfig:
-        """The same decoder with every sharded size a multiple of `ways`."""
+        """The same decoder with every sharded size a multiple of `tp_size`."""
         kv_heads, group = split_heads(self.num_kv_heads, self.q_per_kv, tp_size)
         moe = self.moe and self.moe.for_tp(tp_size)
         return dataclasses.replace(
@@ -111,17 +124,17 @@ class DecoderConfig:
         )
 
     def for_max_len(self, max_model_len: int) -> DecoderConfig:
-        """The same decoder for sequences of at most `longest` tokens."""
+        """The same decoder for sequences of at most `max_model_len` tokens."""
         return dataclasses.replace(self, rope=self.rope.for_max_len(max_model_len))
 
     @property
     def scale(self) -> float:
-        """What attention scores are multiplied by."""
+        """The factor of attention scores."""
         return self.head_dim**-0.5 * self.rope.attention_factor**2
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and gated feed-forward or experts, each behind an RMS norm."""
+    """Attention, then a gated feed-forward or experts, each after an RMS norm."""
 
     def __init__(self, c: DecoderConfig, *, sparse: bool = False) -> None:
         d, k, g, h, f = c.hidden_size, c.num_kv_heads, c.q_per_kv, c.head_dim, c.intermediate_size
@@ -139,26 +152,33 @@ class DecoderLayer(nnx.Module):
         self.c = c
 
     def __call__(
-        self, x: jax.Array, angles: jax.Array, kv_cache: KVCache, batch: Batch, first_block: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
-        """x [T, D] and f32[T, H/2] angles to [T, D] and the pool with this layer's keys written."""
-        y = rms_norm(x, self.attn_norm[...], self.c.eps)
-        qkv = self.qkv.einsum("td,dkgh->tkgh", y)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
-        turned = apply_rope(self._normed(qkv[:, :, :-1]), angles)
-        y, kv_cache = attend(
-            turned[:, :, :-1], turned[:, :, -1], qkv[:, :, -1], kv_cache, batch, first_block, scale=self.c.scale
-        )
-        x = x + self.o.einsum("tkgh,kghd->td", y)
-        y = rms_norm(x, self.mlp_norm[...], self.c.eps)
-        if self.experts is not None:
-            return x + self.experts(y), kv_cache
-        y = self.gate_up.einsum("td,dpf->tpf", y)
-        return x + self.down.einsum("tf,fd->td", jax.nn.silu(y[:, 0]) * y[:, 1]), kv_cache
+        self,
+        x: Float[Array, "T D"],
+        angles: Float32[Array, "T half_H"],
+        kv_cache: KVCache,
+        batch: Batch,
+        first_block: Int[Array, ""],
+    ) -> tuple[Float[Array, "T D"], KVCache]:
+        """The layer's output, and the cache with its keys and values written from block `first_block` on."""
+        with jax.named_scope("attn"):
+            y = rms_norm(x, self.attn_norm[...], self.c.eps)
+            qkv = self.qkv.einsum("td,dkgh->tkgh", y)
+            if self.qkv_bias is not None:
+                qkv = qkv + self.qkv_bias[...]
+            qk = apply_rope(self._qk_norm(qkv[:, :, :-1]), angles)
+            y, kv_cache = attend(
+                qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1], kv_cache, batch, first_block, scale=self.c.scale
+            )
+            x = x + self.o.einsum("tkgh,kghd->td", y)
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.mlp_norm[...], self.c.eps)
+            if self.experts is not None:
+                return x + self.experts(y), kv_cache
+            y = self.gate_up.einsum("td,dpf->tpf", y)
+            return x + self.down.einsum("tf,fd->td", jax.nn.silu(y[:, 0]) * y[:, 1]), kv_cache
 
-    def _normed(self, qk: jax.Array) -> jax.Array:
-        """[T, K, G + 1, H] queries and key of each key head, normed over H if this model does so."""
+    def _qk_norm(self, qk: Float[Array, "T K heads H"]) -> Float[Array, "T K heads H"]:
+        """The queries and the key of each key head, normalized over H if the model does so."""
         if self.q_norm is None or self.k_norm is None:
             return qk
         q = jnp.broadcast_to(self.q_norm[...], (self.c.q_per_kv, self.c.head_dim))
@@ -166,7 +186,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm and head."""
+    """Embedding, layers, final norm and head."""
 
     def __init__(self, c: DecoderConfig) -> None:
         self.embed = weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
@@ -178,26 +198,33 @@ class Decoder(nnx.Module):
         self.head = None if c.tie_embeddings else weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
         self.c = c
 
-    def __call__(self, batch: Batch, kv_cache: KVCache, mm_embeds: jax.Array) -> tuple[jax.Array, KVCache]:
-        """Final hidden states [T, D] of a batch; `slab` [M, D * (1 + n)] holds the media rows its tokens may name.
+    @jax.named_scope("decoder")
+    def __call__(
+        self, batch: Batch, kv_cache: KVCache, mm_embeds: Float[Array, "M W"]
+    ) -> tuple[Float[Array, "T D"], KVCache]:
+        """Hidden states after the final norm, and the cache with the batch's keys and values written.
 
-        The first D numbers of a row stand in for the token's embedding; the n sets beside are added after the first n
-        blocks.
+        mm_embeds: the media embeddings that `batch.mm_index` refers to, D * (1 + n) numbers each: the first D take the
+        place of the token's embedding, the n sets beside them are added after each of the first n layers.
         """
-        x = self.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
-        media, here = jnp.take(mm_embeds, batch.mm_index, axis=0, mode="clip"), batch.mm_index[:, None] >= 0
-        width = x.shape[-1]
-        x = jnp.where(here, media[:, :width], x)
+        with jax.named_scope("embed"):
+            x = self.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)
+            media, is_media = jnp.take(mm_embeds, batch.mm_index, axis=0, mode="clip"), batch.mm_index[:, None] >= 0
+            width = x.shape[-1]
+            x = jnp.where(is_media, media[:, :width], x)
         angles = self.c.rope.angles(batch.rope_positions)
-        stride = kv_cache.k.shape[0] // self.c.num_layers
-        for i, block in enumerate(traced_once(self.layers, DecoderLayer.__call__)):
-            x, kv_cache = block(x, angles, kv_cache, batch, jnp.int32(i * stride))
-            if media.shape[1] >= (i + 2) * width:
-                x = x + jnp.where(here, media[:, (i + 1) * width : (i + 2) * width], jnp.zeros_like(x))
-        return rms_norm(x, self.norm[...], self.c.eps), kv_cache
+        num_blocks = kv_cache.k.shape[0] // self.c.num_layers
+        for i, layer in enumerate(jit_layers(self.layers, DecoderLayer.__call__)):
+            with jax.named_scope(f"layer_{i}"):
+                x, kv_cache = layer(x, angles, kv_cache, batch, jnp.int32(i * num_blocks))
+                if media.shape[1] >= (i + 2) * width:
+                    x = x + jnp.where(is_media, media[:, (i + 1) * width : (i + 2) * width], jnp.zeros_like(x))
+        with jax.named_scope("norm"):
+            return rms_norm(x, self.norm[...], self.c.eps), kv_cache
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[S, D] to f32[S, V] over the real vocabulary."""
+    @jax.named_scope("logits")
+    def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
+        """Logits over the vocabulary, without its padding."""
         head = self.embed if self.head is None else self.head
         out = head.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
         return out[:, : self.c.vocab_size]

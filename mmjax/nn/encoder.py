@@ -1,13 +1,14 @@
-"""The encoder stack that image and audio towers share: pre-norm blocks of attention within segments and a small MLP."""
+"""The encoder stack that image and audio towers share: pre-norm layers of attention within segments and an MLP."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from mmjax.nn.attention import encoder_attention
 from mmjax.nn.norm import layer_norm
@@ -15,20 +16,21 @@ from mmjax.nn.rope import apply_rope
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
 
-Activation = Callable[[jax.Array], jax.Array]
+Activation = Callable[[Array], Array]
+Features = Mapping[str, Shaped[Array, "..."]]  # an encoder's input arrays by name, as its `EncoderSpec.fields` say
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x * sigmoid(1.702 x), CLIP's approximation."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The exact (erf) GELU."""
     return jax.nn.gelu(x, approximate=False)
 
 
-def gelu_tanh(x: jax.Array) -> jax.Array:
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The tanh approximation of GELU."""
     return jax.nn.gelu(x, approximate=True)
 
@@ -55,7 +57,7 @@ class EncoderConfig:
     act: str
 
     def for_tp(self, tp_size: int) -> EncoderConfig:
-        """The same tower with every sharded size a multiple of `ways`."""
+        """The same tower with every sharded size a multiple of `tp_size`."""
         return dataclasses.replace(
             self,
             num_heads=round_up(self.num_heads, tp_size),
@@ -64,7 +66,7 @@ class EncoderConfig:
 
 
 class EncoderLayers(nnx.Module):
-    """`depth` equal blocks with their weights stacked on a leading axis."""
+    """All layers, their weights stacked on a leading axis."""
 
     def __init__(self, c: EncoderConfig) -> None:
         n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
@@ -84,49 +86,52 @@ class EncoderLayers(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        segment_ids: jax.Array,
-        angles: jax.Array | None,
+        x: Float[Array, "U C"],
+        segment_ids: Int[Array, "U"],
+        angles: Float32[Array, "U half_H"] | None,
         segment_len: int | None,
-        key_mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
+        key_mask: Bool[Array, "U"] | None = None,
+    ) -> Float[Array, "U C"]:
+        """One layer, of the weights that a scan has indexed."""
         c = self.c
-        y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
-        qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
-        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
-        q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
-        y = encoder_attention(
-            q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len, key_mask=key_mask
-        ).astype(x.dtype)
-        x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
-        y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
-        y = ACTIVATIONS[c.act](self.fc1.einsum("ud,df->uf", y) + self.fc1_bias[...])
-        return x + self.fc2.einsum("uf,fd->ud", y) + self.fc2_bias[...]
+        with jax.named_scope("attn"):
+            y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
+            qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
+            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            if angles is not None:
+                q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
+            y = encoder_attention(
+                q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len, key_mask=key_mask
+            ).astype(x.dtype)
+            x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
+        with jax.named_scope("mlp"):
+            y = layer_norm(x, self.norm2[...], self.norm2_bias[...], c.eps)
+            y = ACTIVATIONS[c.act](self.fc1.einsum("ud,df->uf", y) + self.fc1_bias[...])
+            return x + self.fc2.einsum("uf,fd->ud", y) + self.fc2_bias[...]
 
 
 class Encoder(nnx.Module):
-    """Blocks run in order. Scanned: an encoder is bound by arithmetic, so what a scan saves is compile time."""
+    """Layers run in order, by a scan: an encoder is bound by arithmetic, and a scan saves compile time."""
 
     def __init__(self, c: EncoderConfig) -> None:
         self.blocks = EncoderLayers(c)
 
     def __call__(
         self,
-        x: jax.Array,
-        segment_ids: jax.Array,
+        x: Float[Array, "U C"],
+        segment_ids: Int[Array, "U"],
         *,
-        angles: jax.Array | None = None,
+        angles: Float32[Array, "U half_H"] | None = None,
         segment_len: int | None = None,
-        key_mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """x [U, C] to [U, C]; units attend within equal `segment` i32[U]; `angles` f32[U, H/2] turn q and k; `seen`
-        bool[U] where some attend that are not attended to."""
+        key_mask: Bool[Array, "U"] | None = None,
+    ) -> Float[Array, "U C"]:
+        """The last layer's output. Positions attend those of equal segment id; segment_len, key_mask: see
+        `encoder_attention`. angles: rotate q and k."""
         graph, weights = nnx.split(self.blocks)
 
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        @jax.named_scope("layer")
+        def body(x: Float[Array, "U C"], layer: Any) -> tuple[Float[Array, "U C"], None]:
             return nnx.merge(graph, layer)(x, segment_ids, angles, segment_len, key_mask), None
 
         return jax.lax.scan(body, x, weights)[0]

@@ -8,16 +8,16 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Which angle each of the H/2 frequency slots turns by.
+    """The frequency of each of the H / 2 rotated pairs, and the axis whose position rotates it.
 
-    `inverse` holds the H/2 inverse frequencies; `axis` says which row of the positions (0 for one-dimensional
-    rope; time, height or width otherwise) drives each slot. `factor`: what turned queries and keys are each multiplied
-    by (whoever attends puts its square into the scale). `short`: the inverse frequencies instead where no sequence is
-    longer than `original` tokens.
+    inv_freq: inverse frequencies. slot_axis: the axis of each pair (0 for one-dimensional rope; else time, height or
+    width). attention_factor: what rotated queries and keys are each multiplied by (attention has its square in the
+    scale). short_inv_freq: used instead of inv_freq where no sequence is longer than original_max_positions.
     """
 
     inv_freq: tuple[float, ...]
@@ -28,16 +28,16 @@ class Rope:
 
     @property
     def num_axes(self) -> int:
-        """How many rows of positions the slots read (R)."""
+        """How many axes positions have (R)."""
         return max(self.slot_axis) + 1
 
     @classmethod
     def from_hf(cls, head_dim: int, theta: float, scaling: dict[str, object] | None) -> Rope:
-        """Build from `rope_theta` and `rope_scaling`/`rope_parameters`.
+        """From `rope_theta` and `rope_scaling` or `rope_parameters`.
 
-        Known kinds: default, mrope (sections contiguous, or interleaved where `mrope_interleaved` says so), linear,
-        llama3, longrope (also called su; `scaling` then holds max_position_embeddings and
-        original_max_position_embeddings too). Raises ValueError for any other.
+        Known types: default, mrope (sections contiguous, or interleaved with `mrope_interleaved`), linear, llama3,
+        longrope (also called su; `scaling` then holds max_position_embeddings and original_max_position_embeddings
+        too). Raises ValueError for any other.
         """
         inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         axis = [0] * (head_dim // 2)
@@ -48,7 +48,7 @@ class Rope:
             if sum(sections) != head_dim // 2:
                 raise ValueError(f"mrope_section {sections} must sum to half the head size, {head_dim // 2}")
             axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
-            if scaling.get("mrope_interleaved"):  # height and width take every third slot while they have some left
+            if scaling.get("mrope_interleaved"):  # height and width take every third pair while they last
                 axis = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(head_dim // 2)]
         if kind == "linear":
             inverse = inverse / float(str(scaling["factor"]))
@@ -61,21 +61,22 @@ class Rope:
         return cls(tuple(inverse.tolist()), tuple(axis))
 
     def for_max_len(self, max_model_len: int) -> Rope:
-        """For sequences of at most `longest` tokens: one set of frequencies for all, so that cached keys stay valid."""
+        """For sequences of at most `max_model_len` tokens: one set of frequencies for all, so that cached keys stay
+        valid."""
         return (
             dataclasses.replace(self, inv_freq=self.short_inv_freq)
             if self.short_inv_freq and max_model_len <= self.original_max_positions
             else self
         )
 
-    def angles(self, positions: jax.Array) -> jax.Array:
-        """f32[T, H/2] angles of i32[R, T] positions."""
+    def angles(self, positions: Int[Array, "R T"]) -> Float32[Array, "T half_H"]:
+        """The angle by which each pair of each token is rotated."""
         chosen = positions[jnp.asarray(self.slot_axis)] if self.num_axes > 1 else positions
         return chosen.astype(jnp.float32).T * jnp.asarray(self.inv_freq, jnp.float32)
 
 
 def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
-    """Llama 3.1's frequency-dependent stretch: long waves by `factor`, short ones not at all, smoothly between."""
+    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones not at all, smoothly between."""
     factor, low, high, original = (
         float(str(scaling[name]))
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -86,8 +87,8 @@ def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
 
 
 def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
-    """Phi-3's stretch: a divisor per frequency, in a set for long contexts and one for short ones."""
-    # in float32 as published: a thousand tokens on, a last bit here is an angle of 1e-4
+    """Phi-3's scaling: a divisor per frequency, one set for long contexts and one for short ones."""
+    # in float32 as published: after a thousand tokens, one last bit is an angle of 1e-4
     wave = (1 / inverse).astype(np.float32)
     sets = [1 / (np.asarray(scaling[name], np.float32) * wave) for name in ("long_factor", "short_factor")]
     longest, original = (
@@ -98,8 +99,9 @@ def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
     return Rope(long, (0,) * len(long), attention_factor=factor, short_inv_freq=short, original_max_positions=original)
 
 
-def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate halves: x [T, ..., H] by f32[T, H/2] angles, in float32, returned in x's dtype."""
+@jax.named_scope("rope")
+def apply_rope(x: Float[Array, "T *heads H"], angles: Float32[Array, "T H//2"]) -> Float[Array, "T *heads H"]:
+    """Rotate pairs (i, i + H / 2), in float32; the result is in x's dtype."""
     shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (x.shape[-1] // 2,)
     cos, sin = jnp.cos(angles).reshape(shape), jnp.sin(angles).reshape(shape)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

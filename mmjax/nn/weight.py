@@ -1,23 +1,25 @@
-"""How a parameter is declared, its shape and its logical axes, and how it is read when it is kept in int8."""
+"""Declaring a parameter by shape and logical axes, and reading it whether it is stored in int8 or not."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int8
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+@no_type_check  # jax also builds it with shapes and shardings in place of arrays
 class QuantizedArray:
-    """A weight in int8 steps, `scale` each: i8[...], and one scale per output channel (length 1 along the inputs)."""
+    """An int8 weight: values * scale, with one scale per output channel (length 1 along the contracted axes)."""
 
-    values: jax.Array
-    scale: jax.Array
+    values: Int8[Array, "..."]
+    scale: Float[Array, "..."]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,50 +30,50 @@ class QuantizedArray:
         return self.values.nbytes + self.scale.nbytes
 
 
-WeightValue = jax.Array | QuantizedArray
+WeightValue = Float[Array, "..."] | QuantizedArray
 
 
 class Weight(nnx.Param[Any]):
-    """A parameter; `[...]` is its value, however it is kept."""
+    """A parameter; `[...]` is its value, dequantized if it is stored in int8."""
 
     @property
     def stored(self) -> Any:
-        """The array, or the `Quantised`, for those who pass it on to `product`."""
+        """The array or the `QuantizedArray`, to be passed to `weight_einsum`."""
         return self.get_value()
 
     def __getitem__(self, key: Any) -> Any:
         return dequantize(self.stored)[key] if isinstance(self.stored, QuantizedArray) else super().__getitem__(key)
 
-    def einsum(self, spec: str, x: jax.Array, **kwargs: Any) -> jax.Array:
-        """`jnp.einsum(spec, x, weight)`."""
-        return weight_einsum(spec, x, self.stored, **kwargs)
+    def einsum(self, equation: str, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
+        """`jnp.einsum(equation, x, weight)`; see `weight_einsum`."""
+        return weight_einsum(equation, x, self.stored, **kwargs)
 
-    def lookup(self, ids: jax.Array) -> jax.Array:
-        """Rows `ids` i32[T] of the table, each id brought into its range: [T, ...]."""
+    def lookup(self, ids: Int[Array, "T"]) -> Float[Array, "T ..."]:
+        """Rows of an embedding matrix; ids are clipped to its range."""
         table = self[...]
         if table.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
             return jnp.take(table, ids, axis=0, mode="clip")
-        # As integers: XLA:CPU, which cannot gather bfloat16, would convert the whole table each time. And it would take
-        # that view of the table for work to do ahead of a loop, a copy, were it not tied to the ids.
+        # As integers: XLA:CPU cannot gather bfloat16 and would convert the whole table each time. The barrier ties the
+        # integer view to the ids: without it XLA would hoist the view out of loops, as a copy of the table.
         table, ids = jax.lax.optimization_barrier((table, ids))
         bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
         return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), jnp.bfloat16)
 
 
-def dequantize(value: WeightValue) -> jax.Array:
+def dequantize(value: WeightValue) -> Float[Array, "..."]:
     """The weight as an array."""
     return value.values.astype(value.scale.dtype) * value.scale if isinstance(value, QuantizedArray) else value
 
 
-def index_value(value: Any, index: jax.Array) -> Any:
-    """`kept[index]`."""
+def index_value(value: WeightValue, index: Int[Array, ""]) -> WeightValue:
+    """`value[index]`."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), value)
 
 
-def weight_einsum(equation: str, x: jax.Array, value: WeightValue, **kwargs: Any) -> jax.Array:
-    """`jnp.einsum(spec, x, weight)`, in x's dtype. An x wider than the weight is rounded to the weight's dtype first.
+def weight_einsum(equation: str, x: Float[Array, "..."], value: WeightValue, **kwargs: Any) -> Float[Array, "..."]:
+    """`jnp.einsum(equation, x, weight)`, in x's dtype. A wider x is rounded to the weight's dtype first.
 
-    The scales of int8 are applied to what comes out: XLA:GPU reads int8 memory in a product whose weight is converted,
+    The scales of int8 are applied to the output: XLA:GPU reads int8 memory in a product whose weight is only converted,
     but writes out the whole weight first if it is multiplied too.
     """
     if not isinstance(value, QuantizedArray):
@@ -86,10 +88,10 @@ def weight_einsum(equation: str, x: jax.Array, value: WeightValue, **kwargs: Any
 
 
 def weight(*shape: int, axes: tuple[str, ...], dtype: DTypeLike = jnp.float32) -> Weight:
-    """Declare a parameter: shape and logical axes side by side, no storage.
+    """Declare a parameter by its shape and logical axes, without storage.
 
-    `axes` names one logical axis per dimension; `sharding.RULES` says where each lies on the mesh.
-    Raises ValueError when the two lengths differ.
+    axes: one logical axis per dimension; `sharding.RULES` maps each to the mesh. Raises ValueError when the two lengths
+    differ.
     """
     if len(shape) != len(axes):
         raise ValueError(f"a weight of shape {shape} has {len(shape)} dimensions but axes={axes}")
@@ -97,25 +99,29 @@ def weight(*shape: int, axes: tuple[str, ...], dtype: DTypeLike = jnp.float32) -
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
-    """Whether a weight of these axes is read through `Weight.einsum`, `product` and `Weight.look_up` alone. Those of
-    experts are passed on whole."""
+    """Whether a weight of these axes is read through `Weight.einsum`, `weight_einsum` and `Weight.lookup` alone. The
+    weights of experts are not: they are passed on whole."""
     return "experts" not in axes and bool(contracted_axes(axes))
 
 
-def quantize(value: jax.Array, contracted: tuple[int, ...]) -> QuantizedArray:
-    """Round to int8, -127 to 127 over the largest magnitude of each output channel; `inputs`: the axes summed over."""
+def quantize(value: Float[Array, "..."], contracted: tuple[int, ...]) -> QuantizedArray:
+    """Round to int8, -127 to 127 over the largest magnitude of each output channel.
+
+    contracted: the axes that products sum over.
+    """
     exact = value.astype(jnp.float32)
-    most = jnp.max(jnp.abs(exact), axis=contracted, keepdims=True)
-    # rounded to what it is kept in before it is used, and never zero: channels of padding are all zero
-    scale = jnp.where(most > 0, most / 127, 1.0).astype(value.dtype)
-    steps = jnp.round(exact / scale.astype(jnp.float32)).clip(-127, 127)
-    return QuantizedArray(steps.astype(jnp.int8), scale)
+    largest = jnp.max(jnp.abs(exact), axis=contracted, keepdims=True)
+    # rounded to the dtype it is stored in before it is used, and never zero: padded channels are all zero
+    scale = jnp.where(largest > 0, largest / 127, 1.0).astype(value.dtype)
+    values = jnp.round(exact / scale.astype(jnp.float32)).clip(-127, 127)
+    return QuantizedArray(values.astype(jnp.int8), scale)
 
 
 def contracted_axes(axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The dimensions that a product with this weight sums over, from its logical axes; () for what is no such weight.
+    """The dimensions that a product with this weight sums over, from its logical axes; () for other weights.
 
-    A weight leads from the width to heads, a feed-forward or the vocabulary, or back; experts and layers are apart.
+    Such a weight leads from the width to heads, a feed-forward or the vocabulary, or back; the axes of experts and
+    layers are never summed over.
     """
     inner = {"kv_heads", "heads", "mlp", "expert_mlp", "vocab"} & set(axes)
     if "embed" not in axes or not inner:

@@ -16,9 +16,15 @@ from mmjax.processors.base import (
 )
 from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.resize import image_size, resize
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 
 MAX_ASPECT = 1000  # the resized long edge is aspect * 336: bounds what one odd image can allocate
+
+
+def image_fields(image_size: int) -> tuple[FeatureField, ...]:
+    """One square image per input."""
+    return (FeatureField("pixels", (3, image_size, image_size), "uint8"),)
 
 
 class Processor(base.Processor):

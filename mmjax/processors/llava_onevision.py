@@ -24,6 +24,7 @@ from mmjax.processors.base import (
 )
 from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.resize import image_size, resize
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
@@ -31,7 +32,17 @@ SLACK = 1.1  # only above so many times the edge that is wanted, a picture is sc
 Grid = tuple[int, int]
 
 
-NEWLINE = -1  # in place of a patch: the row is the model's newline
+NEWLINE = -1  # in place of a patch: the embedding is the model's newline
+
+
+def crop_fields(crop_size: int, patches_per_crop: int) -> tuple[FeatureField, ...]:
+    """One square crop per input. Embedding e is the sum over j of source_weight[e, j] times patch source_index[e, j] of
+    the item, or the newline."""
+    return (
+        FeatureField("pixels", (3, crop_size, crop_size), "uint8"),
+        FeatureField("source_index", (4,), pad=NEWLINE, axis="embeds", index_stride=patches_per_crop),
+        FeatureField("source_weight", (4,), "float32", axis="embeds"),
+    )
 
 
 class EmbedSources(NamedTuple):

@@ -25,6 +25,7 @@ from mmjax.processors.base import (
     placeholder_mismatch,
 )
 from mmjax.processors.resize import image_size, positive_int
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
@@ -38,9 +39,20 @@ TAGS = {  # preprocessor_config.json: what it is there, and what it is unless th
     "unk": "<unk>",
 }
 
-
 Grid = tuple[int, int]
 F32 = np.float32
+AREA_FACTOR = 2  # a slice has at least 1 / 2 and at most 2 times the patches of a square one
+
+
+def patch_fields(patch_dim: int) -> tuple[FeatureField, ...]:
+    """One patch per input, slice by slice. position_ids: its row of the tower's position table. patch_coords: its row
+    and column within its slice. segment_ids: its slice."""
+    return (
+        FeatureField("pixels", (patch_dim,), "uint8"),
+        FeatureField("position_ids"),
+        FeatureField("patch_coords", (2,)),
+        FeatureField("segment_ids", pad=-1, is_segment_id=True),
+    )
 
 
 class Slicer(NamedTuple):
@@ -86,7 +98,8 @@ class Slicer(NamedTuple):
             width = int(height * aspect)
         fitted = _nearest(height, self.patch), _nearest(width, self.patch)
         patches, area = math.prod(fitted) // self.patch**2, (self.slice_size // self.patch) ** 2
-        if not area // 2 <= patches <= 2 * area:  # what the encoder has room for; within about 1000 : 1 nothing is lost
+        # what the encoder has room for; no image within about 1000 : 1 is refused
+        if not area // AREA_FACTOR <= patches <= AREA_FACTOR * area:
             raise RequestError(
                 f"an image of these proportions would be scaled to {fitted[1]}x{fitted[0]}, which is too thin. "
                 "Crop or pad the image.",

@@ -25,15 +25,31 @@ from mmjax.processors.base import (
 )
 from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.resize import image_size, positive_int
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 CROPS = 4  # where no file says how many
 MAX_CROPS = 128  # bounds what one request can allocate
-SIDE, PATCH = 336, 14  # of CLIP's tower, where config.json does not bring one
+CLIP_IMAGE_SIZE, CLIP_PATCH_SIZE = 336, 14  # of the tower that the published config only names
 IMAGE_ID = 32044  # of <|image|> as published, for those who bring no tokenizer
-NEWLINE, DIVIDER = -1, -2  # picks that stand for the model's two learned separators
+NEWLINE, DIVIDER = -1, -2  # in patch_index: the model's two learned separators
 TAG = re.compile(r"<\|image_(\d+)\|>")
+
+
+def crop_fields(crop_size: int, embeds_per_edge: int) -> tuple[FeatureField, ...]:
+    """One square crop or global view per input; the pixels of a view are zero, and the device computes them.
+
+    crop_coords: a crop's (row, rows, column, columns) in its image. view_index: the input that is its image's global
+    view, -1 for that view itself. patch_index: which square of 2 x 2 patches of all the item's inputs an embedding is
+    made from, or NEWLINE or DIVIDER.
+    """
+    return (
+        FeatureField("pixels", (3, crop_size, crop_size), "uint8"),
+        FeatureField("crop_coords", (4,), pad=1),
+        FeatureField("view_index", pad=-1, index_stride=1),
+        FeatureField("patch_index", pad=NEWLINE, axis="embeds", index_stride=embeds_per_edge**2),
+    )
 
 
 class Processor(base.Processor):
@@ -49,8 +65,10 @@ class Processor(base.Processor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         vision = config["img_processor"].get("vision_config", {})
-        self.crop_size: int = vision.get("image_size", SIDE)
-        self.embeds_per_edge = self.crop_size // vision.get("patch_size", PATCH) // 2  # along one edge of a crop
+        self.crop_size: int = vision.get("image_size", CLIP_IMAGE_SIZE)
+        self.embeds_per_edge = (
+            self.crop_size // vision.get("patch_size", CLIP_PATCH_SIZE) // 2
+        )  # along one edge of a crop
         self.num_crops: int = files.get("preprocessor_config.json", {}).get("num_crops", CROPS)
         self.global_first = config["embd_layer"]["hd_transform_order"] == "glb_sub"
         found = tokenizer.id_of("<|image|>") if tokenizer else IMAGE_ID

@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 
 from mmjax.processors.base import MediaItem, ProcessorKwargs
-from mmjax.processors.whisper_chunks import WhisperClipProcessor, encoder_steps, split_window
+from mmjax.processors.whisper_chunks import CHUNK_STEPS, WhisperClipProcessor, chunk_fields, split_window
+from mmjax.spec import FeatureField, conv_length
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
+
+
+def audio_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
+    """Chunks of a window. step_index: the first of the two steps whose mean an embedding is."""
+    return (*chunk_fields(num_mel_bins), FeatureField("step_index", axis="embeds", index_stride=CHUNK_STEPS))
 
 
 class Processor(WhisperClipProcessor):
@@ -30,7 +36,7 @@ class Processor(WhisperClipProcessor):
 
     def _steps(self, samples: int) -> int:
         """Steps of the encoder that so many samples fill."""
-        return encoder_steps(min(-(-samples // self.mel.hop), self.window_frames))
+        return conv_length(min(-(-samples // self.mel.hop), self.window_frames))
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of audio (samples,); 0 when it is too short."""

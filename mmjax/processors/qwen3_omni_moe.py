@@ -11,7 +11,10 @@ from mmjax.processors.base import MediaItem
 from mmjax.processors.qwen_omni import OmniProcessor
 from mmjax.processors.qwen_vl import PixelBounds
 from mmjax.processors.resize import table_coords
+from mmjax.spec import conv_length
 from mmjax.tokenizer.tokenizer import Tokenizer
+
+NUM_CONVS = 3  # of stride 2, before the audio tower
 
 
 class Processor(OmniProcessor):
@@ -55,7 +58,7 @@ class Processor(OmniProcessor):
 
     def _rows(self, frames: int) -> int:
         chunks, rest = divmod(frames, self.chunk_frames)
-        return chunks * _conv_length(self.chunk_frames) + _conv_length(rest)
+        return chunks * conv_length(self.chunk_frames, NUM_CONVS) + conv_length(rest, NUM_CONVS)
 
     def process_audio(self, audio: np.ndarray) -> MediaItem:
         """See `from_mel`. Clips may be of any length."""
@@ -92,8 +95,3 @@ class Processor(OmniProcessor):
             else:
                 turns.append(("video", number * layer, layer))
         return turns + [("audio", done, sound.num_embeds - done)] * (done < sound.num_embeds)
-
-
-def _conv_length(frames: int) -> int:
-    """Steps that three convolutions of stride 2 leave."""
-    return -(-frames // 8)

@@ -13,11 +13,32 @@ from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, Pr
 from mmjax.processors.mel import LogMel
 from mmjax.processors.mel_features import FEATURES, LENGTHS
 from mmjax.processors.qwen_vl import QwenVLProcessor, area_bounds, frame_rate
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 UNKNOWN = Video(np.empty((0, 0, 0, 3), np.uint8), {})  # a clip of which nothing is known
 WITH_SOUND = ("use_audio_in_video", "load_audio_from_video")
+
+
+def audio_fields(
+    chunk_frames: int, num_mel_bins: int, chunk_steps: int, *, windows: bool = False
+) -> tuple[FeatureField, ...]:
+    """One chunk of mel frames per input, of which the encoder makes `chunk_steps` steps.
+
+    audio_frames: how many of its frames are sound. step_index: an embedding's step, or the first of the two whose mean
+    it is. windows: for towers whose chunks attend within windows of several; window_ids: the chunk's window;
+    num_frames: the frames that its convolutions see, silence behind the sound included.
+    """
+    fields = [
+        FeatureField("mel", (chunk_frames, num_mel_bins), "float32"),
+        FeatureField("audio_frames"),
+        FeatureField("step_index", axis="embeds", index_stride=chunk_steps),
+    ]
+    if windows:
+        fields.append(FeatureField("num_frames"))
+        fields.append(FeatureField("window_ids", pad=-1, is_segment_id=True))
+    return tuple(fields)
 
 
 class OmniProcessor(QwenVLProcessor):

@@ -22,11 +22,32 @@ from mmjax.processors.base import (
 )
 from mmjax.processors.embed_items import grid_item
 from mmjax.processors.resize import image_size, positive_int, resize
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 MAX_ASPECT = 200
 PixelBounds = tuple[int, int]
+
+
+def patch_fields(patch_dim: int, *, windows: bool = False, position_grid: bool = False) -> tuple[FeatureField, ...]:
+    """One patch per input, in the order of `QwenVLProcessor`.
+
+    patch_coords: its row and column. segment_ids: its frame. windows: for towers that attend within windows, which
+    want patches window by window; window_ids: the patch's window; embed_order: the first patch of each embedding.
+    position_grid: for towers with a square table of learned positions; position_coords: where the patch lies in it.
+    """
+    fields = [
+        FeatureField("pixels", (patch_dim,), "uint8"),
+        FeatureField("patch_coords", (2,)),
+        FeatureField("segment_ids", pad=-1, is_segment_id=True),
+    ]
+    if windows:
+        fields.append(FeatureField("window_ids", pad=-1, is_segment_id=True))
+        fields.append(FeatureField("embed_order", axis="embeds", index_stride=1))
+    if position_grid:
+        fields.append(FeatureField("position_coords", (2,), "float32"))
+    return tuple(fields)
 
 
 def smart_resize(height: int, width: int, factor: int, low: int, high: int, frames: int = 1) -> tuple[int, int]:

@@ -14,11 +14,23 @@ from mmjax.processors.whisper_chunks import (
     CHUNK_STEPS,
     Features,
     WhisperClipProcessor,
+    chunk_fields,
     concat_features,
-    encoder_steps,
     split_window,
 )
+from mmjax.spec import FeatureField, conv_length
 from mmjax.tokenizer.tokenizer import Tokenizer
+
+
+def audio_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
+    """Chunks of a window. wanted_steps: how many of its steps embeddings are made from, which may be more than are
+    sound. step_index, num_steps: the first of the steps that are stacked into an embedding, and how many there are."""
+    return (
+        *chunk_fields(num_mel_bins),
+        FeatureField("wanted_steps"),
+        FeatureField("step_index", axis="embeds", index_stride=CHUNK_STEPS),
+        FeatureField("num_steps", axis="embeds"),
+    )
 
 
 class Processor(WhisperClipProcessor):
@@ -41,7 +53,7 @@ class Processor(WhisperClipProcessor):
         return whole * self._rows(self.window_frames) + self._rows(rest)
 
     def _rows(self, frames: int) -> int:
-        return -(-encoder_steps(frames) // self.stack_factor)
+        return -(-conv_length(frames) // self.stack_factor)
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """Mono float32 [n] at the model's rate -> pieces of its windows; step i32[rows], the first of a row's steps,
@@ -65,7 +77,7 @@ class Processor(WhisperClipProcessor):
     def _window(self, mel: np.ndarray, start: int) -> Features:
         """The pieces of the window that begins at a frame of the clip."""
         part = mel[:, start : start + self.window_frames]
-        heard = encoder_steps(part.shape[1])
+        heard = conv_length(part.shape[1])
         if not start:
             return split_window(part, heard, heard, 0)
         reach = min(-(-heard // self.stack_factor) * self.stack_factor, self.window_frames // 2)

@@ -16,10 +16,16 @@ from mmjax.processors.base import (
     linear_positions,
 )
 from mmjax.processors.whisper_chunks import log_mel
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
+
+
+def window_fields(num_mel_bins: int, num_frames: int) -> tuple[FeatureField, ...]:
+    """One window of log-mel frames per input."""
+    return (FeatureField("mel", (num_mel_bins, num_frames), "float32"),)
 
 
 class Processor(base.Processor):

@@ -16,12 +16,30 @@ from mmjax.processors.base import (
 )
 from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.mel import LogMel
+from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 
-CHUNK_STEPS = 96  # steps of a piece, two mel frames each; mmjax.nn.audio.whisper takes them
-BEFORE, BEHIND = 2, 1  # mel frames beyond a piece that its first and its last step see
+CHUNK_STEPS = 96  # encoder steps of a chunk, two mel frames each: 1.92 seconds
+FRAMES_BEFORE, FRAMES_AFTER = 2, 1  # mel frames beyond a chunk that its first and its last step see
 
 Features = dict[str, np.ndarray]
+
+
+def chunk_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
+    """One chunk of a window per input.
+
+    mel: the chunk's frames, and those beyond it that its ends see. window_ids: its window. first_step: its first step
+    in the window. num_frames: how many frames there are from the chunk's first one to the end of the window.
+    audio_steps: how many of its steps are sound, which every step of the window attends to.
+    """
+    frames = FRAMES_BEFORE + 2 * CHUNK_STEPS + FRAMES_AFTER
+    return (
+        FeatureField("mel", (frames, num_mel_bins), "float32"),
+        FeatureField("window_ids", pad=-1, is_segment_id=True),
+        FeatureField("first_step"),
+        FeatureField("num_frames"),
+        FeatureField("audio_steps"),
+    )
 
 
 def log_mel(files: Mapping[str, dict[str, Any]]) -> LogMel:
@@ -36,24 +54,20 @@ def log_mel(files: Mapping[str, dict[str, Any]]) -> LogMel:
     )
 
 
-def encoder_steps(frames: int) -> int:
-    """Steps that the encoder's convolutions leave of so many mel frames."""
-    return (frames + 1) // 2
+def split_window(mel: np.ndarray, audio_steps: int, wanted_steps: int, window: int) -> Features:
+    """A window of mel features float32 [bins, frames] in chunks: `chunk_fields`, and wanted_steps of each chunk.
 
-
-def split_window(mel: np.ndarray, heard: int, reach: int, window: int) -> Features:
-    """A window of mel features float32 [bins, frames] in chunks: `WhisperEncoderConfig.padded_chunk_fields`.
-
-    heard: steps that are sound. reach: steps that are wanted, at least those. window: its number within the clip.
+    audio_steps: steps that are sound. wanted_steps: steps that embeddings are made from, at least those. window: its
+    number within the clip.
     """
     bins, frames = mel.shape
-    count = math.ceil(reach / CHUNK_STEPS)
-    padded = np.zeros((BEFORE + max(frames, 2 * CHUNK_STEPS * count) + BEHIND, bins), np.float32)
-    padded[BEFORE : BEFORE + frames] = mel.T
+    count = math.ceil(wanted_steps / CHUNK_STEPS)
+    padded = np.zeros((FRAMES_BEFORE + max(frames, 2 * CHUNK_STEPS * count) + FRAMES_AFTER, bins), np.float32)
+    padded[FRAMES_BEFORE : FRAMES_BEFORE + frames] = mel.T
     first = np.arange(count, dtype=np.int32) * CHUNK_STEPS
-    width = BEFORE + 2 * CHUNK_STEPS + BEHIND
+    width = FRAMES_BEFORE + 2 * CHUNK_STEPS + FRAMES_AFTER
 
-    def share(steps: int) -> np.ndarray:
+    def per_chunk(steps: int) -> np.ndarray:
         part: np.ndarray = np.clip(steps - first, 0, CHUNK_STEPS)
         return part
 
@@ -62,8 +76,8 @@ def split_window(mel: np.ndarray, heard: int, reach: int, window: int) -> Featur
         "window_ids": np.full(count, window, np.int32),
         "first_step": first,
         "num_frames": np.maximum(frames - 2 * first, 0).astype(np.int32),
-        "audio_steps": share(heard),
-        "wanted_steps": share(reach),
+        "audio_steps": per_chunk(audio_steps),
+        "wanted_steps": per_chunk(wanted_steps),
     }
 
 

@@ -82,7 +82,7 @@ def test_qwen2_audio_7b() -> None:
     shape = fits(config, qwen2_audio.tensors(size, 156032, 128, 1500), tied=False)
     encoder = shape.encoders["audio"]
     assert (shape.num_layers, shape.hidden_size, shape.max_positions, shape.max_item_embeds) == (32, 4096, 8192, 750)
-    assert (encoder.features["mel"][0], encoder.embeds_per_group, encoder.max_item_inputs) == ((195, 128), 48, 16)
+    assert (encoder.fields[0].shape, encoder.embeds_per_group, encoder.max_item_inputs) == ((195, 128), 48, 16)
 
 
 def test_ultravox_1b() -> None:
@@ -92,7 +92,7 @@ def test_ultravox_1b() -> None:
     shape = fits(config, ultravox.tensors(size, 128256, 4096, 128, 1500), tied=True)
     encoder = shape.encoders["audio"]
     assert (shape.num_kv_heads, shape.head_dim, shape.max_positions, shape.max_item_embeds) == (8, 64, 131072, 4 * 188)
-    assert (encoder.features["mel"][0], encoder.embeds_per_group, encoder.max_item_inputs) == ((195, 128), 12, 64)
+    assert (encoder.fields[0].shape, encoder.embeds_per_group, encoder.max_item_inputs) == ((195, 128), 12, 64)
 
 
 @pytest.mark.parametrize("depth", [32, 4], ids=["large-v3", "turbo"])
@@ -107,7 +107,7 @@ def test_whisper_large(depth: int) -> None:
     }  # fmt: skip
     shape = fits(config, tensors, tied=True)
     assert (shape.num_layers, shape.cross_len, shape.max_positions, shape.vocab_size) == (depth, 1500, 448, 51866)
-    assert shape.encoders["audio"].features["mel"][0] == (128, 3000)
+    assert shape.encoders["audio"].fields[0].shape == (128, 3000)
 
 
 # -- parts in other checkpoints ----------------------------------------------------------------------------------------

@@ -37,14 +37,14 @@ def test_refusal_names_op_implementation_and_shape(impl: str) -> None:
         kernels.paged_decode(q, pool, pool, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), scale=1.0, impl=impl)
 
 
-@pytest.mark.parametrize(("dtype", "uniform"), [(jnp.float32, 4), (jnp.bfloat16, None)])
+@pytest.mark.parametrize(("dtype", "segment_len"), [(jnp.float32, 4), (jnp.bfloat16, None)])
 def test_cudnn_takes_half_precision_in_equal_segments(dtype: jnp.dtype, segment_len: int | None) -> None:
     x, segment_ids = jnp.zeros((8, 1, 64), dtype), jnp.zeros(8, jnp.int32)
     with pytest.raises(NotImplementedError, match="segment_attention: cudnn"):
         kernels.segment_attention(x, x, x, segment_ids, scale=1.0, segment_len=segment_len, impl="cudnn")
 
 
-def test_uniform_must_divide() -> None:
+def test_segment_len_must_divide() -> None:
     x = jnp.zeros((10, 1, 64))
     with pytest.raises(ValueError, match="10 units are not whole segments of 4"):
         kernels.segment_attention(x, x, x, jnp.zeros(10, jnp.int32), scale=1.0, segment_len=4)

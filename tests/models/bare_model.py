@@ -57,21 +57,21 @@ class Bare:
         return np.concatenate([found[id(item)] for item in items])
 
     def _pack(self, encoder: EncoderSpec, most: int, items: Sequence[MediaItem]) -> dict[str, np.ndarray]:
-        """Features and picks of items that one encoder takes together."""
+        """The fields of items that one encoder takes together."""
         assert sum(item.num_inputs for item in items) <= most
         out = {}
-        for count, fields in ((most, encoder.features), (encoder.num_embeds(most), encoder.gather_fields)):
-            for field, (tail, dtype, fill) in fields.items():
-                out[field] = np.full((count, *tail), fill, dtype)
-                at = segments = units = 0
-                for item in items:
-                    part = item.features[field]
-                    if field in encoder.segment_fields:
-                        part, segments = part + segments, segments + int(part.max()) + 1
-                    if field in encoder.offset_fields:
-                        part = np.where(part < 0, part, part + units * encoder.offset_fields[field])
-                    out[field][at : at + len(part)] = part
-                    at, units = at + len(part), units + item.num_inputs
+        for field in encoder.fields:
+            count = most if field.axis == "inputs" else encoder.num_embeds(most)
+            packed = out[field.name] = np.full((count, *field.shape), field.pad, field.dtype)
+            at = segments = inputs = 0
+            for item in items:
+                part = item.features[field.name]
+                if field.is_segment_id:
+                    part, segments = part + segments, segments + int(part.max()) + 1
+                if field.index_stride:
+                    part = np.where(part < 0, part, part + inputs * field.index_stride)
+                packed[at : at + len(part)] = part
+                at, inputs = at + len(part), inputs + item.num_inputs
         return out
 
     def logits(self, rendered: EngineInput) -> np.ndarray:

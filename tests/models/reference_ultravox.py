@@ -13,7 +13,7 @@ from torch import nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mmjax.inputs.input_processor import EngineInput
-from mmjax.processors.whisper_chunks import BEFORE, CHUNK_STEPS
+from mmjax.processors.whisper_chunks import CHUNK_STEPS, FRAMES_BEFORE
 
 EPS = 1e-6
 NOTHING = ("model_type", "architectures")
@@ -79,7 +79,7 @@ def media(rendered: EngineInput) -> dict[str, np.ndarray]:
     for item in {entry.item_hash: entry.item for entry in rendered.items}.values():
         for number in range(int(item.features["window_ids"].max(initial=-1)) + 1):
             mine = item.features["window_ids"] == number
-            mel = item.features["mel"][mine][:, BEFORE : BEFORE + 2 * CHUNK_STEPS]
+            mel = item.features["mel"][mine][:, FRAMES_BEFORE : FRAMES_BEFORE + 2 * CHUNK_STEPS]
             mel = mel.reshape(-1, mel.shape[-1]).T
             frames = int(item.features["num_frames"][mine][0])
             whole = np.zeros((len(mel), frames), np.float32)  # pieces after the last that is wanted hold zeros

@@ -19,6 +19,7 @@ from mmjax import LLM
 from mmjax.inputs.input_processor import HashedItem
 from mmjax.processors import whisper_chunks
 from mmjax.processors.base import MediaItem
+from mmjax.spec import conv_length
 from models.bare_model import Bare
 from models.questions import QUESTIONS, sound
 from models.tables import close
@@ -31,9 +32,7 @@ FAMILIES = ("qwen2_audio", "ultravox")
 def as_stored(item: MediaItem, mel: np.ndarray) -> MediaItem:
     """The item with the frames that the published processor made of it, silence behind the sound included."""
     heard = int(item.features["audio_steps"].sum())
-    features = whisper_chunks.split_window(
-        mel, heard, min(-(-heard // 8) * 8, whisper_chunks.encoder_steps(mel.shape[1])), 0
-    )
+    features = whisper_chunks.split_window(mel, heard, min(-(-heard // 8) * 8, conv_length(mel.shape[1])), 0)
     kept = np.full(item.num_embeds, 8, np.int32)
     kept[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
     return dataclasses.replace(item, features=features | {"step_index": item.features["step_index"], "num_steps": kept})

@@ -11,11 +11,11 @@ from flax import nnx
 from mmjax import sharding
 from mmjax.nn.moe import (
     Experts,
-    Grouped,
+    GroupedMlp,
     MoeConfig,
     block_rows,
-    grouped_by_blocks,
-    grouped_by_ragged_dot,
+    blockwise_mlp,
+    ragged_dot_mlp,
     routed_experts,
 )
 
@@ -49,34 +49,36 @@ def spread(kind: str, tokens: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["even", "one expert", "elsewhere", "nowhere"])
 @pytest.mark.parametrize(
-    ("grouped", "tokens", "block"),
+    ("grouped_mlp", "tokens", "block"),
     [
-        (grouped_by_blocks, 1, 1),
-        (grouped_by_blocks, 33, 8),
-        (grouped_by_blocks, 5, 128),
-        (grouped_by_ragged_dot, 33, 8),
+        (blockwise_mlp, 1, 1),
+        (blockwise_mlp, 33, 8),
+        (blockwise_mlp, 5, 128),
+        (ragged_dot_mlp, 33, 8),
     ],
 )
-def test_mix(grouped: Grouped, kind: str, tokens: int, block: int) -> None:
+def test_mix(grouped_mlp: GroupedMlp, kind: str, tokens: int, block: int) -> None:
     rng = np.random.default_rng(1)
     x, share = rng.standard_normal((tokens, D)).astype(np.float32), rng.random((tokens, TOP)).astype(np.float32)
     chosen, (gate_up, down) = spread(kind, tokens), weights()
-    found = jax.jit(functools.partial(routed_experts, block=block, grouped=grouped))(x, share, chosen, gate_up, down)
+    found = jax.jit(functools.partial(routed_experts, block=block, grouped_mlp=grouped_mlp))(
+        x, share, chosen, gate_up, down
+    )
     np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
 
 
-def test_accelerators_take_a_fixed_number_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is enough however the tokens are spread, and those too many leave no trace."""
+def test_accelerators_run_a_fixed_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It suffices however tokens are spread over experts, and surplus blocks change nothing."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for kind in ("even", "one expert", "nowhere"):
-        test_mix(grouped_by_blocks, kind, 33, 8)
+        test_mix(blockwise_mlp, kind, 33, 8)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 4])
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_router_and_shards(ways: int, renormalise: bool) -> None:
-    """Seven experts on four devices: the eighth is padding, and nobody is sent there."""
-    config = MoeConfig(E, TOP, F, renormalise, E).for_tp(ways)
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
+def test_router_and_shards(tp_size: int, norm_topk_prob: bool) -> None:
+    """Seven experts on four devices: the eighth is padding, and no token is sent there."""
+    config = MoeConfig(E, TOP, F, norm_topk_prob, E).for_tp(tp_size)
     graph, _ = nnx.split(Experts(D, config))
     rng = np.random.default_rng(2)
     x, router = rng.standard_normal((9, D)).astype(np.float32), rng.standard_normal((D, E)).astype(np.float32)
@@ -84,16 +86,16 @@ def test_router_and_shards(ways: int, renormalise: bool) -> None:
     chance = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
     chosen = np.argsort(-chance, axis=1)[:, :TOP].astype(np.int32)
     share = np.take_along_axis(chance, chosen, axis=1)
-    share = share / share.sum(1, keepdims=True) if renormalise else share
+    share = share / share.sum(1, keepdims=True) if norm_topk_prob else share
 
-    mesh = sharding.mesh(jax.devices()[:ways])
+    mesh = sharding.mesh(jax.devices()[:tp_size])
     axes = {"router": ("embed", "router"), "gate_up": ("experts", "embed", "pair", "expert_mlp")}
     axes["down"] = ("experts", "expert_mlp", "embed")
     params = {
         name: jax.device_put(value, sharding.named_sharding(mesh, axes[name]))
         for name, value in (("router", router), ("gate_up", gate_up), ("down", down))
     }
-    assert params["down"].addressable_shards[0].data.shape[0] == config.padded_num_experts // ways
+    assert params["down"].addressable_shards[0].data.shape[0] == config.padded_num_experts // tp_size
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, jnp.asarray(x))
     np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)

@@ -54,7 +54,7 @@ def test_a_pixel_is_seen_in_its_window_until_a_block_sees_the_frame(tiny_dir: Ca
     processor, _ = load_processor("qwen2_5_vl", checkpoint.directory)
     encode = jax.jit(lambda params, f: nnx.merge(graph, params).encode("vision", f))
     (encoder,) = config.spec.encoders.values()
-    assert set(encoder.features) | set(encoder.gather_fields) == {
+    assert {field.name for field in encoder.fields} == {
         "pixels",
         "patch_coords",
         "segment_ids",

@@ -12,6 +12,7 @@ import pytest
 from input_processors import load_processor, make_input_processor, read_files
 from mmjax.processors import whisper_chunks
 from mmjax.processors.base import MediaItem
+from mmjax.spec import conv_length
 from mmjax.types import RequestError
 from prompts import tone
 
@@ -23,21 +24,12 @@ def whole(item: MediaItem, window: int = 0) -> np.ndarray:
     """The frames of a window put together again, f32[bins, frames]; what its pieces see of each other agrees."""
     mine = item.features["window_ids"] == window
     mel, width = item.features["mel"][mine], 2 * whisper_chunks.CHUNK_STEPS
-    before, behind = whisper_chunks.BEFORE, whisper_chunks.BEHIND
+    before, behind = whisper_chunks.FRAMES_BEFORE, whisper_chunks.FRAMES_AFTER
     for left, right in itertools.pairwise(mel):
         np.testing.assert_array_equal(left[-before - behind :], right[: before + behind])
     assert not mel[0, :before].any()
     joined: np.ndarray = mel[:, before : before + width].reshape(-1, mel.shape[-1]).T
     return joined
-
-
-def test_both_sides_cut_alike() -> None:
-    """The model and the processors do not know each other."""
-    audio = importlib.import_module("mmjax.nn.audio.whisper")
-    assert (
-        audio.CHUNK_STEPS == whisper_chunks.CHUNK_STEPS
-        and audio.CHUNK_OVERLAP == whisper_chunks.BEFORE + whisper_chunks.BEHIND
-    )
 
 
 @pytest.mark.parametrize("case", ["audio", "two_audios", "audio_truncated"])
@@ -51,12 +43,8 @@ def test_qwen2_audio_golden(case: str, shared: Path) -> None:
         wanted = golden[f"{case}/input_features"][index]
         found = whole(item)[:, : wanted.shape[1]]
         np.testing.assert_allclose(found, wanted[:, : found.shape[1]], rtol=0, atol=1e-4)
-        assert int(item.features["audio_steps"].sum()) == whisper_chunks.encoder_steps(frames)
-        assert (
-            item.num_embeds
-            == processor.num_embeds("audio", audio.shape, {})
-            == (whisper_chunks.encoder_steps(frames) - 2) // 2 + 1
-        )
+        assert int(item.features["audio_steps"].sum()) == conv_length(frames)
+        assert item.num_embeds == processor.num_embeds("audio", audio.shape, {}) == (conv_length(frames) - 2) // 2 + 1
 
 
 @pytest.mark.parametrize("case", ["audio", "audio_two_chunks"])
@@ -72,7 +60,7 @@ def test_ultravox_golden(case: str, shared: Path) -> None:
         found = whole(item, window)[:, : wanted.shape[1]]
         np.testing.assert_allclose(found, wanted[:, : found.shape[1]], rtol=0, atol=1e-4)
         mine = item.features["window_ids"] == window
-        assert item.features["audio_steps"][mine].sum() == whisper_chunks.encoder_steps(frames)
+        assert item.features["audio_steps"][mine].sum() == conv_length(frames)
         assert item.features["num_frames"][mine][0] == wanted.shape[1]
 
 
@@ -81,7 +69,7 @@ def test_qwen2_audio_pieces(samples: int, tiny_dir: Make, caplog: pytest.LogCapt
     processor, _ = load_processor("qwen2_audio", tiny_dir("qwen2_audio"))
     with caplog.at_level(logging.WARNING):
         item = processor.process_item("audio", tone(1, samples / 16000)[:samples], {})
-    steps = whisper_chunks.encoder_steps(min(-(-samples // HOP), 400))
+    steps = conv_length(min(-(-samples // HOP), 400))
     assert item.num_embeds == steps // 2 == processor.num_embeds("audio", (samples,), {})
     assert item.num_inputs == -(-steps // 96) and item.features["first_step"].tolist() == [
         96 * i for i in range(item.num_inputs)

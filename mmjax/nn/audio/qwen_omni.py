@@ -1,7 +1,7 @@
 """The audio towers of the Omni families: mel frames in chunks of equal length, convolved one by one.
 
-A unit is a chunk; the last of a clip may be short. Every chunk starts its positions anew. Axes: U chunks, t frames or
-steps of a chunk.
+An input (axis I) is a chunk; the last of a clip may be short. Every chunk counts its positions from 0. Axis t: frames
+or steps of a chunk.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
 
-from mmjax.nn.audio.whisper import EPS, ConvEncoder, Fields
-from mmjax.nn.encoder import ACTIVATIONS, Encoder, EncoderConfig, gelu
+from mmjax.nn.audio.whisper import EPS, ConvEncoder
+from mmjax.nn.encoder import ACTIVATIONS, Encoder, EncoderConfig, Features, gelu
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
+from mmjax.spec import conv_length
 
 CONV_BATCH = 32  # chunks convolved at a time: of a published model each takes 6 MiB then
 
 
 @dataclasses.dataclass(frozen=True)
 class OmniAudioConfig:
-    """Sizes. chunk: mel frames of `bins` numbers per unit; out: width of a row.
+    """Sizes. chunk_frames: mel frames of a chunk. output_dim: width of an embedding.
 
-    channels: of the convolutions over frequency and time of the second generation, 0 for the first. window: chunks that
-    attend to each other.
+    conv_channels: of the convolutions over frequency and time in Qwen3-Omni; 0 for Qwen2.5-Omni. window_chunks: chunks
+    that attend to each other.
     """
 
     tower: EncoderConfig
@@ -39,7 +41,7 @@ class OmniAudioConfig:
 
     @classmethod
     def from_hf(cls, audio: Mapping[str, Any]) -> OmniAudioConfig:
-        """From audio_config of either generation."""
+        """From the audio_config of Qwen2.5-Omni or Qwen3-Omni."""
         width, heads = audio["d_model"], audio["encoder_attention_heads"]
         tower = EncoderConfig(
             hidden_size=width,
@@ -65,65 +67,41 @@ class OmniAudioConfig:
 
     @property
     def chunk_steps(self) -> int:
-        """Steps of a full chunk after the convolutions."""
+        """Steps that the convolutions leave of a full chunk."""
         return conv_length(self.chunk_frames, self.num_strided_convs)
 
     @property
     def embeds_per_chunk(self) -> int:
-        """Rows of a chunk, at most: a step each, or two steps of the first generation."""
+        """Embeddings of a full chunk: one per step, or per two steps in Qwen2.5-Omni."""
         return self.chunk_steps if self.conv_channels else -(-self.chunk_steps // 2)
 
-    @property
-    def features(self) -> Fields:
-        """What each chunk comes with: its frames, and how many of them are sound. The second generation also wants the
-        frames that its convolutions see (silence follows the sound) and the window, numbered."""
-        out: Fields = {"mel": ((self.chunk_frames, self.num_mel_bins), "float32", 0), "audio_frames": ((), "int32", 0)}
-        if self.conv_channels:
-            out |= {"num_frames": ((), "int32", 0), "window_ids": ((), "int32", -1)}
-        return out
-
-    @property
-    def segment_fields(self) -> tuple[str, ...]:
-        """The features that hold segment numbers."""
-        return ("window_ids",) if self.conv_channels else ()
-
-    @property
-    def gather_fields(self) -> Fields:
-        """What each row comes with: its step, or the first of its two."""
-        return {"step_index": ((), "int32", 0)}
-
-    @property
-    def offset_fields(self) -> dict[str, int]:
-        """Which of them count steps."""
-        return {"step_index": self.chunk_steps}
-
     def for_tp(self, tp_size: int) -> OmniAudioConfig:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
 
 
 class Qwen2OmniAudioEncoder(ConvEncoder):
-    """The first generation: two convolutions over time, and the mean of every two steps."""
+    """Qwen2.5-Omni's: two convolutions over time, and the mean of every two steps."""
 
     def __init__(self, c: OmniAudioConfig) -> None:
         super().__init__(c.tower, c.num_mel_bins)
         self.project = weight(c.tower.hidden_size, c.output_dim, axes=("embed", "embed_out"))
         self.project_bias = weight(c.output_dim, axes=("embed_out",))
 
-    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
-        """[R, out] of `ChunkConfig.features` [U, ...] and `ChunkConfig.picks` [R, ...]."""
+    def encode(self, features: Features) -> Float[Array, "E W"]:
+        """Embeddings of `audio_fields` of mmjax.processors.qwen_omni."""
         length, step = features["audio_frames"], features["step_index"]
-        x = mask_after(
-            self.conv1_frames(features["mel"], pad=1), length
-        )  # after the sound is nothing, not the echo of silence
-        x = self.conv2_steps(x, pad=1)
-        x = _blocks(self, x, jnp.arange(len(x), dtype=jnp.int32), conv_length(length, 1))
-        x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
-        return self.final_norm(x) @ self.project[...] + self.project_bias[...]
+        # after the sound there are zeros, not what the convolution makes of silence
+        x = zero_after(self.apply_conv1(features["mel"], pad=1), length)
+        x = self.apply_conv2(x, pad=1)
+        x = _run_layers(self, x, jnp.arange(len(x), dtype=jnp.int32), conv_length(length, 1))
+        with jax.named_scope("projector"):
+            x = (jnp.take(x, step, axis=0, mode="clip") + jnp.take(x, step + 1, axis=0, mode="clip")) / 2
+            return self.final_norm(x) @ self.project[...] + self.project_bias[...]
 
 
 class Qwen3OmniAudioEncoder(Encoder):
-    """The second generation: three convolutions over frequency and time, and windows of several chunks."""
+    """Qwen3-Omni's: three convolutions over frequency and time, and windows of several chunks."""
 
     def __init__(self, c: OmniAudioConfig) -> None:
         super().__init__(c.tower)
@@ -144,54 +122,53 @@ class Qwen3OmniAudioEncoder(Encoder):
         self.project2_bias = weight(c.output_dim, axes=("embed",))
         self.c = c
 
-    def encode(self, features: Mapping[str, jax.Array]) -> jax.Array:
-        """[R, out] of `ChunkConfig.features` [U, ...] and `ChunkConfig.picks` [R, ...]."""
+    def encode(self, features: Features) -> Float[Array, "E W"]:
+        """Embeddings of `audio_fields` of mmjax.processors.qwen_omni."""
         mel = features["mel"].astype(self.conv1.dtype)
-        x = jax.lax.map(lambda of: self._convolved(*of), (mel, features["num_frames"]), batch_size=CONV_BATCH)
-        x = _blocks(self, x @ self.gather[...], features["window_ids"], conv_length(features["audio_frames"], 3))
-        x = jnp.take(x, features["step_index"], axis=0, mode="clip")
-        x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
-        x = ACTIVATIONS[self.c.tower.act](self.project1.einsum("rd,df->rf", x) + self.project1_bias[...])
-        return self.project2.einsum("rf,fd->rd", x) + self.project2_bias[...]
+        x = jax.lax.map(lambda chunk: self._convolve(*chunk), (mel, features["num_frames"]), batch_size=CONV_BATCH)
+        x = _run_layers(self, x @ self.gather[...], features["window_ids"], conv_length(features["audio_frames"], 3))
+        with jax.named_scope("projector"):
+            x = jnp.take(x, features["step_index"], axis=0, mode="clip")
+            x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
+            x = ACTIVATIONS[self.c.tower.act](self.project1.einsum("ed,df->ef", x) + self.project1_bias[...])
+            return self.project2.einsum("ef,fd->ed", x) + self.project2_bias[...]
 
-    def _convolved(self, mel: jax.Array, extent: jax.Array) -> jax.Array:
-        """One chunk [t, bins], of which the first `extent` frames exist: [t / 8, channels * bins / 8]."""
-        x = mask_after(mel[None, :, :, None], extent[None])
+    @jax.named_scope("conv")
+    def _convolve(self, mel: Float[Array, "t bins"], num_frames: Int[Array, ""]) -> Float[Array, "steps inner"]:
+        """One chunk, of which the first `num_frames` frames exist."""
+        x = zero_after(mel[None, :, :, None], num_frames[None])
         kernels = ((self.conv1, self.conv1_bias), (self.conv2, self.conv2_bias), (self.conv3, self.conv3_bias))
-        for times, (kernel, bias) in enumerate(kernels, 1):
+        for num_convs, (kernel, bias) in enumerate(kernels, 1):
             axes = ("NHWC", "HWIO", "NHWC")
             x = jax.lax.conv_general_dilated(x, kernel[...], (2, 2), ((1, 1), (1, 1)), dimension_numbers=axes)
-            x = mask_after(gelu(x + bias[...]), conv_length(extent[None], times))
-        return x[0].swapaxes(1, 2).reshape(x.shape[1], -1)  # channel by channel, as the weights after it are stored
+            x = zero_after(gelu(x + bias[...]), conv_length(num_frames[None], num_convs))
+        return x[0].swapaxes(1, 2).reshape(x.shape[1], -1)  # channel by channel, as the next weight is stored
 
 
-def _blocks(tower: Encoder, x: jax.Array, window: jax.Array, length: jax.Array) -> jax.Array:
-    """[U * t, C]: positions added to x [U, t, C], and all blocks. Chunks of equal `window` i32[U], negative for none,
-    attend to each other's first `length` i32[U] steps."""
-    units, steps, width = x.shape
+def _run_layers(
+    tower: Encoder, x: Float[Array, "I t C"], window_ids: Int[Array, "I"], length: Int[Array, "I"]
+) -> Float[Array, "U C"]:
+    """All layers on x with positions added; U counts all chunks' steps. The first `length` steps of each chunk attend
+    those of every chunk of the same window; padding attends padding."""
+    inputs, steps, width = x.shape
     x = x + jnp.asarray(sinusoids(steps, width), x.dtype)
-    own = jnp.where(length_mask(length, steps), 0, 1)  # padding keeps to itself
-    return tower(x.reshape(-1, width), (2 * window[:, None] + own).reshape(units * steps))
+    is_padding = jnp.where(length_mask(length, steps), 0, 1)
+    return tower(x.reshape(-1, width), (2 * window_ids[:, None] + is_padding).reshape(inputs * steps))
 
 
-def mask_after(x: jax.Array, length: jax.Array) -> jax.Array:
-    """x [U, t, ...] with zeros after the first `length` i32[U] of t."""
-    kept = length_mask(length, x.shape[1])
-    return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+def zero_after(x: Float[Array, "I t *rest"], length: Int[Array, "I"]) -> Float[Array, "I t *rest"]:
+    """x with zeros after the first `length` of each input's t."""
+    mask = length_mask(length, x.shape[1])
+    return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
-def conv_length(length: Any, times: int) -> Any:
-    """Steps that convolutions of stride 2, kernel 3 and padding 1 leave of so many."""
-    return -(-length // 2**times)
-
-
-def length_mask(length: jax.Array, steps: int) -> jax.Array:
-    """bool[U, steps]: the first length[u] of each chunk."""
+def length_mask(length: Int[Array, "I"], steps: int) -> Bool[Array, "I {steps}"]:
+    """True for the first `length` steps of each input."""
     return jnp.arange(steps, dtype=jnp.int32) < length[:, None]
 
 
-def sinusoids(length: int, width: int) -> np.ndarray:
-    """Fixed positions, sines beside cosines, with time scales from 1 to 10000: f32[length, width]."""
+def sinusoids(length: int, width: int) -> Float32[np.ndarray, "{length} {width}"]:
+    """Fixed positions, sines beside cosines, with time scales from 1 to 10000."""
     rate = np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2))
     angle = np.arange(length)[:, None] * rate
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)

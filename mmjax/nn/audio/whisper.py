@@ -1,7 +1,7 @@
-"""Whisper's encoder, which the families that hear share: over whole windows, or over clips of any length in pieces.
+"""Whisper's encoder, which several audio families share: over whole windows, or over clips of any length in chunks.
 
-A window is what the position table spans (30 seconds). A unit is a window or a piece of one. Axes: U units, t mel
-frames or steps of a unit; a step is two frames.
+A window is what the position table spans (30 seconds). An input (axis I) is a window or a chunk of one; its axis t
+counts mel frames or encoder steps. A step is two frames.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
-from mmjax.nn.encoder import Encoder, EncoderConfig, gelu
+from mmjax.nn.encoder import Encoder, EncoderConfig, Features, gelu
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 
 EPS = 1e-5  # of every norm; the config does not name it
-CHUNK_STEPS = 96  # steps of a piece: 1.92 seconds; mmjax.processors.whisper_chunks cuts them
-CHUNK_OVERLAP = 3  # mel frames that the first and the last step of a piece see beyond it, two before and one behind
-
-Fields = dict[str, tuple[tuple[int, ...], str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class WhisperEncoderConfig:
-    """Sizes. bins: numbers of a mel frame; steps: of a window."""
+    """Sizes. window_steps: encoder steps of a window."""
 
     tower: EncoderConfig
     num_mel_bins: int
@@ -49,39 +46,13 @@ class WhisperEncoderConfig:
         )
         return cls(tower, audio["num_mel_bins"], audio["max_source_positions"])
 
-    @property
-    def chunk_fields(self) -> Fields:
-        """What each piece comes with.
-
-        mel: its frames and those that its ends see. window: the segment that it belongs to, numbered. start: its first
-        step in the window. extent: how many frames of the window, from its own first on, there are. heard: how many of
-        its steps are sound, which all steps of the window look at.
-        """
-        return {
-            "mel": ((2 * CHUNK_STEPS + CHUNK_OVERLAP, self.num_mel_bins), "float32", 0),
-            "window_ids": ((), "int32", -1),
-            "first_step": ((), "int32", 0),
-            "num_frames": ((), "int32", 0),
-            "audio_steps": ((), "int32", 0),
-        }
-
-    @property
-    def padded_chunk_fields(self) -> Fields:
-        """`pieces` with reach: how many steps are wanted, which may be more than are heard."""
-        return self.chunk_fields | {"wanted_steps": ((), "int32", 0)}
-
-    @property
-    def chunks_per_window(self) -> int:
-        """Pieces of a window."""
-        return -(-self.window_steps // CHUNK_STEPS)
-
     def for_tp(self, tp_size: int) -> WhisperEncoderConfig:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
 
 
 class ConvEncoder(Encoder):
-    """Two convolutions over time, blocks, a final norm. What stands between them is its heir's."""
+    """Two convolutions over time, layers, and a final norm; a subclass says what happens between them."""
 
     def __init__(self, c: EncoderConfig, bins: int) -> None:
         super().__init__(c)
@@ -93,55 +64,62 @@ class ConvEncoder(Encoder):
         self.norm = weight(d, axes=("embed",))
         self.norm_bias = weight(d, axes=("embed",))
 
-    def conv1_frames(self, mel: jax.Array, *, pad: int = 0) -> jax.Array:
-        """The first convolution of mel f32[U, t, bins], `pad` zeros at either end: [U, t', D]."""
+    @jax.named_scope("conv1")
+    def apply_conv1(self, mel: Float[Array, "I t bins"], *, pad: int = 0) -> Float[Array, "I frames C"]:
+        """The first convolution, with `pad` zeros at both ends."""
         return gelu(convolve(mel.astype(self.conv1.dtype), self.conv1[...], stride=1, pad=pad) + self.conv1_bias[...])
 
-    def conv2_steps(self, x: jax.Array, *, pad: int = 0) -> jax.Array:
-        """The second, of the first's [U, t, D], which halves them: [U, t', D]."""
+    @jax.named_scope("conv2")
+    def apply_conv2(self, x: Float[Array, "I frames C"], *, pad: int = 0) -> Float[Array, "I steps C"]:
+        """The second convolution, of stride 2."""
         return gelu(convolve(x, self.conv2[...], stride=2, pad=pad) + self.conv2_bias[...])
 
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        """The final norm, [..., D]."""
+    @jax.named_scope("norm")
+    def final_norm(self, x: Float[Array, "*shape C"]) -> Float[Array, "*shape C"]:
+        """The norm after the last layer."""
         return layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
 
 
 class WhisperEncoder(ConvEncoder):
-    """Whisper's, which stores its positions."""
+    """Whisper's encoder, whose positions are a stored table."""
 
     def __init__(self, c: WhisperEncoderConfig) -> None:
         super().__init__(c.tower, c.num_mel_bins)
         self.positions = weight(c.window_steps, c.tower.hidden_size, axes=("position", "embed"))
 
-    def encode_windows(self, mel: jax.Array) -> jax.Array:
-        """f32[U, bins, 2 * steps] to [U * steps, D], normed."""
-        x = self.conv2_steps(self.conv1_frames(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
+    def encode_windows(self, mel: Float32[Array, "I bins t"]) -> Float[Array, "U C"]:
+        """Whole windows, with the final norm; U counts all windows' steps."""
+        x = self.apply_conv2(self.apply_conv1(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
         num_inputs, steps, width = x.shape
         segment_ids = jnp.arange(num_inputs * steps, dtype=jnp.int32) // steps
         return self.final_norm(self(x.reshape(-1, width), segment_ids, segment_len=steps))
 
-    def encode_chunks(self, features: Mapping[str, jax.Array]) -> jax.Array:
-        """[U * PIECE, D] of `AudioConfig.pieces` or `AudioConfig.reaching` [U, ...], before the norm.
+    def encode_chunks(self, features: Features) -> Float[Array, "U C"]:
+        """Chunks of windows, before the final norm; U counts all chunks' steps.
 
-        A piece sees its neighbours' frames, so that its steps are those of the whole window; where the window ends, the
-        convolutions see nothing. Steps that are not wanted keep to themselves.
+        features: `chunk_fields` of mmjax.processors.whisper_chunks, and wanted_steps where more steps are wanted than
+        are sound. A chunk comes with its neighbors' frames, so that its steps are those of the whole window; beyond the
+        ends of the window the convolutions see zeros. Steps that are not wanted attend only each other.
         """
-        start, heard, reach = features["first_step"], features["audio_steps"], features.get("wanted_steps")
-        x = self.conv1_frames(features["mel"])
-        frame = jnp.arange(x.shape[1], dtype=jnp.int32) - 1  # counted from the piece's first
-        inside = (frame + 2 * start[:, None] >= 0) & (frame < features["num_frames"][:, None])
+        first_step, audio_steps = features["first_step"], features["audio_steps"]
+        wanted_steps = features.get("wanted_steps")
+        x = self.apply_conv1(features["mel"])
+        frame = jnp.arange(x.shape[1], dtype=jnp.int32) - 1  # counted from the chunk's first
+        inside = (frame + 2 * first_step[:, None] >= 0) & (frame < features["num_frames"][:, None])
         x = jnp.where(inside[..., None], x, jnp.zeros((), x.dtype))
-        x = self.conv2_steps(x)
+        x = self.apply_conv2(x)
         step = jnp.arange(x.shape[1], dtype=jnp.int32)
-        x = x + jnp.take(self.positions[...], start[:, None] + step, axis=0, mode="clip")
-        wanted = step < (heard if reach is None else reach)[:, None]
+        x = x + jnp.take(self.positions[...], first_step[:, None] + step, axis=0, mode="clip")
+        wanted = step < (audio_steps if wanted_steps is None else wanted_steps)[:, None]
         segment_ids = (2 * features["window_ids"][:, None] + jnp.where(wanted, 0, 1)).reshape(-1)
-        seen = None if reach is None else ((step < heard[:, None]) | ~wanted).reshape(-1)
-        return self(x.reshape(-1, x.shape[-1]), segment_ids, key_mask=seen)
+        key_mask = None if wanted_steps is None else ((step < audio_steps[:, None]) | ~wanted).reshape(-1)
+        return self(x.reshape(-1, x.shape[-1]), segment_ids, key_mask=key_mask)
 
 
-def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, pad: int = 0) -> jax.Array:
-    """x [U, t, C] convolved over time with kernel [3, C, D], `pad` zeros at either end: [U, t', D].
+def convolve(
+    x: Float[Array, "I t inner"], kernel: Float[Array, "3 inner outer"], *, stride: int, pad: int = 0
+) -> Float[Array, "I steps outer"]:
+    """x convolved over time, with `pad` zeros at both ends.
 
     One matrix product over the three shifted copies side by side, which is faster than XLA's convolution on the CPU.
     """

@@ -1,4 +1,4 @@
-"""CLIP's image tower: square pictures in patches, a class token in front."""
+"""CLIP's image tower: square images in patches, a class token in front."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from mmjax.nn.encoder import Encoder, EncoderConfig
 from mmjax.nn.norm import layer_norm
@@ -27,7 +28,7 @@ DEFAULTS: Mapping[str, Any] = {  # what CLIPVisionConfig fills in
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """Sizes: `image` and `patch` are edges in pixels."""
+    """Sizes. image_size, patch_size: edges in pixels."""
 
     tower: EncoderConfig
     image_size: int
@@ -35,7 +36,7 @@ class ClipConfig:
 
     @classmethod
     def from_hf(cls, vision: Mapping[str, Any], layer: int) -> ClipConfig:
-        """From a vision_config; `layer` is the hidden state that is wanted, 0 being what enters the first block."""
+        """From a vision_config; `layer` is the hidden state that is wanted, 0 being the input of the first layer."""
         vision = {**DEFAULTS, **vision}
         depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
         tower = EncoderConfig(
@@ -55,7 +56,7 @@ class ClipConfig:
         return self.image_size // self.patch_size
 
     def for_tp(self, tp_size: int) -> ClipConfig:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
 
 
@@ -72,8 +73,18 @@ class ClipVisionEncoder(Encoder):
         self.pre_norm_bias = weight(width, axes=("embed",))
         self.c = c
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """Normalised f32[U, 3, image, image] to [U, 1 + side**2, C], the class token first."""
+    def encode(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
+        """Hidden states of normalized images, the class token first."""
+        x = self._embed(pixels)
+        num_inputs, num_positions, width = x.shape
+        segment_ids = jnp.arange(num_inputs * num_positions, dtype=jnp.int32) // num_positions
+        return self(x.reshape(-1, width), segment_ids, segment_len=num_positions).reshape(
+            num_inputs, num_positions, width
+        )
+
+    @jax.named_scope("patch_embed")
+    def _embed(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
+        """The class token and the patches, with positions added, normalized."""
         c, side = self.c, self.c.grid_size
         x = (
             pixels.astype(self.patch.dtype)
@@ -83,9 +94,4 @@ class ClipVisionEncoder(Encoder):
         x = x.reshape(-1, side**2, 3 * c.patch_size * c.patch_size) @ self.patch[...]
         first = jnp.broadcast_to(self.class_embed[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...]
-        x = layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.tower.eps)
-        num_inputs, num_positions, width = x.shape
-        segment_ids = jnp.arange(num_inputs * num_positions, dtype=jnp.int32) // num_positions
-        return self(x.reshape(-1, width), segment_ids, segment_len=num_positions).reshape(
-            num_inputs, num_positions, width
-        )
+        return layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.tower.eps)

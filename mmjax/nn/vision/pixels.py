@@ -1,12 +1,12 @@
-"""Pixel normalisation on the device: bytes cross the bus, not floats."""
+"""Pixel normalization on the device, so that bytes are copied to it, not floats."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +19,16 @@ class PixelNorm:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> PixelNorm:
-        """From preprocessor_config.json; `do_rescale` and `do_normalize` are honoured."""
-        normalise = config.get("do_normalize", True)
+        """From preprocessor_config.json; `do_rescale` and `do_normalize` are honored."""
+        normalize = config.get("do_normalize", True)
         return cls(
             scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
-            mean=tuple(config["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-            std=tuple(config["image_std"]) if normalise else (1.0, 1.0, 1.0),
+            mean=tuple(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+            std=tuple(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
         )
 
-    def normalize(self, pixels: jax.Array, *, axis: int) -> jax.Array:
-        """u8 pixels with their channels on `axis` to float32."""
+    def normalize(self, pixels: Shaped[Array, "*shape"], *, axis: int) -> Float32[Array, "*shape"]:
+        """Pixels 0..255, uint8 or float, with their channels on `axis`, as float32."""
         shape = [1] * pixels.ndim
         shape[axis] = len(self.mean)
         mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)

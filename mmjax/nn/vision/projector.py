@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from mmjax.nn.encoder import ACTIVATIONS
 from mmjax.nn.weight import weight
@@ -19,6 +20,7 @@ class Projector(nnx.Module):
         self.fc2_bias = weight(width, axes=("embed_out",))
         self.act = act
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., C] to [..., D]."""
+    @jax.named_scope("projector")
+    def __call__(self, x: Float[Array, "*shape C"]) -> Float[Array, "*shape D"]:
+        """Vectors of the tower as vectors of the language model."""
         return ACTIVATIONS[self.act](x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]

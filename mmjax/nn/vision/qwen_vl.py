@@ -1,8 +1,8 @@
-"""The vision tower of the Qwen families: patches of any number of pictures in one packed row, merged in squares.
+"""The vision tower of the Qwen families: patches of any number of images in one packed sequence, merged in squares.
 
-Three generations share it. The first has layer norms and a plain feed-forward; the second RMS norms, a gated
-feed-forward, and blocks that attend within windows; the third a table of learned positions that is stretched over the
-picture, and taps: rows taken after inner blocks beside the final ones.
+Three generations share it. Qwen2-VL's has layer norms and a plain feed-forward; Qwen2.5-VL's RMS norms, a gated
+feed-forward, and layers that attend within windows; Qwen3-VL's learned positions that are interpolated over the image,
+and DeepStack: embeddings taken after inner layers beside the final ones.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from mmjax.nn.attention import encoder_attention
-from mmjax.nn.encoder import ACTIVATIONS, EncoderConfig, EncoderLayers, gelu
+from mmjax.nn.encoder import ACTIVATIONS, EncoderConfig, EncoderLayers, Features, gelu
 from mmjax.nn.norm import layer_norm, rms_norm
 from mmjax.nn.rope import Rope, apply_rope
 from mmjax.nn.vision.pixels import PixelNorm
@@ -26,17 +27,16 @@ from mmjax.sharding import round_up
 EPS = 1e-6  # of all norms; no config names it
 THETA = 10000.0
 
-Fields = dict[str, tuple[tuple[int, ...], str, int]]
-
 
 @dataclasses.dataclass(frozen=True)
 class QwenVisionConfig:
-    """Sizes. A patch is `frames` x `patch` x `patch` pixels; `merge` x `merge` patches become one row of `out` numbers.
+    """Sizes. A patch is temporal_patch_size x patch_size x patch_size pixels; merge_size x merge_size patches become an
+    embedding of output_dim numbers.
 
-    gated: RMS norms and a gated feed-forward. full: the blocks that attend to a whole frame while all others attend
-    within windows; None when every block sees its frame. side: of the square table of learned positions, 0 without.
-    taps: blocks after which a row is taken too. bias: whether the patch embedding has one. padding: what is added to
-    the inside of the mergers so that it divides over devices.
+    gated: RMS norms and a gated feed-forward. full_attention_layers: the layers that attend to a whole frame while all
+    others attend within windows; None where every layer attends to its frame. position_grid: edge of the square table
+    of learned positions, 0 without one. deepstack_layers: layers after which embeddings are taken too. bias: of the
+    patch embedding. merger_padding: what the mergers' inner width is padded by to divide over devices.
     """
 
     tower: EncoderConfig
@@ -76,7 +76,7 @@ class QwenVisionConfig:
 
     @classmethod
     def qwen3(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> QwenVisionConfig:
-        """Qwen3-VL's and Qwen3-Omni's. Raises ValueError when the table of positions is not square."""
+        """Qwen3-VL's and Qwen3-Omni's. Raises ValueError when the position table is not square."""
         act = vision.get("hidden_act", "gelu_pytorch_tanh")
         side = round(vision["num_position_embeddings"] ** 0.5)
         if side**2 != vision["num_position_embeddings"]:
@@ -98,49 +98,16 @@ class QwenVisionConfig:
 
     @property
     def mm_embed_dim(self) -> int:
-        """Numbers in a row: the final one's and one set per tap, side by side."""
+        """Numbers in an embedding: the final one's and those of each DeepStack layer, side by side."""
         return self.output_dim * (1 + len(self.deepstack_layers))
 
     @property
     def patches_per_embed(self) -> int:
-        """Patches per row."""
+        """Patches per embedding."""
         return self.merge_size**2
 
-    @property
-    def features(self) -> Fields:
-        """What each patch comes with, as `models.family.Encoder` wants it.
-
-        place: its row and column. segment: its frame. window: its window; patches come window by window. table: where
-        in the table of positions it lies.
-        """
-        out: Fields = {
-            "pixels": ((self.patch_dim,), "uint8", 0),
-            "patch_coords": ((2,), "int32", 0),
-            "segment_ids": ((), "int32", -1),
-        }
-        if self.full_attention_layers is not None:
-            out["window_ids"] = ((), "int32", -1)
-        if self.position_grid:
-            out["position_coords"] = ((2,), "float32", 0)
-        return out
-
-    @property
-    def segment_fields(self) -> tuple[str, ...]:
-        """The features that hold segment numbers."""
-        return ("segment_ids",) if self.full_attention_layers is None else ("segment_ids", "window_ids")
-
-    @property
-    def gather_fields(self) -> Fields:
-        """What each row comes with. order: the first of the row's patches, which windows have moved."""
-        return {} if self.full_attention_layers is None else {"embed_order": ((), "int32", 0)}
-
-    @property
-    def offset_fields(self) -> dict[str, int]:
-        """Which of them count units."""
-        return {} if self.full_attention_layers is None else {"embed_order": 1}
-
     def for_tp(self, tp_size: int) -> QwenVisionConfig:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         square = self.patches_per_embed * self.tower.hidden_size
         return dataclasses.replace(
             self, tower=self.tower.for_tp(tp_size), merger_padding=round_up(square, tp_size) - square
@@ -157,7 +124,7 @@ def _sizes(vision: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 class GatedEncoderLayers(nnx.Module):
-    """`depth` equal blocks of RMS norms and gated feed-forwards, their weights stacked on a leading axis."""
+    """`EncoderLayers` with RMS norms and gated feed-forwards."""
 
     def __init__(self, c: EncoderConfig) -> None:
         n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
@@ -174,45 +141,53 @@ class GatedEncoderLayers(nnx.Module):
         self.c = c
 
     def __call__(
-        self, x: jax.Array, segment_ids: jax.Array, angles: jax.Array | None, segment_len: int | None
-    ) -> jax.Array:
-        """One block, once the scan has taken the depth axis off: x [U, C] to [U, C]."""
+        self,
+        x: Float[Array, "U C"],
+        segment_ids: Int[Array, "U"],
+        angles: Float32[Array, "U half_H"] | None,
+        segment_len: int | None,
+    ) -> Float[Array, "U C"]:
+        """One layer, of the weights that a scan has indexed."""
         c = self.c
-        y = rms_norm(x, self.norm1[...], c.eps)
-        qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
-        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-        if angles is not None:
-            q, k = apply_rope(q, angles), apply_rope(k, angles)
-        q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
-        y = encoder_attention(q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len).astype(x.dtype)
-        x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
-        y = rms_norm(x, self.norm2[...], c.eps)
-        y = self.gate_up.einsum("ud,dpf->upf", y) + self.gate_up_bias[...]
-        return x + self.down.einsum("uf,fd->ud", ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) + self.down_bias[...]
+        with jax.named_scope("attn"):
+            y = rms_norm(x, self.norm1[...], c.eps)
+            qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
+            q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+            if angles is not None:
+                q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k, v = (part.astype(self.qkv.dtype) for part in (q, k, v))
+            y = encoder_attention(q, k, v, segment_ids, scale=c.head_dim**-0.5, segment_len=segment_len).astype(x.dtype)
+            x = x + self.o.einsum("unh,nhd->ud", y) + self.o_bias[...]
+        with jax.named_scope("mlp"):
+            y = rms_norm(x, self.norm2[...], c.eps)
+            y = self.gate_up.einsum("ud,dpf->upf", y) + self.gate_up_bias[...]
+            return x + self.down.einsum("uf,fd->ud", ACTIVATIONS[c.act](y[:, 0]) * y[:, 1]) + self.down_bias[...]
 
 
 class PatchMerger(nnx.Module):
-    """A norm and two dense layers over the `merge` x `merge` patches of a row; `levels` of them side by side.
+    """A norm and two dense layers over the square of patches of an embedding.
 
-    With `levels` 0 there is one, whose norm sees single patches; else each norm sees the whole square.
+    levels: so many mergers with stacked weights, whose norm is over the whole square; 0: one, whose norm is over single
+    patches.
     """
 
     def __init__(self, c: QwenVisionConfig, levels: int = 0) -> None:
         width = c.tower.hidden_size
         square = c.patches_per_embed * width
-        inside = square + c.merger_padding
+        inner = square + c.merger_padding
         stack, axis = ((levels,), ("depth",)) if levels else ((), ())
-        seen = square if levels else width
-        self.norm = weight(*stack, seen, axes=(*axis, "embed"))
-        self.norm_bias = None if c.gated else weight(*stack, seen, axes=(*axis, "embed"))
-        self.fc1 = weight(*stack, square, inside, axes=(*axis, "embed", "mlp"))
-        self.fc1_bias = weight(*stack, inside, axes=(*axis, "mlp"))
-        self.fc2 = weight(*stack, inside, c.output_dim, axes=(*axis, "mlp", "embed"))
+        normed = square if levels else width
+        self.norm = weight(*stack, normed, axes=(*axis, "embed"))
+        self.norm_bias = None if c.gated else weight(*stack, normed, axes=(*axis, "embed"))
+        self.fc1 = weight(*stack, square, inner, axes=(*axis, "embed", "mlp"))
+        self.fc1_bias = weight(*stack, inner, axes=(*axis, "mlp"))
+        self.fc2 = weight(*stack, inner, c.output_dim, axes=(*axis, "mlp", "embed"))
         self.fc2_bias = weight(*stack, c.output_dim, axes=(*axis, "embed"))
         self.square = square
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[U, C] to [U / merge**2, out]."""
+    @jax.named_scope("merger")
+    def __call__(self, x: Float[Array, "U C"]) -> Float[Array, "E W"]:
+        """An embedding for every square of patches."""
         x = x.reshape(-1, self.norm.shape[-1])
         if self.norm_bias is None:
             x = rms_norm(x, self.norm[...], EPS)
@@ -223,7 +198,7 @@ class PatchMerger(nnx.Module):
 
 
 class QwenVisionEncoder(nnx.Module):
-    """Patches to rows."""
+    """Patches to embeddings."""
 
     def __init__(self, c: QwenVisionConfig) -> None:
         width = c.tower.hidden_size
@@ -235,68 +210,75 @@ class QwenVisionEncoder(nnx.Module):
         self.taps = PatchMerger(c, len(c.deepstack_layers)) if c.deepstack_layers else None
         self.c = c
 
-    def __call__(self, features: Mapping[str, jax.Array]) -> jax.Array:
-        """Rows [R, row_width] of `PatchConfig.features` [U, ...] and `PatchConfig.picks` [R, ...]."""
-        x, levels = self._run(self._embed(features), features)
-        rows = self.merge(x)
+    def __call__(self, features: Features) -> Float[Array, "E W"]:
+        """Embeddings of `patch_fields` of mmjax.processors.qwen_vl."""
+        x = self._embed(features["pixels"], features.get("position_coords"))
+        x, inner = self._run_layers(x, features)
+        embeds = self.merge(x)
         if self.taps is not None:
             graph, weights = nnx.split(self.taps)
-            tapped = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, levels)
-            rows = jnp.concatenate([rows, tapped.reshape(rows.shape[0], -1)], axis=1)
+            deepstack = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, inner)
+            embeds = jnp.concatenate([embeds, deepstack.reshape(embeds.shape[0], -1)], axis=1)
         if self.c.full_attention_layers is not None:
-            rows = jnp.take(rows, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
-        return rows
+            embeds = jnp.take(embeds, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
+        return embeds
 
-    def _embed(self, features: Mapping[str, jax.Array]) -> jax.Array:
-        """[U, C] of u8[U, values] patches and their places in the table."""
-        c, pixels = self.c, features["pixels"]
+    @jax.named_scope("patch_embed")
+    def _embed(
+        self, pixels: UInt8[Array, "U patch_dim"], position_coords: Float32[Array, "U 2"] | None
+    ) -> Float[Array, "U C"]:
+        """The patch embedding, with learned positions if the tower has them."""
+        c = self.c
         x = c.pixels.normalize(pixels.reshape(-1, 3, c.temporal_patch_size * c.patch_size**2), axis=1)
         x = x.reshape(pixels.shape).astype(self.patch.dtype) @ self.patch[...]
         if self.patch_bias is not None:
             x = x + self.patch_bias[...]
-        return x if self.positions is None else x + self._learned(features["position_coords"]).astype(x.dtype)
+        if position_coords is None:
+            return x
+        return x + self._interpolated_positions(position_coords).astype(x.dtype)
 
-    def _learned(self, at: jax.Array) -> jax.Array:
-        """f32[U, C] between the four entries of the table around f32[U, 2]."""
+    def _interpolated_positions(self, coords: Float32[Array, "U 2"]) -> Float32[Array, "U C"]:
+        """Bilinear interpolation between the four entries of the position table around (row, column)."""
         assert self.positions is not None
-        low = jnp.floor(at)
-        share, corner = at - low, low.astype(jnp.int32)
+        low = jnp.floor(coords)
+        fraction, corner = coords - low, low.astype(jnp.int32)
         total = jnp.zeros((), jnp.float32)
         for down in (0, 1):
             for right in (0, 1):
                 row, column = ((corner + jnp.array([down, right], jnp.int32)).clip(0, self.c.position_grid - 1)).T
-                part = jnp.abs(share - jnp.array([1 - down, 1 - right], jnp.float32)).prod(axis=1)
+                part = jnp.abs(fraction - jnp.array([1 - down, 1 - right], jnp.float32)).prod(axis=1)
                 entry = jnp.take(self.positions[...], row * self.c.position_grid + column, axis=0)
                 total = total + part[:, None] * entry.astype(jnp.float32)
         return total
 
-    def _angles(self, coords: jax.Array) -> jax.Array:
-        """f32[U, H/2]: the first half of the slots turns by the patch's row, the second by its column, i32[U, 2]."""
+    def _angles(self, coords: Int[Array, "U 2"]) -> Float32[Array, "U half_H"]:
+        """Rotary angles: the first half of the pairs rotates by the patch's row, the second by its column."""
         half = self.c.tower.head_dim // 2
         inverse = jnp.asarray(Rope.from_hf(half, THETA, None).inv_freq, jnp.float32)
         return (coords.astype(jnp.float32)[:, :, None] * inverse).reshape(-1, half)
 
-    def _run(self, x: jax.Array, features: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """All blocks: the last one's [U, C] and the taps' [taps, U, C].
+    def _run_layers(
+        self, x: Float[Array, "U C"], features: Features
+    ) -> tuple[Float[Array, "U C"], Float[Array, "levels U C"]]:
+        """The output of the last layer, and of each DeepStack layer.
 
-        Scanned: an encoder is bound by arithmetic, so what a scan saves is compile time. Tap j's place is written by
-        every block that no earlier tap has kept, hence last by its own.
+        By a scan: an encoder is bound by arithmetic, and a scan saves compile time. Entry j of the second is written
+        after every layer up to deepstack_layers[j], hence last after that one.
         """
         c, depth, segment_ids = self.c, self.c.tower.num_layers, features["segment_ids"]
         graph, weights = nnx.split(self.blocks)
         angles = self._angles(features["patch_coords"])
-        whole = jnp.array([c.full_attention_layers is None or i in c.full_attention_layers for i in range(depth)])
-        slot = jnp.array([sum(tap < i for tap in c.deepstack_layers) for i in range(depth)], jnp.int32)
+        is_full = jnp.array([c.full_attention_layers is None or i in c.full_attention_layers for i in range(depth)])
+        level = jnp.array([sum(layer < i for layer in c.deepstack_layers) for i in range(depth)], jnp.int32)
 
-        def body(carry: tuple[jax.Array, jax.Array], layer: Any) -> tuple[tuple[jax.Array, jax.Array], None]:
-            (x, kept), (weights, whole, slot) = carry, layer
-            seen = (
-                segment_ids
-                if c.full_attention_layers is None
-                else jnp.where(whole, segment_ids, features["window_ids"])
-            )
-            x = nnx.merge(graph, weights)(x, seen, angles, None)
-            return (x, kept.at[slot].set(x, mode="drop") if c.deepstack_layers else kept), None
+        @jax.named_scope("layer")
+        def body(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], None]:
+            (x, inner), (weights, is_full, level) = carry, layer
+            ids = segment_ids
+            if c.full_attention_layers is not None:
+                ids = jnp.where(is_full, segment_ids, features["window_ids"])
+            x = nnx.merge(graph, weights)(x, ids, angles, None)
+            return (x, inner.at[level].set(x, mode="drop") if c.deepstack_layers else inner), None
 
-        kept = jnp.zeros((len(c.deepstack_layers), *x.shape), x.dtype)
-        return jax.lax.scan(body, (x, kept), (weights, whole, slot))[0]
+        inner = jnp.zeros((len(c.deepstack_layers), *x.shape), x.dtype)
+        return jax.lax.scan(body, (x, inner), (weights, is_full, level))[0]

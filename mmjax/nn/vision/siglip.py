@@ -1,4 +1,4 @@
-"""SigLIP's image tower: patches of square pictures or of pictures of any shape, without a class token."""
+"""SigLIP's image tower: patches of square images or of images of any shape, without a class token."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.nn.encoder import Encoder, EncoderConfig
 from mmjax.nn.norm import layer_norm
@@ -27,7 +28,7 @@ DEFAULTS: Mapping[str, Any] = {  # what SiglipVisionConfig fills in
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Sizes: `image` and `patch` are edges in pixels. last_norm: whether the rows are normed after the last block."""
+    """Sizes. image_size, patch_size: edges in pixels. last_norm: whether there is a norm after the last layer."""
 
     tower: EncoderConfig
     image_size: int
@@ -36,7 +37,7 @@ class SiglipConfig:
 
     @classmethod
     def from_hf(cls, vision: Mapping[str, Any], layer: int, *, last_norm: bool) -> SiglipConfig:
-        """From a vision_config; `layer` is the hidden state that is wanted, 0 being what enters the first block."""
+        """From a vision_config; `layer` is the hidden state that is wanted, 0 being the input of the first layer."""
         vision = {**DEFAULTS, **vision}
         depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
         tower = EncoderConfig(
@@ -52,7 +53,7 @@ class SiglipConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one edge of a square picture; the table of positions has its square."""
+        """Patches along one edge of a square image; the position table has the square of it."""
         return self.image_size // self.patch_size
 
     @property
@@ -61,7 +62,7 @@ class SiglipConfig:
         return 3 * self.patch_size**2
 
     def for_tp(self, tp_size: int) -> SiglipConfig:
-        """The same sizes, padded to divide over `ways` devices."""
+        """The same sizes, padded to divide over `tp_size` devices."""
         return dataclasses.replace(self, tower=self.tower.for_tp(tp_size))
 
 
@@ -78,8 +79,8 @@ class SiglipVisionEncoder(Encoder):
         self.last_norm_bias = weight(width, axes=("embed",)) if c.last_norm else None
         self.c = c
 
-    def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """Normalised f32[U, 3, image, image] to [U * side**2, C], the patches of a picture row by row."""
+    def encode_images(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "U C"]:
+        """Hidden states of normalized square images; U counts all images' patches, row by row."""
         patch, side = self.c.patch_size, self.c.grid_size
         x = pixels.reshape(-1, 3, side, patch, side, patch).transpose(0, 2, 4, 1, 3, 5)
         x = x.reshape(-1, self.c.patch_dim)
@@ -87,12 +88,17 @@ class SiglipVisionEncoder(Encoder):
         return self.encode_patches(x, coords % side**2, coords // side**2, segment_len=side**2)
 
     def encode_patches(
-        self, patches: jax.Array, position_ids: jax.Array, segment_ids: jax.Array, segment_len: int | None = None
-    ) -> jax.Array:
-        """Normalised patches f32[U, values], at places i32[U] of the table of positions, to [U, C]; patches attend
-        those of equal `segment` i32[U]."""
-        x = patches.astype(self.patch.dtype) @ self.patch[...] + self.patch_bias[...]
-        x = x + jnp.take(self.positions[...], position_ids, axis=0, mode="clip")
+        self,
+        patches: Float32[Array, "U patch_dim"],
+        position_ids: Int[Array, "U"],
+        segment_ids: Int[Array, "U"],
+        segment_len: int | None = None,
+    ) -> Float[Array, "U C"]:
+        """Hidden states of normalized patches. position_ids: rows of the position table. Patches attend those of equal
+        segment id; segment_len: the length of every segment, where all have the same."""
+        with jax.named_scope("patch_embed"):
+            x = patches.astype(self.patch.dtype) @ self.patch[...] + self.patch_bias[...]
+            x = x + jnp.take(self.positions[...], position_ids, axis=0, mode="clip")
         x = self(x, segment_ids, segment_len=segment_len)
         if self.last_norm is None or self.last_norm_bias is None:
             return x
