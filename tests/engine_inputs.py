@@ -9,7 +9,7 @@ from mmjax import SamplingParams
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def picture(seed: int, height: int = 60, width: int = 84) -> np.ndarray:
+def random_pixels(seed: int, height: int = 60, width: int = 84) -> np.ndarray:
     """A random image u8[height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
@@ -19,16 +19,16 @@ def greedy(n: int = 12, **kwargs: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, **kwargs)
 
 
-def ids(outputs: Any) -> list[list[int]]:
+def output_ids(outputs: Any) -> list[list[int]]:
     """The token ids of the first answer of each output."""
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def text(words: str) -> str:
+def chat_text(words: str) -> str:
     """A question without media in Qwen2-VL's format."""
     return f"<|im_start|>user\n{words}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def asking(*images: np.ndarray, words: str = "What is this?") -> dict[str, Any]:
+def image_prompt(*images: np.ndarray, words: str = "What is this?") -> dict[str, Any]:
     """A Qwen2-VL prompt about some images."""
-    return {"prompt": text(IMAGE * len(images) + words), "multi_modal_data": {"image": list(images)}}
+    return {"prompt": chat_text(IMAGE * len(images) + words), "multi_modal_data": {"image": list(images)}}

@@ -11,7 +11,7 @@ import uvicorn
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
+def listening_server(app: Any) -> Iterator[str]:
     """The address of an ASGI application, without a slash at the end. Its lifespan is not run: the engine lives on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -6,22 +6,22 @@ from typing import Any
 
 import pytest
 
-from listening import listening
+from http_server import listening_server
 from mmjax import LLM, AsyncLLM, RequestOutput
-from serving import over
+from api_server import client_over
 
 openai = pytest.importorskip("openai")
 
-Heard = tuple[tuple[int, ...], tuple[int, ...]]
+TokenIds = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @contextlib.contextmanager
-def online(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
+def openai_client(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
     """A client of a server that listens on a port. Meanwhile the engine must not be used in other ways."""
     engine = AsyncLLM(llm)
     try:
         with (
-            listening(over(engine, **settings).app) as address,
+            listening_server(client_over(engine, **settings).app) as address,
             openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client,
         ):
             yield client
@@ -31,7 +31,7 @@ def online(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
     assert not any(each.has_work for each in llm.model.engines)
 
 
-def ask(client: "openai.OpenAI", messages: Any, n: int = 6, **body: Any) -> Any:
+def complete_chat(client: "openai.OpenAI", messages: Any, n: int = 6, **body: Any) -> Any:
     """The greedy answer to one conversation; `body`: fields that OpenAI's API does not have."""
     extra = {"ignore_eos": True, "return_token_ids": True, **body}
     done = client.chat.completions.create(
@@ -41,7 +41,7 @@ def ask(client: "openai.OpenAI", messages: Any, n: int = 6, **body: Any) -> Any:
     return done
 
 
-def heard(*answers: Any) -> list[Heard]:
+def token_ids_of(*answers: Any) -> list[TokenIds]:
     """What each answer, of a client or of `LLM`, saw and said, in token ids."""
     found = []
     for answer in answers:
@@ -51,6 +51,6 @@ def heard(*answers: Any) -> list[Heard]:
     return found
 
 
-def alike(*answers: Any) -> bool:
+def same_tokens(*answers: Any) -> bool:
     """Whether all saw the same tokens and said the same, be they answers of a client or of `LLM`."""
-    return len(set(heard(*answers))) == 1
+    return len(set(token_ids_of(*answers))) == 1

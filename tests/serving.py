@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def serving(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
+def running_engine(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
     """An engine that must not keep a page once it is closed."""
     llm = LLM(str(folder), **{**SMALL, **arguments})
     engine = AsyncLLM(llm)
@@ -28,14 +28,14 @@ def serving(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
     assert llm.reset_prefix_cache(), "a request kept pages"
 
 
-def over(engine: AsyncLLM, **settings: Any) -> TestClient:
+def client_over(engine: AsyncLLM, **settings: Any) -> TestClient:
     """A client of a server over an engine; leaving it does not close the engine."""
     app = create_app(engine, ServerSettings(names=("tiny", "alias"), **settings))
     app.router.lifespan_context = contextlib.nullcontext  # the engine outlives its servers
     return TestClient(app, raise_server_exceptions=False)
 
 
-def until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
     """Wait until something holds."""
     end = time.monotonic() + seconds
     while not holds():
@@ -43,7 +43,7 @@ def until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def events(response: Any) -> list[dict[str, Any]]:
+def sse_events(response: Any) -> list[dict[str, Any]]:
     """The JSON of each server-sent event but the last, which says [DONE]."""
     lines = [line for line in response.text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines)

@@ -22,13 +22,13 @@ from PIL import Image
 
 import mmjax
 from doc_blocks import PAGES, Notebook, blocks_of, commands_of, sections_of
-from listening import listening
+from http_server import listening_server
 from mmjax import LLM, AsyncLLM, EngineArgs
 from mmjax.cli import flags
 from mmjax.cli.main import MAPPINGS, model_parser
 from mmjax.demo import DIRECTORY, show
-from prompts import rows_of
-from web import running
+from prompts import encoder_embeds
+from web import running_site
 
 RUN = ("multimodal_inputs.md", "getting_started.md", "README.md")
 ELSEWHERE = {("getting_started.md", "Vectors")}  # tests/models/test_phi3_v.py asks the same, of an engine that pools
@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def notebooks(engines: Engines, folder: Path) -> Iterator[Callable[[str], Notebook]]:
     """`notebooks(page)`: the page's examples, as far as they have run."""
     made: dict[str, Notebook] = {}
-    with running() as site, pytest.MonkeyPatch.context() as patch:
+    with running_site() as site, pytest.MonkeyPatch.context() as patch:
         site.pages = {f"/{file.name}": file.read_bytes() for file in (folder / "mmjax-demo").iterdir()}
         patch.setenv("MMJAX_MEDIA_EGRESS_BLOCK_PRIVATE", "0")
         patch.setattr(mmjax, "LLM", engines.open)
@@ -122,7 +122,7 @@ def server(model: str, llm: LLM) -> Iterator[str]:
     """The address of a server over an engine that must not be used otherwise meanwhile."""
     engine = AsyncLLM(llm)
     try:
-        with listening(create_app(engine, ServerSettings(names=(model,)))) as address:
+        with listening_server(create_app(engine, ServerSettings(names=(model,)))) as address:
             yield address
     finally:
         engine.close()
@@ -135,7 +135,7 @@ def encode_picture(engines: Engines, folder: Path) -> None:
     exec(setup.code, {})
     llm = engines.made["demo"]
     prompt = {"prompt": "<image>", "multi_modal_data": {"image": Image.open(folder / "mmjax-demo" / "picture.png")}}
-    [rows] = rows_of(llm, prompt)
+    [rows] = encoder_embeds(llm, prompt)
     processor = llm.model.input_processor
     [entry] = processor.process(processor.parse(prompt)).items
     np.savez(

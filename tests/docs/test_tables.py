@@ -156,13 +156,13 @@ def test_metrics() -> None:
 
 def test_parts_of_messages() -> None:
     """The parts that the page on inputs lists are those that are read."""
-    from mmjax.chat.parts import MEDIA
+    from mmjax.chat.parts import MEDIA_TYPES
 
     text = PAGES["multimodal_inputs.md"].read_text()
     rows = re.search(r"^\| part \| .*?(?=\n\n)", text, re.MULTILINE | re.DOTALL)
     assert rows is not None
     told = {name for row in rows[0].splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert told == (set(MEDIA) | {"text"}) - {"input_image"}  # the last is how /v1/responses calls image_url
+    assert told == (set(MEDIA_TYPES) | {"text"}) - {"input_image"}  # the last is how /v1/responses calls image_url
 
 
 def test_options_of_videos() -> None:

@@ -6,18 +6,18 @@ import re
 import numpy as np
 import pytest
 
-from engine_inputs import asking, greedy, ids, picture, text
+from engine_inputs import image_prompt, greedy, output_ids, random_pixels, chat_text
 from mmjax import LLM, SamplingParams
 from mmjax.engine.programs import Decode, Prefill
 from mmjax.outputs.request import GenerateRequest
 from mmjax.types import RequestError
 
 MIXED = [
-    text("Hello, who are you?"),
-    asking(picture(1)),
-    asking(picture(2, 120, 40), picture(3, 28, 28), words="Compare them."),
-    text("One two three four five six seven eight nine ten eleven twelve."),
-    asking(picture(4, 90, 90)),
+    chat_text("Hello, who are you?"),
+    image_prompt(random_pixels(1)),
+    image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28), words="Compare them."),
+    chat_text("One two three four five six seven eight nine ten eleven twelve."),
+    image_prompt(random_pixels(4, 90, 90)),
     {"prompt_token_ids": [5, 6, 7]},
 ]
 
@@ -26,12 +26,12 @@ MIXED = [
 def alone(shared_llm) -> list[list[int]]:
     """Each of MIXED by itself."""
     llm = shared_llm("qwen2_vl")
-    return [ids(llm.generate(prompt, greedy(), use_tqdm=False))[0] for prompt in MIXED]
+    return [output_ids(llm.generate(prompt, greedy(), use_tqdm=False))[0] for prompt in MIXED]
 
 
 def test_answers_do_not_depend_on_company(qwen: LLM, alone: list[list[int]]) -> None:
-    assert ids(qwen.generate(MIXED, greedy(), use_tqdm=False)) == alone
-    assert ids(qwen.generate(MIXED[::-1], greedy(), use_tqdm=False)) == alone[::-1]
+    assert output_ids(qwen.generate(MIXED, greedy(), use_tqdm=False)) == alone
+    assert output_ids(qwen.generate(MIXED[::-1], greedy(), use_tqdm=False)) == alone[::-1]
 
 
 def test_a_prompt_cut_into_chunks_gives_the_same_answer(make_llm, alone: list[list[int]]) -> None:
@@ -39,7 +39,7 @@ def test_a_prompt_cut_into_chunks_gives_the_same_answer(make_llm, alone: list[li
     outputs = llm.generate(MIXED, greedy(), use_tqdm=False)
     longest = max(len(o.prompt_token_ids) for o in outputs)
     assert longest > 32, "nothing was cut"
-    assert ids(outputs) == alone
+    assert output_ids(outputs) == alone
 
 
 def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, monkeypatch, alone) -> None:
@@ -59,33 +59,33 @@ def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, mo
 
     monkeypatch.setattr(engine, "_prefill", dispatching)
     monkeypatch.setattr(engine, "_collect", reading)
-    assert ids(llm.generate(MIXED, greedy(), use_tqdm=False)) == alone
+    assert output_ids(llm.generate(MIXED, greedy(), use_tqdm=False)) == alone
     assert len(found) > 2 and min(found) == 1, found
 
 
 def test_preempted_sequences_come_back_and_give_the_same_answer(make_llm, qwen: LLM) -> None:
-    prompts = [text("a" * 10 * i) for i in range(1, 5)]
-    expected = ids(qwen.generate(prompts, greedy(100), use_tqdm=False))
+    prompts = [chat_text("a" * 10 * i) for i in range(1, 5)]
+    expected = output_ids(qwen.generate(prompts, greedy(100), use_tqdm=False))
     page_bytes = 2 * 2 * 16 * 2 * 16 * 4
     llm = make_llm("qwen2_vl", max_model_len=176, kv_cache_memory_bytes=15 * page_bytes)
-    assert ids(llm.generate(prompts, greedy(100), use_tqdm=False)) == expected
+    assert output_ids(llm.generate(prompts, greedy(100), use_tqdm=False)) == expected
     assert llm.get_metrics()["preemptions"] > 0
     assert llm.reset_prefix_cache(), "every page came back"
 
 
 def test_prefix_cache_counts_its_hits_and_sees_the_media(qwen: LLM) -> None:
-    first = qwen.generate(asking(picture(1, 112, 112)), greedy(), use_tqdm=False)[0]
-    again = qwen.generate(asking(picture(1, 112, 112)), greedy(), use_tqdm=False)[0]
-    other = qwen.generate(asking(picture(2, 112, 112)), greedy(), use_tqdm=False)[0]
+    first = qwen.generate(image_prompt(random_pixels(1, 112, 112)), greedy(), use_tqdm=False)[0]
+    again = qwen.generate(image_prompt(random_pixels(1, 112, 112)), greedy(), use_tqdm=False)[0]
+    other = qwen.generate(image_prompt(random_pixels(2, 112, 112)), greedy(), use_tqdm=False)[0]
     length = len(first.prompt_token_ids)
     assert first.num_cached_tokens == 0
     assert again.num_cached_tokens == (length - 1) // 16 * 16
     assert other.num_cached_tokens < 32, "only what precedes the picture is shared"
-    assert ids([first]) == ids([again]) != ids([other])
+    assert output_ids([first]) == output_ids([again]) != output_ids([other])
 
 
 def test_cache_salt_keeps_prefixes_apart(qwen: LLM) -> None:
-    prompt = {"prompt": text("A sentence that is long enough to fill more than one page of the cache.")}
+    prompt = {"prompt": chat_text("A sentence that is long enough to fill more than one page of the cache.")}
     cached = [
         qwen.generate(prompt | salt, greedy(2), use_tqdm=False)[0].num_cached_tokens
         for salt in ({}, {}, {"cache_salt": "a"}, {"cache_salt": "a"}, {"cache_salt": "b"})
@@ -95,36 +95,36 @@ def test_cache_salt_keeps_prefixes_apart(qwen: LLM) -> None:
 
 def test_a_cached_prefix_ending_inside_an_image_is_enough(qwen: LLM) -> None:
     """Half an image from the prefix cache, the rest from its rows: the encoder is asked again if they are gone."""
-    image = picture(7, 224, 224)
-    expected = ids(qwen.generate(asking(image, words="x"), greedy(), use_tqdm=False))
-    tokens = qwen.generate(asking(image, words="x"), greedy(1), use_tqdm=False)[0].prompt_token_ids
+    image = random_pixels(7, 224, 224)
+    expected = output_ids(qwen.generate(image_prompt(image, words="x"), greedy(), use_tqdm=False))
+    tokens = qwen.generate(image_prompt(image, words="x"), greedy(1), use_tqdm=False)[0].prompt_token_ids
     qwen.reset_prefix_cache()
     cut = {"prompt_token_ids": tokens[:40] + tokens[-3:], "multi_modal_data": {}}
     cut["prompt_token_ids"] = [t for t in cut["prompt_token_ids"] if t != qwen.model.tokenizer.id_of("<|image_pad|>")]
     qwen.generate(cut, greedy(1), use_tqdm=False)
     qwen.reset_mm_cache()
-    assert ids(qwen.generate(asking(image, words="x"), greedy(), use_tqdm=False)) == expected
+    assert output_ids(qwen.generate(image_prompt(image, words="x"), greedy(), use_tqdm=False)) == expected
 
 
 def test_encoder_cache_holds_only_as_much_as_it_may(make_llm) -> None:
     """More images than rows: later ones wait for earlier ones, and each answer is right."""
     llm = make_llm("qwen2_vl", max_model_len=256, max_num_batched_tokens=64)
-    pictures = [picture(i, 140, 140) for i in range(12)]
+    pictures = [random_pixels(i, 140, 140) for i in range(12)]
     rows = llm.model.engines[0].encoder_cache.capacity
-    outputs = llm.generate([asking(p) for p in pictures], greedy(4), use_tqdm=False)
+    outputs = llm.generate([image_prompt(p) for p in pictures], greedy(4), use_tqdm=False)
     assert sum(25 for _ in pictures) > rows
-    assert ids(outputs) == [ids(llm.generate(asking(p), greedy(4), use_tqdm=False))[0] for p in pictures]
+    assert output_ids(outputs) == [output_ids(llm.generate(image_prompt(p), greedy(4), use_tqdm=False))[0] for p in pictures]
 
 
 def test_seeds_make_answers_repeatable_and_independent(qwen: LLM) -> None:
     def params(seed: int | None, n: int = 1) -> SamplingParams:
         return SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True, n=n)
 
-    prompt = text("Say something.")
-    one = ids(qwen.generate(prompt, params(7), use_tqdm=False))[0]
+    prompt = chat_text("Say something.")
+    one = output_ids(qwen.generate(prompt, params(7), use_tqdm=False))[0]
     crowd = qwen.generate([prompt] * 4, [params(s) for s in (1, 7, 7, None)], use_tqdm=False)
-    assert ids(crowd)[1] == ids(crowd)[2] == one
-    assert ids(crowd)[0] != one != ids(crowd)[3]
+    assert output_ids(crowd)[1] == output_ids(crowd)[2] == one
+    assert output_ids(crowd)[0] != one != output_ids(crowd)[3]
     several = qwen.generate(prompt, params(7, n=3), use_tqdm=False)[0].outputs
     assert [o.index for o in several] == [0, 1, 2]
     assert list(several[0].token_ids) == one
@@ -132,7 +132,7 @@ def test_seeds_make_answers_repeatable_and_independent(qwen: LLM) -> None:
 
 
 def test_stopping(qwen: LLM) -> None:
-    prompt = text("Hello")
+    prompt = chat_text("Hello")
     free = qwen.generate(prompt, greedy(16), use_tqdm=False)[0].outputs[0]
     assert free.finish_reason == "length" and len(free.token_ids) == 16
     third = free.token_ids[2]
@@ -146,7 +146,7 @@ def test_stopping(qwen: LLM) -> None:
 
 
 def test_stop_strings_cut_text_and_ids(qwen: LLM) -> None:
-    prompt = text("Hello")
+    prompt = chat_text("Hello")
     free = qwen.generate(prompt, greedy(24), use_tqdm=False)[0].outputs[0]
     readable = [i for i, c in enumerate(free.text) if c.isascii() and c.isprintable()]
     middle = free.text[readable[len(readable) // 2]]
@@ -177,7 +177,7 @@ def test_logprobs_and_prompt_logprobs(qwen: LLM) -> None:
 
 def test_prompt_logprobs_agree_with_generation(qwen: LLM) -> None:
     """What was likely when it was said is as likely when it is read."""
-    out = qwen.generate(text("Hello"), greedy(8, logprobs=1), use_tqdm=False)[0]
+    out = qwen.generate(chat_text("Hello"), greedy(8, logprobs=1), use_tqdm=False)[0]
     said = [e[t].logprob for t, e in zip(out.outputs[0].token_ids, out.outputs[0].logprobs, strict=True)]
     whole = {"prompt_token_ids": out.prompt_token_ids + list(out.outputs[0].token_ids)}
     read = qwen.generate(whole, greedy(1, prompt_logprobs=0), use_tqdm=False)[0]
@@ -186,39 +186,39 @@ def test_prompt_logprobs_agree_with_generation(qwen: LLM) -> None:
 
 
 def test_constraints_reach_the_device(qwen: LLM) -> None:
-    prompt = text("Hello")
-    free = ids(qwen.generate(prompt, greedy(), use_tqdm=False))[0]
+    prompt = chat_text("Hello")
+    free = output_ids(qwen.generate(prompt, greedy(), use_tqdm=False))[0]
     only = qwen.generate(prompt, greedy(allowed_token_ids=[9, 11]), use_tqdm=False)
-    assert set(ids(only)[0]) <= {9, 11}
-    biased = ids(qwen.generate(prompt, greedy(logit_bias={20: 100}), use_tqdm=False))[0]
+    assert set(output_ids(only)[0]) <= {9, 11}
+    biased = output_ids(qwen.generate(prompt, greedy(logit_bias={20: 100}), use_tqdm=False))[0]
     assert set(biased) == {20}
-    banned = ids(qwen.generate(prompt, greedy(logit_bias={free[0]: -100}), use_tqdm=False))[0]
+    banned = output_ids(qwen.generate(prompt, greedy(logit_bias={free[0]: -100}), use_tqdm=False))[0]
     assert free[0] not in banned
     together = qwen.generate(
         [prompt] * 3, [greedy(), greedy(logit_bias={20: 100}), greedy(allowed_token_ids=[9, 11])], use_tqdm=False
     )
-    assert ids(together) == [free, biased, ids(only)[0]], "one row's constraint is nobody else's"
+    assert output_ids(together) == [free, biased, output_ids(only)[0]], "one row's constraint is nobody else's"
 
 
 def test_penalties_change_only_their_own_row(qwen: LLM) -> None:
-    prompt = text("Hello")
-    free = ids(qwen.generate(prompt, greedy(32), use_tqdm=False))[0]
+    prompt = chat_text("Hello")
+    free = output_ids(qwen.generate(prompt, greedy(32), use_tqdm=False))[0]
     assert len(set(free)) < len(free), "something repeats, or there is nothing to penalise"
     both = qwen.generate(
         [prompt] * 2, [greedy(32), greedy(32, presence_penalty=2.0, frequency_penalty=2.0)], use_tqdm=False
     )
-    assert ids(both)[0] == free
-    assert len(set(ids(both)[1])) > len(set(free))
+    assert output_ids(both)[0] == free
+    assert len(set(output_ids(both)[1])) > len(set(free))
 
 
 def test_bad_words_are_never_said(qwen: LLM) -> None:
-    prompt = text("Hello")
+    prompt = chat_text("Hello")
     free = qwen.generate(prompt, greedy(16), use_tqdm=False)[0].outputs[0]
     pairs = [qwen.model.tokenizer.decode(free.token_ids[i : i + 2], False) for i in range(15)]
     word = next(w for w in pairs if w.isascii() and w.strip() and len(qwen.model.tokenizer.encode(w, False)) == 2)
     out = qwen.generate([prompt, prompt], [greedy(16, bad_words=[word]), greedy(16)], use_tqdm=False)
     assert word not in out[0].outputs[0].text
-    assert ids(out)[1] == list(free.token_ids)
+    assert output_ids(out)[1] == list(free.token_ids)
 
 
 def test_long_answers_stop_at_the_models_length(make_llm) -> None:
@@ -233,13 +233,13 @@ def test_whisper_shares_encoded_audio_between_answers(shared_llm) -> None:
     rng = np.random.default_rng(0)
     clips = [(rng.standard_normal(16000 * s).astype(np.float32) * 0.1, 16000) for s in (1, 2, 3)]
     prompts = [{"prompt": "", "multi_modal_data": {"audio": clip}} for clip in clips]
-    alone = [ids(llm.generate(p, greedy(), use_tqdm=False))[0] for p in prompts]
+    alone = [output_ids(llm.generate(p, greedy(), use_tqdm=False))[0] for p in prompts]
     encoded = llm.get_metrics()["encoded_items"]
-    assert ids(llm.generate(prompts, greedy(), use_tqdm=False)) == alone
+    assert output_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == alone
     assert llm.get_metrics()["encoded_items"] == encoded, "the pages of their cross attention were still there"
     assert len({tuple(a) for a in alone}) > 1, "the audio is heard"
     assert llm.reset_prefix_cache()
-    assert ids(llm.generate(prompts[::-1], greedy(), use_tqdm=False)) == alone[::-1]
+    assert output_ids(llm.generate(prompts[::-1], greedy(), use_tqdm=False)) == alone[::-1]
 
 
 def test_abort_gives_everything_back(qwen: LLM) -> None:
@@ -253,20 +253,20 @@ def test_abort_gives_everything_back(qwen: LLM) -> None:
     while engine.has_work:
         engine.step()
     assert request.output().outputs[0].finish_reason == "abort"
-    assert ids(qwen.generate(MIXED[1], greedy(), use_tqdm=False))
+    assert output_ids(qwen.generate(MIXED[1], greedy(), use_tqdm=False))
 
 
 def test_priority_orders_the_queue(make_llm) -> None:
     llm = make_llm("qwen2_vl", max_num_seqs=1)
-    prompts = [text(w) for w in ("a", "b", "c")]
+    prompts = [chat_text(w) for w in ("a", "b", "c")]
     out = llm.generate(prompts, greedy(2), priority=[2, 0, 1], use_tqdm=False)
     order = sorted(range(3), key=lambda i: out[i].metrics.first_token_time)
     assert order == [1, 2, 0]
 
 
 BAD = {
-    "image without placeholder": ({"prompt": "hi", "multi_modal_data": {"image": picture(1)}}, ValueError, "image"),
-    "placeholder without image": (asking(), ValueError, None),
+    "image without placeholder": ({"prompt": "hi", "multi_modal_data": {"image": random_pixels(1)}}, ValueError, "image"),
+    "placeholder without image": (image_prompt(), ValueError, None),
     "unknown modality": ({"prompt": "hi", "multi_modal_data": {"smell": 1}}, ValueError, "Unsupported modality"),
     "no prompt": ({"nothing": 1}, TypeError, "must contain"),
     "a number": (17, TypeError, None),
@@ -274,8 +274,8 @@ BAD = {
     "too long": ({"prompt_token_ids": [5] * 384}, ValueError, "maximum model length of 384"),
     "empty": ({"prompt_token_ids": []}, ValueError, "cannot be empty"),
     "unknown token": ({"prompt_token_ids": [10**6]}, ValueError, "out of vocabulary"),
-    "not a picture": (asking("nonsense"), ValueError, None),
-    "image too large for the model": (asking(picture(1, 1400, 1400)), ValueError, None),
+    "not a picture": (image_prompt("nonsense"), ValueError, None),
+    "image too large for the model": (image_prompt(random_pixels(1, 1400, 1400)), ValueError, None),
 }
 
 
@@ -283,11 +283,11 @@ BAD = {
 def test_bad_input_is_refused_and_the_engine_goes_on(qwen: LLM, case: str, alone: list[list[int]]) -> None:
     prompt, error, words = BAD[case]
     if case == "placeholder without image":
-        prompt = {"prompt": text("<|vision_start|><|image_pad|><|vision_end|>?")}
+        prompt = {"prompt": chat_text("<|vision_start|><|image_pad|><|vision_end|>?")}
     with pytest.raises(error, match=words):
         qwen.generate([MIXED[0], prompt, MIXED[1]], greedy(), use_tqdm=False)
     assert not qwen.model.engines[0].has_work
-    assert ids(qwen.generate(MIXED[:2], greedy(), use_tqdm=False)) == alone[:2]
+    assert output_ids(qwen.generate(MIXED[:2], greedy(), use_tqdm=False)) == alone[:2]
 
 
 WRONG = [
@@ -334,7 +334,7 @@ def test_the_operator_bounds_n(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> No
 def test_limits_are_counted_before_anything_is_done(make_llm) -> None:
     llm = make_llm("qwen2_vl", limit_mm_per_prompt={"image": 1, "video": 0})
     with pytest.raises(ValueError, match=r"At most 1 image\(s\) may be provided in one prompt"):
-        llm.generate(asking(picture(1), picture(2)), greedy(), use_tqdm=False)
+        llm.generate(image_prompt(random_pixels(1), random_pixels(2)), greedy(), use_tqdm=False)
     assert llm.get_metrics()["mm_cache_queries"] == 0
 
 
@@ -366,7 +366,7 @@ def test_nothing_compiles_after_warm_up(make_llm, compiles) -> None:
         max_tokens=20, logprobs=5, prompt_logprobs=2, logit_bias={7: 1.0}, stop=["zzz"], bad_words=["bad word"], n=2,
     )  # fmt: skip
     params = [rich if i % 2 else greedy(9) for i in range(len(sizes))]
-    llm.generate([asking(picture(i, *size)) for i, size in enumerate(sizes)], params, use_tqdm=False)
+    llm.generate([image_prompt(random_pixels(i, *size)) for i, size in enumerate(sizes)], params, use_tqdm=False)
     llm.generate(MIXED, dataclasses.replace(rich, n=1), use_tqdm=False)
     assert compiles.count == warm
     assert llm.get_metrics()["compiles_after_warmup"] == 0

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import IMAGE, asking, greedy, ids, picture, text
+from engine_inputs import IMAGE, image_prompt, greedy, output_ids, random_pixels, chat_text
 from hostile import Case, Url
 from hostile_cases import CASES
 from mmjax import LLM
 from mmjax.multimodal.media import MediaConnector
-from web import Site, running
+from web import Site, running_site
 
 CPU_S = 20.0  # of this process and its children
 MEMORY_KIB = 700_000  # by which the peak may grow
@@ -31,7 +31,7 @@ VARIABLES = {
 }
 TONE = (0.1 * np.sin(np.arange(16_000) / 9)).astype(np.float32)
 GOOD: dict[str, Any] = {
-    "qwen2_vl": asking(picture(0)),
+    "qwen2_vl": image_prompt(random_pixels(0)),
     "whisper": {"prompt": "", "multi_modal_data": {"audio": (TONE, 16_000)}},
 }
 
@@ -39,7 +39,7 @@ GOOD: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Path]]:
     """A web site, and the folder from which files may be read."""
-    with running() as site:
+    with running_site() as site:
         yield site, tmp_path_factory.mktemp("allowed")
 
 
@@ -66,7 +66,7 @@ def answers() -> dict[str, list[list[int]]]:
 
 
 def ask_well(llm: LLM, family: str) -> list[list[int]]:
-    return ids(llm.generate(GOOD[family], greedy(2), use_tqdm=False))
+    return output_ids(llm.generate(GOOD[family], greedy(2), use_tqdm=False))
 
 
 def ask(llm: LLM, case: Case, sent: Any, place: tuple[Site, Path]) -> None:
@@ -82,7 +82,7 @@ def ask(llm: LLM, case: Case, sent: Any, place: tuple[Site, Path]) -> None:
         content = [{"type": name, name: {"url": str(sent)}}, {"type": "text", "text": "What is this?"}]
         llm.chat([{"role": "user", "content": content}], greedy(1), use_tqdm=False)
     else:
-        prompt = text(IMAGE.replace("image", case.kind) + "What is this?")
+        prompt = chat_text(IMAGE.replace("image", case.kind) + "What is this?")
         llm.generate({"prompt": prompt, "multi_modal_data": {case.kind: sent}}, greedy(1), use_tqdm=False)
 
 

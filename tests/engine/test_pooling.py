@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import asking, greedy, picture, text
+from engine_inputs import image_prompt, greedy, random_pixels, chat_text
 from mmjax import LLM, PoolingParams
 from mmjax.types import EmbeddingRequestOutput, PoolingRequestOutput, RequestError, ValidationError
 
 MakeLLM = Callable[..., LLM]
-PROMPTS = [text("Hello, who are you?"), asking(picture(1)), text("Hi"), asking(picture(2, 120, 40), picture(3, 28, 28))]
+PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1)), chat_text("Hi"), image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28))]
 CLOSE = 1e-5
 
 
@@ -112,7 +112,7 @@ def test_devices_share_the_work(options: dict[str, Any], alone: list[np.ndarray]
 def test_no_head_is_loaded_and_nothing_compiled_after_start(make_llm: MakeLLM) -> None:
     llm = make_llm("llava", runner="pooling", enforce_eager=False, max_model_len=128, max_num_batched_tokens=32)
     assert "text.head" not in llm.model.engines[0].runner.paths
-    prompt = {"prompt": "USER: <image>\nWhat?", "multi_modal_data": {"image": picture(1)}}
+    prompt = {"prompt": "USER: <image>\nWhat?", "multi_modal_data": {"image": random_pixels(1)}}
     first, second = (output.outputs.embedding for output in llm.embed([prompt, "Hi"], use_tqdm=False))
     assert np.linalg.norm(first) == pytest.approx(1) and np.abs(np.subtract(first, second)).max() > 0.01
     assert llm.get_metrics()["compiles_after_warmup"] == 0
@@ -143,7 +143,7 @@ def test_refusals(params: Any, task: str | None, error: type[Exception], words: 
     with pytest.raises(error, match=words):
         pooling.encode("Hi", params, pooling_task=task)
     with pytest.raises(RequestError):
-        pooling.embed(["Hi", {"prompt": "x", "multi_modal_data": {"image": [picture(1)]}}], use_tqdm=False)
+        pooling.embed(["Hi", {"prompt": "x", "multi_modal_data": {"image": [random_pixels(1)]}}], use_tqdm=False)
     assert len(pooling.embed("Hi", use_tqdm=False)) == 1, "the engine stays usable"
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from engine_inputs import IMAGE, asking, greedy, ids, picture, text
+from engine_inputs import IMAGE, image_prompt, greedy, output_ids, random_pixels, chat_text
 from mmjax import LLM, AsyncLLM, PoolingParams, SamplingParams
 from mmjax.utils.serial_utils import tensor2base64
-from serving import over
+from api_server import client_over
 
 FAMILIES = ["qwen2_vl", "qwen3_vl", "qwen3_moe"]  # three positions a token; rows that reach later layers; no media
 
@@ -53,21 +53,21 @@ def test_rows_of_tokens_answer_as_the_tokens(family: str, taking: Any, table: An
     llm = taking(family)
     lengths = (1, 16, 33, 150)  # one token, a page, pages and a bit, more than a step takes
     prompts = [tokens_of(n, n) for n in lengths]
-    want = ids(llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(8), use_tqdm=False))
+    want = output_ids(llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(8), use_tqdm=False))
     assert len(set(map(tuple, want))) > 1
     rows = [{"prompt_embeds": table(family, p), "prompt": "only told"} for p in prompts]
     out = llm.generate(rows, greedy(8), use_tqdm=False)
-    assert ids(out) == want
+    assert output_ids(out) == want
     assert out[0].prompt == "only told" and out[2].prompt_token_ids == [0] * 33
-    assert ids(llm.generate(rows[2], greedy(8), use_tqdm=False)) == [want[2]]
+    assert output_ids(llm.generate(rows[2], greedy(8), use_tqdm=False)) == [want[2]]
 
 
 def test_arrays_of_every_kind(taking: Any, table: Any) -> None:
     llm, tokens = taking(), tokens_of(20)
     rows = table("qwen2_vl", tokens)
-    want = ids(llm.generate({"prompt_token_ids": tokens}, greedy(6), use_tqdm=False))
+    want = output_ids(llm.generate({"prompt_token_ids": tokens}, greedy(6), use_tqdm=False))
     for form in (rows, rows.astype(np.float64), jnp.asarray(rows), np.asfortranarray(rows)):
-        assert ids(llm.generate({"prompt_embeds": form}, greedy(6), use_tqdm=False)) == want
+        assert output_ids(llm.generate({"prompt_embeds": form}, greedy(6), use_tqdm=False)) == want
     half = rows.astype(ml_dtypes.bfloat16)
     assert llm.generate({"prompt_embeds": half}, greedy(6), use_tqdm=False)[0].finished
 
@@ -85,7 +85,7 @@ def test_pages_are_found_by_content(taking: Any, table: Any) -> None:
     assert [cached({"prompt_embeds": r}) for r in (rows, rows, other, longer)] == [0, 64, 0, 32]
     assert cached({"prompt_embeds": rows, "cache_salt": "mine"}) == 0
     assert cached({"prompt_token_ids": tokens}) == 0
-    assert ids(llm.generate({"prompt_embeds": longer}, greedy(6), use_tqdm=False)) == ids(
+    assert output_ids(llm.generate({"prompt_embeds": longer}, greedy(6), use_tqdm=False)) == output_ids(
         llm.generate({"prompt_token_ids": tokens[:40] + tokens_of(70, 1)[:20]}, greedy(6), use_tqdm=False)
     )
 
@@ -96,18 +96,18 @@ def test_in_chunks_beside_others_and_preempted(make_llm: Any, table: Any) -> Non
     llm = make_llm("qwen2_vl", enable_prompt_embeds=True, **small)
     prompts = [tokens_of(60 + i, i) for i in range(4)]
     mixed: list[Any] = [{"prompt_embeds": table("qwen2_vl", p)} for p in prompts]
-    mixed[2:2] = [asking(picture(1)), text("Hi")]
-    want = [ids(llm.generate(prompt, greedy(24), use_tqdm=False))[0] for prompt in mixed]
-    tokens = ids(llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(24), use_tqdm=False))
+    mixed[2:2] = [image_prompt(random_pixels(1)), chat_text("Hi")]
+    want = [output_ids(llm.generate(prompt, greedy(24), use_tqdm=False))[0] for prompt in mixed]
+    tokens = output_ids(llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(24), use_tqdm=False))
     assert want[:2] + want[4:] == tokens
-    assert ids(llm.generate(mixed, greedy(24), use_tqdm=False)) == want
+    assert output_ids(llm.generate(mixed, greedy(24), use_tqdm=False)) == want
     assert llm.get_metrics()["preemptions"] > 0
 
 
 def test_rows_of_media_within(taking: Any, table: Any) -> None:
     """A prompt whose text and picture both are rows."""
     llm = taking("llava")
-    asked = {"prompt": "What is <image>?", "multi_modal_data": {"image": picture(1)}}
+    asked = {"prompt": "What is <image>?", "multi_modal_data": {"image": random_pixels(1)}}
     seen = llm.generate(asked, greedy(8), use_tqdm=False)
     rendered = llm.model.input_processor.process(llm.model.input_processor.parse(asked))
     rows = table("llava", rendered.token_ids)
@@ -115,7 +115,7 @@ def test_rows_of_media_within(taking: Any, table: Any) -> None:
     rows[span.start : span.start + span.length] = np.asarray(engine.runner.state.mm_embeds)[
         engine.encoder_cache.get(entry.item_hash)
     ]
-    assert ids(llm.generate({"prompt_embeds": rows}, greedy(8), use_tqdm=False)) == ids(seen)
+    assert output_ids(llm.generate({"prompt_embeds": rows}, greedy(8), use_tqdm=False)) == output_ids(seen)
 
 
 def test_penalties_count_no_token_of_it(taking: Any, table: Any) -> None:
@@ -151,7 +151,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "text": ({"prompt_embeds": "AAAA"}, ValueError, "must be an array of torch, NumPy or JAX"),
     "long": ({"prompt_embeds": np.zeros((384, 64), np.float16)}, ValueError, "maximum model length of 384"),
     "ids": ({"prompt_embeds": ROWS, "prompt_token_ids": [1]}, ValueError, "the whole prompt"),
-    "media": (asking(picture(1)) | {"prompt_embeds": ROWS}, ValueError, "the whole prompt"),
+    "media": (image_prompt(random_pixels(1)) | {"prompt_embeds": ROWS}, ValueError, "the whole prompt"),
     "words": ({"prompt_embeds": ROWS, "prompt": 3}, TypeError, "should be a string"),
     "salt": ({"prompt_embeds": ROWS, "cache_salt": ""}, ValueError, "cache_salt"),
 }
@@ -161,7 +161,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
 def test_refusals(case: str, taking: Any) -> None:
     llm, (prompt, error, words) = taking(), WRONG[case]
     with pytest.raises(error, match=words):
-        llm.generate([text("Hi"), prompt], greedy(2), use_tqdm=False)
+        llm.generate([chat_text("Hi"), prompt], greedy(2), use_tqdm=False)
     assert llm.model.engines[0].num_unfinished == 0
 
 
@@ -180,11 +180,11 @@ def test_only_where_they_are_allowed(make_llm: Any, taking: Any) -> None:
 def test_over_http(taking: Any, table: Any) -> None:
     """POST /generate takes the rows as a tensor file in base64, and refuses what is none."""
     llm, rows = taking(), table("qwen2_vl", tokens_of(20))
-    want = ids(llm.generate({"prompt_embeds": rows}, greedy(5), use_tqdm=False))
+    want = output_ids(llm.generate({"prompt_embeds": rows}, greedy(5), use_tqdm=False))
     params = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}
     engine = AsyncLLM(llm)
     try:
-        client = over(engine)
+        client = client_over(engine)
 
         def ask(given: Any) -> Any:
             return client.post("/generate", json={"prompts": {"prompt_embeds": given}, "sampling_params": params})

@@ -4,15 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from engine_inputs import asking, greedy, ids, picture, text
+from engine_inputs import image_prompt, greedy, output_ids, random_pixels, chat_text
 from mmjax import LLM
 from mmjax.loader.params import ParamSpec, fit_to_mesh
 
-QWEN = [text("Hello, who are you?"), asking(picture(1)), asking(picture(2, 120, 40), picture(3, 28, 28))]
+QWEN = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1)), image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28))]
 SOUND = (np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1, 16000)
 WHISPER = [{"prompt": "", "multi_modal_data": {"audio": SOUND}}]
 LLAVA = [
-    {"prompt": "USER: <image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": picture(1)}},
+    {"prompt": "USER: <image>\nWhat? ASSISTANT:", "multi_modal_data": {"image": random_pixels(1)}},
     "USER: Hi ASSISTANT:",
 ]
 
@@ -20,7 +20,7 @@ LLAVA = [
 @pytest.fixture(scope="module")
 def one_device(shared_llm) -> dict[str, list[list[int]]]:
     prompts = {"qwen2_vl": QWEN, "qwen3_vl_moe": QWEN, "whisper": WHISPER, "llava": LLAVA}
-    return {family: ids(shared_llm(family).generate(p, greedy(), use_tqdm=False)) for family, p in prompts.items()}
+    return {family: output_ids(shared_llm(family).generate(p, greedy(), use_tqdm=False)) for family, p in prompts.items()}
 
 
 # Two ways split the heads, four also repeat (Qwen2-VL) or pad them.
@@ -36,7 +36,7 @@ def one_device(shared_llm) -> dict[str, list[list[int]]]:
 )
 def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, prompts: list, ways: int) -> None:
     llm: LLM = make_llm(family, tensor_parallel_size=ways)
-    assert ids(llm.generate(prompts, greedy(), use_tqdm=False)) == one_device[family]
+    assert output_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == one_device[family]
     runner = llm.model.engines[0].runner
     kinds = {s.data.shape[1] for s in runner.state.kv_cache.k.addressable_shards}
     assert kinds == {runner.spec.num_kv_heads // ways}, "each device holds its own heads only"
@@ -45,7 +45,7 @@ def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, promp
 
 def test_data_parallel_replicas_share_the_work(make_llm, one_device) -> None:
     llm: LLM = make_llm("qwen2_vl", data_parallel_size=2, tensor_parallel_size=2)
-    assert ids(llm.generate(QWEN, greedy(), use_tqdm=False)) == one_device["qwen2_vl"]
+    assert output_ids(llm.generate(QWEN, greedy(), use_tqdm=False)) == one_device["qwen2_vl"]
     first, second = llm.model.engines
     assert first.stats.output_tokens > 0 and second.stats.output_tokens > 0
     assert not set(first.runner.state.kv_cache.k.devices()) & set(second.runner.state.kv_cache.k.devices())

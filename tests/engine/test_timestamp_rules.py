@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from engine.test_sampler import rows_of
-from engine_inputs import ids
+from engine_inputs import output_ids
 from input_processors import load_processor
 from mmjax import SamplingParams
 from mmjax.engine import sampler as sampler
 from mmjax.engine.logits.bias import LogitsBias
 from mmjax.engine.logits.timestamp_rules import TimestampRules
 from mmjax.processors.base import TimestampTokens
-from prompts import tone
+from prompts import random_chord
 
 VOCAB, END, PLAIN, FIRST, LAST = 40, 10, 19, 20, 35
 START = "<|startoftranscript|>"
@@ -90,7 +90,7 @@ def test_times_come_where_together_they_are_likeliest() -> None:
 )
 def test_which_prompts_ask_for_times(prompt: str, said: list[str] | None, tiny_dir: Callable[[str], Path]) -> None:
     processor, tokenizer = load_processor("whisper", tiny_dir("whisper"))
-    item = processor.process_item("audio", tone(1, 0.5), {})
+    item = processor.process_item("audio", random_chord(1, 0.5), {})
     found = processor.expand_prompt(tokenizer.encode(prompt, add_special_tokens=False), {"audio": [item]}).timestamps
     if said is None:
         assert found is None
@@ -106,11 +106,11 @@ def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperat
     tokenizer = llm.model.tokenizer
     first, last, end = (tokenizer.id_of(f"<|{name}|>") for name in ("0.00", "4.00", "endoftext"))
     params = SamplingParams(temperature=temperature, max_tokens=40, seed=3)
-    heard = [{"prompt": f"{START}<|{name}|><|transcribe|>", "multi_modal_data": {"audio": tone(2, 1.0)}} for name in
+    heard = [{"prompt": f"{START}<|{name}|><|transcribe|>", "multi_modal_data": {"audio": random_chord(2, 1.0)}} for name in
              ("en", "de", "fr")]  # fmt: skip
-    silent = {"prompt": f"{START}<|en|><|transcribe|><|notimestamps|>", "multi_modal_data": {"audio": tone(2, 1.0)}}
-    *answers, plain = ids(llm.generate([*heard, silent], params, use_tqdm=False))
-    assert ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever the company
+    silent = {"prompt": f"{START}<|en|><|transcribe|><|notimestamps|>", "multi_modal_data": {"audio": random_chord(2, 1.0)}}
+    *answers, plain = output_ids(llm.generate([*heard, silent], params, use_tqdm=False))
+    assert output_ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever the company
     told = 0
     for answer in answers:
         stamps = [token for token in answer if first <= token <= last]

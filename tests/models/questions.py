@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_inputs import picture, text
+from engine_inputs import random_pixels, chat_text
 
 IMAGE, VIDEO = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
 PICTURE = "(<image>./</image>)"
@@ -19,7 +19,7 @@ HOMELESS = ("minicpmv", "ultravox", "phi3_v")  # families that transformers does
 
 def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
     """A random picture that drifts: u8[frames, height, width, 3]."""
-    still = picture(seed, height, width)
+    still = random_pixels(seed, height, width)
     return np.stack([np.roll(still, 5 * frame, axis=1) for frame in range(frames)])
 
 
@@ -37,7 +37,7 @@ def sound(seed: int, seconds: float) -> np.ndarray:
 
 
 def qwen2_vl(words: str, **media: list[np.ndarray]) -> Question:
-    return {"prompt": text(words), "multi_modal_data": media}
+    return {"prompt": chat_text(words), "multi_modal_data": media}
 
 
 def llava(words: str, *images: np.ndarray) -> Question:
@@ -77,84 +77,84 @@ def llama3(words: str, **media: list[np.ndarray]) -> Question:
 def omni(words: str, *, together: bool = False, **media: list[np.ndarray]) -> Question:
     """`together`: the sound of a video is among the audio."""
     kwargs = SMALL_CLIPS | ({"use_audio_in_video": True} if together else {})
-    return {"prompt": text(words), "multi_modal_data": media, "mm_processor_kwargs": kwargs}
+    return {"prompt": chat_text(words), "multi_modal_data": media, "mm_processor_kwargs": kwargs}
 
 
 QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     "qwen2_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
-        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1)]),
-        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1)]),
+        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[clip(4, 5, 56, 84)]),
         "long_video": lambda: qwen2_vl(VIDEO + "Who is it?", video=[clip(8, 16, 56, 84)]),
         "image_and_video": lambda: qwen2_vl(
-            f"{VIDEO}Is {IMAGE} in it?", image=[picture(6, 84, 28)], video=[clip(7, 4, 60, 30)]
+            f"{VIDEO}Is {IMAGE} in it?", image=[random_pixels(6, 84, 28)], video=[clip(7, 4, 60, 30)]
         ),
     },
     "qwen2_5_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
-        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1, 120, 190)]),
-        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1, 120, 190)]),
+        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[clip(4, 5, 84, 84)]),
         "long_video": lambda: qwen2_vl(VIDEO + "Who is it?", video=[clip(8, 16, 56, 84)]),
         "image_and_video": lambda: qwen2_vl(
-            f"{VIDEO}Is {IMAGE} in it?", image=[picture(6, 84, 28)], video=[clip(7, 4, 60, 130)]
+            f"{VIDEO}Is {IMAGE} in it?", image=[random_pixels(6, 84, 28)], video=[clip(7, 4, 60, 130)]
         ),
     },
     "qwen3_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
-        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1, 120, 190)]),
-        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[picture(2, 97, 141), picture(3, 30, 45)]),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1, 120, 190)]),
+        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[timed_clip(4, 5, 64, 96)]),
         "image_and_videos": lambda: qwen2_vl(
             f"{VIDEO}Is {IMAGE} in {VIDEO}?",
-            image=[picture(6, 84, 32)],
+            image=[random_pixels(6, 84, 32)],
             video=[timed_clip(7, 4, 60, 70), timed_clip(8, 2, 64, 64)],
         ),
     },
     "qwen3_vl_moe": {
         "text": lambda: qwen2_vl("Where is the station?"),
-        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[picture(1, 120, 190)]),
+        "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1, 120, 190)]),
         "image_and_video": lambda: qwen2_vl(
-            f"{VIDEO}Is {IMAGE} in it?", image=[picture(6, 84, 32)], video=[timed_clip(7, 4, 60, 70)]
+            f"{VIDEO}Is {IMAGE} in it?", image=[random_pixels(6, 84, 32)], video=[timed_clip(7, 4, 60, 70)]
         ),
     },
     "qwen3_moe": {
-        "question": lambda: {"prompt": text("Where is the station?")},
+        "question": lambda: {"prompt": chat_text("Where is the station?")},
         "words": lambda: {"prompt": "The station is in the town, and the sea is near. " * 3},
     },
     "llava": {
         "text": lambda: llava("Where is the station?"),
-        "image": lambda: llava("What is this?", picture(1, 100, 60)),
-        "two_images": lambda: llava("Which is older?", picture(2, 45, 133), picture(3, 56, 56)),
+        "image": lambda: llava("What is this?", random_pixels(1, 100, 60)),
+        "two_images": lambda: llava("Which is older?", random_pixels(2, 45, 133), random_pixels(3, 56, 56)),
     },
     "llava_onevision": {
         "text": lambda: chatml("Where is the station?"),
-        "image": lambda: chatml("<image>\nWhat is this?", image=[picture(1, 100, 60)]),
-        "large_image": lambda: chatml("<image>\nWhat is this?", image=[picture(2, 210, 224)]),
-        "two_images": lambda: chatml("<image> or <image>?", image=[picture(3, 56, 56), picture(4, 20, 133)]),
+        "image": lambda: chatml("<image>\nWhat is this?", image=[random_pixels(1, 100, 60)]),
+        "large_image": lambda: chatml("<image>\nWhat is this?", image=[random_pixels(2, 210, 224)]),
+        "two_images": lambda: chatml("<image> or <image>?", image=[random_pixels(3, 56, 56), random_pixels(4, 20, 133)]),
         "video": lambda: chatml("<video>\nWho wins?", video=[clip(5, 3, 56, 56)]),
         "image_and_video": lambda: chatml(
-            "Is <image> in <video>?", image=[picture(6, 84, 28)], video=[clip(7, 2, 60, 30)]
+            "Is <image> in <video>?", image=[random_pixels(6, 84, 28)], video=[clip(7, 2, 60, 30)]
         ),
     },
     "minicpmv": {
         "text": lambda: qwen2_vl("Where is the station?"),
-        "image": lambda: qwen2_vl(f"{PICTURE}\nWhat is this?", image=[picture(1, 90, 100)]),
-        "sliced_image": lambda: qwen2_vl(f"Look at {PICTURE}, what is it?", image=[picture(2, 170, 230)]),
-        "two_images": lambda: qwen2_vl(f"{PICTURE}{PICTURE} Which?", image=[picture(3, 30, 400), picture(4, 56, 56)]),
+        "image": lambda: qwen2_vl(f"{PICTURE}\nWhat is this?", image=[random_pixels(1, 90, 100)]),
+        "sliced_image": lambda: qwen2_vl(f"Look at {PICTURE}, what is it?", image=[random_pixels(2, 170, 230)]),
+        "two_images": lambda: qwen2_vl(f"{PICTURE}{PICTURE} Which?", image=[random_pixels(3, 30, 400), random_pixels(4, 56, 56)]),
         "video": lambda: qwen2_vl("(<video>./</video>) Who wins?", video=[clip(5, 3, 60, 90)]),
         "image_and_video": lambda: qwen2_vl(
-            f"(<video>./</video>) and {PICTURE}.", image=[picture(6, 84, 28)], video=[clip(7, 2, 60, 30)]
+            f"(<video>./</video>) and {PICTURE}.", image=[random_pixels(6, 84, 28)], video=[clip(7, 2, 60, 30)]
         ),
     },
     "phi3_v": {
         "text": lambda: phi3_v("Where is the station?"),
-        "image": lambda: phi3_v("<|image_1|>\nWhat is this?", picture(1, 60, 100)),
-        "tall_image": lambda: phi3_v("What is this? <|image_1|>", picture(2, 200, 61)),
-        "two_images": lambda: phi3_v("<|image_1|>\n<|image_2|>\nWhich?", picture(3, 30, 110), picture(4, 56, 56)),
-        "crossed_images": lambda: phi3_v("<|image_2|> or <|image_1|>?", picture(3, 30, 110), picture(5, 90, 40)),
-        "many_crops": lambda: phi3_v("<|image_1|>Who?", picture(6, 150, 170), mm_processor_kwargs={"num_crops": 9}),
+        "image": lambda: phi3_v("<|image_1|>\nWhat is this?", random_pixels(1, 60, 100)),
+        "tall_image": lambda: phi3_v("What is this? <|image_1|>", random_pixels(2, 200, 61)),
+        "two_images": lambda: phi3_v("<|image_1|>\n<|image_2|>\nWhich?", random_pixels(3, 30, 110), random_pixels(4, 56, 56)),
+        "crossed_images": lambda: phi3_v("<|image_2|> or <|image_1|>?", random_pixels(3, 30, 110), random_pixels(5, 90, 40)),
+        "many_crops": lambda: phi3_v("<|image_1|>Who?", random_pixels(6, 150, 170), mm_processor_kwargs={"num_crops": 9}),
     },
     "whisper": {
         "short": lambda: whisper(TASK, 1, 1.3),
@@ -182,13 +182,13 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     },
     "qwen2_5_omni": {
         "text": lambda: omni("Where is the station?"),
-        "image": lambda: omni(SEEN + "What is this?", image=[picture(2, 84, 140)]),
+        "image": lambda: omni(SEEN + "What is this?", image=[random_pixels(2, 84, 140)]),
         "sounds": lambda: omni(f"{HEARD}One. {HEARD}Two.", audio=[sound(1, 1.37), sound(2, 0.2)]),
         "too_long": lambda: omni(HEARD + "Who speaks?", audio=[sound(3, 8.3)]),
         "video": lambda: omni(SHOWN + "Who wins?", video=[clip(4, 5, 56, 140)]),
         "everything": lambda: omni(
             f"{HEARD}Is {SEEN} in {SHOWN}?",
-            image=[picture(6, 84, 28)],
+            image=[random_pixels(6, 84, 28)],
             video=[clip(7, 4, 60, 30)],
             audio=[sound(5, 0.7)],
         ),
@@ -198,20 +198,20 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "sound_of_one_of_two": lambda: omni(
             f"{HEARD}{SHOWN}{SEEN}What happens?",
             together=True,
-            image=[picture(9, 56, 56)],
+            image=[random_pixels(9, 56, 56)],
             video=[clip(9, 6, 30, 60)],
             audio=[sound(7, 0.4), sound(8, 1.1)],
         ),
     },
     "qwen3_omni_moe": {
         "text": lambda: omni("Where is the station?"),
-        "image": lambda: omni(IMAGE + "What is this?", image=[picture(1, 97, 141)]),
+        "image": lambda: omni(IMAGE + "What is this?", image=[random_pixels(1, 97, 141)]),
         "short_sound": lambda: omni(AUDIO + "Who speaks?", audio=[sound(3, 0.33)]),
         "sounds": lambda: omni(f"{AUDIO}One. {AUDIO}Two.", audio=[sound(1, 2.345), sound(2, 1.01)]),
         "video": lambda: omni(VIDEO + "Who wins?", video=[clip(4, 5, 64, 160)]),
         "everything": lambda: omni(
             f"{AUDIO}Is {IMAGE} in {VIDEO}?",
-            image=[picture(6, 84, 28)],
+            image=[random_pixels(6, 84, 28)],
             video=[clip(7, 4, 60, 30)],
             audio=[sound(5, 0.7)],
         ),
@@ -221,7 +221,7 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "sound_of_one_of_two": lambda: omni(
             f"{AUDIO}{VIDEO}{IMAGE}What happens?",
             together=True,
-            image=[picture(9, 64, 64)],
+            image=[random_pixels(9, 64, 64)],
             video=[clip(9, 6, 32, 64)],
             audio=[sound(7, 1.4), sound(8, 2.1)],
         ),

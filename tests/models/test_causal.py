@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import tiny
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from mmjax import LLM
 from mmjax.models.causal import Config
 from models.tables import answer_table, close, log_softmax, prompt_table
@@ -58,7 +58,7 @@ def test_against_transformers(name: str, tmp_path: Path) -> None:
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = llm.generate(asked, greedy(NEW, logprobs=-1, prompt_logprobs=-1), use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
-        answer = ids([output])[0]
+        answer = output_ids([output])[0]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer[:-1]])).logits[0].numpy()
         assert logits[len(prompt) - 1 :].argmax(-1).tolist() == answer

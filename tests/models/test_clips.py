@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from input_processors import make_input_processor
 from mmjax import LLM
 from mmjax.inputs.input_processor import HashedItem
@@ -94,7 +94,7 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
     encoded = llm.get_metrics()["encoded_items"]
     llm.model.input_processor.cache.clear()
     again = llm.generate(asked, greedy(12), use_tqdm=False)
-    assert ids(first) == ids(again) == wanted
+    assert output_ids(first) == output_ids(again) == wanted
     lengths = [len(RECORDED[family][case]["prompt_ids"]) for case in cases]
     assert [output.num_cached_tokens for output in again] == [(n - 1) // 16 * 16 for n in lengths]
     assert llm.get_metrics()["encoded_items"] <= encoded + 1, "clips that end in a page's last tokens are heard again"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from input_processors import load_processor, make_input_processor
 from mmjax import LLM
 from mmjax.types import RequestOutput
@@ -99,7 +99,7 @@ class Golden:
     def prompts(self) -> list[dict[str, Any]]:
         return [self.prompt(case) for case in self.texts]
 
-    def ids(self, case: str) -> list[int]:
+    def output_ids(self, case: str) -> list[int]:
         """The expanded prompt."""
         found: list[int] = self.arrays[f"{case}/{'decoder_' * self.family.startswith('whisper')}input_ids"].tolist()
         return found
@@ -116,7 +116,7 @@ class Golden:
 
     def check_answer(self, case: str, output: RequestOutput) -> None:
         """The greedy ids and the whole distribution at each."""
-        assert ids([output]) == [self.arrays[f"{case}/gen_ids"].tolist()], case
+        assert output_ids([output]) == [self.arrays[f"{case}/gen_ids"].tolist()], case
         close(answer_table(output), log_softmax(self.arrays[f"{case}/gen_logits"]), self.allowed, case)
 
 
@@ -167,7 +167,7 @@ def test_each_case_alone(golden: Golden, reference_llm: Callable[..., LLM]) -> N
         llm.reset_mm_cache()
         output = llm.generate(golden.prompt(case), greedy(1, prompt_logprobs=-1), use_tqdm=False)[0]
         golden.check_prompt(case, output)
-        assert ids([output])[0][0] == golden.arrays[f"{case}/gen_ids"][0]
+        assert output_ids([output])[0][0] == golden.arrays[f"{case}/gen_ids"][0]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_expanded_token_ids_are_the_same_prompt(family: str, shared: Path, refer
     ]
     outputs = llm.generate(prompts, greedy(NEW), use_tqdm=False)
     assert [output.prompt_token_ids for output in outputs] == [golden.ids(case) for case in golden.texts]
-    assert ids(outputs) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
+    assert output_ids(outputs) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe"])
@@ -236,7 +236,7 @@ def test_a_second_time_from_the_caches(family: str, shared: Path, reference_llm:
     first = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
     again = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
     assert all((output.num_cached_tokens or 0) >= 16 for output in again)
-    assert ids(again) == ids(first) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
+    assert output_ids(again) == output_ids(first) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
 
 
 def test_rows_of_all_levels_in_place_of_media(shared: Path, reference_llm: Callable[..., LLM]) -> None:

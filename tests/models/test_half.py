@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from mmjax import LLM, kernels
 from mmjax.nn.weight import Weight
 from models.questions import QUESTIONS
@@ -48,9 +48,9 @@ def test_company_and_devices_change_nothing(monkeypatch: pytest.MonkeyPatch, tin
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     asked = [make() for make in list(QUESTIONS["whisper"].values())[:2]]
     one, two = (engine(tiny_dir("whisper"), dtype="bfloat16", tensor_parallel_size=ways) for ways in (1, 2))
-    alone = [ids(one.generate(prompt, greedy(8), use_tqdm=False))[0] for prompt in asked]
-    assert ids(one.generate(asked, greedy(8), use_tqdm=False)) == alone
-    assert ids(two.generate(asked, greedy(8), use_tqdm=False)) == alone
+    alone = [output_ids(one.generate(prompt, greedy(8), use_tqdm=False))[0] for prompt in asked]
+    assert output_ids(one.generate(asked, greedy(8), use_tqdm=False)) == alone
+    assert output_ids(two.generate(asked, greedy(8), use_tqdm=False)) == alone
 
 
 def test_int8_goes_before(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[str], Path]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from input_processors import make_input_processor, read_files
 from mmjax import LLM
 from mmjax.inputs.input_processor import HashedItem
@@ -87,9 +87,9 @@ def test_two_devices_and_cached_prefixes_give_the_recorded_answers(tiny_dir: Cal
     question = QUESTIONS["qwen3_omni_moe"]["sound_of_video"]()
     for attempt in range(2):
         output = llm.generate(question, greedy(12), use_tqdm=False)[0]
-        assert ids([output]) == [RECORDED["qwen3_omni_moe"]["sound_of_video"]["ids"]]
+        assert output_ids([output]) == [RECORDED["qwen3_omni_moe"]["sound_of_video"]["ids"]]
         assert bool(output.num_cached_tokens) == bool(attempt)
     media = question["multi_modal_data"]
     other = question | {"multi_modal_data": media | {"audio": [media["audio"][0][::-1]]}}
     fresh, again = (llm.generate(other, greedy(12), use_tqdm=False)[0] for _ in range(2))
-    assert ids([fresh]) == ids([again]) and (fresh.num_cached_tokens or 0) < (again.num_cached_tokens or 0)
+    assert output_ids([fresh]) == output_ids([again]) and (fresh.num_cached_tokens or 0) < (again.num_cached_tokens or 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tiny
-from engine_inputs import greedy, ids, picture
+from engine_inputs import greedy, output_ids, random_pixels
 from mmjax import LLM, kernels
 from mmjax.cli.main import main
 from models import variants
@@ -54,15 +54,15 @@ ONE = {"max_num_seqs": 1, "max_num_batched_tokens": 128, "num_decode_steps": 4, 
 
 SHAPES = [(28, 28), (29, 200), (57, 83), (112, 112)]  # smallest, thin, odd, exact
 EXTRA: Mapping[str, list[Question]] = {
-    "qwen2_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
-    "qwen2_5_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
-    "qwen3_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
-    "qwen3_vl_moe": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
+    "qwen2_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[random_pixels(h, h, w)]) for h, w in SHAPES],
+    "qwen2_5_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[random_pixels(h, h, w)]) for h, w in SHAPES],
+    "qwen3_vl": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[random_pixels(h, h, w)]) for h, w in SHAPES],
+    "qwen3_vl_moe": [qwen2_vl(f"{IMAGE}{h} by {w}?", image=[random_pixels(h, h, w)]) for h, w in SHAPES],
     "qwen3_moe": [],
-    "llava": [llava(f"{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
-    "llava_onevision": [chatml(f"<image>{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
-    "minicpmv": [qwen2_vl(f"{PICTURE}{h} by {w}?", image=[picture(h, h, w)]) for h, w in SHAPES],
-    "phi3_v": [phi3_v(f"<|image_1|>{h} by {w}?", picture(h, h, w)) for h, w in SHAPES],
+    "llava": [llava(f"{h} by {w}?", random_pixels(h, h, w)) for h, w in SHAPES],
+    "llava_onevision": [chatml(f"<image>{h} by {w}?", image=[random_pixels(h, h, w)]) for h, w in SHAPES],
+    "minicpmv": [qwen2_vl(f"{PICTURE}{h} by {w}?", image=[random_pixels(h, h, w)]) for h, w in SHAPES],
+    "phi3_v": [phi3_v(f"<|image_1|>{h} by {w}?", random_pixels(h, h, w)) for h, w in SHAPES],
     "qwen2_5_omni": [omni(HEARD + "How long?", audio=[sound(9, seconds)]) for seconds in (0.03, 0.51, 1.0, 2.01)],
     "qwen3_omni_moe": [omni(AUDIO + "How long?", audio=[sound(9, seconds)]) for seconds in (0.02, 0.51, 1.0, 4.01)],
     "qwen2_audio": [
@@ -95,7 +95,7 @@ def compare(llm: LLM, model: "Published", asked: list[Question], name: str) -> N
     for index, (question, output) in enumerate(zip(asked, outputs, strict=True)):
         reply = model.ask(question, NEW)
         assert output.prompt_token_ids == reply.prompt_ids
-        assert ids([output]) == [reply.ids], f"{name}, question {index}: narrowest choice {reply.gap:.1e}"
+        assert output_ids([output]) == [reply.ids], f"{name}, question {index}: narrowest choice {reply.gap:.1e}"
         expected = log_softmax(reply.logits)[: len(reply.prompt_ids) - 1]
         found = [(answer_table(output), log_softmax(reply.answer_logits))]
         found += [(prompt_table(output), expected)] if len(expected) else []
@@ -225,4 +225,4 @@ def test_stereo_and_other_rates_reach_whisper_as_mono(tiny_dir: Callable[[str], 
     stereo = {"prompt": "", "multi_modal_data": {"audio": (np.stack([left, right]), 16000)}}
     mono = {"prompt": "", "multi_modal_data": {"audio": np.mean([left, right], axis=0)}}
     output = engine(directory).generate(stereo, greedy(NEW), use_tqdm=False)
-    assert ids(output) == [published("whisper", directory).ask(mono, NEW).ids]
+    assert output_ids(output) == [published("whisper", directory).ask(mono, NEW).ids]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from input_processors import make_input_processor
 from mmjax import LLM
 from mmjax.nn.rope import Rope
@@ -51,7 +51,7 @@ def test_goldens_in_chunks_that_cut_images(longest: int, cases: tuple[str, ...],
     outputs = llm.generate([prompts[case] for case in cases], params, use_tqdm=False)
     for case, output in zip(cases, outputs, strict=True):
         assert output.prompt_token_ids == arrays[f"{case}/input_ids"].tolist()
-        assert ids([output]) == [arrays[f"{case}/gen_ids"].tolist()], case
+        assert output_ids([output]) == [arrays[f"{case}/gen_ids"].tolist()], case
         close(answer_table(output), log_softmax(arrays[f"{case}/gen_logits"]), LOGITS, case)
         kept = prompt_table(output)[int(arrays[f"{case}/logits_offset"]) :]
         close(kept, log_softmax(arrays[f"{case}/logits"])[:-1], LOGITS, case)
@@ -92,9 +92,9 @@ def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callabl
     llm = LLM(str(tiny_dir("phi3_v")), **options, block_size=PAGE, tensor_parallel_size=2, enforce_eager=True)
     asked = [make() for make in QUESTIONS["phi3_v"].values()]
     wanted = [RECORDED["phi3_v"][case]["ids"] for case in QUESTIONS["phi3_v"]]
-    assert ids(llm.generate(asked, greedy(12), use_tqdm=False)) == wanted
+    assert output_ids(llm.generate(asked, greedy(12), use_tqdm=False)) == wanted
     again = llm.generate(asked, greedy(12), use_tqdm=False)
-    assert ids(again) == wanted
+    assert output_ids(again) == wanted
     for output in again:
         assert output.num_cached_tokens == (len(output.prompt_token_ids or ()) - 1) // PAGE * PAGE
     expanded = [
@@ -102,7 +102,7 @@ def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callabl
         for case, question, output in zip(QUESTIONS["phi3_v"], asked, again, strict=True)
         if case != "crossed_images"  # ids say where images stand, not which
     ]
-    found = ids(llm.generate(expanded, greedy(12), use_tqdm=False))
+    found = output_ids(llm.generate(expanded, greedy(12), use_tqdm=False))
     assert found == [answer for case, answer in zip(QUESTIONS["phi3_v"], wanted, strict=True) if case[:2] != "cr"]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine_inputs import greedy, ids, text
+from engine_inputs import greedy, output_ids, chat_text
 from mmjax import LLM
 from models.questions import IMAGE
 from models.tables import close, log_softmax
@@ -38,7 +38,7 @@ def questions(family: str, folder: Path, photos: dict[str, tuple[str, ...]]) -> 
         if family == "llava":
             question = {"prompt": f"USER: {'<image>' * len(names)}\n{words} ASSISTANT:"}
         else:
-            question = {"prompt": text(IMAGE * len(names) + words)}
+            question = {"prompt": chat_text(IMAGE * len(names) + words)}
             question["mm_processor_kwargs"] = {"size": {"shortest_edge": 28 * 28, "longest_edge": ROWS * 28 * 28}}
         if names:
             question["multi_modal_data"] = {"image": [Image.open(folder / name) for name in names]}
@@ -53,7 +53,7 @@ def test_company_and_order_change_nothing(family: str, shared: Path, reference_l
 
     def answers(*indices: int) -> dict[int, list[int]]:
         outputs = llm.generate([asked[i] for i in indices], greedy(NEW), use_tqdm=False)
-        return dict(zip(indices, ids(outputs), strict=True))
+        return dict(zip(indices, output_ids(outputs), strict=True))
 
     def forget() -> None:
         llm.reset_mm_cache()
@@ -85,7 +85,7 @@ def test_transformers_sees_the_same(family: str, shared: Path, reference_llm: Ca
     for question, output in zip(asked, outputs, strict=True):
         reply = model.ask(question, NEW)
         assert output.prompt_token_ids == reply.prompt_ids
-        assert ids([output]) == [reply.ids], f"narrowest choice {reply.gap:.1e}"
+        assert output_ids([output]) == [reply.ids], f"narrowest choice {reply.gap:.1e}"
         pairs = zip(output.outputs[0].logprobs or (), reply.ids, strict=True)
         found = np.array([entry[token].logprob for entry, token in pairs])
         chosen = log_softmax(reply.answer_logits)[np.arange(NEW), reply.ids]

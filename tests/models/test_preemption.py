@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from engine_inputs import asking, greedy, ids, picture
+from engine_inputs import image_prompt, greedy, output_ids, random_pixels
 from mmjax import LLM
 from models.questions import VIDEO, clip, qwen2_vl
 from models.test_recorded import SMALL
@@ -15,11 +15,11 @@ def test_preempted_answers_about_media_are_the_same(tiny_dir: Callable[[str], Pa
     """The grids' positions lag behind the tokens, also for the tokens of the answer that are computed a second time."""
     options = SMALL | {"block_size": 16, "max_model_len": 176, "kv_cache_memory_bytes": 15 * PAGE_BYTES}
     llm = LLM(str(tiny_dir("qwen2_vl")), **options, enforce_eager=True)
-    prompts = [asking(picture(seed, 56 * seed, 84)) for seed in (1, 2, 3)]
+    prompts = [image_prompt(random_pixels(seed, 56 * seed, 84)) for seed in (1, 2, 3)]
     prompts.append(qwen2_vl(VIDEO + "Who?", video=[clip(4, 8, 56, 56)]))
-    alone = [ids(llm.generate(prompt, greedy(90), use_tqdm=False))[0] for prompt in prompts]
+    alone = [output_ids(llm.generate(prompt, greedy(90), use_tqdm=False))[0] for prompt in prompts]
     assert llm.get_metrics()["preemptions"] == 0
     assert llm.reset_prefix_cache()
-    assert ids(llm.generate(prompts, greedy(90), use_tqdm=False)) == alone
+    assert output_ids(llm.generate(prompts, greedy(90), use_tqdm=False)) == alone
     assert llm.get_metrics()["preemptions"] > 0
     assert llm.reset_prefix_cache(), "a page was lost"

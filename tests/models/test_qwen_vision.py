@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engine_inputs import picture
+from engine_inputs import random_pixels
 from input_processors import load_processor
 from mmjax import sharding
 from mmjax.batch import nest
@@ -26,9 +26,9 @@ def test_company_padding_and_devices_change_nothing(family: str, tiny_dir: Calla
     """Items of odd sizes, packed together or alone, on one device or on three, which pads the heads."""
     processor, _ = load_processor(family, tiny_dir(family))
     items = [
-        processor.process_item("image", picture(1, 90, 201), {}),
-        processor.process_item("video", Video(np.stack([picture(s, 70, 64) for s in range(5)]), {"fps": 2.0}), {}),
-        processor.process_item("image", picture(2, 64, 28), {}),
+        processor.process_item("image", random_pixels(1, 90, 201), {}),
+        processor.process_item("video", Video(np.stack([random_pixels(s, 70, 64) for s in range(5)]), {"fps": 2.0}), {}),
+        processor.process_item("image", random_pixels(2, 64, 28), {}),
     ]
     bare = Bare(tiny_dir(family), tokens=32, units=256)
     together = bare.encode(items)
@@ -62,7 +62,7 @@ def test_a_pixel_is_seen_in_its_window_until_a_block_sees_the_frame(tiny_dir: Ca
         "embed_order",
     }
 
-    frame = picture(3, 140, 196)  # 5 x 7 rows, windows of 2 x 2
+    frame = random_pixels(3, 140, 196)  # 5 x 7 rows, windows of 2 x 2
     rows = []
     for value in (frame[70, 100, 0], 255 - frame[70, 100, 0]):  # in row (2, 3) of the grid, window (1, 1)
         frame[70, 100, 0] = value

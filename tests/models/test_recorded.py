@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from mmjax import LLM
 from mmjax.types import RequestOutput
 from models.questions import QUESTIONS
@@ -60,7 +60,7 @@ def outputs(tiny_dir: Callable[[str], Path]) -> Callable[[str, str], RequestOutp
 def test_answer_is_the_recorded_one(outputs: Callable[[str, str], RequestOutput], family: str, case: str) -> None:
     output, wanted = outputs(family, case), RECORDED[family][case]
     assert output.prompt_token_ids == wanted["prompt_ids"]
-    assert ids([output]) == [wanted["ids"]]
+    assert output_ids([output]) == [wanted["ids"]]
     entries = output.outputs[0].logprobs
     assert entries is not None
     found = np.array([entry[token].logprob for entry, token in zip(entries, wanted["ids"], strict=True)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine_inputs import greedy, ids
+from engine_inputs import greedy, output_ids
 from mmjax import LLM
 from models.questions import QUESTIONS
 from models.test_recorded import RECORDED
@@ -31,13 +31,13 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
     asked = [QUESTIONS[family][case]() for case in CASES]
     wanted = [RECORDED[family][case]["ids"] for case in CASES]
     first = llm.generate(asked, greedy(12), use_tqdm=False)
-    assert ids(first) == wanted
+    assert output_ids(first) == wanted
     again = llm.generate(asked, greedy(12), use_tqdm=False)
-    assert ids(again) == wanted
+    assert output_ids(again) == wanted
     for before, after in zip(first, again, strict=True):
         length = len(before.prompt_token_ids or ())
         assert after.num_cached_tokens == (length - 1) // PAGE * PAGE
     upside_down = [picture[::-1].copy() for picture in asked[1]["multi_modal_data"]["image"]]
     other = {**asked[1], "multi_modal_data": {"image": upside_down}}
     output = llm.generate(other, greedy(12), use_tqdm=False)[0]
-    assert output.num_cached_tokens in (0, PAGE) and ids([output]) != wanted[1:2], "only what stands before it is known"
+    assert output.num_cached_tokens in (0, PAGE) and output_ids([output]) != wanted[1:2], "only what stands before it is known"

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from web import Site, png, running
+from web import Site, png, running_site
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Site]:
-    with running() as made:
+    with running_site() as made:
         yield made
 
 

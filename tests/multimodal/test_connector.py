@@ -14,14 +14,14 @@ from mmjax.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Vid
 from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.multimodal.network import FetchPolicy
 from mmjax.types import RequestError, ValidationError
-from web import PIXELS, Site, connector, fetched, png, refused, text, wav
+from web import PIXELS, Site, connector, fetch_pixels, png, fetch_error, to_base64, wav
 
 # --- data URLs
 
 
 def test_data_urls() -> None:
     for head in ("image/png", "", "image/png;charset=utf-8", "text/plain", "IMAGE/PNG"):
-        np.testing.assert_array_equal(fetched(f"data:{head};base64,{text(png())}"), PIXELS)
+        np.testing.assert_array_equal(fetch_pixels(f"data:{head};base64,{to_base64(png())}"), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_data_urls() -> None:
     ],
 )
 def test_urls_that_mean_nothing(url: Any, words: str) -> None:
-    error = refused(url, FetchPolicy(attempts=1))
+    error = fetch_error(url, FetchPolicy(attempts=1))
     assert words in str(error), error
 
 
 def test_data_urls_have_a_limit() -> None:
-    error = refused(f"data:image/png;base64,{'A' * 4_000_000}", limits=MediaLimits(source_bytes=1_000_000))
+    error = fetch_error(f"data:image/png;base64,{'A' * 4_000_000}", limits=MediaLimits(source_bytes=1_000_000))
     assert error.code == "media_too_large"
 
 
@@ -123,20 +123,20 @@ def test_the_allowed_directory_may_be_a_link_or_relative(folder: Path, monkeypat
     ],
 )
 def test_files_that_are_refused(folder: Path, path: str, code: str) -> None:
-    assert refused(f"file://{folder}{path}", allowed_local_media_path=str(folder / "inside")).code == code
+    assert fetch_error(f"file://{folder}{path}", allowed_local_media_path=str(folder / "inside")).code == code
 
 
 def test_files_are_off_unless_allowed(folder: Path) -> None:
-    error = refused(f"file://{folder}/inside/a.png")
+    error = fetch_error(f"file://{folder}/inside/a.png")
     assert isinstance(error, RuntimeError) and "Cannot load local files without" in str(error)
-    assert "no other host" in str(refused(f"file://evil.test{folder}/inside/a.png", allowed_local_media_path="/"))
+    assert "no other host" in str(fetch_error(f"file://evil.test{folder}/inside/a.png", allowed_local_media_path="/"))
     for wrong, words in ((folder / "none", "does not exist"), (folder / "inside/a.png", "must be a directory")):
         with pytest.raises(RequestError, match=words):
             MediaConnector(allowed_local_media_path=str(wrong))
 
 
 def test_files_have_a_limit(folder: Path) -> None:
-    error = refused(
+    error = fetch_error(
         f"file://{folder}/inside/a.png", allowed_local_media_path=str(folder), limits=MediaLimits(source_bytes=10)
     )
     assert error.code == "media_too_large"
@@ -156,10 +156,10 @@ def test_a_file_that_becomes_a_link(folder: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(url_sources.os, "open", exchanged)
     allowed = str(folder / "inside")
-    assert refused(f"file://{folder}/inside/a.png", allowed_local_media_path=allowed).code == "bad_path"
+    assert fetch_error(f"file://{folder}/inside/a.png", allowed_local_media_path=allowed).code == "bad_path"
     (folder / "inside/deep/b.png").write_bytes(png())
     (folder / "outside/b.png").write_bytes(png())
-    assert refused(f"file://{folder}/inside/deep/b.png", allowed_local_media_path=allowed).code == "forbidden_url"
+    assert fetch_error(f"file://{folder}/inside/deep/b.png", allowed_local_media_path=allowed).code == "forbidden_url"
 
 
 # --- options
@@ -220,7 +220,7 @@ def jpegs(*arrays: np.ndarray) -> str:
     for array in arrays:
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, "JPEG")
-        parts.append(text(buffer.getvalue()))
+        parts.append(to_base64(buffer.getvalue()))
     return ",".join(parts)
 
 
@@ -238,7 +238,7 @@ def test_a_video_of_jpegs() -> None:
     assert len(connector(media_io_kwargs={"video": {"num_frames": -1}}).fetch_video(url)[0]) == 3
     with pytest.raises(RequestError, match="over the limit of 2"):
         connector(limits=MediaLimits(video_frames=2)).fetch_video(url)
-    for wrong in (jpegs(frames[0], frames[1][:4]), text(wav()), jpegs(frames[0]) + ",", "%"):
+    for wrong in (jpegs(frames[0], frames[1][:4]), to_base64(wav()), jpegs(frames[0]) + ",", "%"):
         with pytest.raises(RequestError):
             connector().fetch_video(f"data:video/jpeg;base64,{wrong}")
 
@@ -283,8 +283,8 @@ def test_other_connectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_after_a_fork(site: Site) -> None:
     """A child process has none of its parent's threads, and must not wait for them."""
-    assert fetched(site.url("/a.png")).shape == (6, 9, 3)
+    assert fetch_pixels(site.url("/a.png")).shape == (6, 9, 3)
     assert network._background.loop is not None
     network._background.__init__()  # type: ignore[misc]  # what the child does first
     assert network._background.loop is None
-    assert fetched(site.url("/a.png")).shape == (6, 9, 3)
+    assert fetch_pixels(site.url("/a.png")).shape == (6, 9, 3)

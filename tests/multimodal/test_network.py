@@ -14,13 +14,13 @@ from mmjax.multimodal import network
 from mmjax.multimodal.media import MediaConnector
 from mmjax.multimodal.network import FetchPolicy, FetchTimeout
 from mmjax.types import RequestError
-from web import PIXELS, Site, body, connector, fetched, packed, png, redirect, refused, text, trickle, wav
+from web import PIXELS, Site, body, connector, fetch_pixels, gzipped, png, redirect, fetch_error, to_base64, trickle, wav
 
 # --- HTTP
 
 
 def test_an_image_from_the_web(site: Site) -> None:
-    np.testing.assert_array_equal(fetched(site.url("/a.png?size=1#top")), PIXELS)
+    np.testing.assert_array_equal(fetch_pixels(site.url("/a.png?size=1#top")), PIXELS)
     path, headers = site.seen[0]
     assert path == "/a.png?size=1" and headers["User-Agent"].startswith("mmjax/")
 
@@ -38,7 +38,7 @@ def test_without_blocking_an_event_loop(site: Site) -> None:
         one = connector()
         return await asyncio.gather(
             *(one.fetch_image_async(site.url("/a.png")) for _ in range(4)),
-            one.fetch_image_async(f"data:image/png;base64,{text(png())}"),
+            one.fetch_image_async(f"data:image/png;base64,{to_base64(png())}"),
         )
 
     assert all(np.array_equal(np.asarray(made), PIXELS) for made in asyncio.run(both()))
@@ -69,7 +69,7 @@ def test_a_download_can_be_cancelled(site: Site) -> None:
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 300, 304])
 def test_refusals_of_the_origin(site: Site, status: int) -> None:
     site.pages["/x"] = status
-    error = refused(site.url("/x?token=secret").replace("//", "//user:pass@"))
+    error = fetch_error(site.url("/x?token=secret").replace("//", "//user:pass@"))
     assert str(status) in str(error) and error.code == "fetch_status"
     assert not {"secret", "user", "pass"} & set(str(error).replace("@", " ").replace(":", " ").split())
     assert len(site.seen) == 1  # asked once
@@ -93,10 +93,10 @@ def test_server_errors_are_tried_again(site: Site, monkeypatch: pytest.MonkeyPat
         await really(0)
 
     monkeypatch.setattr(network.asyncio, "sleep", sleep)
-    assert fetched(site.url("/flaky"), FetchPolicy(block_private=False)).shape == (6, 9, 3)
+    assert fetch_pixels(site.url("/flaky"), FetchPolicy(block_private=False)).shape == (6, 9, 3)
     assert slept == [1]
     site.pages["/down"] = 500
-    error = refused(site.url("/down"), FetchPolicy(block_private=False))
+    error = fetch_error(site.url("/down"), FetchPolicy(block_private=False))
     assert error.code == "fetch_status" and slept == [1, 1, 4]
     assert sum(path == "/down" for path, _ in site.seen) == 3
 
@@ -109,7 +109,7 @@ def test_slow_answers(site: Site, monkeypatch: pytest.MonkeyPatch, where: str) -
         time.sleep(3)
 
     site.pages["/slow"] = silent if where == "headers" else trickle(0.05, 100)
-    error = refused(site.url("/slow"))
+    error = fetch_error(site.url("/slow"))
     assert isinstance(error, FetchTimeout) and isinstance(error, TimeoutError) and "0.3 s" in str(error)
 
 
@@ -117,8 +117,8 @@ def test_nobody_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert "Cannot connect" in str(refused(f"http://127.0.0.1:{port}/"))
-    assert "cannot be resolved" in str(refused("http://nobody.invalid/", FetchPolicy(attempts=1)))
+    assert "Cannot connect" in str(fetch_error(f"http://127.0.0.1:{port}/"))
+    assert "cannot be resolved" in str(fetch_error("http://nobody.invalid/", FetchPolicy(attempts=1)))
 
 
 @pytest.mark.parametrize(
@@ -126,19 +126,19 @@ def test_nobody_there() -> None:
     [
         lambda size: body(b"x" * size, Content_Length=str(size)),
         lambda size: body(b"x" * size),  # of unknown length
-        lambda size: packed(b"x" * size),
+        lambda size: gzipped(b"x" * size),
     ],
     ids=["declared", "undeclared", "packed"],
 )
 def test_size_limit(site: Site, make: Callable[[int], Any]) -> None:
     site.pages["/big"] = make(3_000_000)
-    error = refused(site.url("/big"), FetchPolicy(block_private=False, attempts=1, max_bytes=1_000_000))
+    error = fetch_error(site.url("/big"), FetchPolicy(block_private=False, attempts=1, max_bytes=1_000_000))
     assert error.code == "media_too_large" and "MMJAX_MAX_MEDIA_DOWNLOAD_SIZE_MB" in str(error)
 
 
 def test_packed_bodies_are_unpacked(site: Site) -> None:
-    site.pages["/packed.png"] = packed(png())
-    np.testing.assert_array_equal(fetched(site.url("/packed.png")), PIXELS)
+    site.pages["/packed.png"] = gzipped(png())
+    np.testing.assert_array_equal(fetch_pixels(site.url("/packed.png")), PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_packed_bodies_are_unpacked(site: Site) -> None:
 )
 def test_bodies_that_are_no_image(site: Site, answer: Any, words: str) -> None:
     site.pages["/bad"] = answer
-    assert words in str(refused(site.url("/bad")))
+    assert words in str(fetch_error(site.url("/bad")))
 
 
 # --- redirects
@@ -162,7 +162,7 @@ def test_bodies_that_are_no_image(site: Site, answer: Any, words: str) -> None:
 
 def test_redirects(site: Site) -> None:
     site.pages |= {f"/{n}": redirect(f"/{n + 1}") for n in range(5)} | {"/5": redirect(site.url("/a.png"), 308)}
-    np.testing.assert_array_equal(fetched(site.url("/0")), PIXELS)
+    np.testing.assert_array_equal(fetch_pixels(site.url("/0")), PIXELS)
 
 
 def test_redirects_may_be_switched_off(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +189,7 @@ def test_redirects_may_be_switched_off(site: Site, monkeypatch: pytest.MonkeyPat
 def test_redirects_are_judged(site: Site, place: str, words: str) -> None:
     site.pages["/loop"] = redirect(place)
     policy = FetchPolicy(domains=frozenset({"127.0.0.1"}), attempts=1)
-    assert words in str(refused(site.url("/loop"), policy))
+    assert words in str(fetch_error(site.url("/loop"), policy))
 
 
 # --- hosts
@@ -209,7 +209,7 @@ def test_redirects_are_judged(site: Site, place: str, words: str) -> None:
     ],
 )
 def test_domains_are_matched_exactly(url: str) -> None:
-    error = refused(url, FetchPolicy(domains=frozenset({"good.test"}), attempts=1))
+    error = fetch_error(url, FetchPolicy(domains=frozenset({"good.test"}), attempts=1))
     assert error.code in ("forbidden_url", "bad_url")
 
 
@@ -246,15 +246,15 @@ def test_public_addresses(address: str) -> None:
     "host", ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::1]", "[::ffff:127.0.0.1]"]
 )
 def test_private_hosts_in_every_spelling(site: Site, host: str) -> None:
-    error = refused(site.url("/a.png", host), FetchPolicy(attempts=1))
+    error = fetch_error(site.url("/a.png", host), FetchPolicy(attempts=1))
     assert error.code in ("forbidden_url", "fetch_failed", "bad_url") and not site.seen
 
 
 def test_private_addresses_are_blocked_unless_named(site: Site) -> None:
-    error = refused(site.url("/a.png"), FetchPolicy(attempts=1))
+    error = fetch_error(site.url("/a.png"), FetchPolicy(attempts=1))
     assert "--allowed-media-domains" in str(error) and "MMJAX_MEDIA_EGRESS_BLOCK_PRIVATE=0" in str(error)
     named = FetchPolicy(domains=frozenset({"127.0.0.1"}), attempts=1)
-    np.testing.assert_array_equal(fetched(site.url("/a.png"), named), PIXELS)
+    np.testing.assert_array_equal(fetch_pixels(site.url("/a.png"), named), PIXELS)
 
 
 class Resolver:
@@ -279,9 +279,9 @@ def test_a_name_that_changes_its_address(site: Site, monkeypatch: pytest.MonkeyP
     """The name is resolved once for each connection, and that answer is both judged and used."""
     resolver = Resolver(evil_test=[["127.0.0.1"], ["10.0.0.1"]])
     monkeypatch.setattr(network, "resolve", resolver)
-    np.testing.assert_array_equal(fetched(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1)), PIXELS)
+    np.testing.assert_array_equal(fetch_pixels(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1)), PIXELS)
     assert resolver.asked == ["evil.test"] and site.seen[0][1]["Host"] == f"evil.test:{site.port}"
-    error = refused(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1))
+    error = fetch_error(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1))
     assert error.code == "forbidden_url" and len(site.seen) == 1
 
 
@@ -289,7 +289,7 @@ def test_redirects_to_private_addresses(site: Site, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(network, "resolve", Resolver(public_test=[["127.0.0.1"]], inside_test=[["10.0.0.1"]]))
     for place in ("http://inside.test/", "http://169.254.169.254/latest/meta-data/", "//10.0.0.1/x"):
         site.pages["/moved"] = redirect(place)
-        error = refused(site.url("/moved", "public.test"), FetchPolicy(attempts=1))
+        error = fetch_error(site.url("/moved", "public.test"), FetchPolicy(attempts=1))
         assert error.code == "forbidden_url" and "no public address" in str(error)
 
 
@@ -297,7 +297,7 @@ def test_only_the_public_ones_of_several_addresses(
     site: Site, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None
 ) -> None:
     monkeypatch.setattr(network, "resolve", Resolver(mixed_test=[["10.0.0.1", "127.0.0.1", "169.254.169.254"]]))
-    np.testing.assert_array_equal(fetched(site.url("/a.png", "mixed.test"), FetchPolicy(attempts=1)), PIXELS)
+    np.testing.assert_array_equal(fetch_pixels(site.url("/a.png", "mixed.test"), FetchPolicy(attempts=1)), PIXELS)
 
 
 def test_no_cookies_and_no_credentials_travel(
@@ -312,7 +312,7 @@ def test_no_cookies_and_no_credentials_travel(
         request.end_headers()
 
     site.pages["/bait"] = bait
-    fetched(site.url("/bait", "user:secret@one.test"), FetchPolicy(attempts=1))
+    fetch_pixels(site.url("/bait", "user:secret@one.test"), FetchPolicy(attempts=1))
     assert "Authorization" in site.seen[0][1]
     assert not {"Authorization", "Cookie", "Referer"} & set(site.seen[1][1])
 
@@ -321,7 +321,7 @@ def test_proxies_of_the_environment(site: Site, monkeypatch: pytest.MonkeyPatch)
     """Where addresses are judged, no proxy may hide them; elsewhere it is used."""
     monkeypatch.setenv("http_proxy", site.url(""))
     monkeypatch.setenv("no_proxy", "")
-    assert "no public address" in str(refused("http://10.0.0.1/a.png", FetchPolicy(attempts=1)))
+    assert "no public address" in str(fetch_error("http://10.0.0.1/a.png", FetchPolicy(attempts=1)))
     assert not site.seen
     site.pages["http://far.test/a.png"] = png()
-    np.testing.assert_array_equal(fetched("http://far.test/a.png"), PIXELS)
+    np.testing.assert_array_equal(fetch_pixels("http://far.test/a.png"), PIXELS)

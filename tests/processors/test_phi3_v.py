@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine_inputs import picture
+from engine_inputs import random_pixels
 from input_processors import load_processor, make_input_processor, read_files
 from mmjax.models.phi3_v import global_views
 from mmjax.processors import phi3_v
@@ -116,7 +116,7 @@ def test_text_between_tags_is_tokenised_by_itself(tiny_dir: Make, tiny: tuple[ph
     assert len(expanded.token_ids) == sum(map(len, alone)) + items[0].num_embeds + items[1].num_embeds
     renderer = make_input_processor("phi3_v", tiny_dir("phi3_v"))
     for prompt, starts in ((text, 3), ("AB", 0)):  # as a chat asks for it, whose template prints special tokens
-        media = {"multi_modal_data": {"image": [picture(1), picture(2)]}} if starts else {}
+        media = {"multi_modal_data": {"image": [random_pixels(1), random_pixels(2)]}} if starts else {}
         rendered = renderer.process(renderer.parse({"prompt": prompt, **media}), {"add_special_tokens": False})
         assert (rendered.token_ids == tokenizer.bos_id).sum() == starts
 

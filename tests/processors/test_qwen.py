@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import picture
+from engine_inputs import random_pixels
 from input_processors import load_processor, make_input_processor
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import MediaItem, PlaceholderSpan
@@ -20,7 +20,7 @@ KNOWN = {"fps": 6.0, "frames_indices": [0, 3, 6, 9], "total_num_frames": 12}
 
 
 def video(frames: int, height: int = 64, width: int = 96, **metadata: Any) -> Video:
-    return Video(np.stack([picture(i, height, width) for i in range(frames)]), metadata)
+    return Video(np.stack([random_pixels(i, height, width) for i in range(frames)]), metadata)
 
 
 # -- windows -----------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_clock(metadata: Mapping[str, Any], kwargs: Mapping[str, Any], times: li
 
 def test_clock_of_images_and_of_clips_that_come_as_rows(tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
-    image = processor.process_item("image", picture(1, 84, 84), {})
+    image = processor.process_item("image", random_pixels(1, 84, 84), {})
     assert (
         image.frame_times == ()
         and processor.span_positions(image, PlaceholderSpan(0, 9, "image", 0))[0].tolist() == [0] * 9
@@ -186,4 +186,4 @@ def test_a_language_model_alone_takes_no_media(tiny_dir: Make) -> None:
     renderer = make_input_processor("qwen3_moe", tiny_dir("qwen3_moe"))
     assert renderer.process(renderer.parse("hello")).spans == []
     with pytest.raises(RequestError, match="image"):
-        renderer.parse({"prompt": "hello", "multi_modal_data": {"image": picture(1)}})
+        renderer.parse({"prompt": "hello", "multi_modal_data": {"image": random_pixels(1)}})

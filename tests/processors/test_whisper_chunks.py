@@ -14,7 +14,7 @@ from mmjax.processors import whisper_chunks
 from mmjax.processors.base import MediaItem
 from mmjax.spec import conv_length
 from mmjax.types import RequestError
-from prompts import tone
+from prompts import random_chord
 
 Make = Callable[[str], Path]
 HOP = 160
@@ -68,7 +68,7 @@ def test_ultravox_golden(case: str, shared: Path) -> None:
 def test_qwen2_audio_pieces(samples: int, tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
     processor, _ = load_processor("qwen2_audio", tiny_dir("qwen2_audio"))
     with caplog.at_level(logging.WARNING):
-        item = processor.process_item("audio", tone(1, samples / 16000)[:samples], {})
+        item = processor.process_item("audio", random_chord(1, samples / 16000)[:samples], {})
     steps = conv_length(min(-(-samples // HOP), 400))
     assert item.num_embeds == steps // 2 == processor.num_embeds("audio", (samples,), {})
     assert item.num_inputs == -(-steps // 96) and item.features["first_step"].tolist() == [
@@ -82,14 +82,14 @@ def test_qwen2_audio_pieces(samples: int, tiny_dir: Make, caplog: pytest.LogCapt
 def test_too_short_to_be_heard(tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_audio", tiny_dir("qwen2_audio"))
     with pytest.raises(RequestError, match=r"The audio \(len=320\) is too short to be represented inside the model"):
-        processor.process_item("audio", tone(1, 1)[:320], {})
+        processor.process_item("audio", random_chord(1, 1)[:320], {})
     assert processor.num_embeds("audio", (320,), {}) == 0
 
 
 @pytest.mark.parametrize(("samples", "rows"), [(1, 1), (160 * 16, 1), (160 * 16 + 1, 2), (64000, 25), (64001, 26)])
 def test_ultravox_rows(samples: int, rows: int, tiny_dir: Make) -> None:
     processor, _ = load_processor("ultravox", tiny_dir("ultravox"))
-    item = processor.process_item("audio", tone(1, 5)[:samples], {})
+    item = processor.process_item("audio", random_chord(1, 5)[:samples], {})
     assert item.num_embeds == rows == processor.num_embeds("audio", (samples,), {})
     assert len(item.features["step_index"]) == len(item.features["num_steps"]) == rows
 
@@ -97,7 +97,7 @@ def test_ultravox_rows(samples: int, rows: int, tiny_dir: Make) -> None:
 def test_ultravox_windows_after_the_first(tiny_dir: Make) -> None:
     """They are as long as the window, and their last row holds steps after the end of the sound."""
     processor, _ = load_processor("ultravox", tiny_dir("ultravox"))
-    item = processor.process_item("audio", tone(1, 9)[: 64000 * 2 + 160 * 30], {})
+    item = processor.process_item("audio", random_chord(1, 9)[: 64000 * 2 + 160 * 30], {})
     later = item.features["window_ids"] == 2
     assert item.features["num_frames"][item.features["first_step"] == 0].tolist() == [400, 400, 400]
     assert (item.features["audio_steps"][later], item.features["wanted_steps"][later]) == (15, 16)
@@ -109,7 +109,7 @@ def test_ultravox_windows_after_the_first(tiny_dir: Make) -> None:
 
 def test_prompts(tiny_dir: Make) -> None:
     """Placeholders of every form; Ultravox' marker lies past the vocabulary."""
-    given = {"audio": [tone(1, 0.5), tone(2, 1.0)]}
+    given = {"audio": [random_chord(1, 0.5), random_chord(2, 1.0)]}
     for family, own in (
         ("qwen2_audio", "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>Audio 2: <|audio_bos|><|AUDIO|><|audio_eos|>x"),
         ("ultravox", "<|audio|><|audio|>x"),

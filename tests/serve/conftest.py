@@ -6,33 +6,33 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from listening import listening as on_a_port
+from http_server import listening_server as on_a_port
 from mmjax import AsyncLLM
-from serving import over, serving
+from api_server import client_over, running_engine
 
 
 @pytest.fixture(scope="session")
 def served(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
     """The engine of a tiny Qwen2-VL."""
-    yield from serving(tiny_dir("qwen2_vl"), max_model_len=384)
+    yield from running_engine(tiny_dir("qwen2_vl"), max_model_len=384)
 
 
 @pytest.fixture(scope="session")
 def listening(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
     """The engine of a tiny Whisper, which hears four seconds at a time."""
-    yield from serving(tiny_dir("whisper"), max_model_len=64)
+    yield from running_engine(tiny_dir("whisper"), max_model_len=64)
 
 
 @pytest.fixture(scope="session")
 def pooling(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
     """The engine of a tiny Qwen2-VL that answers with vectors."""
-    yield from serving(tiny_dir("qwen2_vl"), max_model_len=256, runner="pooling")
+    yield from running_engine(tiny_dir("qwen2_vl"), max_model_len=256, runner="pooling")
 
 
 @pytest.fixture(scope="session")
 def make_client(served: AsyncLLM) -> Callable[..., TestClient]:
     """`make_client(**settings)`: a server of its own over the shared engine."""
-    return lambda **settings: over(served, **settings)
+    return lambda **settings: client_over(served, **settings)
 
 
 @pytest.fixture(scope="session")
@@ -44,17 +44,17 @@ def client(make_client: Callable[..., TestClient]) -> TestClient:
 @pytest.fixture(scope="session")
 def speech_client(listening: AsyncLLM) -> TestClient:
     """A server that turns speech into text."""
-    return over(listening, audio_mb=1.0)
+    return client_over(listening, audio_mb=1.0)
 
 
 @pytest.fixture(scope="session")
 def vector_client(pooling: AsyncLLM) -> TestClient:
     """A server that answers with vectors."""
-    return over(pooling)
+    return client_over(pooling)
 
 
 @pytest.fixture(scope="session")
 def address(served: AsyncLLM) -> Iterator[str]:
     """Where the tiny Qwen2-VL listens."""
-    with on_a_port(over(served).app) as where:
+    with on_a_port(client_over(served).app) as where:
         yield where

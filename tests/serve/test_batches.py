@@ -15,7 +15,7 @@ from mmjax import AsyncLLM, SamplingParams
 from mmjax.cli import chat
 from mmjax.cli.chat import Terminal
 from mmjax.cli.main import main
-from prompts import pil, url, user
+from prompts import random_image, image_url_part, user_messages
 
 GREEDY = {"max_tokens": 4, "temperature": 0}
 
@@ -45,11 +45,11 @@ def answered(served: AsyncLLM, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def test_lines_are_answered_as_a_server_does(served: AsyncLLM) -> None:
     lines = [
-        line("chat", messages=user(url(pil(1)), "What is this?"), model="tiny"),
+        line("chat", messages=user_messages(image_url_part(random_image(1)), "What is this?"), model="tiny"),
         line("text", "/v1/completions", prompt="the lazy dog"),
-        line("model", messages=user("hi"), model="other"),
-        line("bad", messages=user("hi"), n=-1),
-        line("stream", messages=user("hi"), stream=True),
+        line("model", messages=user_messages("hi"), model="other"),
+        line("bad", messages=user_messages("hi"), n=-1),
+        line("stream", messages=user_messages("hi"), stream=True),
         line("route", "/v1/nothing"),
         line("far", "https://example.org/v1/chat/completions"),
         {**line("get"), "method": "GET"},
@@ -103,7 +103,7 @@ def test_the_command_goes_on_where_it_was(
     monkeypatch.setattr(batches, "LLM", lambda model, **_: None)
     monkeypatch.setattr(batches, "AsyncLLM", Kept)
     asked, told = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    asked.write_text("\n".join(json.dumps(line(name, messages=user(name))) for name in "abc"))
+    asked.write_text("\n".join(json.dumps(line(name, messages=user_messages(name))) for name in "abc"))
     told.write_text(json.dumps({"custom_id": "b", "response": {"status_code": 200}}) + "\n")
     words = ["run-batch", "-i", str(asked), "-o", str(told), "--concurrency", "2", "tiny"]
     assert main(words) == 0
@@ -116,7 +116,7 @@ def test_the_command_goes_on_where_it_was(
 
 
 def test_a_conversation_in_the_terminal(served: AsyncLLM, tmp_path: Path) -> None:
-    pil(1).save(tmp_path / "photo.png")
+    random_image(1).save(tmp_path / "photo.png")
     lines = iter(
         [
             "/help", "hello", f"/image {tmp_path}/photo.png", "what is this", "/image /no/such/file.png", "",

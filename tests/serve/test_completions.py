@@ -6,7 +6,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from mmjax import AsyncLLM
-from serving import events
+from api_server import sse_events
 
 
 def complete(client: TestClient, prompt: Any, **body: Any) -> Any:
@@ -31,7 +31,7 @@ def test_several_choices_of_several_prompts(client: TestClient) -> None:
     body = {"n": 2, "temperature": 1.2, "seed": 3, "max_tokens": 4}
     whole = complete(client, ["the", "a"], **body).json()["choices"]
     assert [choice["index"] for choice in whole] == [0, 1, 2, 3]
-    chunks = events(complete(client, ["the", "a"], **body, stream=True, stream_options={"include_usage": True}))
+    chunks = sse_events(complete(client, ["the", "a"], **body, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1]["usage"]["completion_tokens"] == 16 and chunks[-1]["choices"] == []
     texts = ["", "", "", ""]
     for chunk in chunks[:-1]:
@@ -47,7 +47,7 @@ def test_echo_and_log_probabilities(client: TestClient) -> None:
     assert report["token_logprobs"][0] is None and all(value <= 0 for value in report["token_logprobs"][1:])
     assert all(1 <= len(tops) <= 3 for tops in report["top_logprobs"][1:])  # tokens of the same text are one
     assert report["text_offset"][:2] == [0, len(report["tokens"][0])]
-    assert events(complete(client, "the dog", echo=True, stream=True))[0]["choices"][0]["text"] == "the dog"
+    assert sse_events(complete(client, "the dog", echo=True, stream=True))[0]["choices"][0]["text"] == "the dog"
 
 
 def test_refusals(client: TestClient) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from fastapi.testclient import TestClient
 
 from mmjax import AsyncLLM
-from prompts import pil, url, user
+from prompts import random_image, image_url_part, user_messages
 
 
 def embed(client: TestClient, **body: Any) -> Any:
@@ -31,8 +31,8 @@ def test_texts(vector_client: TestClient, pooling: AsyncLLM) -> None:
 
 
 def test_conversations(vector_client: TestClient) -> None:
-    seen = embed(vector_client, messages=user(url(pil(1)), "What is this?")).json()
-    unseen = embed(vector_client, messages=user("What is this?")).json()
+    seen = embed(vector_client, messages=user_messages(image_url_part(random_image(1)), "What is this?")).json()
+    unseen = embed(vector_client, messages=user_messages("What is this?")).json()
     assert seen["usage"]["prompt_tokens"] > unseen["usage"]["prompt_tokens"]
     assert seen["data"][0]["embedding"] != unseen["data"][0]["embedding"]
 
@@ -42,7 +42,7 @@ def test_refusals(vector_client: TestClient) -> None:
         {},
         {"input": []},
         {"input": ""},
-        {"input": "a", "messages": user("a")},
+        {"input": "a", "messages": user_messages("a")},
         {"input": "a", "dimensions": 10**6},
         {"input": "a", "dimensions": 0},
         {"input": "a", "encoding_format": "int8"},

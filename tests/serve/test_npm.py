@@ -14,14 +14,14 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from listening import listening
+from http_server import listening_server
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def address(make_client: Callable[..., TestClient]) -> Iterator[str]:
-    with listening(make_client(keys=("sesame",)).app) as where:
+    with listening_server(make_client(keys=("sesame",)).app) as where:
         yield where
 
 

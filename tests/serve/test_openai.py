@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from listening import listening as on_a_port
+from http_server import listening_server as on_a_port
 from mmjax import AsyncLLM
-from prompts import pil, sound_of, tone, url, user
-from serving import over
+from prompts import random_image, base64_wav, random_chord, image_url_part, user_messages
+from api_server import client_over
 
 openai = pytest.importorskip("openai")
 
-WAV = base64.b64decode(sound_of(tone(1, 1.0)))
+WAV = base64.b64decode(base64_wav(random_chord(1, 1.0)))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def ask(address: str) -> Iterator["openai.OpenAI"]:
 @pytest.fixture(scope="module")
 def hear(listening: AsyncLLM) -> Iterator["openai.OpenAI"]:
     with (
-        on_a_port(over(listening).app) as address,
+        on_a_port(client_over(listening).app) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client,
     ):
         yield client
@@ -43,7 +43,7 @@ def hear(listening: AsyncLLM) -> Iterator["openai.OpenAI"]:
 @pytest.fixture(scope="module")
 def vectors(pooling: AsyncLLM) -> Iterator["openai.OpenAI"]:
     with (
-        on_a_port(over(pooling).app) as address,
+        on_a_port(client_over(pooling).app) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300) as client,
     ):
         yield client
@@ -51,7 +51,7 @@ def vectors(pooling: AsyncLLM) -> Iterator["openai.OpenAI"]:
 
 def test_conversations(ask: "openai.OpenAI") -> None:
     model = ask.models.list().data[0].id
-    messages = user(url(pil(1)), "What is this?")
+    messages = user_messages(image_url_part(random_image(1)), "What is this?")
     whole = ask.chat.completions.create(model=model, messages=messages, max_completion_tokens=8, temperature=0)
     assert whole.usage.completion_tokens <= 8 and whole.choices[0].finish_reason in ("stop", "length")
     stream = ask.chat.completions.create(
@@ -71,7 +71,7 @@ def test_many_at_once(address: str) -> None:
 
             async def one(i: int) -> str:
                 stream = await client.chat.completions.create(
-                    model="tiny", messages=user(f"Count to {i % 3}"), max_tokens=6, temperature=0, stream=True
+                    model="tiny", messages=user_messages(f"Count to {i % 3}"), max_tokens=6, temperature=0, stream=True
                 )
                 return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
@@ -83,9 +83,9 @@ def test_many_at_once(address: str) -> None:
 
 def test_errors_have_their_classes(ask: "openai.OpenAI") -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
-        ask.chat.completions.create(model="gpt-4", messages=user("hi"))
+        ask.chat.completions.create(model="gpt-4", messages=user_messages("hi"))
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
-        ask.chat.completions.create(model="tiny", messages=user("hi"), max_tokens=10**6)
+        ask.chat.completions.create(model="tiny", messages=user_messages("hi"), max_tokens=10**6)
     with pytest.raises(openai.NotFoundError):
         ask.audio.transcriptions.create(model="tiny", file=("a.wav", WAV))
 
@@ -105,7 +105,7 @@ def test_speech(hear: "openai.OpenAI") -> None:
     assert events[-1].type == "transcript.text.done" and events[-1].text == told.text
     assert hear.audio.translations.create(model="tiny", file=("a.wav", WAV)).text
     with pytest.raises(openai.NotFoundError):
-        hear.chat.completions.create(model="tiny", messages=user("hi"))
+        hear.chat.completions.create(model="tiny", messages=user_messages("hi"))
 
 
 def test_vectors(vectors: "openai.OpenAI") -> None:
@@ -143,7 +143,7 @@ def test_langchain(address: str, no_stranger: None, monkeypatch: pytest.MonkeyPa
     assert whole.usage_metadata["output_tokens"] <= 6
     assert whole.content == newer.invoke("the lazy dog").text
     assert whole.content == "".join(chunk.text for chunk in newer.stream("the lazy dog"))
-    picture = url(pil(1))
+    picture = image_url_part(random_image(1))
     asked = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
     seen = chat.invoke(asked)
     assert seen.usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from listening import listening
+from http_server import listening_server
 
 WAIT = 60.0
 FLAGS = (
@@ -23,7 +23,7 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def address(make_client: Callable[..., TestClient]) -> Iterator[str]:
     """A server on a port of its own."""
-    with listening(make_client().app) as where:
+    with listening_server(make_client().app) as where:
         yield f"{where}/"
 
 

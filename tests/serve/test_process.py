@@ -19,13 +19,13 @@ import httpx
 import numpy as np
 import pytest
 
-from listening import listening as on_a_port
+from http_server import listening_server as on_a_port
 from mmjax import AsyncLLM
-from prompts import pil, sound_of, tone, url, user
-from serving import over, until
-from web import png, running
+from prompts import random_image, base64_wav, random_chord, image_url_part, user_messages
+from api_server import client_over, wait_until
+from web import png, running_site
 
-LONG = {"messages": user(url(pil(1)), "Tell me more"), "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+LONG = {"messages": user_messages(image_url_part(random_image(1)), "Tell me more"), "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 
 QUEUE = 12
 
@@ -58,10 +58,10 @@ def test_clients_that_leave_free_their_pages(address: str, served: AsyncLLM, pat
     def begun(connection: socket.socket) -> None:
         if stream and path != "/generate":
             assert b"200 OK" in connection.recv(4096)
-        until(lambda: served.llm.get_metrics()["output_tokens"] > made + 4, "it is being answered")
+        wait_until(lambda: served.llm.get_metrics()["output_tokens"] > made + 4, "it is being answered")
 
     leave(address, path, body, begun)
-    until(lambda: served.open == 0 and served.load()[:2] == (0, 0), "the request has ended", 10)
+    wait_until(lambda: served.open == 0 and served.load()[:2] == (0, 0), "the request has ended", 10)
     assert served.load()[2] == 0, "no page is held"
     assert httpx.get(f"{address}/load").json() == {"server_load": 0}
     assert served.llm.get_metrics()["output_tokens"] < made + 500
@@ -70,17 +70,17 @@ def test_clients_that_leave_free_their_pages(address: str, served: AsyncLLM, pat
 def test_a_client_that_leaves_before_it_is_read(address: str, served: AsyncLLM) -> None:
     for _ in range(5):
         leave(address, "/v1/chat/completions", {**LONG, "stream": True}, lambda _: None)
-    until(lambda: served.open == 0 and served.load() == (0, 0, 0), "the requests have ended", 20)
+    wait_until(lambda: served.open == 0 and served.load() == (0, 0, 0), "the requests have ended", 20)
     assert httpx.get(f"{address}/health").status_code == 200
 
 
 def test_a_listener_that_leaves(listening: AsyncLLM) -> None:
-    sound = base64.b64decode(sound_of(tone(1, 60.0)))
-    with on_a_port(over(listening).app) as where:
+    sound = base64.b64decode(base64_wav(random_chord(1, 60.0)))
+    with on_a_port(client_over(listening).app) as where:
         form: dict[str, Any] = {"files": {"file": ("a.wav", sound)}, "data": {"stream": "true", "language": "en"}}
         with httpx.stream("POST", f"{where}/v1/audio/transcriptions", timeout=300, **form) as answer:
             next(answer.iter_lines())
-        until(lambda: listening.open == 0 and listening.load() == (0, 0, 0), "the request has ended", 20)
+        wait_until(lambda: listening.open == 0 and listening.load() == (0, 0, 0), "the request has ended", 20)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
             return False
 
     try:
-        until(up, "the server answers", 300)
+        wait_until(up, "the server answers", 300)
         yield server, address
     finally:
         server.kill()
@@ -134,20 +134,20 @@ def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> Non
     def ask(link: str | None) -> httpx.Response:
         parts = [{"type": "image_url", "image_url": {"url": link}}] if link else []
         return httpx.post(
-            f"{address}/v1/chat/completions", json={"messages": user(*parts, "?"), "max_tokens": 2}, timeout=300
+            f"{address}/v1/chat/completions", json={"messages": user_messages(*parts, "?"), "max_tokens": 2}, timeout=300
         )
 
-    with running() as site:
-        site.pages = {"/slow.png": drip, "/quick.png": png(np.asarray(pil(1)))}
+    with running_site() as site:
+        site.pages = {"/slow.png": drip, "/quick.png": png(np.asarray(random_image(1)))}
         slow, quick = site.url("/slow.png"), site.url("/quick.png")
         threads = [threading.Thread(target=lambda: answers.append(ask(slow))) for _ in range(QUEUE)]
         try:
             for thread in threads[:-1]:
                 thread.start()
-            until(lambda: len(site.seen) == QUEUE - 1, "the slow ones are being fetched")
+            wait_until(lambda: len(site.seen) == QUEUE - 1, "the slow ones are being fetched")
             assert [ask(link).status_code for link in (None, quick, None)] == [200, 200, 200]
             threads[-1].start()
-            until(lambda: httpx.get(f"{address}/load").json() == {"server_load": QUEUE}, "the queue is full")
+            wait_until(lambda: httpx.get(f"{address}/load").json() == {"server_load": QUEUE}, "the queue is full")
             refused = ask(None)
             assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
             assert "--max-queue" in refused.json()["error"]["message"]
@@ -165,7 +165,7 @@ def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> Non
 def test_a_stop_lets_running_requests_end(process: Any) -> None:
     server, address = process
     assert [card["id"] for card in httpx.get(f"{address}/v1/models").json()["data"]] == ["tiny", "other"]
-    three = {**LONG, "messages": user(*[url(pil(seed)) for seed in range(3)], "?")}
+    three = {**LONG, "messages": user_messages(*[image_url_part(random_image(seed)) for seed in range(3)], "?")}
     refused = httpx.post(f"{address}/v1/chat/completions", json=three)
     assert refused.status_code == 400 and re.search("At most 2", refused.text)
     texts = []
@@ -179,7 +179,7 @@ def test_a_stop_lets_running_requests_end(process: Any) -> None:
 
     client = threading.Thread(target=stream)
     client.start()
-    until(lambda: len(texts) > 4, "the answer has begun", 300)
+    wait_until(lambda: len(texts) > 4, "the answer has begun", 300)
     server.send_signal(signal.SIGTERM)
     client.join(300)
     assert texts[-2] == "data: [DONE]" or texts[-1] == "data: [DONE]"

@@ -11,12 +11,12 @@ from fastapi.testclient import TestClient
 from mmjax.serve.responses_schema import messages_of
 
 from mmjax import AsyncLLM, EngineDeadError
-from prompts import file_of, pil
-from serving import until
+from prompts import base64_image, random_image
+from api_server import wait_until
 
 openai = pytest.importorskip("openai")
 
-PICTURE = f"data:image/png;base64,{file_of(pil(1))}"
+PICTURE = f"data:image/png;base64,{base64_image(random_image(1))}"
 SHAPE: dict[str, Any] = {
     "type": "object",
     "properties": {"warm": {"type": "boolean"}},
@@ -238,4 +238,4 @@ def test_a_failure_is_the_last_event(ask: "openai.OpenAI", served: AsyncLLM, mon
     events = list(ask.responses.create(input="the lazy dog", stream=True, **GREEDY))
     assert kinds(events) == ["created", "in_progress", *SAID[:3], "failed"]
     assert events[-1].response.status == "failed" and events[-1].response.error.message == "no device"
-    until(lambda: served.open == 0 and served.load() == (0, 0, 0), "what it held is free", 10)
+    wait_until(lambda: served.open == 0 and served.load() == (0, 0, 0), "what it held is free", 10)

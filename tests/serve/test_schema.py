@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mmjax import AsyncLLM
-from prompts import file_of, pil, sound_of, tone
-from serving import over
+from prompts import base64_image, random_image, base64_wav, random_chord
+from api_server import client_over
 
 requests = pytest.importorskip("requests")
 schemathesis = pytest.importorskip("schemathesis")
@@ -24,11 +24,11 @@ CHECKS = (checks.status_code_conformance, checks.content_type_conformance, check
 Json = dict[str, Any]
 Counter = collections.Counter[tuple[str, int]]
 
-PICTURES = [f"data:image/png;base64,{file_of(pil(seed))}" for seed in range(3)]
+PICTURES = [f"data:image/png;base64,{base64_image(random_image(seed))}" for seed in range(3)]
 CLIPS = [
-    f"data:video/jpeg;base64,{','.join(file_of(pil(seed + i, 28, 28), 'JPEG') for i in range(2))}" for seed in (3, 5)
+    f"data:video/jpeg;base64,{','.join(base64_image(random_image(seed + i, 28, 28), 'JPEG') for i in range(2))}" for seed in (3, 5)
 ]
-SOUNDS = [sound_of(tone(seed, 0.3 * (seed + 1))) for seed in range(2)]
+SOUNDS = [base64_wav(random_chord(seed, 0.3 * (seed + 1))) for seed in range(2)]
 LINKS = {
     "ImageLink": PICTURES,
     "InputImagePart": PICTURES,
@@ -165,7 +165,7 @@ def answers(client: TestClient, count: int, **cases: "st.SearchStrategy[schemath
 @pytest.mark.parametrize("kind", ["served", "listening", "pooling"])
 def test_no_request_is_the_servers_fault(kind: str, request: pytest.FixtureRequest) -> None:
     engine: AsyncLLM = request.getfixturevalue(kind)
-    client, looked_up = over(engine), engine.llm.get_metrics()["mm_cache_queries"]
+    client, looked_up = client_over(engine), engine.llm.get_metrics()["mm_cache_queries"]
     published = client.get("/openapi.json").json()
     near = operations(fitting(published, FITTING | {"listening": HEARD, "pooling": VECTORS}.get(kind, {})))
     for label, operation in operations(published).items():

@@ -11,17 +11,17 @@ from fastapi.testclient import TestClient
 
 from mmjax import AsyncLLM, SamplingParams, Speech, SpeechTask
 from mmjax.entrypoints.transcription import split_segments
-from prompts import sound_of, tone
-from serving import events
+from prompts import base64_wav, random_chord
+from api_server import sse_events
 
 LONG = 10.5  # seconds: three windows of the tiny model
 
 
 def sound(seconds: float, seed: int = 1) -> bytes:
     """A WAV file in which every tenth of a second is louder or quieter than the one before."""
-    samples = tone(seed, seconds)
+    samples = random_chord(seed, seconds)
     loudness = np.random.default_rng(seed).uniform(0.2, 1, len(samples) // 1600 + 1).repeat(1600)[: len(samples)]
-    return base64.b64decode(sound_of(samples * loudness.astype(np.float32)))
+    return base64.b64decode(base64_wav(samples * loudness.astype(np.float32)))
 
 
 def listen(client: TestClient, content: bytes | None = None, *, to: str = "transcriptions", **fields: Any) -> Any:
@@ -65,7 +65,7 @@ def test_a_long_recording_has_the_true_times(speech_client: TestClient, listenin
 def test_stream_says_the_same(speech_client: TestClient) -> None:
     content = sound(LONG)
     whole = listen(speech_client, content, language="en").json()
-    chunks = events(listen(speech_client, content, language="en", stream="true", stream_include_usage="true"))
+    chunks = sse_events(listen(speech_client, content, language="en", stream="true", stream_include_usage="true"))
     assert "".join(c["choices"][0]["delta"]["content"] for c in chunks[:-1]) == whole["text"]
     assert "".join(c["delta"] for c in chunks if c.get("type") == "transcript.text.delta") == whole["text"]
     assert {chunk["object"] for chunk in chunks} == {"transcription.chunk"}

@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from mmjax.serve.context import as_json
 
 from mmjax import AsyncLLM
-from prompts import file_of, pil, url, user
+from prompts import base64_image, random_image, image_url_part, user_messages
 
 
 def test_tokens_there_and_back(client: TestClient) -> None:
@@ -22,7 +22,7 @@ def test_tokens_there_and_back(client: TestClient) -> None:
 
 
 def test_tokens_of_a_conversation_count_its_pictures(client: TestClient) -> None:
-    messages = user(url(pil(1)), "What is this?")
+    messages = user_messages(image_url_part(random_image(1)), "What is this?")
     told = client.post("/tokenize", json={"messages": messages}).json()
     answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
     assert told["count"] == answer["usage"]["prompt_tokens"]
@@ -33,7 +33,7 @@ def test_tokens_of_a_conversation_count_its_pictures(client: TestClient) -> None
 def test_generate(client: TestClient, served: AsyncLLM) -> None:
     seen = {
         "prompt": "<image>What is this?",
-        "multi_modal_data": {"image": f"data:image/png;base64,{file_of(pil(1))}"},
+        "multi_modal_data": {"image": f"data:image/png;base64,{base64_image(random_image(1))}"},
     }
     params = {"temperature": 0, "max_tokens": 3, "logprobs": 1, "logit_bias": {"5": 1.5}}
     outputs = client.post("/generate", json={"prompts": [seen, "the", [5, 6]], "sampling_params": params}).json()

@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.tools import ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
-from serving import events
+from api_server import sse_events
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 TOOLS = [
@@ -112,7 +112,7 @@ def test_one_call_at_a_time(client: TestClient, stream: bool) -> None:
     for parallel, count in ((None, 2), (True, 2), (False, 1)):
         response = client.post("/v1/chat/completions", json={**body, "parallel_tool_calls": parallel})
         if stream:
-            last = [event["choices"][0] for event in events(response)]
+            last = [event["choices"][0] for event in sse_events(response)]
             calls = [made for choice in last for made in choice["delta"].get("tool_calls", ())]
             assert not any(choice["delta"].get("content") for choice in last)
             assert [made["index"] for made in calls] == list(range(count))
