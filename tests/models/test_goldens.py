@@ -34,7 +34,7 @@ FAMILIES = (
     "qwen2_audio",
     "ultravox",
 )
-BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder units of the largest case
+BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder inputs of the largest case
     "whisper": (128, 1),
     "whisper_turbo": (64, 1),
     "llava": (128, 2),
@@ -132,8 +132,8 @@ def golden(request: pytest.FixtureRequest, shared: Path) -> Golden:
 
 def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> None:
     renderer = make_input_processor(golden.family, golden.directory)
-    tokens, units = BARE[golden.family]
-    model = Bare(golden.directory, tokens=tokens, units=units)
+    tokens, num_inputs = BARE[golden.family]
+    model = Bare(golden.directory, tokens=tokens, num_inputs=num_inputs)
     for case in golden.texts:
         rendered = renderer.process(renderer.parse(golden.prompt(case)))
         assert rendered.token_ids.tolist() == golden.ids(case)
@@ -146,9 +146,9 @@ def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> No
                 rows = model.encode(list(items.values()))
                 wanted = golden.arrays[f"{case}/{name}"]
                 wanted = wanted.reshape(-1, wanted.shape[-1])
-                taps = [key for key in golden.arrays if key.startswith(f"{case}/{kind}_deepstack_")]
-                wanted = np.concatenate([wanted, *(golden.arrays[key] for key in sorted(taps))], axis=1)
-                rows = rows[:, : wanted.shape[1]] if kind == "audio" else rows  # sound has no taps
+                deepstack = [key for key in golden.arrays if key.startswith(f"{case}/{kind}_deepstack_")]
+                wanted = np.concatenate([wanted, *(golden.arrays[key] for key in sorted(deepstack))], axis=1)
+                rows = rows[:, : wanted.shape[1]] if kind == "audio" else rows  # audio has none
                 close(rows, wanted, FEATURES, f"{case}/{name}")
         close(model.logits(rendered), golden.arrays[f"{case}/logits"], golden.allowed, case)
 
@@ -231,7 +231,7 @@ def test_expanded_token_ids_are_the_same_prompt(family: str, shared: Path, refer
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe"])
 def test_a_second_time_from_the_caches(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
-    """Pages of a prompt that ends inside a medium are found again, what its inner rows added included."""
+    """Cache blocks of a prompt that ends inside a medium are found again, what its inner rows added included."""
     golden, llm = load(shared / "reference" / family), reference_llm(family)
     first = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
     again = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)

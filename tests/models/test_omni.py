@@ -71,7 +71,7 @@ def test_stored_media_give_the_stored_logits(shared: Path, family: str, case: st
         HashedItem(entry.modality, entry.item_hash, as_stored(entry.item, case, span.item_index, arrays, files))
         for span, entry in zip(rendered.spans, rendered.items, strict=True)
     ]
-    model = Bare(golden.directory, tokens=192, units={"vision": 560, "audio": 8})
+    model = Bare(golden.directory, tokens=192, num_inputs={"vision": 560, "audio": 8})
     for kind in media:
         wanted = arrays[f"{case}/{kind}_features"]
         close(model.encode([entry.item for entry in items])[:, : wanted.shape[1]], wanted, FEATURES, kind)
