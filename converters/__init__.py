@@ -1,5 +1,5 @@
 """Checkpoints in and out: header readers, conversion tables, the Orbax writer.
 
-A foundation: nothing here knows a model class. A table says which tensor of a published checkpoint becomes which
-parameter path; the caller supplies the paths and shapes it wants filled.
+Nothing here knows a model class. A table says which tensors of a published checkpoint become which parameter; the
+caller supplies the parameter paths and shapes.
 """

@@ -1,4 +1,4 @@
-"""Language models alone, by their published names; experts one by one, or all in one tensor."""
+"""Text-only language models, by their published names; experts one by one, or all in one tensor."""
 
 from __future__ import annotations
 
@@ -15,4 +15,4 @@ def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
     )
 
 
-TABLE = _table(decoder.EXPERTS, _table(decoder.TURNED_EXPERTS))
+TABLE = _table(decoder.EXPERTS, _table(decoder.TRANSPOSED_EXPERTS))

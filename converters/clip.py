@@ -1,6 +1,6 @@
 """Rules of CLIP's image tower, which families share.
 
-A model stops at the hidden state it wants, so later blocks have no place and the last norm is never used.
+A model ends at the hidden state it uses: later layers are left out, and so is the last norm.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Rules of the Llama-type text decoder, which families share. Qwen2's has q, k, v biases; a model without them has no
-`qkv_bias` and such tensors are then unclaimed.
+"""Rules of the Llama-type decoder, which families share. A model without q, k, v biases has no `qkv_bias`, and such
+tensors of its checkpoint would be unclaimed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RULES = (
     Rule((f"{_S}.mlp.gate_proj.weight", f"{_S}.mlp.up_proj.weight"), f"{_T}.gate_up", to.fuse_gate_up),
     Rule(f"{_S}.mlp.down_proj.weight", f"{_T}.down", to.transpose),
     Rule("text.norm.weight", "text.norm"),
-    Rule("lm_head.weight", "text.head", optional=True),  # tied heads have no place of their own
+    Rule("lm_head.weight", "text.head", optional=True),  # a tied head is the embedding
 )
 
 # Phi-3 stores q, k, v in one tensor, and gate and up in another.
@@ -37,18 +37,18 @@ _ROUTED = (
     Rule((f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight"), f"{_T}.experts.gate_up", to.fuse_gate_up),
     Rule(f"{_EXPERT}.down_proj.weight", f"{_T}.experts.down", to.transpose),
 )
-# Experts one by one, or all in one tensor as it is published: [experts, in, out].
+# Experts one by one, or all in one tensor as published: [experts, in, out].
 EXPERTS = (
     *_ROUTED,
-    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.part_gate_up),
+    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.expert_gate_up),
     Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down"),
 )
-# The same as transformers 5 saves it, under the same names: [experts, out, in]. One of the two tensors may be square,
-# never both, so that the shapes of the two together always tell.
-TURNED_EXPERTS = (
+# As transformers 5 saves them, under the same names: [experts, out, in]. One of the two tensors may be square, never
+# both, so that the shapes of the two together always tell which layout it is.
+TRANSPOSED_EXPERTS = (
     *_ROUTED,
-    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.turned_gate_up),
-    Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down", to.turned),
+    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.transposed_expert_gate_up),
+    Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down", to.transpose_experts),
 )
 
 # Old checkpoints carry the rotary tables, which follow from the config.

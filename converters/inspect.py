@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory, told from headers and metadata alone."""
+"""What a checkpoint directory holds, from headers and metadata alone."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Tally:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """`format` is "safetensors" or "orbax"; three mappings split `total`: by dtype, by file, by place in the model.
+    """format: "safetensors" or "orbax". dtypes, shards, prefixes: `total` by dtype, by file and by part of the model.
 
-    `plan` is None unless a model was given to compare with.
+    plan: None unless a model was given to compare with.
     """
 
     directory: Path
@@ -50,7 +50,7 @@ class Description:
 def describe(
     directory: Path | str, *, table: Table | None = None, shapes: Mapping[str, Shape] | None = None
 ) -> Description:
-    """Account for every tensor; with `table` and `shapes`, also for what the model would take, ignore and miss.
+    """Count every tensor; with `table` and `shapes`, also say what the model would take, ignore and miss.
 
     A converted checkpoint is compared with `shapes` alone, since its names are the model's own. Raises CheckpointError.
     """
@@ -102,14 +102,14 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _prefix(name: str) -> str:
-    """The place of a tensor: what stands before its layer number, or before its last part."""
+    """The part of the model that a tensor belongs to: its name up to its layer number, or up to its last part."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return ".".join(parts[:number]) or name
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: 1536 -> '1.5 KiB'."""
+    """Bytes with a unit: 1536 -> '1.5 KiB'."""
     scale = max(0, min(4, (nbytes.bit_length() - 1) // 10))
     return f"{nbytes} B" if scale == 0 else f"{nbytes / 1024**scale:.1f} {'KMGT'[scale - 1]}iB"
 
@@ -133,7 +133,7 @@ def render(description: Description) -> str:
 
 
 def render_plan(plan: Plan) -> list[str]:
-    """The account of a conversion, one fact a line: what is taken, what is ignored by name, what does not fit."""
+    """A conversion, one fact a line: how many tensors are taken, which are ignored by name, which do not fit."""
     lines = [
         f"model: {len(plan.pieces)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored,"
         f" {len(plan.problems)} problems"

@@ -1,4 +1,4 @@
-"""What stands beside the weights of a converted checkpoint, and how to recognise one. Imports no Orbax."""
+"""The files beside the weights of a converted checkpoint, and how to recognize one. Does not import Orbax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6: published names. The positions of the resampler are no tensor: they are computed."""
+"""MiniCPM-V 2.6: published names. The resampler's positions are computed, not loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision, as published; VLM2Vec has the same names. Some copies name the embedding inside the image part."""
+"""Phi-3.5-vision, as published; VLM2Vec has the same names. Some checkpoints repeat the embedding in the image part."""
 
 from __future__ import annotations
 

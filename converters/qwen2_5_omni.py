@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: the whole model as published, or its thinker as transformers saves it. What speaks is dropped."""
+"""Qwen2.5-Omni: the whole model as published, or its thinker as transformers saves it. The talker is ignored."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _V = "vision.blocks.{i}.attn"
 TABLE = Table(
     rules=(
         *decoder.RULES,
-        *(rule for rule in qwen_vl.WINDOWED if not rule.target.startswith("vision.blocks.qkv")),
+        *(rule for rule in qwen_vl.QWEN2_5 if not rule.target.startswith("vision.blocks.qkv")),
         Rule(tuple(f"{_V}.{x}.weight" for x in "qkv"), "vision.blocks.qkv", to.fuse_qkv),
         Rule(tuple(f"{_V}.{x}.bias" for x in "qkv"), "vision.blocks.qkv_bias", to.fuse_qkv_bias),
-        *qwen_omni.BLOCKS,
+        *qwen_omni.LAYERS,
         Rule(qwen_omni.biases("qv"), "audio.blocks.qkv_bias", to.fuse_qv_bias),  # keys have none
         *linear("audio.conv1", "audio.conv1"),
         *linear("audio.conv2", "audio.conv2"),

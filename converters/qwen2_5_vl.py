@@ -8,7 +8,7 @@ from mmjax.converters.table import Table
 from . import qwen_vl
 
 TABLE = Table(
-    rules=(*decoder.RULES, *qwen_vl.WINDOWED),
+    rules=(*decoder.RULES, *qwen_vl.QWEN2_5),
     ignore=(*decoder.IGNORE, *qwen_vl.IGNORE),
     prefixes=qwen_vl.PREFIXES,
 )

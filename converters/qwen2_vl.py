@@ -8,7 +8,7 @@ from mmjax.converters.table import Table
 from . import qwen_vl
 
 TABLE = Table(
-    rules=(*decoder.RULES, *qwen_vl.FIRST),
+    rules=(*decoder.RULES, *qwen_vl.QWEN2),
     ignore=(*decoder.IGNORE, *qwen_vl.IGNORE),
     prefixes=qwen_vl.PREFIXES,
 )

@@ -1,4 +1,4 @@
-"""Qwen3-Omni: the whole model as published, or its thinker as transformers saves it. What speaks is dropped."""
+"""Qwen3-Omni: the whole model as published, or its thinker as transformers saves it. The talker is ignored."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mmjax.converters.table import Rule, Table, linear
 from . import qwen_omni, qwen_vl
 
 _RULES = (
-    *qwen_vl.tapped("merger", "merger_list", ("ln_q", "mlp.0", "mlp.2")),
-    *qwen_omni.BLOCKS,
+    *qwen_vl.qwen3("merger", "merger_list", ("ln_q", "mlp.0", "mlp.2")),
+    *qwen_omni.LAYERS,
     Rule(qwen_omni.biases("qkv"), "audio.blocks.qkv_bias", to.fuse_qkv_bias),
     *(rule for n in (1, 2, 3) for rule in linear(f"audio.conv2d{n}", f"audio.conv{n}")),
     Rule("audio.conv_out.weight", "audio.gather", to.transpose),
@@ -28,4 +28,4 @@ def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
     )
 
 
-TABLE = _table(decoder.EXPERTS, _table(decoder.TURNED_EXPERTS))
+TABLE = _table(decoder.EXPERTS, _table(decoder.TRANSPOSED_EXPERTS))

@@ -7,7 +7,7 @@ from mmjax.converters.table import Rule, Table
 
 from . import qwen_vl
 
-_VISION = qwen_vl.tapped("merger", "deepstack_merger_list", ("norm", "linear_fc1", "linear_fc2"))
+_VISION = qwen_vl.qwen3("merger", "deepstack_merger_list", ("norm", "linear_fc1", "linear_fc2"))
 
 
 def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
@@ -19,4 +19,4 @@ def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
     )
 
 
-TABLE = _table(decoder.EXPERTS, _table(decoder.TURNED_EXPERTS))
+TABLE = _table(decoder.EXPERTS, _table(decoder.TRANSPOSED_EXPERTS))

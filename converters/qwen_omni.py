@@ -1,4 +1,4 @@
-"""Rules of the Omni audio towers, and the names under which Omni checkpoints keep the thinker's parts."""
+"""Rules of the Omni audio towers, and the prefixes of the thinker's parts in Omni checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def biases(names: str) -> tuple[str, ...]:
     return tuple(f"{_S}.self_attn.{x}_proj.bias" for x in names)
 
 
-BLOCKS = (
+LAYERS = (
     *norm(f"{_S}.self_attn_layer_norm", f"{_T}.norm1"),
     Rule(tuple(f"{_S}.self_attn.{x}_proj.weight" for x in "qkv"), f"{_T}.qkv", to.fuse_qkv),
     *linear(f"{_S}.self_attn.out_proj", f"{_T}.o", to.merge_heads),
@@ -23,7 +23,7 @@ BLOCKS = (
     *norm("audio.ln_post", "audio.norm"),
 )
 
-# published (thinker.model.layers), the thinker alone, and as transformers names its parts in memory
+# as published (thinker.model.layers), of the thinker alone, and as transformers names the parts in memory
 PREFIXES = tuple(
     (whole + old, new)
     for whole in ("thinker.", "")

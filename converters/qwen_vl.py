@@ -1,4 +1,4 @@
-"""Rules of the Qwen vision towers, by generation, and the names under which Qwen checkpoints keep their parts."""
+"""Rules of the Qwen vision towers, by generation, and the prefixes of the parts in Qwen checkpoints."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from mmjax.converters.table import Rule, linear, norm
 
 _S, _T = "vision.blocks.{i}", "vision.blocks"
 
-_ALL = (
+_COMMON = (
     Rule("vision.patch_embed.proj.weight", "vision.patch", to.patches(3, 2)),  # (channel, frame, y, x)
     *linear(f"{_S}.attn.qkv", f"{_T}.qkv", to.split_qkv, to.split_qkv_bias),
     *linear(f"{_S}.attn.proj", f"{_T}.o", to.merge_heads),
 )
 _MERGE = (*linear("vision.merger.mlp.0", "vision.merge.fc1"), *linear("vision.merger.mlp.2", "vision.merge.fc2"))
 
-FIRST = (
-    *_ALL,
+QWEN2 = (
+    *_COMMON,
     *norm(f"{_S}.norm1", f"{_T}.norm1"),
     *norm(f"{_S}.norm2", f"{_T}.norm2"),
     *linear(f"{_S}.mlp.fc1", f"{_T}.fc1"),
@@ -23,8 +23,8 @@ FIRST = (
     *norm("vision.merger.ln_q", "vision.merge.norm"),
     *_MERGE,
 )
-WINDOWED = (
-    *_ALL,
+QWEN2_5 = (
+    *_COMMON,
     Rule(f"{_S}.norm1.weight", f"{_T}.norm1"),
     Rule(f"{_S}.norm2.weight", f"{_T}.norm2"),
     Rule((f"{_S}.mlp.gate_proj.weight", f"{_S}.mlp.up_proj.weight"), f"{_T}.gate_up", to.fuse_gate_up),
@@ -35,15 +35,16 @@ WINDOWED = (
 )
 
 
-def tapped(final: str, inner: str, parts: tuple[str, str, str]) -> tuple[Rule, ...]:
-    """The third generation's: the names of the final merger, of the list of inner ones, and of each one's parts."""
+def qwen3(final: str, inner: str, parts: tuple[str, str, str]) -> tuple[Rule, ...]:
+    """Qwen3-VL's and Qwen3-Omni's, which name them differently: the final merger, the list of DeepStack mergers, and
+    the parts of each: norm and the two dense layers."""
     rules: list[Rule] = []
     for source, target in ((final, "vision.merge"), (f"{inner}.{{i}}", "vision.taps")):
         rules += norm(f"vision.{source}.{parts[0]}", f"{target}.norm")
         rules += linear(f"vision.{source}.{parts[1]}", f"{target}.fc1")
         rules += linear(f"vision.{source}.{parts[2]}", f"{target}.fc2")
     return (
-        *_ALL,
+        *_COMMON,
         Rule("vision.patch_embed.proj.bias", "vision.patch_bias"),
         Rule("vision.pos_embed.weight", "vision.positions"),
         *norm(f"{_S}.norm1", f"{_T}.norm1"),

@@ -1,6 +1,6 @@
 """Rules of SigLIP's image tower, which families share.
 
-A model stops at the hidden state it wants: later blocks, or the last norm, may have no place.
+A model ends at the hidden state it uses: later layers, or the last norm, may be left out.
 """
 
 from __future__ import annotations

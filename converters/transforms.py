@@ -1,7 +1,7 @@
 """Changes of layout between a published tensor and a parameter, in plain NumPy.
 
-A `Transform` is two functions of the *target* shape: which source shapes it needs (so that a checkpoint can be checked
-from its headers alone), and how the value is made. Sources are in torch order: linear `[out, in]`, convolution
+A `Transform` is two functions of the *target* shape: which source shapes it needs, so that a checkpoint can be checked
+from its headers alone, and how the value is made. Sources are in torch order: linear `[out, in]`, convolution
 `[out, in, *kernel]`. Letters: D, C widths, K kv heads, G query heads per kv head, N = K * G, H head dim, F mlp.
 """
 
@@ -15,13 +15,13 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
-# A transposed copy done in one go misses the cache on every element; square tiles of this side stay inside it.
+# A transposed copy in one go misses the cache on every element; square tiles of this edge fit it.
 TILE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A change of layout. Both functions raise ValueError when `shape` is not one that this transform can make.
+    """A change of layout. Both functions raise ValueError for a `shape` that this transform cannot make.
 
     `sources(shape)`: the shape of each source tensor, in order.
     `build(*arrays, shape=shape)`: the value; any view or copy of the sources with exactly `shape`.
@@ -34,7 +34,7 @@ class Transform:
         return self.build(*arrays, shape=shape)
 
 
-def flipped(matrix: np.ndarray) -> np.ndarray:
+def transposed(matrix: np.ndarray) -> np.ndarray:
     """`[A, B] -> [B, A]`, contiguous, copied tile by tile."""
     rows, columns = matrix.shape
     out = np.empty((columns, rows), matrix.dtype)
@@ -49,7 +49,7 @@ def _keep(array: np.ndarray, *, shape: Shape) -> np.ndarray:
 
 
 def _transpose(array: np.ndarray, *, shape: Shape) -> np.ndarray:
-    return flipped(array) if array.ndim == 2 else array.transpose()
+    return transposed(array) if array.ndim == 2 else array.transpose()
 
 
 def _fold(array: np.ndarray, *, shape: Shape) -> np.ndarray:
@@ -71,10 +71,10 @@ def _heads_sources(shape: Shape) -> tuple[Shape, ...]:
 
 
 def _heads(*arrays: np.ndarray, shape: Shape) -> np.ndarray:
-    """Sources `[K * g_j * H, D]` -> `[D, K, sum(g_j), H]`: each kv head keeps its share of every source together."""
+    """Sources `[K * g_j * H, D]` -> `[D, K, sum(g_j), H]`: grouped by kv head."""
     width, kv, _, head = shape
     parts = [array.reshape(kv, -1, head, width) for array in arrays]
-    return flipped(np.concatenate(parts, axis=1).reshape(-1, width)).reshape(shape)
+    return transposed(np.concatenate(parts, axis=1).reshape(-1, width)).reshape(shape)
 
 
 def _qkv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
@@ -116,7 +116,7 @@ def _split_qkv_sources(shape: Shape) -> tuple[Shape, ...]:
 def _split_qkv(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
     width, heads, three, head = shape
     rows = fused.reshape(three, heads, head, width).swapaxes(0, 1)
-    return flipped(rows.reshape(-1, width)).reshape(shape)
+    return transposed(rows.reshape(-1, width)).reshape(shape)
 
 
 def _split_qkv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
@@ -135,7 +135,7 @@ def _merge_heads_sources(shape: Shape) -> tuple[Shape, ...]:
 
 
 def _merge_heads(array: np.ndarray, *, shape: Shape) -> np.ndarray:
-    return flipped(array).reshape(shape)
+    return transposed(array).reshape(shape)
 
 
 def _gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
@@ -147,7 +147,7 @@ def _gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
 
 def _gate_up(gate: np.ndarray, up: np.ndarray, *, shape: Shape) -> np.ndarray:
     out = np.empty(shape, np.result_type(gate, up))
-    out[:, 0], out[:, 1] = flipped(gate), flipped(up)
+    out[:, 0], out[:, 1] = transposed(gate), transposed(up)
     return out
 
 
@@ -170,27 +170,27 @@ def _split_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
     return _gate_up(*np.split(fused, 2), shape=shape)
 
 
-def _part_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+def _expert_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
     experts, width, two, mlp = shape
     return ((experts, width, two * mlp),)
 
 
-def _turned_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+def _transposed_expert_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
     experts, width, two, mlp = shape
     return ((experts, two * mlp, width),)
 
 
-def _turned_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+def _transposed_expert_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
     experts, width, two, mlp = shape
     return fused.reshape(experts, two, mlp, width).transpose(0, 3, 1, 2)
 
 
-def _turned_sources(shape: Shape) -> tuple[Shape, ...]:
+def _transpose_experts_sources(shape: Shape) -> tuple[Shape, ...]:
     experts, rows, columns = shape
     return ((experts, columns, rows),)
 
 
-def _turned(array: np.ndarray, *, shape: Shape) -> np.ndarray:
+def _transpose_experts(array: np.ndarray, *, shape: Shape) -> np.ndarray:
     return array.swapaxes(1, 2)
 
 
@@ -219,7 +219,7 @@ def patches(*lead: int) -> Transform:
         return ((width, *lead, side, side),)
 
     def build(array: np.ndarray, *, shape: Shape) -> np.ndarray:
-        return flipped(array.reshape(shape[::-1]))
+        return transposed(array.reshape(shape[::-1]))
 
     return Transform(sources, build)
 
@@ -254,8 +254,8 @@ split_gate_up = Transform(_split_gate_up_sources, _split_gate_up)
 # n equal tensors -> [n, ...]
 stack = Transform(_stack_sources, _stack)
 # experts' [E, D, 2F] (gate first) -> [E, D, 2, F]
-part_gate_up = Transform(_part_gate_up_sources, _fold)
+expert_gate_up = Transform(_expert_gate_up_sources, _fold)
 # experts' [E, 2F, D] -> [E, D, 2, F]
-turned_gate_up = Transform(_turned_gate_up_sources, _turned_gate_up)
+transposed_expert_gate_up = Transform(_transposed_expert_gate_up_sources, _transposed_expert_gate_up)
 # [E, out, in] -> [E, in, out]
-turned = Transform(_turned_sources, _turned)
+transpose_experts = Transform(_transpose_experts_sources, _transpose_experts)

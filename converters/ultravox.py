@@ -1,5 +1,5 @@
-"""Ultravox: the projector and, as the release has it, the encoder, the language model, both or neither. The config says
-whose checkpoints hold the others: `text_model_id` a Llama's, `audio_model_id` a Whisper's.
+"""Ultravox: the projector and, depending on the release, the encoder, the language model, both or neither. The config
+names the checkpoints of the others: `text_model_id` a Llama's, `audio_model_id` a Whisper's.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from . import whisper_encoder
 _D = "text.layers.{i}"
 
 
-def _projections(attention: str, names: str, kind: str) -> tuple[str, ...]:
-    return tuple(f"{attention}.{x}_proj.{kind}" for x in names)
+def _projections(attention: str, names: str, parameter: str) -> tuple[str, ...]:
+    return tuple(f"{attention}.{x}_proj.{parameter}" for x in names)
 
 
 TABLE = Table(

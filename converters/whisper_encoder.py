@@ -1,4 +1,4 @@
-"""Rules of Whisper's encoder, which the families that hear share. Key projections have no bias."""
+"""Rules of Whisper's encoder, which audio families share. Key projections have no bias."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from mmjax.converters.table import Rule, linear, norm
 _S, _T = "audio.layers.{i}", "audio.blocks"
 
 
-def _projections(names: str, kind: str) -> tuple[str, ...]:
-    return tuple(f"{_S}.self_attn.{x}_proj.{kind}" for x in names)
+def _projections(names: str, parameter: str) -> tuple[str, ...]:
+    return tuple(f"{_S}.self_attn.{x}_proj.{parameter}" for x in names)
 
 
 RULES = (

@@ -1,4 +1,4 @@
-"""What crosses the jit boundary: the batch of a step, the device state, and the one array the batch travels in."""
+"""What crosses the jit boundary: the KV cache, the batch of a step, and the one array in which a batch is copied."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int, Num
 
-Array = jax.Array
 LayoutFields = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Every layer's keys and values, in pages: layer i owns page ids [i * n, (i + 1) * n) of L * n.
+    """Every layer's keys and values, in blocks: layer i has block ids [i * n, (i + 1) * n) of num_blocks = L * n.
 
-    k, v: [L * n, page, K, H], on the CPU [L * n, K, page, H]. Page 0 of each layer belongs to nobody: padding points
-    there.
+    k, v: [num_blocks, block_size, K, H], on the CPU [num_blocks, K, block_size, H]. No sequence has block 0 of a layer:
+    padding points there.
     """
 
-    k: Array
-    v: Array
+    k: Num[Array, "num_blocks _ _ H"]
+    v: Num[Array, "num_blocks _ _ H"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One step's tokens as a model sees them: B blocks of Q tokens, each block of one of S sequences (T = B * Q).
+    """One step's tokens as a model sees them: B query blocks of Q tokens, each of one of S sequences (T = B * Q).
 
-    tokens: i32[T]. positions: i32[R, T], rotary positions. media: i32[T], row of the media slab that replaces the
-    token's embedding, or -1. slot: i32[T], page * page_size + offset where the token's key and value go within a
-    layer, or -1 for padding. owner: i32[B], the sequence of each block. start: i32[B], place of a block's first
-    token in its sequence, -Q for padding. pages: i32[S, P]. length: i32[S], keys that exist after this step.
-    cross_pages: i32[S, X] and cross_length: i32[S], the encoder's keys (X = 0 for decoder-only models).
+    mm_index: the row of mm_embeds that replaces the token's embedding, or -1. slot_mapping: where in a layer the
+    token's key and value are written, block id * block_size + offset, or -1 for padding. seq_index: the sequence of
+    each query block. q_start: position of the block's first token in its sequence, -Q for padding. block_table: block
+    ids of each sequence in order of position. context_lens: keys of each sequence after this step. cross_block_table,
+    cross_context_lens: of the encoder's keys (X = 0 for decoder-only models).
     """
 
-    token_ids: Array
-    rope_positions: Array
-    mm_index: Array
-    slot_mapping: Array
-    seq_index: Array
-    q_start: Array
-    block_table: Array
-    context_lens: Array
-    cross_block_table: Array
-    cross_context_lens: Array
+    token_ids: Int[Array, "T"]
+    rope_positions: Int[Array, "R T"]
+    mm_index: Int[Array, "T"]
+    slot_mapping: Int[Array, "T"]
+    seq_index: Int[Array, "B"]
+    q_start: Int[Array, "B"]
+    block_table: Int[Array, "S P"]
+    context_lens: Int[Array, "S"]
+    cross_block_table: Int[Array, "S X"]
+    cross_context_lens: Int[Array, "S"]
 
 
 class PackedLayout:
-    """Names, shapes and dtypes of arrays that share one int32 vector, so that a step costs one host-to-device copy."""
+    """Names, shapes and dtypes of arrays that share one int32 vector, so that a step costs one copy to the device."""
 
     def __init__(self, fields: LayoutFields) -> None:
         self.fields = fields
@@ -60,23 +60,23 @@ class PackedLayout:
         self.size = sum(self.sizes)
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        """NumPy views into i32[size], to be written in place; booleans are int32 here."""
+        """NumPy views into i32[size], to be filled in place; booleans are int32 here."""
         out, at = {}, 0
         for (name, shape, dtype), size in zip(self.fields, self.sizes, strict=True):
-            kind = np.float32 if dtype == "f32" else np.int32
-            out[name] = vector[at : at + size].view(kind).reshape(shape)
+            view = vector[at : at + size].view(np.float32 if dtype == "f32" else np.int32)
+            out[name] = view.reshape(shape)
             at += size
         return out
 
-    def unpack(self, vector: Array) -> dict[str, Array]:
+    def unpack(self, vector: Int[Array, "size"]) -> dict[str, Array]:
         """The same arrays on the device, inside jit."""
         out, at = {}, 0
         for (name, shape, dtype), size in zip(self.fields, self.sizes, strict=True):
-            piece = jax.lax.slice(vector, (at,), (at + size,)).reshape(shape)
+            array = jax.lax.slice(vector, (at,), (at + size,)).reshape(shape)
             at += size
             if dtype == "f32":
-                piece = jax.lax.bitcast_convert_type(piece, jnp.float32)
-            out[name] = piece != 0 if dtype == "bool" else piece
+                array = jax.lax.bitcast_convert_type(array, jnp.float32)
+            out[name] = array != 0 if dtype == "bool" else array
         return out
 
 

@@ -1,4 +1,4 @@
-"""Where each logical axis lies on the device mesh. No other file names a mesh axis."""
+"""The mesh axis of each logical axis. No other file names a mesh axis."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def tp_size(mesh: Mesh) -> int:
-    """Over how many devices the model is split."""
+    """The number of devices that the model is split over."""
     return int(mesh.shape[MODEL])
 
 
@@ -60,14 +60,14 @@ def named_sharding(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """n rounded up to a multiple of `ways`: the padded size of an axis that is split that many ways."""
+    """n rounded up to a multiple: the padded size of an axis that is split over that many devices."""
     return -(-n // multiple) * multiple
 
 
 def map_heads(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> Any:
-    """Run `function` on each device's own heads: a shard_map over the current mesh, or the function itself on one.
+    """`function` on each device's own heads: a shard_map over the current mesh, or `function` itself on one device.
 
-    Attention never mixes heads, so nothing is communicated inside.
+    Attention never mixes heads, so that nothing is communicated inside.
     """
     current = jax.sharding.get_abstract_mesh()
     if current.empty or current.shape[MODEL] == 1:
@@ -82,9 +82,9 @@ def map_heads(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) ->
 
 
 def sum_over_shards(function: Any, in_axes: Sequence[Sequence[str]]) -> Any:
-    """Run `function(shard, *args)` on each device's own part of the arguments and add up what comes out.
+    """`function(shard, *args)` on each device's shard of the arguments, and the sum of its outputs.
 
-    shard: i32[], which part it is. On one device it is 0 and there is nothing to add.
+    shard: int32 [], the number of the shard. On one device it is 0, and there is nothing to add.
     """
     current = jax.sharding.get_abstract_mesh()
     if current.empty or current.shape[MODEL] == 1:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from api_server import client_over
 from http_server import listening_server
 from mmjax import LLM, AsyncLLM, RequestOutput
-from api_server import client_over
 
 openai = pytest.importorskip("openai")
 

@@ -59,7 +59,7 @@ def body(data: bytes, **headers: str) -> Callable[[http.server.BaseHTTPRequestHa
     return answer
 
 
-def packed(data: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
+def gzipped(data: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
     return body(gzip.compress(data), Content_Encoding="gzip")
 
 
@@ -79,7 +79,7 @@ def trickle(pause_s: float, count: int) -> Callable[[http.server.BaseHTTPRequest
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Site]:
+def running_site() -> Iterator[Site]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
@@ -117,7 +117,7 @@ def wav() -> bytes:
     return buffer.getvalue()
 
 
-def text(data: bytes) -> str:
+def to_base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
@@ -125,11 +125,11 @@ def connector(policy: FetchPolicy = OPEN, **options: Any) -> MediaConnector:
     return MediaConnector(connection=policy, **options)
 
 
-def fetched(url: str, policy: FetchPolicy = OPEN) -> np.ndarray:
+def fetch_pixels(url: str, policy: FetchPolicy = OPEN) -> np.ndarray:
     return np.asarray(connector(policy).fetch_image(url))
 
 
-def refused(url: Any, policy: FetchPolicy = OPEN, **options: Any) -> RequestError:
+def fetch_error(url: Any, policy: FetchPolicy = OPEN, **options: Any) -> RequestError:
     with pytest.raises(RequestError) as caught:
         connector(policy, **options).fetch_image(url)
     return caught.value

@@ -81,9 +81,9 @@ def _kernel(block_table_ref: Any, context_lens_ref: Any, q_ref: Any, *refs: Any,
 
         def fold(first: Any = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
             live = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < context_len
-            seen = first + lax.broadcasted_iota(jnp.int32, (1, block_size), 1) < context_len
+            visible = first + lax.broadcasted_iota(jnp.int32, (1, block_size), 1) < context_len
             for h in range(K):
-                x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
+                x = jnp.where(visible, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]
                 tpu.fold((h,), top, total, values, x, jnp.where(live, value, jnp.zeros_like(value)))
 

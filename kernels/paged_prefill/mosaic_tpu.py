@@ -99,11 +99,11 @@ def _kernel(
         def fold(first: Any = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
             live = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
             at = first + lax.broadcasted_iota(jnp.int32, (rows, block_size), 1)
-            seen = at < end
+            visible = at < end
             if causal:
-                seen &= at <= q_start_ref[b] + lax.div(lax.broadcasted_iota(jnp.int32, (rows, block_size), 0), group)
+                visible &= at <= q_start_ref[b] + lax.div(lax.broadcasted_iota(jnp.int32, (rows, block_size), 0), group)
             for h in range(K):
-                x = jnp.where(seen, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
+                x = jnp.where(visible, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]
                 tpu.fold((h,), top, total, values, x, jnp.where(live, value, jnp.zeros_like(value)))
 

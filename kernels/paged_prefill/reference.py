@@ -28,7 +28,7 @@ def run(
     causal: bool,
     scale: float,
 ) -> Float[Array, "B Q K G H"]:
-    """See `paged_prefill`. Block after block, each over the chunks of keys that it sees and no more."""
+    """See `paged_prefill`. Block after block, each over the chunks of keys that it attends."""
     B, Q, K, G, H = q.shape
     block_size = k_cache.shape[2]
     step = max(1, CHUNK // block_size)
@@ -51,11 +51,11 @@ def run(
                 blocks = jnp.take(cache, ids, axis=0, mode="clip")
                 return cache_to_float32(blocks.swapaxes(0, 1).reshape(K, keys, H))
 
-            seen = (at < end)[None]
+            visible = (at < end)[None]
             if causal:
-                seen = seen & (at[None] <= position[:, None])
+                visible = visible & (at[None] <= position[:, None])
             scores = jnp.einsum("krh,kjh->krj", query, gather(k_cache))
-            scores = jnp.where(seen[None], scores, online_softmax.MASKED)
+            scores = jnp.where(visible[None], scores, online_softmax.MASKED)
             values = jnp.where((at < end)[None, :, None], gather(v_cache), 0.0)  # a block may still hold anything there
             return online_softmax.fold(state, scores, lambda weights: jnp.einsum("krj,kjh->krh", weights, values))
 

@@ -1,8 +1,8 @@
 """Prefill on GPU: flash attention over cache blocks, in Pallas-Triton.
 
 The queries of a block and the query heads of a kv head make the rows of one matrix (row = query * G + head), cut into
-tiles; a program serves one tile, up to the last key that the tile sees. Tiles of a block and kv head are neighbours in
-the grid, so that all but the first find their keys in the L2 cache.
+tiles; a program serves one tile, up to the last key that the tile attends. Tiles of a block and kv head are neighbors
+in the grid, so that all but the first find their keys in the L2 cache.
 """
 
 import functools
@@ -81,8 +81,8 @@ def _kernel(
     sequence, q_start = seq_index_ref[b], q_start_ref[b]
     context_len = jnp.where(q_start > -Q, context_lens_ref[sequence], 0)
     first_query, last_query = q_start + lax.div(i * rows, G), q_start + lax.div((i + 1) * rows - 1, G)
-    seen_by_any = jnp.maximum(jnp.minimum(context_len, last_query + 1), 0) if causal else context_len
-    seen_by_all = jnp.maximum(jnp.minimum(context_len, first_query + 1), 0) if causal else context_len
+    visible_to_any = jnp.maximum(jnp.minimum(context_len, last_query + 1), 0) if causal else context_len
+    visible_to_all = jnp.maximum(jnp.minimum(context_len, first_query + 1), 0) if causal else context_len
     query = q_ref[b, j, h, g, :]
 
     def chunk(c: Int[Array, ""], state: online_softmax.State, masked: bool) -> online_softmax.State:
@@ -95,15 +95,15 @@ def _kernel(
             position = at + jnp.arange(block, dtype=jnp.int32)
             live = position < context_len
             value = plgpu.load(v_ref.at[block_id, keys, h, :], mask=live[:, None], other=0.0)
-            seen = (position[None] <= (q_start + j)[:, None]) & live[None] if causal else live[None]
-            x = jnp.where(seen, x, online_softmax.MASKED)
+            visible = (position[None] <= (q_start + j)[:, None]) & live[None] if causal else live[None]
+            x = jnp.where(visible, x, online_softmax.MASKED)
         return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, value), exp=jnp.exp2)
 
-    whole = lax.div(seen_by_all, block)
+    whole = lax.div(visible_to_all, block)
     state = online_softmax.start((rows,), H)
     state = lax.fori_loop(0, whole, functools.partial(chunk, masked=False), state)
     state = lax.fori_loop(
-        whole, lax.div(seen_by_any + (block - 1), block), functools.partial(chunk, masked=True), state
+        whole, lax.div(visible_to_any + (block - 1), block), functools.partial(chunk, masked=True), state
     )
     # As an array, not as a slice: the interpreter stores through all slices or none.
     lane = jnp.arange(H, dtype=jnp.int32)[None]

@@ -1,1 +1,1 @@
-"""Arrays and tokens to what a model consumes; one module per family, NumPy only."""
+"""From decoded media and prompts to what a model consumes: one module per family, NumPy only."""

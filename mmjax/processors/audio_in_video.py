@@ -1,7 +1,7 @@
-"""Videos with their sound in a prompt: `<audio start> ... <audio end>` with rows of both, which take turns by time.
+"""Videos with their sound in a prompt: `<audio start> ... <audio end>` with the embeddings of both interleaved by time.
 
-The sound of a video is an audio item of the same prompt. Items of sound go to placeholders and to videos in the order
-of the prompt; without placeholders of their own, the n-th video has the n-th of them.
+The sound of a video is an audio item of the same prompt. Audio items go to placeholders and to videos in the order of
+the prompt; without audio placeholders, the n-th video has the n-th audio item.
 """
 
 import collections
@@ -11,106 +11,113 @@ from collections.abc import Callable, Mapping, Sequence
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, expand_placeholders, placeholder_mismatch
 from mmjax.types import RequestError
 
-CLIP = -1  # stands for a video with its sound while the rest of the prompt is expanded
+VIDEO_WITH_AUDIO = -1  # stands for a video and its sound while the rest of the prompt is expanded
 Items = Mapping[str, Sequence[MediaItem]]
-EmbedRun = tuple[str, int, int]  # kind, first row, rows
+EmbedRun = tuple[str, int, int]  # modality, first embedding, number of embeddings
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioInVideo:
+class AudioInVideoExpander:
     """Expands prompts in which every video comes with its sound.
 
-    markers, placeholder: as for `expand_placeholders`. bos, eos: the tokens around the rows. turns: the order of the
-    rows of a video and its sound.
+    placeholder_ids, placeholder_text: as for `expand_placeholders`. bos_id, eos_id: the tokens around the embeddings of
+    a video and its sound. interleave: the order of the embeddings of the two.
     """
 
     placeholder_ids: Mapping[str, int]
     placeholder_text: Mapping[str, str]
-    bos: int
-    eos: int
-    turns: Callable[[MediaItem, MediaItem], list[EmbedRun]]
+    bos_id: int
+    eos_id: int
+    interleave: Callable[[MediaItem, MediaItem], list[EmbedRun]]
 
-    def expand(self, tokens: Sequence[int], items: Items) -> ExpandedPrompt:
-        """One marker per row of each item. Prompts that are expanded already are kept. RequestError when placeholders
-        and items do not match, or a video has no sound."""
-        clips, sounds = items["video"], items.get("audio", ())
-        if len(sounds) < len(clips):
+    def expand(self, token_ids: Sequence[int], items: Items) -> ExpandedPrompt:
+        """A token for every embedding of each item. A prompt that is expanded already is returned as it is.
+
+        RequestError when placeholders and items do not match, or a video has no sound.
+        """
+        videos, audios = items["video"], items.get("audio", ())
+        if len(audios) < len(videos):
             raise RequestError(
-                f"use_audio_in_video: {len(clips)} video(s) need an audio item each, which is their sound, but "
-                f"{len(sounds)} audio item(s) were given.",
+                f"use_audio_in_video: {len(videos)} video(s) need an audio item each, which is their sound, but "
+                f"{len(audios)} audio item(s) were given.",
                 "audio_in_video",
             )
-        folded, pairs = self._fold(list(tokens), clips, sounds)
-        alone = [index for index in range(len(sounds)) if index not in pairs]
-        rest = {**items, "video": (), "audio": [sounds[index] for index in alone]}
-        expanded = expand_placeholders(folded, rest, self.placeholder_ids, self.placeholder_text)
-        turns = [self.turns(clip, sounds[pair]) for clip, pair in zip(clips, pairs, strict=True)]
-        return self._unfold(expanded, turns, pairs, alone)
+        folded, audio_of = self._fold(list(token_ids), videos, audios)
+        other_audios = [index for index in range(len(audios)) if index not in audio_of]
+        others = {**items, "video": (), "audio": [audios[index] for index in other_audios]}
+        expanded = expand_placeholders(folded, others, self.placeholder_ids, self.placeholder_text)
+        runs = [self.interleave(video, audios[index]) for video, index in zip(videos, audio_of, strict=True)]
+        return self._unfold(expanded, runs, audio_of, other_audios)
 
     def _fold(
-        self, tokens: list[int], clips: Sequence[MediaItem], sounds: Sequence[MediaItem]
+        self, token_ids: list[int], videos: Sequence[MediaItem], audios: Sequence[MediaItem]
     ) -> tuple[list[int], list[int]]:
-        """The prompt with one CLIP per video with its sound, expanded or not, and the index of each one's sound."""
-        video, audio = self.placeholder_ids["video"], self.placeholder_ids["audio"]
-        found, heard_alone = tokens.count(video), tokens.count(audio)
-        wrong = placeholder_mismatch("video", len(clips), found, self.placeholder_text["video"])
-        whole = found == sum(item.num_embeds for item in clips) and heard_alone == sum(
-            item.num_embeds for item in sounds
+        """The prompt with one VIDEO_WITH_AUDIO per video, expanded or not, and the index of each one's audio item."""
+        video_id, audio_id = self.placeholder_ids["video"], self.placeholder_ids["audio"]
+        found, found_audio = token_ids.count(video_id), token_ids.count(audio_id)
+        mismatch = placeholder_mismatch("video", len(videos), found, self.placeholder_text["video"])
+        is_expanded = found == sum(item.num_embeds for item in videos) and found_audio == sum(
+            item.num_embeds for item in audios
         )
-        single = heard_alone == len(sounds) - len(clips)  # every other sound is one marker, or else a run of them
+        # every other audio item is one placeholder, or else a run of them
+        audio_is_single = found_audio == len(audios) - len(videos)
         folded: list[int] = []
-        pairs: list[int] = []
-        at = heard = 0
-        while at < len(tokens):
-            here = tokens[at : at + 2]
-            if here == [self.bos, video] if whole else here[0] == video:
-                if len(pairs) == len(clips):
-                    raise wrong
-                if heard >= len(sounds):
+        audio_of: list[int] = []
+        at = num_audios = 0
+        while at < len(token_ids):
+            here = token_ids[at : at + 2]
+            if here == [self.bos_id, video_id] if is_expanded else here[0] == video_id:
+                if len(audio_of) == len(videos):
+                    raise mismatch
+                if num_audios >= len(audios):
                     raise placeholder_mismatch(
-                        "audio", len(sounds) - len(clips), heard_alone, self.placeholder_text["audio"]
+                        "audio", len(audios) - len(videos), found_audio, self.placeholder_text["audio"]
                     )
-                run = self._run(clips[len(pairs)], sounds[heard]) if whole else [video]
-                if tokens[at : at + len(run)] != run:
-                    raise wrong
-                pairs.append(heard)
-                folded.append(CLIP)
+                run = self._expand(videos[len(audio_of)], audios[num_audios]) if is_expanded else [video_id]
+                if token_ids[at : at + len(run)] != run:
+                    raise mismatch
+                audio_of.append(num_audios)
+                folded.append(VIDEO_WITH_AUDIO)
                 at += len(run)
-                heard += 1
+                num_audios += 1
             else:
-                heard += here[0] == audio and (single or tokens[at - 1 : at] != [audio])
+                num_audios += here[0] == audio_id and (audio_is_single or token_ids[at - 1 : at] != [audio_id])
                 folded.append(here[0])
                 at += 1
-        if len(pairs) != len(clips):
-            raise wrong
-        return folded, pairs
+        if len(audio_of) != len(videos):
+            raise mismatch
+        return folded, audio_of
 
-    def _run(self, clip: MediaItem, sound: MediaItem) -> list[int]:
-        """What becomes of a video's marker."""
-        rows = [self.placeholder_ids[modality] for modality, _, count in self.turns(clip, sound) for _ in range(count)]
-        return [self.bos, *rows, self.eos]
+    def _expand(self, video: MediaItem, audio: MediaItem) -> list[int]:
+        """The tokens of a video and its sound."""
+        runs = self.interleave(video, audio)
+        embeds = [self.placeholder_ids[modality] for modality, _, count in runs for _ in range(count)]
+        return [self.bos_id, *embeds, self.eos_id]
 
     def _unfold(
-        self, folded: ExpandedPrompt, turns: Sequence[list[EmbedRun]], pairs: Sequence[int], alone: Sequence[int]
+        self,
+        folded: ExpandedPrompt,
+        runs: Sequence[list[EmbedRun]],
+        audio_of: Sequence[int],
+        other_audios: Sequence[int],
     ) -> ExpandedPrompt:
-        """Put the n-th video and its sound where the n-th CLIP is; `alone`: the indices of all other sounds."""
-        tokens: list[int] = []
+        """Replace the n-th VIDEO_WITH_AUDIO by the n-th video and its sound; other_audios: indices of all others."""
+        out: list[int] = []
         spans: list[PlaceholderSpan] = []
-        waiting, clip = collections.deque(folded.spans), 0
+        waiting, video = collections.deque(folded.spans), 0
         for at, token in enumerate(folded.token_ids):
             if waiting and waiting[0].start == at:
                 span = waiting.popleft()
-                index = alone[span.item_index] if span.modality == "audio" else span.item_index
-                spans.append(dataclasses.replace(span, start=len(tokens), item_index=index))
-            if token != CLIP:
-                tokens.append(token)
+                index = other_audios[span.item_index] if span.modality == "audio" else span.item_index
+                spans.append(dataclasses.replace(span, start=len(out), item_index=index))
+            if token != VIDEO_WITH_AUDIO:
+                out.append(token)
                 continue
-            tokens.append(self.bos)
-            for modality, first, rows in turns[clip]:
-                spans.append(
-                    PlaceholderSpan(len(tokens), rows, modality, clip if modality == "video" else pairs[clip], first)
-                )
-                tokens += [self.placeholder_ids[modality]] * rows
-            tokens.append(self.eos)
-            clip += 1
-        return ExpandedPrompt(tokens, spans)
+            out.append(self.bos_id)
+            for modality, first, count in runs[video]:
+                index = video if modality == "video" else audio_of[video]
+                spans.append(PlaceholderSpan(len(out), count, modality, index, first))
+                out += [self.placeholder_ids[modality]] * count
+            out.append(self.eos_id)
+            video += 1
+        return ExpandedPrompt(out, spans)

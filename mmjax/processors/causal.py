@@ -1,4 +1,4 @@
-"""Language models alone: prompts are text, and stay as they are."""
+"""Text-only language models: prompts stay as they are."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,15 +25,15 @@ class Processor(base.Processor):
         pass
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """RequestError: there is nothing to see or hear with."""
+        """RequestError: the model has no encoder."""
         raise RequestError(f"This is a language model, which takes no {modality}.", "unsupported_modality")
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
-        """None."""
+        """0."""
         return 0
 
     def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
-        """RequestError, as for `item`."""
+        """RequestError, as `process_item`."""
         return self.process_item(modality, None, {})
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:

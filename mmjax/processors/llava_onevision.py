@@ -1,8 +1,8 @@
-"""LLaVA-OneVision: a picture as a whole and in crops at about its own resolution; videos frame by frame.
+"""LLaVA-OneVision: an image as a whole and in crops at about its own resolution; videos frame by frame.
 
-The crops' patches are put together again to the picture, less the margins that made it fit; above nine crops' worth it
-is scaled down bilinearly. Every line ends with a newline, and the whole comes first. A frame is scaled to half, and a
-newline ends the video.
+The patches of the crops are put together to the image again, without the margins that made it fit; above nine crops'
+worth it is scaled down bilinearly. Every row of patches ends with a newline, and the whole image comes first. The
+frames of a video are scaled to half, and a newline ends it.
 """
 
 import math
@@ -20,18 +20,16 @@ from mmjax.processors.base import (
     PlaceholderSpan,
     ProcessorKwargs,
     expand_placeholders,
+    item_of_any_length,
     linear_positions,
 )
-from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
-SLACK = 1.1  # only above so many times the edge that is wanted, a picture is scaled down
+SLACK = 1.1  # an image is scaled down only where its edges are longer than wanted by this factor
 Grid = tuple[int, int]
-
-
 NEWLINE = -1  # in place of a patch: the embedding is the model's newline
 
 
@@ -45,63 +43,60 @@ def crop_fields(crop_size: int, patches_per_crop: int) -> tuple[FeatureField, ..
     )
 
 
-class EmbedSources(NamedTuple):
-    """Row r is the sum over j of source_weight[r, j] times patch source_index[r, j] of its item. Any axes may lead."""
+class WeightedPatches(NamedTuple):
+    """What embeddings are made from: see `crop_fields`. The shape of the grid of embeddings leads."""
 
     source_index: np.ndarray  # int32 [..., 4]
     source_weight: np.ndarray  # float32 [..., 4]
 
-    def flat(self) -> "EmbedSources":
-        """One leading axis."""
-        return EmbedSources(self.source_index.reshape(-1, 4), self.source_weight.reshape(-1, 4))
+    def flat(self) -> "WeightedPatches":
+        """With one leading axis."""
+        return WeightedPatches(self.source_index.reshape(-1, 4), self.source_weight.reshape(-1, 4))
 
 
-def concat_sources(parts: Sequence[EmbedSources], axis: int = 0) -> EmbedSources:
-    """Parts one after the other."""
-    return EmbedSources(*(np.concatenate(arrays, axis=axis) for arrays in zip(*parts, strict=True)))
+def concat(parts: Sequence[WeightedPatches], axis: int = 0) -> WeightedPatches:
+    """Parts joined along a leading axis."""
+    return WeightedPatches(*(np.concatenate(arrays, axis=axis) for arrays in zip(*parts, strict=True)))
 
 
-def single_sources(patches: np.ndarray) -> EmbedSources:
-    """Patches as they are: int [...] to picks [..., 4]."""
+def single_patches(patches: np.ndarray) -> WeightedPatches:
+    """Embeddings that are one patch each: int [...] -> [..., 4]."""
     source_index = np.repeat(patches.astype(np.int32)[..., None], 4, axis=-1)
     source_weight = np.zeros(source_index.shape, np.float32)
     source_weight[..., 0] = 1
-    return EmbedSources(source_index, source_weight)
+    return WeightedPatches(source_index, source_weight)
 
 
-def newline_sources(*shape: int) -> EmbedSources:
-    """The newline, so many times."""
-    return single_sources(np.full(shape, NEWLINE))
+def newlines(*shape: int) -> WeightedPatches:
+    """A grid of newlines."""
+    return single_patches(np.full(shape, NEWLINE))
 
 
-def resampled_sources(patches: np.ndarray, lines: int, columns: int) -> EmbedSources:
-    """A grid of patches int [h, w] scaled bilinearly, by the centres of its cells and without smoothing, to picks
-    [lines, columns, 4]."""
-    if patches.shape == (lines, columns):
-        return single_sources(patches)
-    (top, low), (left, right) = _neighbours(patches.shape[0], lines), _neighbours(patches.shape[1], columns)
-    rows = [at for at, _ in (top, top, low, low)]
-    across = [at for at, _ in (left, right, left, right)]
-    source_index = np.stack([patches[np.ix_(y, x)] for y, x in zip(rows, across, strict=True)], axis=-1)
-    source_weight = [
-        np.outer(y, x) for y, x in ((top[1], left[1]), (top[1], right[1]), (low[1], left[1]), (low[1], right[1]))
-    ]
-    return EmbedSources(source_index.astype(np.int32), np.stack(source_weight, axis=-1).astype(np.float32))
+def resized_patches(patches: np.ndarray, height: int, width: int) -> WeightedPatches:
+    """A grid of patches int [h, w] scaled bilinearly to [height, width, 4], by the centers of its cells and without
+    antialiasing."""
+    if patches.shape == (height, width):
+        return single_patches(patches)
+    (top, low), (left, right) = _neighbors(patches.shape[0], height), _neighbors(patches.shape[1], width)
+    corners = [(y, x) for y in (top, low) for x in (left, right)]
+    source_index = np.stack([patches[np.ix_(y[0], x[0])] for y, x in corners], axis=-1)
+    source_weight = [np.outer(y[1], x[1]) for y, x in corners]
+    return WeightedPatches(source_index.astype(np.int32), np.stack(source_weight, axis=-1).astype(np.float32))
 
 
-def _neighbours(have: int, want: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """For each of `want` cells the two of `have` around its centre, each with its source_weight."""
+def _neighbors(have: int, want: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """For each of `want` cells, the two of `have` around its center: (index, weight) of each."""
     at = np.maximum((np.arange(want) + 0.5) * (have / want) - 0.5, 0)
     first = at.astype(np.int32)
-    beyond = (at - first).astype(np.float32)
-    return (first, 1 - beyond), (np.minimum(first + 1, have - 1), beyond)
+    fraction = (at - first).astype(np.float32)
+    return (first, 1 - fraction), (np.minimum(first + 1, have - 1), fraction)
 
 
 class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`.
 
-    `vision_aspect_ratio` may be "anyres_max_N" (scaled down above N crops' worth of rows) or "pad": one crop only, the
-    picture padded to a square, as transformers prepares several images of one prompt.
+    vision_aspect_ratio: "anyres_max_N", which scales images down above N crops' worth of embeddings, or "pad": one crop
+    only, the image padded to a square, as transformers prepares several images of one prompt.
     """
 
     mm_limits: Mapping[str, int | None] = {"image": None, "video": None}
@@ -109,7 +104,7 @@ class Processor(base.Processor):
     placeholder_text: Mapping[str, str] = placeholder_token
     accepted_kwargs = frozenset({"vision_aspect_ratio"})
     embed_fields: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",), "video": ("video_embeds",)}
-    item_for_embeds = any_length_item
+    item_for_embeds = item_of_any_length
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
@@ -132,45 +127,39 @@ class Processor(base.Processor):
         """Tokens of an image (height, width) or a video (frames, height, width)."""
         if modality == "video":
             return size[0] * math.ceil(self.grid_size / 2) ** 2 + 1
-        most = self._most(kwargs)
-        if most is None:
+        max_crops = self._max_crops(kwargs)
+        if max_crops is None:
             return self.grid_size**2 + 1
         height, width = size[-2:]
-        height, width = self._scaled(self._kept(height, width, self._canvas(height, width)), most)
+        height, width = self._scaled(self._unpadded(height, width, self._canvas(height, width)), max_crops)
         return self.grid_size**2 + height * (width + 1)
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, 3, S, S], source i32[rows, 4], share
-        f32[rows, 4].
-
-        Row r is the sum over j of share[r, j] times patch source[r, j] of the item; where that is -1, the newline.
-        """
+        """An image or a video, as `crop_fields`."""
         if isinstance(media, Video):
             crops = [resize(frame, self.crop_size, self.crop_size) for frame in media.frames]
-            picks = self._frames(len(crops))
-        elif (most := self._most(kwargs)) is None:
-            crops, picks = [self._padded(media)], concat_sources([self._first, newline_sources(1)])
+            sources = self._video_sources(len(crops))
+        elif (max_crops := self._max_crops(kwargs)) is None:
+            crops, sources = [self._padded(media)], concat([self._first_crop, newlines(1)])
         else:
-            crops, picks = self._crops(media), self._lines(image_size(media), most)
-        pixels = np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2))
-        return MediaItem(
-            modality, {"pixels": pixels, **picks._asdict()}, num_inputs=len(crops), num_embeds=len(picks.source_index)
-        )
+            crops, sources = self._crops(media), self._image_sources(image_size(media), max_crops)
+        features = {"pixels": np.ascontiguousarray(np.stack(crops).transpose(0, 3, 1, 2)), **sources._asdict()}
+        return MediaItem(modality, features, num_inputs=len(crops), num_embeds=len(sources.source_index))
 
-    # --- pixels
+    # -- pixels ------------------------------------------------------------------------------------------------------
 
     def _canvas(self, height: int, width: int) -> Grid:
-        """(height, width): of the allowed sizes that on which most of the picture shows, then the smallest."""
+        """The (height, width) of image_grid_pinpoints on which most of the image's pixels fit, then the smallest."""
 
-        def rank(allowed: Grid) -> Grid:
-            scale = min(allowed[1] / width, allowed[0] / height)
-            shown = min(int(width * scale) * int(height * scale), width * height)
-            return shown, -allowed[0] * allowed[1]
+        def rank(canvas: Grid) -> Grid:
+            scale = min(canvas[1] / width, canvas[0] / height)
+            pixels = min(int(width * scale) * int(height * scale), width * height)
+            return pixels, -canvas[0] * canvas[1]
 
         return max(self.grid_pinpoints, key=rank)
 
     def _crops(self, image: Any) -> list[np.ndarray]:
-        """The whole, out of proportion, and the crops row by row of the picture centred on its canvas."""
+        """The whole image, stretched to a square, and the crops row by row of the image centered on its canvas."""
         (height, width), size = image_size(image), self.crop_size
         canvas = self._canvas(height, width)
         scale = min(canvas[1] / width, canvas[0] / height)
@@ -178,26 +167,26 @@ class Processor(base.Processor):
             fitted = min(math.ceil(height * scale), canvas[0]), canvas[1]
         else:
             fitted = canvas[0], min(math.ceil(width * scale), canvas[1])
-        board = np.zeros((*canvas, 3), np.uint8)
+        padded = np.zeros((*canvas, 3), np.uint8)
         top, left = ((edge - inner) // 2 for edge, inner in zip(canvas, fitted, strict=True))
-        board[top : top + fitted[0], left : left + fitted[1]] = resize(image, *fitted)
-        cells = board.reshape(canvas[0] // size, size, canvas[1] // size, size, 3).swapaxes(1, 2)
+        padded[top : top + fitted[0], left : left + fitted[1]] = resize(image, *fitted)
+        cells = padded.reshape(canvas[0] // size, size, canvas[1] // size, size, 3).swapaxes(1, 2)
         return [resize(image, size, size), *cells.reshape(-1, size, size, 3)]
 
     def _padded(self, image: Any) -> np.ndarray:
-        """The picture on a square of the mean colour."""
+        """The image on a square of the mean color."""
         height, width = image_size(image)
         edge = max(height, width)
-        board = np.empty((edge, edge, 3), np.uint8)
-        board[:] = self.pad_color
+        padded = np.empty((edge, edge, 3), np.uint8)
+        padded[:] = self.pad_color
         top, left = (edge - height) // 2, (edge - width) // 2
-        board[top : top + height, left : left + width] = np.asarray(image)
-        return resize(board, self.crop_size, self.crop_size)
+        padded[top : top + height, left : left + width] = np.asarray(image)
+        return resize(padded, self.crop_size, self.crop_size)
 
-    # --- rows
+    # -- embeddings --------------------------------------------------------------------------------------------------
 
-    def _most(self, kwargs: ProcessorKwargs) -> int | None:
-        """Crops' worth of rows above which a picture is scaled down; None: one padded crop only."""
+    def _max_crops(self, kwargs: ProcessorKwargs) -> int | None:
+        """Crops' worth of embeddings above which an image is scaled down; None: one padded crop only."""
         aspect = kwargs.get("vision_aspect_ratio", self.aspect)
         if aspect == "pad":
             return None
@@ -209,51 +198,50 @@ class Processor(base.Processor):
             )
         return int(match[1])
 
-    def _kept(self, height: int, width: int, canvas: Grid) -> Grid:
-        """Lines and columns of patches on the canvas less the margins (rounded to patches as published)."""
-        lines, columns = (edge // self.crop_size * self.grid_size for edge in canvas)
-        if width / height > columns / lines:
-            lines -= (lines - int(round(height * (columns / width), 7))) // 2 * 2
+    def _unpadded(self, height: int, width: int, canvas: Grid) -> Grid:
+        """Rows and columns of patches on the canvas without the margins (rounded to patches as published)."""
+        rows, columns = (edge // self.crop_size * self.grid_size for edge in canvas)
+        if width / height > columns / rows:
+            rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
         else:
-            columns -= (columns - int(round(width * (lines / height), 7))) // 2 * 2
-        return lines, columns
+            columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
+        return rows, columns
 
-    def _scaled(self, grid: Grid, most: int) -> Grid:
-        """Lines and columns after scaling down to `most` crops' worth."""
-        ratio = math.sqrt(grid[0] * grid[1] / (most * self.grid_size**2))
+    def _scaled(self, grid: Grid, max_crops: int) -> Grid:
+        """Rows and columns after scaling down to `max_crops` crops' worth."""
+        ratio = math.sqrt(grid[0] * grid[1] / (max_crops * self.grid_size**2))
         return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > SLACK else grid
 
     @property
-    def _first(self) -> EmbedSources:
+    def _first_crop(self) -> WeightedPatches:
         """The patches of the first crop."""
-        return single_sources(np.arange(self.grid_size**2))
+        return single_patches(np.arange(self.grid_size**2))
 
-    def _lines(self, size: Grid, most: int) -> EmbedSources:
-        """The rows of a picture of this size: of the whole, then line by line, each with its newline."""
+    def _image_sources(self, size: Grid, max_crops: int) -> WeightedPatches:
+        """The embeddings of an image of this size: of the whole, then row by row, each with its newline."""
         side, canvas = self.grid_size, self._canvas(*size)
         down, across = (edge // self.crop_size for edge in canvas)
         patches = np.arange(side**2, (1 + down * across) * side**2)
         patches = patches.reshape(down, across, side, side).swapaxes(1, 2).reshape(down * side, across * side)
-        lines, columns = self._kept(*size, canvas)
-        top, left = (len(patches) - lines) // 2, (len(patches[0]) - columns) // 2
-        kept = patches[top : top + lines, left : left + columns]
-        scaled = resampled_sources(kept, *self._scaled((lines, columns), most))
-        return concat_sources(
-            [self._first, concat_sources([scaled, newline_sources(len(scaled.source_index), 1)], axis=1).flat()]
-        )
+        rows, columns = self._unpadded(*size, canvas)
+        top, left = (len(patches) - rows) // 2, (len(patches[0]) - columns) // 2
+        unpadded = patches[top : top + rows, left : left + columns]
+        scaled = resized_patches(unpadded, *self._scaled((rows, columns), max_crops))
+        with_newlines = concat([scaled, newlines(len(scaled.source_index), 1)], axis=1)
+        return concat([self._first_crop, with_newlines.flat()])
 
-    def _frames(self, count: int) -> EmbedSources:
-        """The rows of a video: every frame at half its lines and columns, and a newline."""
+    def _video_sources(self, count: int) -> WeightedPatches:
+        """The embeddings of a video: every frame at half its rows and columns, and a newline."""
         half, patches = math.ceil(self.grid_size / 2), self.grid_size**2
-        frame = resampled_sources(np.arange(patches).reshape(self.grid_size, self.grid_size), half, half).flat()
+        frame = resized_patches(np.arange(patches).reshape(self.grid_size, self.grid_size), half, half).flat()
         frames = [
-            EmbedSources(frame.source_index + first, frame.source_weight)
+            WeightedPatches(frame.source_index + first, frame.source_weight)
             for first in range(0, count * patches, patches)
         ]
-        return concat_sources([*frames, newline_sources(1)])
+        return concat([*frames, newlines(1)])
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
-        """One image or video token per row of each item; RequestError when placeholders and items do not match."""
+        """One image or video token per embedding of each item."""
         return expand_placeholders(token_ids, items, self.placeholder_ids, self.placeholder_text)
 
     def rope_positions(

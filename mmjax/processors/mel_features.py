@@ -1,6 +1,6 @@
-"""Audio that comes as log-mel features, which the encoder has yet to read: `input_audio_features` of the Omni families.
+"""Audio that comes as log-mel features, for the encoder to read: `input_audio_features` of the Omni families.
 
-Clips lie side by side, [bins, frames of all], with `audio_feature_lengths`, or come one by one, padded or not.
+Clips are concatenated, [bins, frames of all], with `audio_feature_lengths`, or come one by one, padded or not.
 """
 
 from collections.abc import Mapping
@@ -35,10 +35,10 @@ def split_clips(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def media_item(processor: Processor, index: int, fields: Mapping[str, Any]) -> MediaItem:
-    """One clip, checked."""
+    """The item of one clip. RequestError for features that do not fit the processor."""
     given, (length, *_) = fields[FEATURES], _lengths(fields[LENGTHS])
-    fits = is_array(given) and given.ndim == 2 and given.shape[0] == processor.num_mel_bins and given.shape[1] >= length
-    if not fits:
+    bins = processor.num_mel_bins
+    if not (is_array(given) and given.ndim == 2 and given.shape[0] == bins and given.shape[1] >= length):
         shape = tuple(given.shape) if is_array(given) else type(given).__name__
         raise RequestError(
             f"`{FEATURES}` of audio item {index} must be an array ({processor.num_mel_bins} bins, at least "
@@ -49,10 +49,10 @@ def media_item(processor: Processor, index: int, fields: Mapping[str, Any]) -> M
     mel = to_numpy(given)[:, :length].astype(np.float32)
     if not np.isfinite(mel).all():
         raise RequestError(f"`{FEATURES}` of audio item {index} contains NaN or infinite values.", "bad_embeds")
-    made = processor.from_mel(mel)
-    if made.num_embeds < 1:
+    item = processor.from_mel(mel)
+    if item.num_embeds < 1:
         raise RequestError(f"Audio item {index} is too short to be heard: {length} frames.", "audio_too_short")
-    return made
+    return item
 
 
 def _lengths(given: Any) -> list[int]:

@@ -1,8 +1,8 @@
-"""MiniCPM-V 2.6: pictures as a whole and in slices, frames of a video as a whole; the same number of tokens each.
+"""MiniCPM-V 2.6: images as a whole and in slices, frames of a video as a whole; the same number of tokens each.
 
-A placeholder becomes tags and runs of placeholder tokens, so that one item has several spans. The placeholder is text,
-whose brackets the tokenizer may have joined with what stands beside them: so prompts are spelled out, cut and tokenised
-again, a piece between two special tokens at a time.
+A placeholder becomes tags and runs of placeholder tokens, so that an item has several spans. The placeholder is plain
+text, whose brackets the tokenizer may have merged with the text beside them: so prompts are detokenized, split at the
+placeholders and tokenized again, one piece between two special tokens at a time.
 """
 
 import itertools
@@ -23,13 +23,14 @@ from mmjax.processors.base import (
     ProcessorKwargs,
     linear_positions,
     placeholder_mismatch,
+    positive_int,
 )
-from mmjax.processors.resize import image_size, positive_int
+from mmjax.processors.resize import image_size
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
-TAGS = {  # preprocessor_config.json: what it is there, and what it is unless that file says otherwise
+TAGS = {  # by key of preprocessor_config.json: the token where that file does not name one
     "im_start": "<image>",
     "im_end": "</image>",
     "slice_start": "<slice>",
@@ -56,31 +57,32 @@ def patch_fields(patch_dim: int) -> tuple[FeatureField, ...]:
 
 
 class Slicer(NamedTuple):
-    """edge: of a square slice, in pixels. side: patches along an edge of the tower's table of positions."""
+    """Cuts images. slice_size: edge of a square slice, in pixels. patch: edge of a patch. position_grid: patches along
+    an edge of the tower's position table."""
 
     slice_size: int
     patch: int
     position_grid: int
 
-    def grid(self, height: int, width: int, most: int) -> Grid | None:
-        """(rows, columns) of slices, of about the picture's proportions; None when the whole alone will do."""
-        wanted = min(math.ceil(height * width / self.slice_size**2), most)
+    def grid(self, height: int, width: int, max_slices: int) -> Grid | None:
+        """(rows, columns) of slices, in about the image's aspect; None for an image that is not sliced."""
+        wanted = min(math.ceil(height * width / self.slice_size**2), max_slices)
         if wanted <= 1:
             return None
-        counts = [n for n in (wanted - 1, wanted, wanted + 1) if 1 < n <= most]
+        counts = [n for n in (wanted - 1, wanted, wanted + 1) if 1 < n <= max_slices]
         grids = [(n // columns, columns) for n in counts for columns in range(1, n + 1) if n % columns == 0]
         aspect = math.log(width / height)
         return min(grids, key=lambda grid: abs(aspect - math.log(grid[1] / grid[0])))
 
     def slices(self, image: Image.Image, grid: Grid | None) -> list[np.ndarray]:
-        """The whole and, row by row, the slices: uint8 [height, width, 3] each."""
+        """The whole image and, row by row, its slices: uint8 [height, width, 3] each."""
         bicubic, (width, height) = Image.Resampling.BICUBIC, image.size
         fitted = self._fit(height, width, grow=grid is None)
         out = [np.asarray(image.resize(fitted[::-1], bicubic))]
         if grid is not None:
             cell = self.cell(height, width, grid)
-            board = np.asarray(image.resize((cell[1] * grid[1], cell[0] * grid[0]), bicubic))
-            cells = board.reshape(grid[0], cell[0], grid[1], cell[1], 3).swapaxes(1, 2)
+            resized = np.asarray(image.resize((cell[1] * grid[1], cell[0] * grid[0]), bicubic))
+            cells = resized.reshape(grid[0], cell[0], grid[1], cell[1], 3).swapaxes(1, 2)
             out.extend(cells.reshape(-1, *cell, 3))
         return out
 
@@ -90,8 +92,8 @@ class Slicer(NamedTuple):
         return self._fit(*even, grow=True)
 
     def _fit(self, height: float, width: float, *, grow: bool) -> Grid:
-        """Edges that keep the proportions, about `edge` squared in area; a smaller picture keeps its size but to
-        `grow`."""
+        """(height, width) in multiples of a patch, of the same aspect and about slice_size squared in area; a smaller
+        image keeps its size unless `grow`."""
         if grow or height * width > self.slice_size**2:
             aspect = width / height
             height = int(self.slice_size / math.sqrt(aspect))
@@ -114,13 +116,13 @@ class Slicer(NamedTuple):
         return cells.reshape(-1, 3 * p * p)
 
     def patch_coords(self, view: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each patch: its place in the table of positions int32 [n], and its row and column int32 [n, 2]."""
+        """Of each patch: its row of the position table int32 [n], and its (row, column) int32 [n, 2]."""
         rows, columns = view.shape[0] // self.patch, view.shape[1] // self.patch
         position = self._bucket(rows)[:, None] * self.position_grid + self._bucket(columns)
         return position.reshape(-1), np.indices((rows, columns), np.int32).reshape(2, -1).T
 
     def _bucket(self, count: int) -> np.ndarray:
-        """int32 [count]: in which of `side` equal parts of an edge each of `count` patches begins."""
+        """int32 [count]: in which of position_grid equal parts of an edge each of `count` patches begins."""
         bounds = _steps(1 / self.position_grid, 1.0, 1 / self.position_grid)
         return np.searchsorted(bounds, _steps(0.0, 1 - 1e-6, 1 / count), side="right").astype(np.int32)
 
@@ -132,9 +134,9 @@ def _nearest(length: float, unit: int) -> int:
 def _steps(start: float, stop: float, step: float) -> np.ndarray:
     """float32 start, start + step, ... below stop, to the last bit as torch.arange makes them on a CPU.
 
-    The last bit decides, where a patch begins on the boundary of two parts: there the model was trained with whatever
-    torch had made of it. Its vector loop takes two vectors of eight at a time and rounds the first of each eight to
-    float32 before it adds the others' share in float64; what is left over it computes in float64 alone.
+    Where a patch begins on the boundary of two parts, the last bit decides, and the model was trained with torch's.
+    Torch's vector loop takes two vectors of eight at a time and rounds the first of each eight to float32 before it
+    adds the offsets of the others in float64; the remainder is computed in float64 alone.
     """
     at = np.arange(math.ceil((stop - start) / step))
     exact = (start + step * at).astype(F32)
@@ -142,38 +144,41 @@ def _steps(start: float, stop: float, step: float) -> np.ndarray:
     return np.where(at < len(at) // 16 * 16, vectors, exact)
 
 
-FIRST = 0xD800  # a special token is spelled as a lone surrogate, which no text can hold
-LONE = re.compile("([\ud800-\udfff])")
+FIRST_SURROGATE = 0xD800  # lone surrogates stand for special tokens: no text can hold them
+SURROGATE = re.compile("([\ud800-\udfff])")
 
 
-class SpelledPrompt:
-    """One prompt: its text, and the tokens it was made of. The tokenizer never looks across a special token, so pieces
-    between two of them can be tokenised by themselves; those that are not cut keep the tokens they came with."""
+class DetokenizedPrompt:
+    """A prompt as text, with a lone surrogate for each special token, that can be tokenized again in parts.
+
+    The tokenizer never looks across a special token, so that pieces between two of them can be tokenized alone; pieces
+    that were not split keep their tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer, tokens: Sequence[int]):
         self.tokenizer = tokenizer
         self.specials = sorted(tokenizer.special_ids)
-        letters = {token: chr(FIRST + number) for number, token in enumerate(self.specials)}
+        surrogates = {token: chr(FIRST_SURROGATE + number) for number, token in enumerate(self.specials)}
         self._pieces: dict[str, list[int]] = {}
         out, piece = [], list[int]()
         for token in (*tokens, None):
-            if token is not None and token not in letters:
+            if token is not None and token not in surrogates:
                 piece.append(token)
                 continue
             if piece:
                 out.append(tokenizer.decode(piece))
                 self._pieces[out[-1]] = piece
             if token is not None:
-                out.append(letters[token])
+                out.append(surrogates[token])
             piece = []
         self.text = "".join(out)
 
     def tokens(self, text: str) -> list[int]:
         """Tokens of a part of `text`."""
         out: list[int] = []
-        for piece in filter(None, LONE.split(text)):
-            if LONE.match(piece):
-                out.append(self.specials[ord(piece) - FIRST])
+        for piece in filter(None, SURROGATE.split(text)):
+            if SURROGATE.match(piece):
+                out.append(self.specials[ord(piece) - FIRST_SURROGATE])
             else:
                 out += self._pieces.get(piece) or self.tokenizer.encode(piece, add_special_tokens=False)
         return out
@@ -182,7 +187,8 @@ class SpelledPrompt:
 class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`.
 
-    `max_slice_nums`: most slices of an image. `use_image_id`: whether images are numbered.
+    max_slice_nums: the most slices of an image. use_image_id: whether images are numbered in the prompt. The grid of an
+    image: (rows, columns, whether it is numbered), with 0 rows where it is not sliced; of a video: (frames,).
     """
 
     mm_limits: Mapping[str, int | None] = {"image": None, "video": None}
@@ -203,14 +209,14 @@ class Processor(base.Processor):
             position_grid=vision["image_size"] // vision["patch_size"],
         )
         self.max_slices: int = prepare["max_slice_nums"] if prepare.get("slice_mode", True) else 1
-        self.numbered: bool = prepare.get("use_image_id", True)
+        self.use_image_id: bool = prepare.get("use_image_id", True)
         self.tags = {name: self._tag(prepare.get(name, text)) for name, text in TAGS.items()}
         self.query_run = [self.tags["unk"]] * self.queries
-        spelled = {
-            modality: SpelledPrompt(tokenizer, self._encode(text)).text
+        texts = {
+            modality: DetokenizedPrompt(tokenizer, self._encode(text)).text
             for modality, text in self.placeholder_text.items()
         }
-        self.pattern = re.compile("|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in spelled.items()))
+        self.pattern = re.compile("|".join(f"(?P<{modality}>{re.escape(text)})" for modality, text in texts.items()))
 
     def _tag(self, text: str) -> int:
         found = self.tokenizer.id_of(text)
@@ -218,61 +224,58 @@ class Processor(base.Processor):
             raise ValueError(f"tokenizer.json has no token {text!r}, which preprocessor_config.json puts around images")
         return found
 
-    # --- items
+    # -- items -------------------------------------------------------------------------------------------------------
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Placeholder tokens of an image (height, width) or a video (frames, height, width)."""
         if modality == "video":
             return size[0] * self.queries
-        grid = self.slicer.grid(size[-2], size[-1], self._most(kwargs))
+        grid = self.slicer.grid(size[-2], size[-1], self._max_slices(kwargs))
         return self.queries * (1 + (math.prod(grid) if grid else 0))
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, values], position i32[U], place i32[U, 2],
-        segment i32[U]; grid: (rows, columns, whether numbered), no rows when there is but the whole, or (frames,)."""
+        """An image or a video, as `patch_fields`."""
         views: list[np.ndarray] = []
-        shape: tuple[int, ...]
         if isinstance(media, Video):
             for frame in media.frames:
                 views += self.slicer.slices(Image.fromarray(frame), None)
-            shape = (len(views),)
+            item_grid: tuple[int, ...] = (len(views),)
         else:
-            grid = self.slicer.grid(*image_size(media), self._most(kwargs))
+            grid = self.slicer.grid(*image_size(media), self._max_slices(kwargs))
             views = self.slicer.slices(Image.fromarray(media) if isinstance(media, np.ndarray) else media, grid)
-            shape = (*(grid or (0, 0)), int(kwargs.get("use_image_id", self.numbered)))
-        places = [self.slicer.patch_coords(view) for view in views]
+            item_grid = self._image_grid(grid, kwargs)
+        positions = [self.slicer.patch_coords(view) for view in views]
         features = {
             "pixels": np.concatenate([self.slicer.patches(view) for view in views]),
-            "position_ids": np.concatenate([position for position, _ in places]),
-            "patch_coords": np.concatenate([place for _, place in places]),
-            "segment_ids": np.repeat(np.arange(len(views), dtype=np.int32), [len(place) for _, place in places]),
+            "position_ids": np.concatenate([ids for ids, _ in positions]),
+            "patch_coords": np.concatenate([coords for _, coords in positions]),
+            "segment_ids": np.repeat(np.arange(len(views), dtype=np.int32), [len(ids) for ids, _ in positions]),
         }
-        return MediaItem(
-            modality, features, num_inputs=len(features["pixels"]), num_embeds=len(views) * self.queries, grid=shape
-        )
+        num_inputs, num_embeds = len(features["pixels"]), len(views) * self.queries
+        return MediaItem(modality, features, num_inputs, num_embeds, item_grid)
+
+    def _image_grid(self, grid: Grid | None, kwargs: ProcessorKwargs) -> tuple[int, ...]:
+        return (*(grid or (0, 0)), int(kwargs.get("use_image_id", self.use_image_id)))
 
     def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
-        """The item of an image (width, height), or of a video of so many rows, without its rows."""
+        """The item of an image (width, height), or of a video of so many embeddings, without them."""
         if len(size) != (2 if modality == "image" else 1) or (modality == "video" and size[0] % self.queries):
             fix = "a video needs a multiple of" if modality == "video" else "`image_sizes` are (width, height), at"
             raise RequestError(f"{fix} {self.queries} rows to a view, got {list(size)}.", "bad_embeds")
         if modality == "video":
             return MediaItem(modality, {}, num_inputs=0, num_embeds=size[0], grid=(size[0] // self.queries,))
-        grid = self.slicer.grid(size[1], size[0], self._most(kwargs)) or (0, 0)
-        shape = (*grid, int(kwargs.get("use_image_id", self.numbered)))
-        return MediaItem(modality, {}, num_inputs=0, num_embeds=self.queries * (1 + math.prod(grid)), grid=shape)
+        grid = self.slicer.grid(size[1], size[0], self._max_slices(kwargs))
+        num_embeds = self.queries * (1 + (math.prod(grid) if grid else 0))
+        return MediaItem(modality, {}, num_inputs=0, num_embeds=num_embeds, grid=self._image_grid(grid, kwargs))
 
-    def _most(self, kwargs: ProcessorKwargs) -> int:
+    def _max_slices(self, kwargs: ProcessorKwargs) -> int:
         return positive_int(kwargs, "max_slice_nums") if "max_slice_nums" in kwargs else self.max_slices
 
-    # --- prompts
+    # -- prompts -----------------------------------------------------------------------------------------------------
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
-        """Tags and runs of placeholder tokens for every placeholder, or the spans of a prompt that has them already.
-
-        RequestError when placeholders and items do not match.
-        """
-        prompt = SpelledPrompt(self.tokenizer, token_ids)
+        """Tags and runs of placeholder tokens for every placeholder, or the spans of a prompt that has them already."""
+        prompt = DetokenizedPrompt(self.tokenizer, token_ids)
         found = list(self.pattern.finditer(prompt.text))
         if not found:
             return ExpandedPrompt(list(token_ids), self._spans(token_ids, items))
@@ -287,37 +290,37 @@ class Processor(base.Processor):
             modality = str(match.lastgroup)
             index = next(numbers[modality])
             out += prompt.tokens(prompt.text[done : match.start()])
-            written = self._written(modality, index, items[modality][index])
-            spans += self._placed(modality, index, [len(out) + start for start in self._runs(written)])
-            out += written
+            expanded = self._expand(index, items[modality][index])
+            spans += self._spans_at(modality, index, [len(out) + start for start in self._runs(expanded)])
+            out += expanded
             done = match.end()
         return ExpandedPrompt(out + prompt.tokens(prompt.text[done:]), spans)
 
-    def _written(self, modality: str, index: int, item: MediaItem) -> list[int]:
-        """What stands for an item in the prompt: a run for the whole, then the slices, a line for every row of them."""
+    def _expand(self, index: int, item: MediaItem) -> list[int]:
+        """The tokens of an item: a run for the whole image, then its slices, a line for every row of them."""
         tags = self.tags
-        picture = [tags["im_start"], *self.query_run, tags["im_end"]]
-        if modality == "video":
-            return picture * item.grid[0]
+        whole = [tags["im_start"], *self.query_run, tags["im_end"]]
+        if item.modality == "video":
+            return whole * item.grid[0]
         rows, columns, numbered = item.grid
         number = [tags["im_id_start"], *self._encode(str(index)), tags["im_id_end"]] if numbered else []
         line = [tags["slice_start"], *self.query_run, tags["slice_end"]] * columns
         lines = [*line, *self._encode("\n")] * (rows - 1) + line if rows else []
-        return number + picture + lines
+        return number + whole + lines
 
     def _runs(self, tokens: Sequence[int]) -> list[int]:
-        """Where the runs of placeholder tokens begin."""
+        """The starts of the runs of placeholder tokens."""
         opening, count = (self.tags["im_start"], self.tags["slice_start"]), self.queries
         starts = (at + 1 for at, token in enumerate(tokens) if token in opening)
         return [start for start in starts if list(tokens[start : start + count]) == self.query_run]
 
-    def _placed(self, modality: str, index: int, starts: Sequence[int]) -> list[PlaceholderSpan]:
+    def _spans_at(self, modality: str, index: int, starts: Sequence[int]) -> list[PlaceholderSpan]:
         return [
             PlaceholderSpan(at, self.queries, modality, index, view * self.queries) for view, at in enumerate(starts)
         ]
 
     def _spans(self, tokens: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> list[PlaceholderSpan]:
-        """The spans of a prompt that was expanded before. What is numbered is an image; else videos come first."""
+        """The spans of a prompt that is expanded already. A numbered item is an image; others are videos first."""
         starts, spans = self._runs(tokens), list[PlaceholderSpan]()
         left = {modality: list(range(len(items.get(modality, ())))) for modality in self.mm_limits}
         while starts:
@@ -326,7 +329,7 @@ class Processor(base.Processor):
             views = items[modality][left[modality][0]].num_embeds // self.queries if left[modality] else math.inf
             if views > len(starts):
                 break
-            spans += self._placed(modality, left[modality].pop(0), starts[: int(views)])
+            spans += self._spans_at(modality, left[modality].pop(0), starts[: int(views)])
             del starts[: int(views)]
         for modality, missing in left.items():
             expected, surplus = len(items.get(modality, ())), bool(starts) and modality == "image"

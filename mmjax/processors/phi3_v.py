@@ -1,7 +1,7 @@
-"""Phi-3.5-vision: an image as a grid of square crops after a view of the whole, its rows set apart by separators.
+"""Phi-3.5-vision: an image as a grid of square crops and a global view, with separators between rows.
 
-The canvas that is cut into crops is as large as `num_crops` squares allow at the image's aspect, filled up with white.
-The view of the whole is that canvas made smaller in exact arithmetic, so the device makes it from the crops.
+The canvas that is cut into crops is as large as `num_crops` squares allow at the image's aspect, padded with white. The
+global view is that canvas resized, by a linear interpolation that the device computes from the crops.
 """
 
 import math
@@ -20,19 +20,20 @@ from mmjax.processors.base import (
     PlaceholderSpan,
     ProcessorKwargs,
     expand_placeholders,
+    item_of_any_length,
     linear_positions,
     placeholder_mismatch,
+    positive_int,
 )
-from mmjax.processors.embed_items import any_length_item
-from mmjax.processors.resize import image_size, positive_int
+from mmjax.processors.resize import image_size
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
-CROPS = 4  # where no file says how many
+DEFAULT_CROPS = 4  # where no file says how many
 MAX_CROPS = 128  # bounds what one request can allocate
 CLIP_IMAGE_SIZE, CLIP_PATCH_SIZE = 336, 14  # of the tower that the published config only names
-IMAGE_ID = 32044  # of <|image|> as published, for those who bring no tokenizer
+IMAGE_ID = 32044  # of <|image|> as published, where there is no tokenizer
 NEWLINE, DIVIDER = -1, -2  # in patch_index: the model's two learned separators
 TAG = re.compile(r"<\|image_(\d+)\|>")
 
@@ -53,23 +54,21 @@ def crop_fields(crop_size: int, embeds_per_edge: int) -> tuple[FeatureField, ...
 
 
 class Processor(base.Processor):
-    """See `mmjax.processors.base.Processor`. `tokenize` writes tag k of the text as the token -1 - k."""
+    """See `mmjax.processors.base.Processor`. `tokenize` represents image tag k of the text as the token -1 - k."""
 
     mm_limits: Mapping[str, int | None] = {"image": None}
     placeholder_token: Mapping[str, str] = {"image": "<|image_"}
     placeholder_text: Mapping[str, str] = {"image": "<|image_{i}|>"}
     accepted_kwargs = frozenset({"num_crops"})
     embed_fields: Mapping[str, tuple[str, ...]] = {"image": ("image_embeds",)}
-    item_for_embeds = any_length_item
+    item_for_embeds = item_of_any_length
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         vision = config["img_processor"].get("vision_config", {})
         self.crop_size: int = vision.get("image_size", CLIP_IMAGE_SIZE)
-        self.embeds_per_edge = (
-            self.crop_size // vision.get("patch_size", CLIP_PATCH_SIZE) // 2
-        )  # along one edge of a crop
-        self.num_crops: int = files.get("preprocessor_config.json", {}).get("num_crops", CROPS)
+        self.embeds_per_edge = self.crop_size // vision.get("patch_size", CLIP_PATCH_SIZE) // 2
+        self.num_crops: int = files.get("preprocessor_config.json", {}).get("num_crops", DEFAULT_CROPS)
         self.global_first = config["embd_layer"]["hd_transform_order"] == "glb_sub"
         found = tokenizer.id_of("<|image|>") if tokenizer else IMAGE_ID
         self.image_id = IMAGE_ID if found is None else found
@@ -90,20 +89,16 @@ class Processor(base.Processor):
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         return -(-height // self.crop_size), -(-width // self.crop_size)
 
-    def _rows(self, rows: int, columns: int) -> int:
-        """Tokens of a grid of crops: its lines and those of the whole, a separator after each, one between the two."""
+    def _num_embeds(self, rows: int, columns: int) -> int:
+        """Tokens of a grid of crops: its lines and those of the view, a separator after each line and one between."""
         return (rows * columns + 1) * self.embeds_per_edge**2 + 1 + (rows + 1) * self.embeds_per_edge
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of an image (height, width)."""
-        return self._rows(*self._grid(*self._fit(size[0], size[1], kwargs)))
+        return self._num_embeds(*self._grid(*self._fit(size[0], size[1], kwargs)))
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """An RGB image or uint8 [H, W, 3] -> units: the whole (left blank for the device), then crops row by row.
-
-        pixels u8[U, 3, S, S]; place i32[U, 4], a crop's (row, rows, column, columns); whole i32[U], the unit that a
-        crop is a part of, -1 for the whole itself; index i32[rows], which of all the units' patch squares each row is.
-        """
+        """An image as `crop_fields`: the global view, left blank for the device, then the crops row by row."""
         canvas = self._canvas(media, *self._fit(*image_size(media), kwargs))
         side = self.crop_size
         rows, columns = canvas.shape[0] // side, canvas.shape[1] // side
@@ -112,26 +107,24 @@ class Processor(base.Processor):
         pixels[1:].reshape(rows, columns, 3, side, side)[:] = canvas.reshape(rows, side, columns, side, 3).transpose(
             0, 2, 4, 1, 3
         )
-        place = np.ones((count, 4), np.int32)
+        crop_coords = np.ones((count, 4), np.int32)
         row, column = np.indices((rows, columns)).reshape(2, -1)
-        place[1:] = np.stack([row, np.full_like(row, rows), column, np.full_like(row, columns)], axis=1)
-        whole = np.zeros(count, np.int32)
-        whole[0] = -1
+        crop_coords[1:] = np.stack([row, np.full_like(row, rows), column, np.full_like(row, columns)], axis=1)
+        view_index = np.zeros(count, np.int32)
+        view_index[0] = -1
         features = {
             "pixels": pixels,
-            "crop_coords": place,
-            "view_index": whole,
-            "patch_index": self._index(rows, columns),
+            "crop_coords": crop_coords,
+            "view_index": view_index,
+            "patch_index": self._patch_index(rows, columns),
         }
-        return MediaItem(
-            modality, features, num_inputs=count, num_embeds=self._rows(rows, columns), grid=(rows, columns)
-        )
+        return MediaItem(modality, features, count, self._num_embeds(rows, columns), grid=(rows, columns))
 
     def _canvas(self, media: Any, height: int, width: int) -> np.ndarray:
-        """u8[H, W, 3]: the image made `height` x `width`, white above and below (beside, if it is upright) it."""
+        """uint8 [H, W, 3]: the image resized to (height, width), with white above and below, or beside if upright."""
         image = Image.fromarray(media) if isinstance(media, np.ndarray) else media
         upright = image.height > image.width
-        if upright:  # the published order of steps: where to round depends on it
+        if upright:  # in the published order of steps, which rounding depends on
             image = image.transpose(Image.Transpose.TRANSPOSE)
             height, width = width, height
         resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
@@ -139,8 +132,8 @@ class Processor(base.Processor):
         canvas = np.pad(resized, [(gap // 2, gap - gap // 2), (0, 0), (0, 0)], constant_values=255)
         return canvas.transpose(1, 0, 2) if upright else canvas
 
-    def _index(self, rows: int, columns: int) -> np.ndarray:
-        """i32[rows of the item]: places among the units' squares of patches, or NEWLINE or DIVIDER."""
+    def _patch_index(self, rows: int, columns: int) -> np.ndarray:
+        """int32 [num_embeds]: see `crop_fields`."""
         edge = self.embeds_per_edge
         squares = np.arange((rows * columns + 1) * edge**2, dtype=np.int32).reshape(-1, edge, edge)
         crops = squares[1:].reshape(rows, columns, edge, edge).transpose(0, 2, 1, 3).reshape(rows * edge, -1)
@@ -149,7 +142,8 @@ class Processor(base.Processor):
         return np.concatenate([first, np.array([DIVIDER], np.int32), second])
 
     def tokenize(self, text: str, encode: Encode) -> list[int]:
-        """The text between two image tags is a text of its own and starts like one, in chats too (as published)."""
+        """The text between two image tags is tokenized by itself, with special tokens at its start, in chats too (as
+        published)."""
         first, *rest = TAG.split(text)
         if not rest:
             return encode(text)
@@ -159,10 +153,8 @@ class Processor(base.Processor):
         return tokens
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
-        """Tag k becomes as many image tokens as image k has rows; without tags image tokens stand for images in turn.
-
-        RequestError unless every image has one tag.
-        """
+        """Tag k becomes as many image tokens as image k has embeddings; without tags, image tokens stand for images in
+        order. RequestError unless every image has one tag."""
         images = items.get("image", ())
         tags = [-1 - token for token in token_ids if token < 0]
         placeholder_ids = {"image": self.image_id}

@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni: sound in chunks of two seconds, 25 rows a second; videos and their sound take turns as often."""
+"""Qwen2.5-Omni: audio in chunks of two seconds, 25 embeddings a second; videos and their sound alternate as often."""
 
 import logging
 from collections.abc import Mapping
@@ -10,13 +10,14 @@ from mmjax.processors.audio_in_video import EmbedRun
 from mmjax.processors.base import MediaItem
 from mmjax.processors.qwen_omni import OmniProcessor
 from mmjax.processors.qwen_vl import PixelBounds, WindowedQwenVLProcessor
+from mmjax.spec import conv_length
 from mmjax.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 class Processor(OmniProcessor, WindowedQwenVLProcessor):
-    """See `mmjax.processors.base.Processor`. The area of videos is that of the published processor's own defaults."""
+    """See `mmjax.processors.base.Processor`. The pixel bounds of videos are the published processor's own defaults."""
 
     placeholder_token: Mapping[str, str] = {"image": "<|IMAGE|>", "video": "<|VIDEO|>", "audio": "<|AUDIO|>"}
     placeholder_text: Mapping[str, str] = {
@@ -33,16 +34,15 @@ class Processor(OmniProcessor, WindowedQwenVLProcessor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        self.share = int(
-            self.positions_per_second * self.thinker["seconds_per_chunk"]
-        )  # positions that one turn covers
+        # of a video, then of its sound, and so on
+        self.positions_per_turn = int(self.positions_per_second * self.thinker["seconds_per_chunk"])
 
-    def audio_embeds(self, samples: int) -> int:
-        """Two convolution steps per row, two frames per step."""
-        return self._rows(-(-min(samples, self.mel.samples) // self.mel.hop))
+    def num_audio_embeds(self, samples: int) -> int:
+        """Embeddings of a clip: one per two encoder steps of two frames each."""
+        return self._mel_embeds(-(-min(samples, self.mel.samples) // self.mel.hop))
 
-    def _rows(self, frames: int) -> int:
-        return (frames + 1) // 2 // 2
+    def _mel_embeds(self, frames: int) -> int:
+        return int(conv_length(frames)) // 2
 
     def process_audio(self, audio: np.ndarray) -> MediaItem:
         """See `from_mel`; longer audio than the window is cut."""
@@ -55,28 +55,28 @@ class Processor(OmniProcessor, WindowedQwenVLProcessor):
         return self.from_mel(self.mel.zero_padded(audio))
 
     def from_mel(self, mel: np.ndarray) -> MediaItem:
-        """float32 [bins, frames] -> as `chunked`, and step i32[rows]: the first of the two steps that make a row."""
-        rows = self._rows(mel.shape[1])
-        features = self.split_chunks(mel) | {"step_index": 2 * np.arange(rows, dtype=np.int32)}
-        return MediaItem("audio", features, len(features["mel"]), rows)
+        """The item of log-mel features float32 [bins, frames], as `audio_fields`."""
+        num_embeds = self._mel_embeds(mel.shape[1])
+        features = self.split_chunks(mel) | {"step_index": 2 * np.arange(num_embeds, dtype=np.int32)}
+        return MediaItem("audio", features, len(features["mel"]), num_embeds)
 
-    def interleave_audio(self, clip: MediaItem, sound: MediaItem) -> list[EmbedRun]:
-        """A share of the video, the same share of its sound, and so on."""
-        layer = clip.num_embeds // clip.grid[0]
-        times = np.repeat([seconds * self.positions_per_second for seconds in self.step_times(clip)], layer)
-        shares = {"video": self._shares(times), "audio": self._shares(np.arange(sound.num_embeds))}
-        turns: list[EmbedRun] = []
-        for number in range(max(map(len, shares.values()))):
-            for modality, cuts in shares.items():
-                turns += [(modality, first, end - first) for first, end in cuts[number : number + 1]]
-        return turns
+    def interleave(self, video: MediaItem, audio: MediaItem) -> list[EmbedRun]:
+        """A turn of the video, the same time of its sound, and so on."""
+        step_embeds = video.num_embeds // video.grid[0]
+        times = np.repeat([seconds * self.positions_per_second for seconds in self.step_times(video)], step_embeds)
+        turns = {"video": self._turns(times), "audio": self._turns(np.arange(audio.num_embeds))}
+        runs: list[EmbedRun] = []
+        for turn in range(max(map(len, turns.values()))):
+            for modality, bounds in turns.items():
+                runs += [(modality, first, end - first) for first, end in bounds[turn : turn + 1]]
+        return runs
 
-    def _shares(self, times: np.ndarray) -> list[tuple[int, int]]:
-        """(first row, row after the last) of each share: a row whose time reaches the end of the current share opens
-        the next one, whose end is one share later (as published, also where times leap over a whole share)."""
-        cuts, end = [0], self.share
-        for row, time in enumerate(times.tolist()):
-            if time >= end:
-                cuts.append(row)
-                end += self.share
-        return list(zip(cuts, [*cuts[1:], len(times)], strict=True))
+    def _turns(self, positions: np.ndarray) -> list[tuple[int, int]]:
+        """The embeddings [first, end) of each turn. One whose position reaches the end of the current turn opens the
+        next, which ends one turn later (as published, also where positions skip a whole turn)."""
+        starts, end = [0], self.positions_per_turn
+        for index, position in enumerate(positions.tolist()):
+            if position >= end:
+                starts.append(index)
+                end += self.positions_per_turn
+        return list(zip(starts, [*starts[1:], len(positions)], strict=True))

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: patches window by window, and a first rotary axis that counts time."""
+"""Qwen2.5-VL: patches window by window, and a first rotary axis that follows time."""
 
 from collections.abc import Mapping
 

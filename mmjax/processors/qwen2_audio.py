@@ -35,7 +35,7 @@ class Processor(WhisperClipProcessor):
             )
 
     def _steps(self, samples: int) -> int:
-        """Steps of the encoder that so many samples fill."""
+        """Encoder steps of so many samples."""
         return conv_length(min(-(-samples // self.mel.hop), self.window_frames))
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
@@ -43,11 +43,10 @@ class Processor(WhisperClipProcessor):
         return self._steps(size[0]) // 2
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """Mono float32 [n] at the model's rate -> pieces of the window it fills, and step i32[rows], the first of two
-        that a row is the mean of."""
+        """A clip, as `audio_fields`; longer audio than the window is cut."""
         steps = self._steps(len(media))
-        rows = steps // 2
-        if not rows:
+        num_embeds = steps // 2
+        if not num_embeds:
             raise RequestError(
                 f"The audio (len={len(media)}) is too short to be represented inside the model.", "audio_too_short"
             )
@@ -58,6 +57,6 @@ class Processor(WhisperClipProcessor):
                 self.mel.samples / self.mel.rate,
             )
         features = split_window(self.mel(media), steps, steps, 0)
-        del features["wanted_steps"]  # what is heard is what is wanted
-        features["step_index"] = np.arange(0, 2 * rows, 2, dtype=np.int32)
-        return MediaItem(modality, features, num_inputs=len(features["first_step"]), num_embeds=rows)
+        del features["wanted_steps"]  # the same as audio_steps
+        features["step_index"] = np.arange(0, 2 * num_embeds, 2, dtype=np.int32)
+        return MediaItem(modality, features, num_inputs=len(features["first_step"]), num_embeds=num_embeds)

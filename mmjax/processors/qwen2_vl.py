@@ -1,4 +1,4 @@
-"""Qwen2-VL: images and videos of native size as rows of merged patches; three rows of rotary positions."""
+"""Qwen2-VL: images and videos of native size as merged patches; rotary positions on three axes."""
 
 from collections.abc import Mapping
 

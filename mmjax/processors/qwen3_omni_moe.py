@@ -1,4 +1,4 @@
-"""Qwen3-Omni: sound in chunks of a second, 13 rows each; rows of a video and its sound are merged by their times."""
+"""Qwen3-Omni: audio in chunks of a second, 13 embeddings each; a video and its sound are merged by time."""
 
 import math
 from collections.abc import Mapping
@@ -9,8 +9,7 @@ import numpy as np
 from mmjax.processors.audio_in_video import EmbedRun
 from mmjax.processors.base import MediaItem
 from mmjax.processors.qwen_omni import OmniProcessor
-from mmjax.processors.qwen_vl import PixelBounds
-from mmjax.processors.resize import table_coords
+from mmjax.processors.qwen_vl import PixelBounds, position_coords
 from mmjax.spec import conv_length
 from mmjax.tokenizer.tokenizer import Tokenizer
 
@@ -18,10 +17,10 @@ NUM_CONVS = 3  # of stride 2, before the audio tower
 
 
 class Processor(OmniProcessor):
-    """See `mmjax.processors.base.Processor`. The area of videos is that of the published processor's own defaults.
+    """See `mmjax.processors.base.Processor`. The pixel bounds of videos are the published processor's own defaults.
 
-    Every clip is heard as if it were alone. (transformers pads what is passed together to the longest clip, which
-    changes the last frame of the others, and the last steps of those shorter than a chunk.)
+    Every clip is processed alone. (transformers pads clips that are passed together to the longest, which changes the
+    last frame of the others, and the last steps of those shorter than a chunk.)
     """
 
     placeholder_token: Mapping[str, str] = {
@@ -43,20 +42,20 @@ class Processor(OmniProcessor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        self.window_chunks: int = self.thinker["audio_config"]["n_window_infer"] // self.chunk_frames  # chunks
+        self.window_chunks: int = self.thinker["audio_config"]["n_window_infer"] // self.chunk_frames
         self.position_grid = round(self.thinker["vision_config"]["num_position_embeddings"] ** 0.5)
 
     def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        """Where each patch is in the table of positions."""
-        return features | {"position_coords": table_coords(features["patch_coords"], grid, self.position_grid)}
+        """With position_coords."""
+        return features | {"position_coords": position_coords(features["patch_coords"], grid, self.position_grid)}
 
-    def audio_embeds(self, samples: int) -> int:
-        """An eighth of the frames, chunk by chunk; none where there is too little to be mirrored at the end."""
+    def num_audio_embeds(self, samples: int) -> int:
+        """Embeddings of a clip: an eighth of the frames, chunk by chunk; 0 where it is too short to be mirrored."""
         if samples <= self.mel.window // 2:
             return 0
-        return self._rows(samples // self.mel.hop)
+        return self._mel_embeds(samples // self.mel.hop)
 
-    def _rows(self, frames: int) -> int:
+    def _mel_embeds(self, frames: int) -> int:
         chunks, rest = divmod(frames, self.chunk_frames)
         return chunks * conv_length(self.chunk_frames, NUM_CONVS) + conv_length(rest, NUM_CONVS)
 
@@ -65,33 +64,30 @@ class Processor(OmniProcessor):
         return self.from_mel(self.mel.reflect_padded(audio))
 
     def from_mel(self, mel: np.ndarray) -> MediaItem:
-        """float32 [bins, frames] -> as `chunked`; extent i32[chunks]: the frames that the convolutions see; window
-        i32[chunks]; step i32[rows]."""
-        frames, rows = mel.shape[1], self._rows(mel.shape[1])
+        """The item of log-mel features float32 [bins, frames], as `audio_fields`."""
+        frames, num_embeds = mel.shape[1], self._mel_embeds(mel.shape[1])
         features = self.split_chunks(mel)
-        units = len(features["mel"])
+        chunks = len(features["mel"])
         features |= {
-            # silence follows a last chunk that is short, unless it is the only one
-            "num_frames": np.full(units, frames if units == 1 else self.chunk_frames, np.int32),
-            "window_ids": np.arange(units, dtype=np.int32) // self.window_chunks,
-            "step_index": np.arange(rows, dtype=np.int32),
+            # a short last chunk is followed by silence, unless it is the only one
+            "num_frames": np.full(chunks, frames if chunks == 1 else self.chunk_frames, np.int32),
+            "window_ids": np.arange(chunks, dtype=np.int32) // self.window_chunks,
+            "step_index": np.arange(num_embeds, dtype=np.int32),
         }
-        return MediaItem("audio", features, units, rows)
+        return MediaItem("audio", features, chunks, num_embeds)
 
-    def interleave_audio(self, clip: MediaItem, sound: MediaItem) -> list[EmbedRun]:
-        """All of the video's rows of one time, then the sound up to the next; what is left of either comes last."""
-        layer = clip.num_embeds // clip.grid[0]
-        turns: list[EmbedRun] = []
+    def interleave(self, video: MediaItem, audio: MediaItem) -> list[EmbedRun]:
+        """A step of the video, then the sound up to the next step; the rest of either comes last."""
+        step_embeds = video.num_embeds // video.grid[0]
+        runs: list[EmbedRun] = []
         done = 0
-        for number, seconds in enumerate(self.step_times(clip)):
-            before = min(
-                math.ceil(seconds * self.positions_per_second), sound.num_embeds
-            )  # sound that is earlier than these
-            if before > done:
-                turns.append(("audio", done, before - done))
-            done = max(done, before)
-            if turns and turns[-1][0] == "video":
-                turns[-1] = ("video", turns[-1][1], turns[-1][2] + layer)
+        for step, seconds in enumerate(self.step_times(video)):
+            earlier = min(math.ceil(seconds * self.positions_per_second), audio.num_embeds)  # than this step
+            if earlier > done:
+                runs.append(("audio", done, earlier - done))
+            done = max(done, earlier)
+            if runs and runs[-1][0] == "video":
+                runs[-1] = ("video", runs[-1][1], runs[-1][2] + step_embeds)
             else:
-                turns.append(("video", number * layer, layer))
-        return turns + [("audio", done, sound.num_embeds - done)] * (done < sound.num_embeds)
+                runs.append(("video", step * step_embeds, step_embeds))
+        return runs + [("audio", done, audio.num_embeds - done)] * (done < audio.num_embeds)

@@ -1,8 +1,8 @@
-"""How the Qwen families see: pictures and clips of native size as patches, and positions on three axes.
+"""Images and videos of the Qwen families: patches at native size, and positions on three axes.
 
-Sizes: both edges are rounded to multiples of patch * merge and the area is kept within min_pixels..max_pixels.
-Row layout of `pixels`: patches run over (t, h/2, w/2, 2, 2), so that four consecutive rows form one token; a row holds
-(channel, frame of the pair, patch, patch) values.
+Sizes: both edges are rounded to multiples of patch_size * merge_size, and the area is brought into
+min_pixels..max_pixels. Layout of `pixels`: patches are in the order (t, h / 2, w / 2, 2, 2), so that four consecutive
+ones form an embedding; a patch is (channel, frame of the pair, row, column).
 """
 
 import math
@@ -19,9 +19,9 @@ from mmjax.processors.base import (
     Processor,
     ProcessorKwargs,
     expand_placeholders,
+    positive_int,
 )
-from mmjax.processors.embed_items import grid_item
-from mmjax.processors.resize import image_size, positive_int, resize
+from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -53,7 +53,7 @@ def patch_fields(patch_dim: int, *, windows: bool = False, position_grid: bool =
 def smart_resize(height: int, width: int, factor: int, low: int, high: int, frames: int = 1) -> tuple[int, int]:
     """Nearest multiples of `factor` with an area within low..high and about the same aspect (published rule).
 
-    frames: what the area is multiplied by, for families that bound a whole clip.
+    frames: what the area is multiplied by, for families whose bounds are of a whole video.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise RequestError(
@@ -62,19 +62,19 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int, fram
             "aspect_ratio",
         )
     new_h, new_w = round(height / factor) * factor, round(width / factor) * factor  # banker's rounding, as published
-    shown = frames if frames == 1 else round(frames / 2) * 2
-    if shown * new_h * new_w > high:
+    padded = frames if frames == 1 else round(frames / 2) * 2
+    if padded * new_h * new_w > high:
         beta = math.sqrt(frames * height * width / high)
         new_h = max(factor, math.floor(height / beta / factor) * factor)
         new_w = max(factor, math.floor(width / beta / factor) * factor)
-    elif shown * new_h * new_w < low:
+    elif padded * new_h * new_w < low:
         beta = math.sqrt(low / (frames * height * width))
         new_h, new_w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
     return new_h, new_w
 
 
 class QwenVLProcessor(Processor):
-    """What the families have in common. A family says its default areas, and may add features or change the order."""
+    """What the families share. A family says its default pixel bounds, and may add features or reorder patches."""
 
     mm_limits: Mapping[str, int | None] = {"image": None, "video": None}
     placeholder_token: Mapping[str, str] = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -86,7 +86,7 @@ class QwenVLProcessor(Processor):
         modality: (f"{modality}_embeds", f"{modality}_grid_thw") for modality in ("image", "video")
     }
     sampling_rate: int | None = None
-    default_bounds: Mapping[str, PixelBounds]  # what the published processors use where the files name no sizes
+    default_bounds: Mapping[str, PixelBounds]  # of the published processors, where the files name none
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         vision = config["vision_config"]
@@ -106,10 +106,12 @@ class QwenVLProcessor(Processor):
         }
 
     def resized_size(self, modality: str, frames: int, height: int, width: int, bounds: PixelBounds) -> tuple[int, int]:
-        """(height, width) to which every frame is resized; `bounds` are in pixels."""
+        """(height, width) to which every frame is resized; `bounds` are areas in pixels."""
         return smart_resize(height, width, self.patch_size * self.merge_size, *bounds)
 
-    def _target(self, modality: str, frames: int, height: int, width: int, kwargs: ProcessorKwargs) -> tuple[int, int]:
+    def _target_size(
+        self, modality: str, frames: int, height: int, width: int, kwargs: ProcessorKwargs
+    ) -> tuple[int, int]:
         factor = self.patch_size * self.merge_size
         if kwargs.get("do_resize", True):
             return self.resized_size(modality, frames, height, width, area_bounds(kwargs, self.pixel_bounds[modality]))
@@ -122,7 +124,7 @@ class QwenVLProcessor(Processor):
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of an image (height, width) or a video (frames, height, width)."""
         frames = size[0] if modality == "video" else 1
-        height, width = self._target(modality, frames, size[-2], size[-1], kwargs)
+        height, width = self._target_size(modality, frames, size[-2], size[-1], kwargs)
         return (
             math.ceil(frames / self.temporal_patch_size)
             * (height // self.patch_size)
@@ -131,22 +133,20 @@ class QwenVLProcessor(Processor):
         )
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """An RGB image or uint8 [H, W, 3], or a Video -> pixels u8[U, values], place i32[U, 2], segment i32[U] and what
-        `more` says."""
+        """An image or a video, as `patch_fields`."""
         frames = list(media.frames) if isinstance(media, Video) else [media]
-        height, width = self._target(modality, len(frames), *image_size(frames[0]), kwargs)
+        height, width = self._target_size(modality, len(frames), *image_size(frames[0]), kwargs)
         resized = [resize(frame, height, width) for frame in frames]
-        resized += resized[-1:] * (
-            -len(resized) % self.temporal_patch_size
-        )  # an image is shown twice; odd clips repeat the last
+        # an image counts twice; videos of an odd number of frames repeat the last
+        resized += resized[-1:] * (-len(resized) % self.temporal_patch_size)
         t, h, w = len(resized) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size
         pixels = np.empty((t, h * w, 3, self.temporal_patch_size, self.patch_size, self.patch_size), np.uint8)
         for index, frame in enumerate(resized):
             pixels[index // self.temporal_patch_size, :, :, index % self.temporal_patch_size] = self._patches(frame)
-        place = np.broadcast_to(patch_coords(h, w, self.merge_size), (t, h * w, 2)).reshape(-1, 2)
+        coords = np.broadcast_to(patch_coords(h, w, self.merge_size), (t, h * w, 2)).reshape(-1, 2)
         features = {
             "pixels": pixels.reshape(t * h * w, -1),
-            "patch_coords": np.ascontiguousarray(place),
+            "patch_coords": np.ascontiguousarray(coords),
             "segment_ids": np.repeat(np.arange(t, dtype=np.int32), h * w),
         }
         grid = (t, h // self.merge_size, w // self.merge_size)
@@ -154,60 +154,61 @@ class QwenVLProcessor(Processor):
         return MediaItem(modality, self.add_features(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
 
     def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
-        """The item of a grid of (t, h, w) patches, without its rows."""
+        """The item of a grid of (t, h, w) patches, without its embeddings."""
         return grid_item(modality, size, self.merge_size)
 
     def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        """The features of `grid` = (t, h, w) patches, completed by what the family's tower wants beside."""
+        """The features of a grid of (t, h, w) patches, with those that the family adds."""
         return features
 
     def frame_times(self, video: Video, steps: int, kwargs: ProcessorKwargs) -> tuple[float, ...]:
-        """When each of the clip's steps is, where the family asks; see `Item.times`."""
+        """The time of each step of a video, in families that use it; see `MediaItem`."""
         return ()
 
     def _patches(self, frame: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> [patches in merge-block order, 3, patch, patch]."""
+        """uint8 [H, W, 3] -> patches, four to an embedding: [n, 3, patch_size, patch_size]."""
         m, p = self.merge_size, self.patch_size
         h, w = frame.shape[0] // p, frame.shape[1] // p
         blocks = frame.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         return blocks.reshape(h * w, 3, p, p)
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
-        """One pad token per row of each item; RequestError when placeholders and items do not match."""
+        """One pad token per embedding of each item."""
         return expand_placeholders(token_ids, items, self.placeholder_ids, self.placeholder_text)
 
     def rope_positions(
         self, token_ids: Sequence[int], spans: Sequence[PlaceholderSpan], items: Mapping[str, Sequence[MediaItem]]
     ) -> tuple[np.ndarray, int]:
-        """int32[3, T] (time, row, column) and the delta of later tokens; see `mrope`."""
-        blocks = [(span.start, self.span_positions(items[span.modality][span.item_index], span)) for span in spans]
+        """(int32 [3, T], delta) of (time, row, column); see `mrope`."""
+        blocks = [(span.start, self.span_rope_positions(items[span.modality][span.item_index], span)) for span in spans]
         return mrope(len(token_ids), blocks)
 
-    def span_positions(self, item: MediaItem, span: PlaceholderSpan) -> np.ndarray:
-        """int32[3, n]: where the span's rows are, counted from the item's first."""
+    def span_rope_positions(self, item: MediaItem, span: PlaceholderSpan) -> np.ndarray:
+        """int32 [3, length]: positions of the span's embeddings, relative to the item's first."""
         return np.indices(item.grid, dtype=np.int32).reshape(3, -1)
 
 
 def mrope(length: int, blocks: Sequence[tuple[int, np.ndarray]]) -> tuple[np.ndarray, int]:
-    """Positions of a prompt with blocks (first token, int32[3, n]) in it: int32[3, length] and the delta of later ones.
+    """Positions of a prompt with blocks (first token, relative positions int32 [3, n]) of media: int32 [3, length], and
+    the delta of later tokens.
 
-    Text advances all three together; a block counts from the next free position, and text goes on after the largest
-    position used (also after long clips, where transformers 5 restarts too early).
+    Text advances all three axes together; a block counts from the next free position, and text continues after the
+    largest position used (also after long videos, where transformers 5 restarts too early).
     """
     out = np.empty((3, length), np.int32)
-    done = free = 0
+    done = next_position = 0
     for start, block in blocks:
-        out[:, done:start] = np.arange(free, free + start - done)
-        free += start - done
+        out[:, done:start] = np.arange(next_position, next_position + start - done)
+        next_position += start - done
         done = start + block.shape[1]
-        out[:, start:done] = block + free
-        free += int(block.max()) + 1
-    out[:, done:] = np.arange(free, free + length - done)
-    return out, free - done  # position of token i = i + (free - done) from `done` on
+        out[:, start:done] = block + next_position
+        next_position += int(block.max()) + 1
+    out[:, done:] = np.arange(next_position, next_position + length - done)
+    return out, next_position - done  # position of token i = i + (next_position - done) from `done` on
 
 
 def area_bounds(source: Mapping[str, Any], default: PixelBounds) -> PixelBounds:
-    """(fewest, most) pixels: min_pixels/max_pixels win over size.shortest_edge/longest_edge win over the default."""
+    """(min, max) pixels: min_pixels and max_pixels, else size.shortest_edge and longest_edge, else the default."""
     size = source.get("size") or {}
     if not isinstance(size, Mapping):
         raise RequestError(f"mm_processor_kwargs: size must be a dictionary, got {size!r}.", "bad_kwargs")
@@ -224,63 +225,85 @@ def area_bounds(source: Mapping[str, Any], default: PixelBounds) -> PixelBounds:
 
 
 def patch_coords(h: int, w: int, merge: int) -> np.ndarray:
-    """(row, column) of each patch in merge-block order: int32[h * w, 2]."""
+    """(row, column) of each patch, four to an embedding: int32 [h * w, 2]."""
     grid = np.indices((h, w), dtype=np.int32).reshape(2, h // merge, merge, w // merge, merge)
     return grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
-FPS = 2.0  # of clips that come without metadata, as the published processors have it
+def grid_item(modality: str, size: tuple[int, ...], merge: int) -> MediaItem:
+    """The item of a grid of (t, h, w) patches, merge * merge to an embedding. RequestError for a size that is none."""
+    if len(size) != 3 or size[1] % merge or size[2] % merge or (modality == "image" and size[0] != 1):
+        raise RequestError(
+            f"`{modality}_grid_thw` must be (t, h, w) in patches, h and w divisible by {merge}"
+            f"{' and t 1' if modality == 'image' else ''}, got {list(size)}.",
+            "bad_embeds",
+        )
+    grid = (size[0], size[1] // merge, size[2] // merge)
+    return MediaItem(modality, {}, num_inputs=0, num_embeds=math.prod(grid), grid=grid)
+
+
+def position_coords(coords: np.ndarray, grid: tuple[int, ...], grid_size: int) -> np.ndarray:
+    """Where patches lie in a square table of positions whose corners are the grid's: float32 [n, 2].
+
+    coords: their (row, column), int32 [n, 2]. grid: (.., h, w) patches. grid_size: entries along an edge of the table.
+    """
+    down, across = (np.linspace(0, grid_size - 1, n, dtype=np.float32) for n in grid[-2:])
+    return np.stack([down[coords[:, 0]], across[coords[:, 1]]], axis=1)
+
+
+DEFAULT_FPS = 2.0  # of videos without metadata, as in the published processors
 
 
 class WindowedQwenVLProcessor(QwenVLProcessor):
-    """Adds `window` i32[U] to the features, and `order` i32[rows]: the place of each row's first patch among the units,
-    which come window by window. Windows never cross frames."""
+    """For towers that attend within windows, which never cross frames. Patches are ordered window by window."""
 
     accepted_kwargs = QwenVLProcessor.accepted_kwargs | {"fps"}
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
         vision = config["vision_config"]
-        self.window_embeds: int = vision["window_size"] // self.patch_size // self.merge_size  # of a window, in rows
-        self.positions_per_second: float = vision["tokens_per_second"]  # positions per second
+        # along an edge of a window
+        self.window_embeds: int = vision["window_size"] // self.patch_size // self.merge_size
+        self.positions_per_second: float = vision["tokens_per_second"]
 
     def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        """Units in the order of their windows."""
+        """With window_ids and embed_order, and patches in the order of their windows."""
         t, h, w = grid[0], grid[1] // self.merge_size, grid[2] // self.merge_size
         across, down = -(-w // self.window_embeds), -(-h // self.window_embeds)
         frame, row, column = np.indices((t, h, w)).reshape(3, -1)
         window = (frame * down + row // self.window_embeds) * across + column // self.window_embeds
-        order = np.argsort(window, kind="stable")  # of rows; inside a window they keep their order
+        order = np.argsort(window, kind="stable")  # of embeddings; inside a window the order stays
         square = self.merge_size**2
-        units = (order[:, None] * square + np.arange(square)).reshape(-1)
-        back = np.empty(len(order), np.int32)
-        back[order] = np.arange(len(order), dtype=np.int32) * square
-        moved = {name: np.ascontiguousarray(feature[units]) for name, feature in features.items()}
-        return moved | {"window_ids": np.repeat(window[order].astype(np.int32), square), "embed_order": back}
+        patch_order = (order[:, None] * square + np.arange(square)).reshape(-1)
+        embed_order = np.empty(len(order), np.int32)
+        embed_order[order] = np.arange(len(order), dtype=np.int32) * square
+        moved = {name: np.ascontiguousarray(feature[patch_order]) for name, feature in features.items()}
+        return moved | {"window_ids": np.repeat(window[order].astype(np.int32), square), "embed_order": embed_order}
 
     def frame_times(self, video: Video, steps: int, kwargs: ProcessorKwargs) -> tuple[float, ...]:
-        """Ticks, not yet rounded, at which each step begins, by the rate of the frames: `fps`, or by the metadata."""
-        return self._positions(steps, frame_rate(video, kwargs, FPS))
+        """Positions, not yet rounded, at which the steps begin, by `fps` or else by the video's metadata."""
+        return self._step_positions(steps, frame_rate(video, kwargs, DEFAULT_FPS))
 
-    def _positions(self, steps: int, rate: float) -> tuple[float, ...]:
+    def _step_positions(self, steps: int, rate: float) -> tuple[float, ...]:
         return tuple(step * (self.temporal_patch_size / rate) * self.positions_per_second for step in range(steps))
 
-    def span_positions(self, item: MediaItem, span: PlaceholderSpan) -> np.ndarray:
-        """A clip's first axis counts ticks instead of steps; a clip of unknown rate (its rows given) has FPS."""
-        block = super().span_positions(item, span)
-        ticks = np.floor(item.frame_times or self._positions(item.grid[0], FPS)).astype(np.int32)
-        block[0] = ticks[block[0]]
+    def span_rope_positions(self, item: MediaItem, span: PlaceholderSpan) -> np.ndarray:
+        """The first axis of a video follows time instead of steps, at DEFAULT_FPS where its rate is unknown (given
+        embeddings)."""
+        block = super().span_rope_positions(item, span)
+        times = np.floor(item.frame_times or self._step_positions(item.grid[0], DEFAULT_FPS)).astype(np.int32)
+        block[0] = times[block[0]]
         return block
 
 
 def frame_rate(video: Video, kwargs: ProcessorKwargs, default: float) -> float:
-    """Frames per second of the frames of a clip: as asked for, or by its metadata. RequestError unless positive."""
-    known = video.metadata
+    """Frames per second of a video's frames: `fps`, or else by its metadata. RequestError unless positive."""
+    metadata = video.metadata
     rate: Any = kwargs.get("fps")
     if rate is None:
-        rate = known.get("fps")
-        if rate and known.get("total_num_frames") and known.get("frames_indices") is not None:
-            rate = rate * len(known["frames_indices"]) / known["total_num_frames"]  # of those that were kept
+        rate = metadata.get("fps")
+        if rate and metadata.get("total_num_frames") and metadata.get("frames_indices") is not None:
+            rate = rate * len(metadata["frames_indices"]) / metadata["total_num_frames"]  # of the sampled frames
     rate = rate or default
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         raise RequestError(f"mm_processor_kwargs: fps must be a positive number, got {rate!r}.", "bad_kwargs")

@@ -1,12 +1,7 @@
-"""Pixel work that image families share: resizing like the published processors do. NumPy and PIL only."""
-
-from collections.abc import Mapping
-from typing import Any
+"""Resizing images as the published processors do. NumPy and PIL only."""
 
 import numpy as np
 from PIL import Image
-
-from mmjax.types import RequestError
 
 
 def resize(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
@@ -23,18 +18,3 @@ def resize(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarr
 def image_size(image: Image.Image | np.ndarray) -> tuple[int, int]:
     """(height, width) of an RGB image or an [H, W, 3] array."""
     return (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else (image.height, image.width)
-
-
-def positive_int(kwargs: Mapping[str, Any], name: str) -> int:
-    """A positive integer from processor kwargs; RequestError when it is anything else."""
-    value = kwargs[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"mm_processor_kwargs: {name} must be a positive integer, got {value!r}.", "bad_kwargs")
-    return value
-
-
-def table_coords(coords: np.ndarray, grid: tuple[int, ...], grid_size: int) -> np.ndarray:
-    """float32[U, 2]: where patches at place i32[U, 2] of a grid (.., h, w) lie in a table of side x side entries whose
-    corners are the grid's corners."""
-    down, across = (np.linspace(0, grid_size - 1, n, dtype=np.float32) for n in grid[-2:])
-    return np.stack([down[coords[:, 0]], across[coords[:, 1]]], axis=1)

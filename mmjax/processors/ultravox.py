@@ -1,7 +1,7 @@
 """Ultravox: clips of any length in windows of the encoder, eight of its steps to a token.
 
-The first window is as long as its sound; those after it are filled up with zeros. Rows of a window that the sound does
-not fill hold steps after its end, which hear it.
+The first window is as long as its sound; later ones are padded with zeros. The last embedding of a window that is not
+filled also has steps after the end of the sound, which attend to it.
 """
 
 from collections.abc import Mapping
@@ -44,42 +44,39 @@ class Processor(WhisperClipProcessor):
         self.stack_factor: int = config["stack_factor"]
 
     def tokenize(self, text: str, encode: Encode) -> list[int]:
-        """The text as it stands: prompts come from the template, which has begun them already."""
+        """Without special tokens at its start: prompts come from the chat template, which adds them."""
         return encode(text, add_special_tokens=False)
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of audio (samples,)."""
         whole, rest = divmod(-(-size[0] // self.mel.hop), self.window_frames)
-        return whole * self._rows(self.window_frames) + self._rows(rest)
+        return whole * self._window_embeds(self.window_frames) + self._window_embeds(rest)
 
-    def _rows(self, frames: int) -> int:
+    def _window_embeds(self, frames: int) -> int:
         return -(-conv_length(frames) // self.stack_factor)
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """Mono float32 [n] at the model's rate -> pieces of its windows; step i32[rows], the first of a row's steps,
-        and kept i32[rows], how many there are."""
+        """A clip, as `audio_fields`."""
         hop = self.mel.hop
         mel = self.mel.reflect_padded(np.pad(media, (0, -len(media) % hop)))
-        parts = [self._window(mel, start) for start in range(0, mel.shape[1], self.window_frames)]
-        units = np.cumsum([0, *(len(part["first_step"]) for part in parts)])
-        rows = []
-        for part, first in zip(parts, units, strict=False):
-            steps = int(part["wanted_steps"].sum())
+        windows = [self._window(mel, start) for start in range(0, mel.shape[1], self.window_frames)]
+        first_chunk = np.cumsum([0, *(len(window["first_step"]) for window in windows)])
+        embeds = []
+        for window, first in zip(windows, first_chunk, strict=False):
+            steps = int(window["wanted_steps"].sum())
             at = np.arange(0, steps, self.stack_factor, dtype=np.int32)
-            rows.append(
+            embeds.append(
                 {"step_index": at + int(first) * CHUNK_STEPS, "num_steps": np.minimum(steps - at, self.stack_factor)}
             )
-        picks = concat_features(rows)
-        return MediaItem(
-            modality, concat_features(parts) | picks, num_inputs=int(units[-1]), num_embeds=len(picks["step_index"])
-        )
+        features = concat_features(windows) | concat_features(embeds)
+        return MediaItem(modality, features, int(first_chunk[-1]), num_embeds=len(features["step_index"]))
 
     def _window(self, mel: np.ndarray, start: int) -> Features:
-        """The pieces of the window that begins at a frame of the clip."""
-        part = mel[:, start : start + self.window_frames]
-        heard = conv_length(part.shape[1])
+        """The chunks of the window that begins at frame `start` of the clip."""
+        frames = mel[:, start : start + self.window_frames]
+        steps = conv_length(frames.shape[1])
         if not start:
-            return split_window(part, heard, heard, 0)
-        reach = min(-(-heard // self.stack_factor) * self.stack_factor, self.window_frames // 2)
-        part = np.pad(part, ((0, 0), (0, self.window_frames - part.shape[1])))
-        return split_window(part, heard, reach, start // self.window_frames)
+            return split_window(frames, steps, steps, 0)
+        wanted = min(-(-steps // self.stack_factor) * self.stack_factor, self.window_frames // 2)
+        padded = np.pad(frames, ((0, 0), (0, self.window_frames - frames.shape[1])))
+        return split_window(padded, steps, wanted, start // self.window_frames)

@@ -1,4 +1,4 @@
-"""Whisper: one clip of at most chunk_length seconds as a log-mel spectrogram; the prompt goes to the decoder."""
+"""Whisper: one clip of at most chunk_length seconds as log-mel features; the prompt goes to the decoder."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ def window_fields(num_mel_bins: int, num_frames: int) -> tuple[FeatureField, ...
 
 
 class Processor(base.Processor):
-    """See `mmjax.processors.base.Processor`. An audio item has no rows: the decoder reads it by cross attention."""
+    """See `mmjax.processors.base.Processor`. Audio has no embeddings: the decoder reads it by cross attention."""
 
     mm_limits: Mapping[str, int | None] = {"audio": 1}
     placeholder_token: Mapping[str, str] = {}
     placeholder_text: Mapping[str, str] = {}
     accepted_kwargs: frozenset[str] = frozenset()
-    embed_fields: Mapping[str, tuple[str, ...]] = {}  # the decoder reads what the encoder makes of sound, and no rows
+    embed_fields: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         self.decoder_start_id: int = config["decoder_start_token_id"]
@@ -62,11 +62,11 @@ class Processor(base.Processor):
         return self.mel.samples / self.mel.rate
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
-        """No row of the decoder's prompt."""
+        """0: an audio item takes no token of the decoder's prompt."""
         return 0
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
-        """Mono float32 [n] at the model's rate -> mel f32[1, bins, frames]."""
+        """A clip, as `window_fields`; longer audio than the window is cut."""
         if len(media) > self.mel.samples:
             log.warning(
                 "audio of %.1f s is cut to the model's window of %.1f s; split longer recordings first",
@@ -76,7 +76,7 @@ class Processor(base.Processor):
         return MediaItem(modality, {"mel": self.mel(media)[None]}, num_inputs=1, num_embeds=0)
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
-        """Start the decoder prompt with the start token, once; the encoder is shown as that many dummy tokens."""
+        """The decoder's prompt, with one start token; the encoder's prompt is that many dummy tokens."""
         audio = items.get("audio", ())
         if len(audio) != 1:
             raise RequestError(
@@ -84,13 +84,12 @@ class Processor(base.Processor):
                 'multi_modal_data={"audio": (array, sampling_rate)}; its prompt needs no placeholder.',
                 "placeholder_mismatch",
             )
-        started = (
-            list(token_ids) if self.decoder_start_id in token_ids else [self.decoder_start_id, *token_ids]
-        )  # text said before may precede it
+        # a transcript of earlier audio may precede the start token
+        started = list(token_ids) if self.decoder_start_id in token_ids else [self.decoder_start_id, *token_ids]
         return ExpandedPrompt(started, [], (0,) * self.encoder_length, self._timestamps(started))
 
     def _timestamps(self, tokens: Sequence[int]) -> TimestampTokens | None:
-        """What the answer keeps to if the prompt asks for times: by a first one, or by a task and no word against."""
+        """For prompts that want timestamps: those with one, or with a task and without <|notimestamps|>."""
         if self.no_timestamps_id is None:
             return None
         first, last = self.no_timestamps_id + 1, self.no_timestamps_id + 1 + self.encoder_length
@@ -99,14 +98,14 @@ class Processor(base.Processor):
         times = [i for i, token in enumerate(header) if first <= token <= last]
         if self.no_timestamps_id in header or not (tasks or times):
             return None
-        said = header[tasks[-1] + 1 if tasks else times[0] :]
+        prefix = header[tasks[-1] + 1 if tasks else times[0] :]
         return TimestampTokens(
             first,
             last,
             self.eos_id,
             no_timestamps_id=self.no_timestamps_id,
             max_initial_index=self.max_initial_index,
-            prefix_ids=tuple(said),
+            prefix_ids=tuple(prefix),
         )
 
     def rope_positions(

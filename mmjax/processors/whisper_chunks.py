@@ -1,4 +1,4 @@
-"""Clips of any length for Whisper's encoder: log-mel features in windows, and windows in pieces."""
+"""Clips of any length for Whisper's encoder: log-mel features in windows, and windows in chunks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from mmjax.processors.base import (
     PlaceholderSpan,
     Processor,
     expand_placeholders,
+    item_of_any_length,
     linear_positions,
 )
-from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.mel import LogMel
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
@@ -82,19 +82,19 @@ def split_window(mel: np.ndarray, audio_steps: int, wanted_steps: int, window: i
 
 
 def concat_features(parts: list[Features]) -> Features:
-    """The pieces of several windows, one after the other."""
+    """The features of several windows, end to end."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class WhisperClipProcessor(Processor):
-    """What the processors of such families have in common. A family says what an item is made of, and its marker."""
+    """What the processors of such families share. A family says how it makes an item, and its placeholder."""
 
     mm_limits: Mapping[str, int | None] = {"audio": None}
     placeholder_token: Mapping[str, str]
     placeholder_text: Mapping[str, str]
     accepted_kwargs: frozenset[str] = frozenset()
     embed_fields: Mapping[str, tuple[str, ...]] = {"audio": ("audio_embeds",)}
-    item_for_embeds = any_length_item
+    item_for_embeds = item_of_any_length
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         self.mel = log_mel(files)
@@ -103,7 +103,7 @@ class WhisperClipProcessor(Processor):
         self.window_frames: int = 2 * config["audio_config"]["max_source_positions"]  # mel frames
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
-        """One audio token per row of each clip; RequestError when placeholders and clips do not match."""
+        """One audio token per embedding of each clip."""
         return expand_placeholders(token_ids, items, self.placeholder_ids, self.placeholder_text)
 
     def rope_positions(

@@ -1,4 +1,4 @@
-"""Families that hear: every published name has its place at the published sizes, wherever its checkpoint keeps it."""
+"""Audio families: every published tensor has a parameter, at the published sizes and in whichever checkpoint it is."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ class Header:
 
 
 def fits(config: dict[str, Any], tensors: Mapping[str, Shape], *, tied: bool) -> Sizes:
-    """Every tensor of a checkpoint finds its place, and every place is filled."""
+    """Every tensor of a checkpoint is claimed, and every parameter is filled."""
     family = Family.of(config)
     made = family.config.from_hf(config, {}, tied=tied)
     shapes = {path: leaf.shape for path, leaf in param_specs(family, made)[1].items()}
@@ -117,23 +117,23 @@ def test_whisper_large(depth: int) -> None:
 def apart(tiny_dir: Make, tmp_path: Path) -> dict[str, Path]:
     """Ultravox as it is published, a Llama and a Whisper beside it: "whole", "projector", "llama", "whisper"."""
     whole, weights = tiny_dir("ultravox"), load_file(tiny_dir("ultravox") / "model.safetensors")
-    places = {name: tmp_path / name for name in ("projector", "llama", "whisper")}
-    shutil.copytree(whole, places["projector"])
+    folders = {name: tmp_path / name for name in ("projector", "llama", "whisper")}
+    shutil.copytree(whole, folders["projector"])
     config = json.loads((whole / "config.json").read_text())
     for name, part, here, there in (
         ("llama", "text_config", "language_model.", ""),
         ("whisper", "audio_config", "audio_tower.", "model.encoder."),
     ):
-        places[name].mkdir()
-        (places[name] / "config.json").write_text(json.dumps(config.pop(part)))
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text(json.dumps(config.pop(part)))
         mine = {there + key.removeprefix(here): weights.pop(key) for key in list(weights) if key.startswith(here)}
         if name == "whisper":
             mine["model.decoder.embed_tokens.weight"] = np.zeros((4, 4), np.float32)
-        save_file(mine, places[name] / "model.safetensors")
-    config |= {"text_model_id": "meta-llama/none", "audio_model_id": str(places["whisper"])}
-    (places["projector"] / "config.json").write_text(json.dumps(config))
-    save_file(weights, places["projector"] / "model.safetensors")
-    return {"whole": whole, **places}
+        save_file(mine, folders[name] / "model.safetensors")
+    config |= {"text_model_id": "meta-llama/none", "audio_model_id": str(folders["whisper"])}
+    (folders["projector"] / "config.json").write_text(json.dumps(config))
+    save_file(weights, folders["projector"] / "model.safetensors")
+    return {"whole": whole, **folders}
 
 
 def values(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -41,7 +41,7 @@ def norm(name: str, width: int, bias: bool = True) -> Iterator[tuple[str, Shape]
         yield f"{name}.bias", (width,)
 
 
-def ears(depth: int, width: int, mlp: int, key_bias: bool) -> Iterator[tuple[str, Shape]]:
+def audio_tower(depth: int, width: int, mlp: int, key_bias: bool) -> Iterator[tuple[str, Shape]]:
     for i in range(depth):
         layer = f"thinker.audio_tower.layers.{i}."
         for x in ("q", "k", "v", "out"):
@@ -85,7 +85,7 @@ def qwen2_5_omni_7b() -> Iterator[tuple[str, Shape]]:
     yield from dense("thinker.visual.merger.mlp.2", width, 4 * seen)
     yield from [("thinker.audio_tower.conv1.weight", (1280, 128, 3)), ("thinker.audio_tower.conv1.bias", (1280,))]
     yield from [("thinker.audio_tower.conv2.weight", (1280, 1280, 3)), ("thinker.audio_tower.conv2.bias", (1280,))]
-    yield from ears(32, 1280, 5120, key_bias=False)
+    yield from audio_tower(32, 1280, 5120, key_bias=False)
     yield from dense("thinker.audio_tower.proj", width, 1280)
     yield "thinker.audio_tower.audio_bos_eos_token.weight", (2, width)
     yield "talker.model.layers.0.mlp.up_proj.weight", (18944, 896)
@@ -125,7 +125,7 @@ def qwen3_omni_30b() -> Iterator[tuple[str, Shape]]:
         yield f"thinker.audio_tower.conv2d{n}.weight", (480, into, 3, 3)
         yield f"thinker.audio_tower.conv2d{n}.bias", (480,)
     yield from dense("thinker.audio_tower.conv_out", 1280, 480 * 16, False)
-    yield from ears(32, 1280, 5120, key_bias=True)
+    yield from audio_tower(32, 1280, 5120, key_bias=True)
     yield from dense("thinker.audio_tower.proj1", 1280, 1280)
     yield from dense("thinker.audio_tower.proj2", width, 1280)
     yield "talker.model.layers.0.mlp.experts.0.up_proj.weight", (384, 1024)

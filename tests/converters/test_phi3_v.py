@@ -1,4 +1,4 @@
-"""Phi-3.5-vision: every published name has its place, at the published size too, and the embedding under two names."""
+"""Phi-3.5-vision: every published tensor has a parameter, at the published size too; the embedding twice."""
 
 import dataclasses
 import json

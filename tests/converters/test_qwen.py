@@ -93,7 +93,7 @@ PUBLISHED: Mapping[str, tuple[Any, dict[str, int], int, bool]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every name and shape has its place, and every place its tensor."""
+    """Every tensor has a parameter of its shape, and every parameter its tensor."""
     module, size, vocabulary, tied = PUBLISHED[name]
     for constant, value in {"HEAD": 128, "SIDE": 48, "TAPS": 3, "EXPERTS": 128, "TOP": 8}.items():
         monkeypatch.setattr(tiny_families.qwen3_vl, constant, value)
@@ -131,24 +131,26 @@ def test_tiny_checkpoints_and_newer_names(family: str, tiny_dir: Make) -> None:
         assert value.shape == shapes[path] and value.flags.c_contiguous
 
 
-def test_experts_saved_by_transformers_5_are_turned_round(tiny_dir: Make) -> None:
-    """The same names with [out, in] in place of [in, out]: the same parameters."""
+def test_experts_saved_by_transformers_5_are_transposed(tiny_dir: Make) -> None:
+    """The same names with [out, in] instead of [in, out]: the same parameters."""
     tensors = open_checkpoint(tiny_dir("qwen3_vl_moe"))
     _, table, shapes = directory(tiny_dir("qwen3_vl_moe"))
-    turned = {
+    transposed = {
         name: Value(tensor.read().swapaxes(1, 2)) if ".experts." in name else tensor for name, tensor in tensors.items()
     }
-    for (path, usual), (_, other) in zip(convert(tensors, table, shapes), convert(turned, table, shapes), strict=True):
+    for (path, usual), (_, other) in zip(
+        convert(tensors, table, shapes), convert(transposed, table, shapes), strict=True
+    ):
         np.testing.assert_array_equal(usual, other, path)
-    halfway = {name: turned[name] if "down_proj" in name else tensor for name, tensor in tensors.items()}
+    halfway = {name: transposed[name] if "down_proj" in name else tensor for name, tensor in tensors.items()}
     with pytest.raises(WrongShapeError, match="down_proj"):
         plan(halfway, table, shapes)
 
 
 @pytest.mark.parametrize(("width", "mlp"), [(8, 4), (6, 6)])
 def test_square_experts(width: int, mlp: int) -> None:
-    """One of the two tensors is square and fits both ways; the other says which way both are."""
-    rng, table = np.random.default_rng(0), Table(decoder.EXPERTS, otherwise=Table(decoder.TURNED_EXPERTS))
+    """One of the two tensors is square and fits both layouts; the other says the layout of both."""
+    rng, table = np.random.default_rng(0), Table(decoder.EXPERTS, otherwise=Table(decoder.TRANSPOSED_EXPERTS))
     layer = "text.layers.0.mlp"
     gate_up, down = rng.standard_normal((3, width, 2 * mlp)), rng.standard_normal((3, mlp, width))
     assert gate_up.shape[1] == gate_up.shape[2] or down.shape[1] == down.shape[2]

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision and MiniCPM-V: every published name has its place, at every published size, in every layout."""
+"""LLaVA-OneVision and MiniCPM-V: every published tensor has a parameter, at every published size, in every layout."""
 
 import dataclasses
 import importlib
@@ -94,7 +94,7 @@ def test_other_layouts_give_the_same_plan(layout: int, tiny_dir: Callable[[str],
     assert other.claimed == tuple(map(renamed, usual.claimed))
 
 
-def test_what_nobody_needs_is_ignored(tiny_dir: Callable[[str], Path]) -> None:
+def test_unused_tensors_are_ignored(tiny_dir: Callable[[str], Path]) -> None:
     """Summaries of pictures, tables that follow from the sizes, and blocks above the chosen one."""
     for family, prefix in (("llava_onevision", "vision_tower.vision_model."), ("minicpmv", "vpm.")):
         tensors = dict(open_checkpoint(tiny_dir(family)))

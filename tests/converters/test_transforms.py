@@ -21,8 +21,8 @@ def made(transform: to.Transform, *arrays: np.ndarray, shape: tuple[int, ...]) -
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (300, 517), (256, 256), (0, 4)])
 def test_flipped(shape: tuple[int, int]) -> None:
     matrix = numbers(*shape)
-    np.testing.assert_array_equal(to.flipped(matrix), matrix.T)
-    np.testing.assert_array_equal(to.flipped(matrix[::-1, ::-1]), matrix[::-1, ::-1].T)
+    np.testing.assert_array_equal(to.transposed(matrix), matrix.T)
+    np.testing.assert_array_equal(to.transposed(matrix[::-1, ::-1]), matrix[::-1, ::-1].T)
 
 
 def test_identity_and_fold() -> None:

@@ -48,7 +48,7 @@ def test_right_about_most(demo: LLM) -> None:
     scores = {score.skill: score for score in measure.measure(5, lambda text: None, demo)}
     right = sum(score.accuracy for score in scores.values()) / len(scores)
     assert right > 0.95, measure.table(list(scores.values()))
-    rate = scores["digits"].error_rate
+    rate = scores["digits"].word_error_rate
     assert rate is not None and rate < 0.05
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from engine_inputs import image_prompt, greedy, output_ids, random_pixels, chat_text
+from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM, SamplingParams
 from mmjax.engine.programs import Decode, Prefill
 from mmjax.outputs.request import GenerateRequest
@@ -113,7 +113,9 @@ def test_encoder_cache_holds_only_as_much_as_it_may(make_llm) -> None:
     rows = llm.model.engines[0].encoder_cache.capacity
     outputs = llm.generate([image_prompt(p) for p in pictures], greedy(4), use_tqdm=False)
     assert sum(25 for _ in pictures) > rows
-    assert output_ids(outputs) == [output_ids(llm.generate(image_prompt(p), greedy(4), use_tqdm=False))[0] for p in pictures]
+    assert output_ids(outputs) == [
+        output_ids(llm.generate(image_prompt(p), greedy(4), use_tqdm=False))[0] for p in pictures
+    ]
 
 
 def test_seeds_make_answers_repeatable_and_independent(qwen: LLM) -> None:
@@ -265,7 +267,11 @@ def test_priority_orders_the_queue(make_llm) -> None:
 
 
 BAD = {
-    "image without placeholder": ({"prompt": "hi", "multi_modal_data": {"image": random_pixels(1)}}, ValueError, "image"),
+    "image without placeholder": (
+        {"prompt": "hi", "multi_modal_data": {"image": random_pixels(1)}},
+        ValueError,
+        "image",
+    ),
     "placeholder without image": (image_prompt(), ValueError, None),
     "unknown modality": ({"prompt": "hi", "multi_modal_data": {"smell": 1}}, ValueError, "Unsupported modality"),
     "no prompt": ({"nothing": 1}, TypeError, "must contain"),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import IMAGE, image_prompt, greedy, output_ids, random_pixels, chat_text
+from engine_inputs import IMAGE, chat_text, greedy, image_prompt, output_ids, random_pixels
 from hostile import Case, Url
 from hostile_cases import CASES
 from mmjax import LLM

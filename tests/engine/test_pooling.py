@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import image_prompt, greedy, random_pixels, chat_text
+from engine_inputs import chat_text, greedy, image_prompt, random_pixels
 from mmjax import LLM, PoolingParams
 from mmjax.types import EmbeddingRequestOutput, PoolingRequestOutput, RequestError, ValidationError
 
 MakeLLM = Callable[..., LLM]
-PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1)), chat_text("Hi"), image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28))]
+PROMPTS = [
+    chat_text("Hello, who are you?"),
+    image_prompt(random_pixels(1)),
+    chat_text("Hi"),
+    image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28)),
+]
 CLOSE = 1e-5
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from engine_inputs import IMAGE, image_prompt, greedy, output_ids, random_pixels, chat_text
+from api_server import client_over
+from engine_inputs import IMAGE, chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM, AsyncLLM, PoolingParams, SamplingParams
 from mmjax.utils.serial_utils import tensor2base64
-from api_server import client_over
 
 FAMILIES = ["qwen2_vl", "qwen3_vl", "qwen3_moe"]  # three positions a token; rows that reach later layers; no media
 

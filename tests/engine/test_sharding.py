@@ -4,11 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from engine_inputs import image_prompt, greedy, output_ids, random_pixels, chat_text
+from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM
 from mmjax.loader.params import ParamSpec, fit_to_mesh
 
-QWEN = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1)), image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28))]
+QWEN = [
+    chat_text("Hello, who are you?"),
+    image_prompt(random_pixels(1)),
+    image_prompt(random_pixels(2, 120, 40), random_pixels(3, 28, 28)),
+]
 SOUND = (np.random.default_rng(0).standard_normal(32000).astype(np.float32) * 0.1, 16000)
 WHISPER = [{"prompt": "", "multi_modal_data": {"audio": SOUND}}]
 LLAVA = [
@@ -20,7 +24,9 @@ LLAVA = [
 @pytest.fixture(scope="module")
 def one_device(shared_llm) -> dict[str, list[list[int]]]:
     prompts = {"qwen2_vl": QWEN, "qwen3_vl_moe": QWEN, "whisper": WHISPER, "llava": LLAVA}
-    return {family: output_ids(shared_llm(family).generate(p, greedy(), use_tqdm=False)) for family, p in prompts.items()}
+    return {
+        family: output_ids(shared_llm(family).generate(p, greedy(), use_tqdm=False)) for family, p in prompts.items()
+    }
 
 
 # Two ways split the heads, four also repeat (Qwen2-VL) or pad them.

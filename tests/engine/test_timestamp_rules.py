@@ -106,9 +106,14 @@ def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperat
     tokenizer = llm.model.tokenizer
     first, last, end = (tokenizer.id_of(f"<|{name}|>") for name in ("0.00", "4.00", "endoftext"))
     params = SamplingParams(temperature=temperature, max_tokens=40, seed=3)
-    heard = [{"prompt": f"{START}<|{name}|><|transcribe|>", "multi_modal_data": {"audio": random_chord(2, 1.0)}} for name in
-             ("en", "de", "fr")]  # fmt: skip
-    silent = {"prompt": f"{START}<|en|><|transcribe|><|notimestamps|>", "multi_modal_data": {"audio": random_chord(2, 1.0)}}
+    heard = [
+        {"prompt": f"{START}<|{name}|><|transcribe|>", "multi_modal_data": {"audio": random_chord(2, 1.0)}}
+        for name in ("en", "de", "fr")
+    ]
+    silent = {
+        "prompt": f"{START}<|en|><|transcribe|><|notimestamps|>",
+        "multi_modal_data": {"audio": random_chord(2, 1.0)},
+    }
     *answers, plain = output_ids(llm.generate([*heard, silent], params, use_tqdm=False))
     assert output_ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever the company
     told = 0

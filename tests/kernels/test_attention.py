@@ -14,13 +14,13 @@ from mmjax.kernels.choose import implementation
 from mmjax import kernels
 
 PLATFORM = {"reference": "cpu", "triton": "gpu", "mosaic_tpu": "tpu"}
-PAGE = 32
+BLOCK_SIZE = 32
 Array = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Paged:
-    """`queries[i]` = (owner, start) is block i of a prefill; decode asks one query of every sequence."""
+    """`queries[i]` = (seq_index, q_start) is block i of a prefill; decode asks one query of every sequence."""
 
     lengths: tuple[int, ...]
     kv_heads: int = 2
@@ -58,7 +58,7 @@ class Segments:
     head_dim: int = 64
     segment_len: int | None = None
     dtype: Any = jnp.float32
-    unseen: int = 0  # units at the end of each segment that attend, and are not attended to
+    masked: int = 0  # positions at the end of each segment that attend, and are not attended to
 
 
 SEGMENTS = {
@@ -69,7 +69,7 @@ SEGMENTS = {
     "uniform": Segments((77,) * 3, segment_len=77),
     "uniform_wide": Segments((130,) * 2, segment_len=130, head_dim=128),
     "bfloat16": Segments((100, 28), dtype=jnp.bfloat16),
-    "onlookers": Segments((300, 20, 9, 130), tail=53, unseen=7),
+    "masked_keys": Segments((300, 20, 9, 130), tail=53, masked=7),
 }
 
 
@@ -86,8 +86,8 @@ def bound(dtype: Any) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
-    """Pages in random order, keys [J, K, H] of every sequence beside them. What no sequence owns is NaN."""
+class Cache:
+    """Blocks in random order, keys [J, K, H] of every sequence beside them. What belongs to no sequence is NaN."""
 
     k: Array
     v: Array
@@ -96,23 +96,23 @@ class Pool:
     values: list[Array]
 
 
-def pool(case: Paged, rng: np.random.Generator) -> Pool:
-    width = 1 + max(-(-n // PAGE) for n in case.lengths)
+def make_cache(case: Paged, rng: np.random.Generator) -> Cache:
+    width = 1 + max(-(-n // BLOCK_SIZE) for n in case.lengths)
     count = 1 + len(case.lengths) * width
-    shape = (count, PAGE, case.kv_heads, case.head_dim)
+    shape = (count, BLOCK_SIZE, case.kv_heads, case.head_dim)
     arrays = [np.full(shape, np.nan, np.float32) for _ in range(2)]
     ids = 1 + rng.permutation(count - 1).reshape(len(case.lengths), width)
     block_table = np.zeros((len(case.lengths), width), np.int32)
     rows: list[list[Array]] = [[], []]
     for s, n in enumerate(case.lengths):
-        used = -(-n // PAGE)
+        used = -(-n // BLOCK_SIZE)
         block_table[s, :used] = ids[s, :used]
-        for array, kept in zip(arrays, rows, strict=True):
+        for array, own in zip(arrays, rows, strict=True):
             fresh = rounded(rng.standard_normal((n, *shape[2:])), case.dtype)
-            kept.append(fresh.astype(np.float64))
+            own.append(fresh.astype(np.float64))
             for at in range(n):
-                array[block_table[s, at // PAGE], at % PAGE] = fresh[at]
-    return Pool(arrays[0], arrays[1], block_table, rows[0], rows[1])
+                array[block_table[s, at // BLOCK_SIZE], at % BLOCK_SIZE] = fresh[at]
+    return Cache(arrays[0], arrays[1], block_table, rows[0], rows[1])
 
 
 def rounded(x: Array, dtype: Any) -> Array:
@@ -131,13 +131,13 @@ def program(op: str, impl: str, **static: object) -> Callable[..., jax.Array]:
 
 
 def pad_heads(x: Array, impl: str, dtype: object) -> jax.Array:
-    """To the pool's head dim, as the callers of the ops do."""
+    """To the cache's head dim, as the callers of the ops do."""
     extra = kernels.kv_cache_head_dim(x.shape[-1], PLATFORM[impl]) - x.shape[-1]
     return jnp.asarray(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), dtype)
 
 
-def laid_out(data: Pool, impl: str) -> tuple[Array, Array]:
-    """The pools as the implementation's platform keeps them."""
+def laid_out(data: Cache, impl: str) -> tuple[Array, Array]:
+    """The caches as the implementation's platform keeps them."""
     if not kernels.kv_heads_first(PLATFORM[impl]):
         return data.k, data.v
     return data.k.swapaxes(1, 2), data.v.swapaxes(1, 2)
@@ -147,7 +147,7 @@ def laid_out(data: Pool, impl: str) -> tuple[Array, Array]:
 @pytest.mark.parametrize("case", DECODE.values(), ids=DECODE.keys())
 def test_decode(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(0)
-    data, scale = pool(case, rng), case.head_dim**-0.5
+    data, scale = make_cache(case, rng), case.head_dim**-0.5
     q = rounded(rng.standard_normal((len(case.lengths), case.kv_heads, case.group, case.head_dim)), case.dtype)
     run = program("paged_decode", impl, scale=scale)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
@@ -165,7 +165,7 @@ def test_decode(case: Paged, impl: str) -> None:
 @pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL.keys())
 def test_prefill(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(1)
-    data, scale = pool(case, rng), case.head_dim**-0.5
+    data, scale = make_cache(case, rng), case.head_dim**-0.5
     q = rounded(rng.standard_normal((len(case.queries), QUERIES, case.kv_heads, case.group, case.head_dim)), case.dtype)
     seq_index, q_start = (jnp.asarray(x, jnp.int32) for x in zip(*case.queries, strict=True))
     run = program("paged_prefill", impl, scale=scale, causal=case.causal)
@@ -191,14 +191,14 @@ def test_prefill(case: Paged, impl: str) -> None:
 @pytest.mark.parametrize("case", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_segments(case: Segments, impl: str) -> None:
     rng = np.random.default_rng(2)
-    units, scale = sum(case.lengths) + case.tail, case.head_dim**-0.5
-    q, k, v = (rounded(rng.standard_normal((units, case.heads, case.head_dim)), case.dtype) for _ in range(3))
-    ids = 3 + np.arange(len(case.lengths))  # any numbers do, as long as neighbours differ
+    length, scale = sum(case.lengths) + case.tail, case.head_dim**-0.5
+    q, k, v = (rounded(rng.standard_normal((length, case.heads, case.head_dim)), case.dtype) for _ in range(3))
+    ids = 3 + np.arange(len(case.lengths))  # any numbers do, as long as neighbors differ
     segment_ids = np.concatenate([np.repeat(ids, case.lengths), np.full(case.tail, -1)]).astype(np.int32)
     run = program("segment_attention", impl, scale=scale, segment_len=case.segment_len)
     arrays = [*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment_ids)]
-    if case.unseen:
-        key_mask = np.concatenate([np.arange(n) < n - case.unseen for n in case.lengths] + [np.ones(case.tail, bool)])
+    if case.masked:
+        key_mask = np.concatenate([np.arange(n) < n - case.masked for n in case.lengths] + [np.ones(case.tail, bool)])
         out = run(*arrays, key_mask=jnp.asarray(key_mask))
     else:
         out = run(*arrays)
@@ -209,7 +209,7 @@ def test_segments(case: Segments, impl: str) -> None:
     at = 0
     for n in case.lengths:
         here = slice(at, at + n)
-        keys = slice(at, at + n - case.unseen)
+        keys = slice(at, at + n - case.masked)
         scores = np.einsum("qnh,knh->nqk", q[here], k[keys], dtype=np.float64) * scale
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         want = np.einsum("nqk,knh->qnh", weights / weights.sum(-1, keepdims=True), v[keys], dtype=np.float64)

@@ -32,9 +32,11 @@ def test_unknown_implementation() -> None:
 
 @pytest.mark.parametrize("impl", ["triton"])
 def test_refusal_names_op_implementation_and_shape(impl: str) -> None:
-    q, pool = jnp.zeros((1, 1, 1, 80)), jnp.zeros((2, 16, 1, 80))
+    q, cache = jnp.zeros((1, 1, 1, 80)), jnp.zeros((2, 16, 1, 80))
     with pytest.raises(NotImplementedError, match=rf"paged_decode: {impl} .*80\]"):
-        kernels.paged_decode(q, pool, pool, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), scale=1.0, impl=impl)
+        kernels.paged_decode(
+            q, cache, cache, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), scale=1.0, impl=impl
+        )
 
 
 @pytest.mark.parametrize(("dtype", "segment_len"), [(jnp.float32, 4), (jnp.bfloat16, None)])

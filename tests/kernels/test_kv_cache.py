@@ -1,4 +1,4 @@
-"""write_kv_cache: what lands where, what is dropped, and that the pool is not copied."""
+"""write_kv_cache: what lands where, what is dropped, and that the cache is not copied."""
 
 import functools
 from typing import Any
@@ -11,50 +11,50 @@ from mmjax.kernels import kv_cache, write_kv_cache
 
 
 @pytest.fixture(params=[False, True], ids=["token-major", "heads-first"])
-def turned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both forms of page, whatever this platform's is."""
+def heads_first(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both layouts of a cache block, whatever this platform's is."""
     monkeypatch.setattr(kv_cache, "kv_heads_first", lambda: request.param)
     return bool(request.param)
 
 
-def test_writes_slots_and_drops_the_rest(turned: bool) -> None:
-    pool = np.zeros((3, 4, 2, 8), np.float32)
+def test_writes_slots_and_drops_the_rest(heads_first: bool) -> None:
+    cache = np.zeros((3, 4, 2, 8), np.float32)
     rows = np.arange(1, 13, dtype=np.float32).reshape(6, 2, 1) * np.ones((6, 2, 8), np.float32)
-    slot = jnp.asarray([5, -1, 11, 12, 2**31 - 1, -12], jnp.int32)
-    want = pool.reshape(12, 2, 8).copy()
+    slots = jnp.asarray([5, -1, 11, 12, 2**31 - 1, -12], jnp.int32)
+    want = cache.reshape(12, 2, 8).copy()
     want[5], want[11] = rows[0], rows[2]
-    want = want.reshape(pool.shape)
-    if turned:
-        pool, want = pool.swapaxes(1, 2), want.swapaxes(1, 2)
-    k, v = write_kv_cache(jnp.asarray(pool), jnp.asarray(pool), jnp.asarray(rows), jnp.asarray(-rows), slot)
+    want = want.reshape(cache.shape)
+    if heads_first:
+        cache, want = cache.swapaxes(1, 2), want.swapaxes(1, 2)
+    k, v = write_kv_cache(jnp.asarray(cache), jnp.asarray(cache), jnp.asarray(rows), jnp.asarray(-rows), slots)
     np.testing.assert_array_equal(k, want)
     np.testing.assert_array_equal(v, -want)
 
 
-def test_casts_to_the_dtype_of_the_pool(turned: bool) -> None:
-    pool = jnp.zeros((1, 1, 4, 8) if turned else (1, 4, 1, 8), jnp.float32)
+def test_casts_to_the_dtype_of_the_cache(heads_first: bool) -> None:
+    cache = jnp.zeros((1, 1, 4, 8) if heads_first else (1, 4, 1, 8), jnp.float32)
     rows = jnp.ones((1, 1, 8), jnp.bfloat16)
-    k, _ = write_kv_cache(pool, pool, rows, rows, jnp.zeros(1, jnp.int32))
+    k, _ = write_kv_cache(cache, cache, rows, rows, jnp.zeros(1, jnp.int32))
     assert k.dtype == jnp.float32
     assert float(k.sum()) == 8
 
 
-def test_integers_keep_the_bits_of_bfloat16(turned: bool) -> None:
-    pool = jnp.full((1, 1, 4, 8) if turned else (1, 4, 1, 8), 7, jnp.uint16)
+def test_integers_keep_the_bits_of_bfloat16(heads_first: bool) -> None:
+    cache = jnp.full((1, 1, 4, 8) if heads_first else (1, 4, 1, 8), 7, jnp.uint16)
     rows = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8)), jnp.float32)
-    k, _ = write_kv_cache(pool, pool, rows, rows, jnp.full(1, 2, jnp.int32))
-    found = kv_cache.cache_to_float32(k[0, 0, 2] if turned else k[0, 2, 0])
+    k, _ = write_kv_cache(cache, cache, rows, rows, jnp.full(1, 2, jnp.int32))
+    found = kv_cache.cache_to_float32(k[0, 0, 2] if heads_first else k[0, 2, 0])
     np.testing.assert_array_equal(found, rows[0, 0].astype(jnp.bfloat16).astype(jnp.float32))
     assert np.count_nonzero(np.asarray(k) != 7) == 8
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint16])
-def test_donated_pool_is_updated_in_place(turned: bool, dtype: Any) -> None:
-    page = (2, 16) if turned else (16, 2)
-    pool, rows = jax.ShapeDtypeStruct((512, *page, 64), dtype), jax.ShapeDtypeStruct((4, 2, 64), jnp.float32)
-    shapes = [pool, pool, rows, rows]
+def test_donated_cache_is_updated_in_place(heads_first: bool, dtype: Any) -> None:
+    block = (2, 16) if heads_first else (16, 2)
+    cache, rows = jax.ShapeDtypeStruct((512, *block, 64), dtype), jax.ShapeDtypeStruct((4, 2, 64), jnp.float32)
+    shapes = [cache, cache, rows, rows]
     write = functools.partial(jax.jit, donate_argnums=(0, 1))(functools.partial(write_kv_cache))
     memory = write.lower(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32)).compile().memory_analysis()
-    pools = 2 * 512 * 16 * 2 * 64 * jnp.dtype(dtype).itemsize
-    assert memory.alias_size_in_bytes == pools
-    assert memory.temp_size_in_bytes < pools / 100
+    nbytes = 2 * 512 * 16 * 2 * 64 * jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes == nbytes
+    assert memory.temp_size_in_bytes < nbytes / 100

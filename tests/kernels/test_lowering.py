@@ -18,25 +18,25 @@ I32 = jnp.int32
 
 def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
     head_dim, queries = kernels.kv_cache_head_dim(64, platform), kernels.q_block_size(platform)
-    pool, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
+    cache, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
     q, blocks = ((4, 2, 7, head_dim), jnp.bfloat16), ((3, queries, 2, 7, head_dim), jnp.bfloat16)
-    units = ((1024, 4, 80), jnp.bfloat16)
+    packed = ((1024, 4, 80), jnp.bfloat16)
     options: dict[str, Any] = {"scale": 0.125, "impl": impl}
-    prefill = (blocks, pool, pool, table, ((3,), I32), ((3,), I32), ((4,), I32))
+    prefill = (blocks, cache, cache, table, ((3,), I32), ((3,), I32), ((4,), I32))
     return {
-        "decode": (functools.partial(kernels.paged_decode, **options), (q, pool, pool, table, ((4,), I32))),
+        "decode": (functools.partial(kernels.paged_decode, **options), (q, cache, cache, table, ((4,), I32))),
         "causal": (functools.partial(kernels.paged_prefill, causal=True, **options), prefill),
         "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
-        "segments": (functools.partial(kernels.segment_attention, **options), (units,) * 3 + (((1024,), I32),)),
-        "onlookers": (
+        "segments": (functools.partial(kernels.segment_attention, **options), (packed,) * 3 + (((1024,), I32),)),
+        "masked_keys": (
             lambda *arrays: kernels.segment_attention(*arrays[:4], key_mask=arrays[4], **options),
-            (units,) * 3 + (((1024,), I32), ((1024,), jnp.bool_)),
+            (packed,) * 3 + (((1024,), I32), ((1024,), jnp.bool_)),
         ),
     }
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["decode", "causal", "cross", "segments", "onlookers"])
+@pytest.mark.parametrize("name", ["decode", "causal", "cross", "segments", "masked_keys"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_lowers(device: str, name: str) -> None:
     function, shapes = programs(*DEVICES[device])[name]

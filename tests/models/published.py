@@ -83,7 +83,7 @@ class Published:
         elif "image_processor_type" in self.files.get("preprocessor_config.json", {}):
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
         if "feature_extractor_type" in self.files.get("preprocessor_config.json", {}):
-            self.ears = transformers.WhisperFeatureExtractor.from_pretrained(directory)
+            self.feature_extractor = transformers.WhisperFeatureExtractor.from_pretrained(directory)
 
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
         """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
@@ -134,7 +134,7 @@ class Published:
             items = list(
                 {entry.item_hash: entry.item for entry in rendered.items if entry.modality == "video"}.values()
             )
-            clips = [normalise(item, self.files) for item in items]
+            clips = [normalize(item, self.files) for item in items]
             if self.family == "llava_onevision":  # videos of equal length only
                 return out | {"pixel_values_videos": np.stack(clips)}
             out["pixel_values_videos"] = np.concatenate(clips)
@@ -149,7 +149,9 @@ class Published:
         """The frames of all clips, each heard alone, and which are sound."""
         padding = "do_not_pad" if self.family == "qwen3_omni_moe" else "max_length"
         options = {"sampling_rate": RATE, "padding": padding, "truncation": padding == "max_length"}
-        heard = [self.ears(clip, return_attention_mask=True, return_tensors="np", **options) for clip in clips]
+        heard = [
+            self.feature_extractor(clip, return_attention_mask=True, return_tensors="np", **options) for clip in clips
+        ]
         longest = max(one["input_features"].shape[2] for one in heard)
 
         def together(name: str) -> np.ndarray:
@@ -188,7 +190,7 @@ def _elsewhere(family: str) -> Any:
     return importlib.import_module(f"models.reference_{family}")
 
 
-def normalise(item: MediaItem, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
+def normalize(item: MediaItem, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
     """f32 pixels of an item: scaled to 0..1, less the mean, over the deviation, channel by channel."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))

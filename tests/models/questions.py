@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_inputs import random_pixels, chat_text
+from engine_inputs import chat_text, random_pixels
 
 IMAGE, VIDEO = ("<|vision_start|><|" + kind + "_pad|><|vision_end|>" for kind in ("image", "video"))
 PICTURE = "(<image>./</image>)"
@@ -84,7 +84,9 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     "qwen2_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
         "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1)]),
-        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]),
+        "two_images": lambda: qwen2_vl(
+            f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]
+        ),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[clip(4, 5, 56, 84)]),
         "long_video": lambda: qwen2_vl(VIDEO + "Who is it?", video=[clip(8, 16, 56, 84)]),
         "image_and_video": lambda: qwen2_vl(
@@ -94,7 +96,9 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     "qwen2_5_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
         "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1, 120, 190)]),
-        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]),
+        "two_images": lambda: qwen2_vl(
+            f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]
+        ),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[clip(4, 5, 84, 84)]),
         "long_video": lambda: qwen2_vl(VIDEO + "Who is it?", video=[clip(8, 16, 56, 84)]),
         "image_and_video": lambda: qwen2_vl(
@@ -104,7 +108,9 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
     "qwen3_vl": {
         "text": lambda: qwen2_vl("Where is the station?"),
         "image": lambda: qwen2_vl(IMAGE + "What is this?", image=[random_pixels(1, 120, 190)]),
-        "two_images": lambda: qwen2_vl(f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]),
+        "two_images": lambda: qwen2_vl(
+            f"{IMAGE}One. {IMAGE}Two.", image=[random_pixels(2, 97, 141), random_pixels(3, 30, 45)]
+        ),
         "video": lambda: qwen2_vl(VIDEO + "Who wins?", video=[timed_clip(4, 5, 64, 96)]),
         "image_and_videos": lambda: qwen2_vl(
             f"{VIDEO}Is {IMAGE} in {VIDEO}?",
@@ -132,7 +138,9 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "text": lambda: chatml("Where is the station?"),
         "image": lambda: chatml("<image>\nWhat is this?", image=[random_pixels(1, 100, 60)]),
         "large_image": lambda: chatml("<image>\nWhat is this?", image=[random_pixels(2, 210, 224)]),
-        "two_images": lambda: chatml("<image> or <image>?", image=[random_pixels(3, 56, 56), random_pixels(4, 20, 133)]),
+        "two_images": lambda: chatml(
+            "<image> or <image>?", image=[random_pixels(3, 56, 56), random_pixels(4, 20, 133)]
+        ),
         "video": lambda: chatml("<video>\nWho wins?", video=[clip(5, 3, 56, 56)]),
         "image_and_video": lambda: chatml(
             "Is <image> in <video>?", image=[random_pixels(6, 84, 28)], video=[clip(7, 2, 60, 30)]
@@ -142,7 +150,9 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "text": lambda: qwen2_vl("Where is the station?"),
         "image": lambda: qwen2_vl(f"{PICTURE}\nWhat is this?", image=[random_pixels(1, 90, 100)]),
         "sliced_image": lambda: qwen2_vl(f"Look at {PICTURE}, what is it?", image=[random_pixels(2, 170, 230)]),
-        "two_images": lambda: qwen2_vl(f"{PICTURE}{PICTURE} Which?", image=[random_pixels(3, 30, 400), random_pixels(4, 56, 56)]),
+        "two_images": lambda: qwen2_vl(
+            f"{PICTURE}{PICTURE} Which?", image=[random_pixels(3, 30, 400), random_pixels(4, 56, 56)]
+        ),
         "video": lambda: qwen2_vl("(<video>./</video>) Who wins?", video=[clip(5, 3, 60, 90)]),
         "image_and_video": lambda: qwen2_vl(
             f"(<video>./</video>) and {PICTURE}.", image=[random_pixels(6, 84, 28)], video=[clip(7, 2, 60, 30)]
@@ -152,9 +162,15 @@ QUESTIONS: Mapping[str, Mapping[str, Callable[[], Question]]] = {
         "text": lambda: phi3_v("Where is the station?"),
         "image": lambda: phi3_v("<|image_1|>\nWhat is this?", random_pixels(1, 60, 100)),
         "tall_image": lambda: phi3_v("What is this? <|image_1|>", random_pixels(2, 200, 61)),
-        "two_images": lambda: phi3_v("<|image_1|>\n<|image_2|>\nWhich?", random_pixels(3, 30, 110), random_pixels(4, 56, 56)),
-        "crossed_images": lambda: phi3_v("<|image_2|> or <|image_1|>?", random_pixels(3, 30, 110), random_pixels(5, 90, 40)),
-        "many_crops": lambda: phi3_v("<|image_1|>Who?", random_pixels(6, 150, 170), mm_processor_kwargs={"num_crops": 9}),
+        "two_images": lambda: phi3_v(
+            "<|image_1|>\n<|image_2|>\nWhich?", random_pixels(3, 30, 110), random_pixels(4, 56, 56)
+        ),
+        "crossed_images": lambda: phi3_v(
+            "<|image_2|> or <|image_1|>?", random_pixels(3, 30, 110), random_pixels(5, 90, 40)
+        ),
+        "many_crops": lambda: phi3_v(
+            "<|image_1|>Who?", random_pixels(6, 150, 170), mm_processor_kwargs={"num_crops": 9}
+        ),
     },
     "whisper": {
         "short": lambda: whisper(TASK, 1, 1.3),

@@ -1,7 +1,7 @@
-"""Families that hear clips in pieces: on two devices, cut into chunks, beside others; and Ultravox' clips in company.
+"""Families that encode clips in chunks: on two devices, cut into chunks, beside others; and Ultravox' clips in company.
 
 The published processor of Ultravox pads clips that are passed together to the longest, which changes what the model
-makes of the shorter ones a little: of the same clip, in other company, something else. Ours hears each alone. Here the
+makes of the shorter ones a little, so that a clip's embeddings depend on the others. Ours encodes each alone. Here the
 model is given what the published processor made.
 """
 
@@ -31,11 +31,15 @@ FAMILIES = ("qwen2_audio", "ultravox")
 
 def as_stored(item: MediaItem, mel: np.ndarray) -> MediaItem:
     """The item with the frames that the published processor made of it, silence behind the sound included."""
-    heard = int(item.features["audio_steps"].sum())
-    features = whisper_chunks.split_window(mel, heard, min(-(-heard // 8) * 8, conv_length(mel.shape[1])), 0)
-    kept = np.full(item.num_embeds, 8, np.int32)
-    kept[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
-    return dataclasses.replace(item, features=features | {"step_index": item.features["step_index"], "num_steps": kept})
+    audio_steps = int(item.features["audio_steps"].sum())
+    features = whisper_chunks.split_window(
+        mel, audio_steps, min(-(-audio_steps // 8) * 8, conv_length(mel.shape[1])), 0
+    )
+    num_steps = np.full(item.num_embeds, 8, np.int32)
+    num_steps[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
+    return dataclasses.replace(
+        item, features=features | {"step_index": item.features["step_index"], "num_steps": num_steps}
+    )
 
 
 def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) -> None:
@@ -45,14 +49,14 @@ def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) ->
     prompt = {"prompt": golden.prompts_apart[case], "multi_modal_data": {"audio": audio}}
     renderer = make_input_processor("ultravox", golden.directory)
     rendered = renderer.process(renderer.parse(prompt))
-    assert rendered.token_ids.tolist() == golden.ids(case)
+    assert rendered.token_ids.tolist() == golden.prompt_ids(case)
 
     stored = golden.arrays[f"{case}/audio_values"]
     items = [
         HashedItem(entry.modality, entry.item_hash, as_stored(entry.item, mel))
         for entry, mel in zip(rendered.items, stored, strict=True)
     ]
-    model = Bare(golden.directory, tokens=64, units=2)
+    model = Bare(golden.directory, tokens=64, num_inputs=2)
     wanted = golden.arrays[f"{case}/audio_features"]
     close(model.encode([entry.item for entry in items]), wanted, FEATURES, case)
     close(model.logits(dataclasses.replace(rendered, items=items)), golden.arrays[f"{case}/logits"], LOGITS, case)
@@ -70,7 +74,7 @@ def test_stored_rows_in_place_of_clips(shared: Path, reference_llm: Callable[...
     prompt = {"prompt": golden.prompts_apart[case], "multi_modal_data": {"audio": list(rows)}}
     output = llm.generate(prompt, greedy(NEW, logprobs=-1), use_tqdm=False)[0]
     golden.check_answer(case, output)
-    assert output.prompt_token_ids == golden.ids(case)
+    assert output.prompt_token_ids == golden.prompt_ids(case)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +101,9 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
     assert output_ids(first) == output_ids(again) == wanted
     lengths = [len(RECORDED[family][case]["prompt_ids"]) for case in cases]
     assert [output.num_cached_tokens for output in again] == [(n - 1) // 16 * 16 for n in lengths]
-    assert llm.get_metrics()["encoded_items"] <= encoded + 1, "clips that end in a page's last tokens are heard again"
+    assert llm.get_metrics()["encoded_items"] <= encoded + 1, (
+        "clips that end in a block's last tokens are encoded again"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,7 +114,7 @@ def test_encoding_together_is_encoding_alone(family: str, tiny_dir: Callable[[st
         renderer.processor.process_item("audio", sound(seed, seconds), {})  # type: ignore[union-attr]
         for seed, seconds in ((1, 0.9), (2, 0.03), (3, 1.92), (4, 3.3), (5, 0.03))
     ]
-    model = Bare(tiny_dir(family), tokens=32, units=12)
+    model = Bare(tiny_dir(family), tokens=32, num_inputs=12)
     alone: list[Any] = [model.encode([item]) for item in items]
     close(model.encode(items), np.concatenate(alone), 2e-5, family)
     close(model.encode(items[::-1]), np.concatenate(alone[::-1]), 2e-5, family)

@@ -34,7 +34,7 @@ FAMILIES = (
     "qwen2_audio",
     "ultravox",
 )
-BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder units of the largest case
+BARE: dict[str, tuple[int, int | dict[str, int]]] = {  # tokens and encoder inputs of the largest case
     "whisper": (128, 1),
     "whisper_turbo": (64, 1),
     "llava": (128, 2),
@@ -99,15 +99,15 @@ class Golden:
     def prompts(self) -> list[dict[str, Any]]:
         return [self.prompt(case) for case in self.texts]
 
-    def output_ids(self, case: str) -> list[int]:
+    def prompt_ids(self, case: str) -> list[int]:
         """The expanded prompt."""
         found: list[int] = self.arrays[f"{case}/{'decoder_' * self.family.startswith('whisper')}input_ids"].tolist()
         return found
 
     def check_prompt(self, case: str, output: RequestOutput) -> None:
         """The prompt's ids and, at each but the first, the whole distribution."""
-        assert output.prompt_token_ids == self.ids(case)
-        if len(self.ids(case)) > 1:
+        assert output.prompt_token_ids == self.prompt_ids(case)
+        if len(self.prompt_ids(case)) > 1:
             close(prompt_table(output), log_softmax(self.arrays[f"{case}/logits"])[:-1], self.allowed, case)
 
     @property
@@ -132,11 +132,11 @@ def golden(request: pytest.FixtureRequest, shared: Path) -> Golden:
 
 def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> None:
     renderer = make_input_processor(golden.family, golden.directory)
-    tokens, units = BARE[golden.family]
-    model = Bare(golden.directory, tokens=tokens, units=units)
+    tokens, num_inputs = BARE[golden.family]
+    model = Bare(golden.directory, tokens=tokens, num_inputs=num_inputs)
     for case in golden.texts:
         rendered = renderer.process(renderer.parse(golden.prompt(case)))
-        assert rendered.token_ids.tolist() == golden.ids(case)
+        assert rendered.token_ids.tolist() == golden.prompt_ids(case)
         if f"{case}/position_ids" in golden.arrays:
             np.testing.assert_array_equal(rendered.rope_positions, golden.arrays[f"{case}/position_ids"], case)
             assert rendered.rope_delta == golden.arrays[f"{case}/rope_delta"]
@@ -146,9 +146,9 @@ def test_encoder_features_and_raw_logits_of_the_bare_model(golden: Golden) -> No
                 rows = model.encode(list(items.values()))
                 wanted = golden.arrays[f"{case}/{name}"]
                 wanted = wanted.reshape(-1, wanted.shape[-1])
-                taps = [key for key in golden.arrays if key.startswith(f"{case}/{kind}_deepstack_")]
-                wanted = np.concatenate([wanted, *(golden.arrays[key] for key in sorted(taps))], axis=1)
-                rows = rows[:, : wanted.shape[1]] if kind == "audio" else rows  # sound has no taps
+                deepstack = [key for key in golden.arrays if key.startswith(f"{case}/{kind}_deepstack_")]
+                wanted = np.concatenate([wanted, *(golden.arrays[key] for key in sorted(deepstack))], axis=1)
+                rows = rows[:, : wanted.shape[1]] if kind == "audio" else rows  # audio has none
                 close(rows, wanted, FEATURES, f"{case}/{name}")
         close(model.logits(rendered), golden.arrays[f"{case}/logits"], golden.allowed, case)
 
@@ -200,7 +200,7 @@ def test_goldens_have_an_image_across_token_32(family: str, shared: Path) -> Non
     golden = load(shared / "reference" / family)
     processor, tokenizer = load_processor(family, golden.directory)
     marker = tokenizer.id_of(processor.placeholder_token["image"])
-    assert any(golden.ids(case)[31:33] == [marker, marker] for case in golden.texts)
+    assert any(golden.prompt_ids(case)[31:33] == [marker, marker] for case in golden.texts)
 
 
 @pytest.mark.parametrize(
@@ -221,22 +221,24 @@ def test_goldens_have_an_image_across_token_32(family: str, shared: Path) -> Non
 def test_expanded_token_ids_are_the_same_prompt(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
     golden, llm = load(shared / "reference" / family), reference_llm(family)
     prompts = [
-        {"prompt_token_ids": golden.ids(case)} | {k: v for k, v in golden.prompt(case).items() if k != "prompt"}
+        {"prompt_token_ids": golden.prompt_ids(case)} | {k: v for k, v in golden.prompt(case).items() if k != "prompt"}
         for case in golden.texts
     ]
     outputs = llm.generate(prompts, greedy(NEW), use_tqdm=False)
-    assert [output.prompt_token_ids for output in outputs] == [golden.ids(case) for case in golden.texts]
+    assert [output.prompt_token_ids for output in outputs] == [golden.prompt_ids(case) for case in golden.texts]
     assert output_ids(outputs) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe"])
 def test_a_second_time_from_the_caches(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
-    """Pages of a prompt that ends inside a medium are found again, what its inner rows added included."""
+    """Cache blocks of a prompt that ends inside a medium are found again, what its inner rows added included."""
     golden, llm = load(shared / "reference" / family), reference_llm(family)
     first = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
     again = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
     assert all((output.num_cached_tokens or 0) >= 16 for output in again)
-    assert output_ids(again) == output_ids(first) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
+    assert (
+        output_ids(again) == output_ids(first) == [golden.arrays[f"{case}/gen_ids"].tolist() for case in golden.texts]
+    )
 
 
 def test_rows_of_all_levels_in_place_of_media(shared: Path, reference_llm: Callable[..., LLM]) -> None:

@@ -1,4 +1,4 @@
-"""bfloat16 on a processor that multiplies it: what is kept in it, and that nothing else changes much."""
+"""bfloat16 on a processor with instructions for it: what is stored in it, and that nothing else changes much."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,18 +36,20 @@ def test_matrices_and_keys_in_half_the_memory(family: str, tiny_dir: Callable[[s
     wanted, found = distributions(exact, family), distributions(half, family)
     error = np.sqrt(np.square(found - wanted).mean())
     assert 0 < error < 0.06 * wanted.std()
-    kept = leaves(half)
+    params = leaves(half)
     for path in ("text.embed", "text.layers.0.qkv", "text.layers.0.o", "audio.blocks.qkv", "audio.blocks.fc1"):
-        assert kept[path].dtype == jnp.bfloat16, path
-    assert all(kept[path].dtype == jnp.float32 for path in kept if "norm" in path or "bias" in path or "conv" in path)
-    pools = [llm.model.engines[0].runner.state.kv_cache.k for llm in (exact, half)]
-    assert [pool.dtype for pool in pools] == [jnp.float32, jnp.uint16]
+        assert params[path].dtype == jnp.bfloat16, path
+    assert all(
+        params[path].dtype == jnp.float32 for path in params if "norm" in path or "bias" in path or "conv" in path
+    )
+    caches = [llm.model.engines[0].runner.state.kv_cache.k for llm in (exact, half)]
+    assert [cache.dtype for cache in caches] == [jnp.float32, jnp.uint16]
 
 
 def test_company_and_devices_change_nothing(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[str], Path]) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     asked = [make() for make in list(QUESTIONS["whisper"].values())[:2]]
-    one, two = (engine(tiny_dir("whisper"), dtype="bfloat16", tensor_parallel_size=ways) for ways in (1, 2))
+    one, two = (engine(tiny_dir("whisper"), dtype="bfloat16", tensor_parallel_size=tp_size) for tp_size in (1, 2))
     alone = [output_ids(one.generate(prompt, greedy(8), use_tqdm=False))[0] for prompt in asked]
     assert output_ids(one.generate(asked, greedy(8), use_tqdm=False)) == alone
     assert output_ids(two.generate(asked, greedy(8), use_tqdm=False)) == alone
@@ -55,9 +57,9 @@ def test_company_and_devices_change_nothing(monkeypatch: pytest.MonkeyPatch, tin
 
 def test_int8_goes_before(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[str], Path]) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
-    kept = leaves(engine(tiny_dir("qwen2_5_omni"), dtype="bfloat16", quantization="int8"))
-    assert kept["text.layers.0.qkv"].values.dtype == jnp.int8
-    assert kept["text.embed"].dtype == kept["audio.blocks.qkv"].dtype == jnp.bfloat16
+    params = leaves(engine(tiny_dir("qwen2_5_omni"), dtype="bfloat16", quantization="int8"))
+    assert params["text.layers.0.qkv"].values.dtype == jnp.int8
+    assert params["text.embed"].dtype == params["audio.blocks.qkv"].dtype == jnp.bfloat16
 
 
 def test_a_look_up_copies_no_table_even_in_a_loop() -> None:

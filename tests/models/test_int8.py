@@ -54,21 +54,21 @@ def test_close_to_bfloat16_in_half_the_memory(family: str, tiny_dir: Callable[[s
     ours = distributions(small, family)
     error, allowed = (np.sqrt(np.square(x - exact).mean()) for x in (ours, half))
     assert error < 3 * allowed and error < 0.06 * exact.std()
-    kept = matrices(small)
-    assert all(path.startswith("text.layers") or path == "text.head" for path in kept)
-    values = sum(leaf.values.size for leaf in kept.values())
-    scales = sum(leaf.scale.size for leaf in kept.values())
-    assert all(leaf.values.dtype == jnp.int8 for leaf in kept.values())
+    params = matrices(small)
+    assert all(path.startswith("text.layers") or path == "text.head" for path in params)
+    values = sum(leaf.values.size for leaf in params.values())
+    scales = sum(leaf.scale.size for leaf in params.values())
+    assert all(leaf.values.dtype == jnp.int8 for leaf in params.values())
     assert values + 2 * scales < 0.57 * 2 * values, "with scales in bfloat16, about half of weights in bfloat16"
     runner = small.model.engines[0].runner
     rest = [leaf for path, leaf in zip(runner.paths, runner.params, strict=True) if path.startswith("text.layers")]
     left = max(leaf.size for leaf in rest if not isinstance(leaf, QuantizedArray))
-    assert left <= max(leaf.shape[0] for leaf in kept.values()) * 8, "only norms, biases and routers stay as they are"
+    assert left <= max(leaf.shape[0] for leaf in params.values()) * 8, "only norms, biases and routers stay as they are"
 
 
 def test_two_devices_hold_the_same(tiny_dir: Callable[[str], Path]) -> None:
     family = "qwen3_vl_moe"
-    one, two = (engine(tiny_dir(family), quantization="int8", tensor_parallel_size=ways) for ways in (1, 2))
+    one, two = (engine(tiny_dir(family), quantization="int8", tensor_parallel_size=tp_size) for tp_size in (1, 2))
     np.testing.assert_allclose(distributions(one, family), distributions(two, family), atol=1e-4)
     shared = [leaf for leaf in matrices(two).values() if leaf.values.addressable_shards[0].data.shape != leaf.shape]
     assert len(shared) == len(matrices(two)), "every matrix is split"
@@ -114,14 +114,14 @@ def test_a_product_with_steps_and_scales(spec: str, axes: tuple[str, ...], shape
     value = rng.standard_normal(shape).astype(np.float32)
     inputs = contracted_axes(axes)
     value *= np.exp(rng.standard_normal([1 if i in inputs else n for i, n in enumerate(shape)])).astype(np.float32)
-    kept = quantize(jnp.asarray(value), inputs)
-    assert kept.scale.shape == tuple(1 if i in inputs else n for i, n in enumerate(shape))
-    assert (np.abs(np.asarray(dequantize(kept)) - value) <= np.asarray(kept.scale) * 0.5001).all()
+    quantized = quantize(jnp.asarray(value), inputs)
+    assert quantized.scale.shape == tuple(1 if i in inputs else n for i, n in enumerate(shape))
+    assert (np.abs(np.asarray(dequantize(quantized)) - value) <= np.asarray(quantized.scale) * 0.5001).all()
     left = spec.split(",")[0]
     sizes = dict(zip(spec.split(",")[1].split("->")[0], shape, strict=True)) | {"t": 5, "s": 5}
     x = jnp.asarray(rng.standard_normal([sizes[name] for name in left]).astype(np.float32))
     np.testing.assert_allclose(
-        weight_einsum(spec, x, kept), jnp.einsum(spec, x, dequantize(kept)), rtol=1e-5, atol=1e-5
+        weight_einsum(spec, x, quantized), jnp.einsum(spec, x, dequantize(quantized)), rtol=1e-5, atol=1e-5
     )
 
 
@@ -139,7 +139,7 @@ def test_which_axes_are_summed_over() -> None:
 
 
 def test_channels_of_zeros_and_parts() -> None:
-    kept = quantize(jnp.zeros((2, 3, 4)), (1,))
-    assert not np.asarray(dequantize(kept)).any() and np.isfinite(np.asarray(kept.scale)).all()
-    one = jax.jit(index_value)(kept, jnp.int32(1))
+    quantized = quantize(jnp.zeros((2, 3, 4)), (1,))
+    assert not np.asarray(dequantize(quantized)).any() and np.isfinite(np.asarray(quantized.scale)).all()
+    one = jax.jit(index_value)(quantized, jnp.int32(1))
     assert one.shape == (3, 4) and one.scale.shape == (1, 4)

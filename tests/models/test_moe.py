@@ -27,12 +27,14 @@ def weights(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return tuple(rng.standard_normal(s).astype(np.float32) / 3 for s in ((E, D, 2, F), (E, F, D)))  # type: ignore[return-value]
 
 
-def plainly(x: np.ndarray, share: np.ndarray, chosen: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np.ndarray:
+def plainly(
+    x: np.ndarray, expert_weights: np.ndarray, expert_ids: np.ndarray, gate_up: np.ndarray, down: np.ndarray
+) -> np.ndarray:
     out = np.zeros_like(x, np.float64)
-    for t, j in np.ndindex(chosen.shape):
-        if 0 <= (e := chosen[t, j]) < len(down):
+    for t, j in np.ndindex(expert_ids.shape):
+        if 0 <= (e := expert_ids[t, j]) < len(down):
             gate, up = x[t].astype(np.float64) @ gate_up[e, :, 0], x[t].astype(np.float64) @ gate_up[e, :, 1]
-            out[t] += share[t, j] * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
+            out[t] += expert_weights[t, j] * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
     return out
 
 
@@ -59,12 +61,15 @@ def spread(kind: str, tokens: int) -> np.ndarray:
 )
 def test_mix(grouped_mlp: GroupedMlp, kind: str, tokens: int, block: int) -> None:
     rng = np.random.default_rng(1)
-    x, share = rng.standard_normal((tokens, D)).astype(np.float32), rng.random((tokens, TOP)).astype(np.float32)
-    chosen, (gate_up, down) = spread(kind, tokens), weights()
-    found = jax.jit(functools.partial(routed_experts, block=block, grouped_mlp=grouped_mlp))(
-        x, share, chosen, gate_up, down
+    x, expert_weights = (
+        rng.standard_normal((tokens, D)).astype(np.float32),
+        rng.random((tokens, TOP)).astype(np.float32),
     )
-    np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
+    expert_ids, (gate_up, down) = spread(kind, tokens), weights()
+    found = jax.jit(functools.partial(routed_experts, block=block, grouped_mlp=grouped_mlp))(
+        x, expert_weights, expert_ids, gate_up, down
+    )
+    np.testing.assert_allclose(found, plainly(x, expert_weights, expert_ids, gate_up, down), atol=2e-5)
 
 
 def test_accelerators_run_a_fixed_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,10 +88,10 @@ def test_router_and_shards(tp_size: int, norm_topk_prob: bool) -> None:
     rng = np.random.default_rng(2)
     x, router = rng.standard_normal((9, D)).astype(np.float32), rng.standard_normal((D, E)).astype(np.float32)
     gate_up, down = (np.pad(w, [(0, config.padded_num_experts - E)] + [(0, 0)] * (w.ndim - 1)) for w in weights())
-    chance = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
-    chosen = np.argsort(-chance, axis=1)[:, :TOP].astype(np.int32)
-    share = np.take_along_axis(chance, chosen, axis=1)
-    share = share / share.sum(1, keepdims=True) if norm_topk_prob else share
+    probs = np.exp(x @ router) / np.exp(x @ router).sum(1, keepdims=True)
+    expert_ids = np.argsort(-probs, axis=1)[:, :TOP].astype(np.int32)
+    expert_weights = np.take_along_axis(probs, expert_ids, axis=1)
+    expert_weights = expert_weights / expert_weights.sum(1, keepdims=True) if norm_topk_prob else expert_weights
 
     mesh = sharding.mesh(jax.devices()[:tp_size])
     axes = {"router": ("embed", "router"), "gate_up": ("experts", "embed", "pair", "expert_mlp")}
@@ -98,7 +103,7 @@ def test_router_and_shards(tp_size: int, norm_topk_prob: bool) -> None:
     assert params["down"].addressable_shards[0].data.shape[0] == config.padded_num_experts // tp_size
     with jax.set_mesh(mesh):
         found = jax.jit(lambda params, x: nnx.merge(graph, params)(x))(params, jnp.asarray(x))
-    np.testing.assert_allclose(found, plainly(x, share, chosen, gate_up, down), atol=2e-5)
+    np.testing.assert_allclose(found, plainly(x, expert_weights, expert_ids, gate_up, down), atol=2e-5)
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("cpu", (1, 1, 32, 2)), ("gpu", (1, 4, 128, 8))])

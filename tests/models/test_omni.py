@@ -64,14 +64,14 @@ def test_stored_media_give_the_stored_logits(shared: Path, family: str, case: st
             media.setdefault(name.split("_")[-2], []).append(value)
     renderer = make_input_processor(family, golden.directory)
     rendered = renderer.process(renderer.parse({"prompt": golden.prompts_apart[case], "multi_modal_data": media}))
-    assert rendered.token_ids.tolist() == golden.ids(case)
+    assert rendered.token_ids.tolist() == golden.prompt_ids(case)
     np.testing.assert_array_equal(rendered.rope_positions, arrays[f"{case}/position_ids"])
 
     items = [
         HashedItem(entry.modality, entry.item_hash, as_stored(entry.item, case, span.item_index, arrays, files))
         for span, entry in zip(rendered.spans, rendered.items, strict=True)
     ]
-    model = Bare(golden.directory, tokens=192, units={"vision": 560, "audio": 8})
+    model = Bare(golden.directory, tokens=192, num_inputs={"vision": 560, "audio": 8})
     for kind in media:
         wanted = arrays[f"{case}/{kind}_features"]
         close(model.encode([entry.item for entry in items])[:, : wanted.shape[1]], wanted, FEATURES, kind)
@@ -92,4 +92,6 @@ def test_two_devices_and_cached_prefixes_give_the_recorded_answers(tiny_dir: Cal
     media = question["multi_modal_data"]
     other = question | {"multi_modal_data": media | {"audio": [media["audio"][0][::-1]]}}
     fresh, again = (llm.generate(other, greedy(12), use_tqdm=False)[0] for _ in range(2))
-    assert output_ids([fresh]) == output_ids([again]) and (fresh.num_cached_tokens or 0) < (again.num_cached_tokens or 0)
+    assert output_ids([fresh]) == output_ids([again]) and (fresh.num_cached_tokens or 0) < (
+        again.num_cached_tokens or 0
+    )

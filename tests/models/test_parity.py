@@ -199,9 +199,9 @@ def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path, kept: dict
     half = published(family, source, dtype="bfloat16")
     directory = variants.save(half, source, tmp_path / "half")
     model = published(family, directory)
-    units: Any = {"whisper": 1, "llava": 2, "qwen2_vl": 256, "llava_onevision": 17}.get(family)
-    units = units or {"vision": 256, "audio": 16}
-    bare = Bare(directory, tokens=256, units=units, **kept)
+    num_inputs: Any = {"whisper": 1, "llava": 2, "qwen2_vl": 256, "llava_onevision": 17}.get(family)
+    num_inputs = num_inputs or {"vision": 256, "audio": 16}
+    bare = Bare(directory, tokens=256, num_inputs=num_inputs, **kept)
     errors = []
     for question in questions(family):
         exact, theirs = model.ask(question, 1).logits, half.ask(question, 1).logits

@@ -19,7 +19,7 @@ from models.tables import answer_table, close, log_softmax, prompt_table
 from models.test_recorded import RECORDED
 
 FEATURES, LOGITS, VECTORS = 1e-4, 2e-4, 1e-5
-NEW, PAGE = 16, 16
+NEW, BLOCK_SIZE = 16, 16
 EMBEDDED = ("embed_text", "embed_image", "embed_image_text")
 
 
@@ -60,7 +60,7 @@ def test_goldens_in_chunks_that_cut_images(longest: int, cases: tuple[str, ...],
 def test_image_features(directory: Path) -> None:
     """Of one picture, and of two in one go."""
     arrays, prompts = golden(directory)
-    renderer, model = make_input_processor("phi3_v", directory), Bare(directory, tokens=32, units=8)
+    renderer, model = make_input_processor("phi3_v", directory), Bare(directory, tokens=32, num_inputs=8)
     for case in ("image", "image_tall", "two_images_longrope"):
         rendered = renderer.process(renderer.parse(prompts[case]))
         assert rendered.token_ids.tolist() == arrays[f"{case}/input_ids"].tolist()
@@ -87,16 +87,16 @@ def test_vectors_of_vlm2vec(directory: Path) -> None:
 
 
 def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callable[[str], Path]) -> None:
-    """All questions at once, text among pictures; then again, when all but the last page of each is known."""
+    """All questions at once, text among images; then again, when all but the last block of each is cached."""
     options = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 32, "num_decode_steps": 4}
-    llm = LLM(str(tiny_dir("phi3_v")), **options, block_size=PAGE, tensor_parallel_size=2, enforce_eager=True)
+    llm = LLM(str(tiny_dir("phi3_v")), **options, block_size=BLOCK_SIZE, tensor_parallel_size=2, enforce_eager=True)
     asked = [make() for make in QUESTIONS["phi3_v"].values()]
     wanted = [RECORDED["phi3_v"][case]["ids"] for case in QUESTIONS["phi3_v"]]
     assert output_ids(llm.generate(asked, greedy(12), use_tqdm=False)) == wanted
     again = llm.generate(asked, greedy(12), use_tqdm=False)
     assert output_ids(again) == wanted
     for output in again:
-        assert output.num_cached_tokens == (len(output.prompt_token_ids or ()) - 1) // PAGE * PAGE
+        assert output.num_cached_tokens == (len(output.prompt_token_ids or ()) - 1) // BLOCK_SIZE * BLOCK_SIZE
     expanded = [
         {**question, "prompt_token_ids": output.prompt_token_ids}
         for case, question, output in zip(QUESTIONS["phi3_v"], asked, again, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine_inputs import greedy, output_ids, chat_text
+from engine_inputs import chat_text, greedy, output_ids
 from mmjax import LLM
 from models.questions import IMAGE
 from models.tables import close, log_softmax

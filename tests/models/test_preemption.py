@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from engine_inputs import image_prompt, greedy, output_ids, random_pixels
+from engine_inputs import greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM
 from models.questions import VIDEO, clip, qwen2_vl
 from models.test_recorded import SMALL
 
-PAGE_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # keys and values of 2 layers, 16 tokens, 2 heads of 16 numbers
+BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # keys and values of 2 layers, 16 tokens, 2 heads of 16 numbers
 
 
 def test_preempted_answers_about_media_are_the_same(tiny_dir: Callable[[str], Path]) -> None:
     """The grids' positions lag behind the tokens, also for the tokens of the answer that are computed a second time."""
-    options = SMALL | {"block_size": 16, "max_model_len": 176, "kv_cache_memory_bytes": 15 * PAGE_BYTES}
+    options = SMALL | {"block_size": 16, "max_model_len": 176, "kv_cache_memory_bytes": 15 * BLOCK_BYTES}
     llm = LLM(str(tiny_dir("qwen2_vl")), **options, enforce_eager=True)
     prompts = [image_prompt(random_pixels(seed, 56 * seed, 84)) for seed in (1, 2, 3)]
     prompts.append(qwen2_vl(VIDEO + "Who?", video=[clip(4, 8, 56, 56)]))
@@ -22,4 +22,4 @@ def test_preempted_answers_about_media_are_the_same(tiny_dir: Callable[[str], Pa
     assert llm.reset_prefix_cache()
     assert output_ids(llm.generate(prompts, greedy(90), use_tqdm=False)) == alone
     assert llm.get_metrics()["preemptions"] > 0
-    assert llm.reset_prefix_cache(), "a page was lost"
+    assert llm.reset_prefix_cache(), "a block was lost"

@@ -27,10 +27,12 @@ def test_company_padding_and_devices_change_nothing(family: str, tiny_dir: Calla
     processor, _ = load_processor(family, tiny_dir(family))
     items = [
         processor.process_item("image", random_pixels(1, 90, 201), {}),
-        processor.process_item("video", Video(np.stack([random_pixels(s, 70, 64) for s in range(5)]), {"fps": 2.0}), {}),
+        processor.process_item(
+            "video", Video(np.stack([random_pixels(s, 70, 64) for s in range(5)]), {"fps": 2.0}), {}
+        ),
         processor.process_item("image", random_pixels(2, 64, 28), {}),
     ]
-    bare = Bare(tiny_dir(family), tokens=32, units=256)
+    bare = Bare(tiny_dir(family), tokens=32, num_inputs=256)
     together = bare.encode(items)
     alone = np.concatenate([bare.encode([item]) for item in items])
     np.testing.assert_allclose(together, alone, atol=2e-5)

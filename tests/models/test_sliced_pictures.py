@@ -11,14 +11,14 @@ from mmjax import LLM
 from models.questions import QUESTIONS
 from models.test_recorded import RECORDED
 
-PAGE = 16
+BLOCK_SIZE = 16
 CASES = ("text", "image", "image_and_video")
 OPTIONS: dict[str, Any] = {
     "max_model_len": 384,
     "max_num_seqs": 2,
     "max_num_batched_tokens": 64,
     "num_decode_steps": 4,
-    "block_size": PAGE,
+    "block_size": BLOCK_SIZE,
 }
 
 
@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
     family: str, tiny_dir: Callable[[str], Path]
 ) -> None:
-    """Questions asked at once, text among pictures; then again, when all but the last page of each is known."""
+    """Questions asked at once, text among images; then again, when all but the last block of each is cached."""
     llm = LLM(str(tiny_dir(family)), **OPTIONS, tensor_parallel_size=2, enforce_eager=True)
     asked = [QUESTIONS[family][case]() for case in CASES]
     wanted = [RECORDED[family][case]["ids"] for case in CASES]
@@ -36,8 +36,10 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
     assert output_ids(again) == wanted
     for before, after in zip(first, again, strict=True):
         length = len(before.prompt_token_ids or ())
-        assert after.num_cached_tokens == (length - 1) // PAGE * PAGE
+        assert after.num_cached_tokens == (length - 1) // BLOCK_SIZE * BLOCK_SIZE
     upside_down = [picture[::-1].copy() for picture in asked[1]["multi_modal_data"]["image"]]
     other = {**asked[1], "multi_modal_data": {"image": upside_down}}
     output = llm.generate(other, greedy(12), use_tqdm=False)[0]
-    assert output.num_cached_tokens in (0, PAGE) and output_ids([output]) != wanted[1:2], "only what stands before it is known"
+    assert output.num_cached_tokens in (0, BLOCK_SIZE) and output_ids([output]) != wanted[1:2], (
+        "only what precedes it is cached"
+    )

@@ -245,9 +245,9 @@ def save(model: "Published", source: Path, directory: Path) -> Path:
     model.model.save_pretrained(directory)
     if hasattr(model, "prepare"):  # a language model alone needs nothing prepared
         model.prepare.save_pretrained(directory)
-    if hasattr(model, "ears"):  # the hub has one file for both
+    if hasattr(model, "feature_extractor"):  # the hub has one file for both
         seen = json.loads((directory / "preprocessor_config.json").read_text())
-        heard = json.loads(model.ears.to_json_string())
+        heard = json.loads(model.feature_extractor.to_json_string())
         (directory / "preprocessor_config.json").write_text(json.dumps(heard | seen))
     for name in HOST_FILES:
         if (source / name).is_file():

@@ -14,7 +14,7 @@ from mmjax.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, Vid
 from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.multimodal.network import FetchPolicy
 from mmjax.types import RequestError, ValidationError
-from web import PIXELS, Site, connector, fetch_pixels, png, fetch_error, to_base64, wav
+from web import PIXELS, Site, connector, fetch_error, fetch_pixels, png, to_base64, wav
 
 # --- data URLs
 

@@ -14,7 +14,20 @@ from mmjax.multimodal import network
 from mmjax.multimodal.media import MediaConnector
 from mmjax.multimodal.network import FetchPolicy, FetchTimeout
 from mmjax.types import RequestError
-from web import PIXELS, Site, body, connector, fetch_pixels, gzipped, png, redirect, fetch_error, to_base64, trickle, wav
+from web import (
+    PIXELS,
+    Site,
+    body,
+    connector,
+    fetch_error,
+    fetch_pixels,
+    gzipped,
+    png,
+    redirect,
+    to_base64,
+    trickle,
+    wav,
+)
 
 # --- HTTP
 

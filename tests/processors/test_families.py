@@ -26,17 +26,23 @@ def qwen(tiny_dir: Make) -> Processor:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "rows", "units"),
+    ("kwargs", "num_embeds", "num_inputs"),
     [
         ({}, 1426, 5704),
         ({"min_pixels": 64**2, "max_pixels": 512**2}, 330, 1320),
         ({"size": {"shortest_edge": 64**2, "longest_edge": 512**2}}, 330, 1320),
     ],
 )
-def test_qwen_token_counts_of_a_1300x876_image(qwen: Processor, kwargs: dict[str, Any], rows: int, units: int) -> None:
+def test_qwen_token_counts_of_a_1300x876_image(
+    qwen: Processor, kwargs: dict[str, Any], num_embeds: int, num_inputs: int
+) -> None:
     item = qwen.process_item("image", np.zeros((876, 1300, 3), np.uint8), kwargs)
-    assert (item.num_embeds, item.num_inputs, item.features["pixels"].shape) == (rows, units, (units, 1176))
-    assert qwen.num_embeds("image", (876, 1300), kwargs) == rows
+    assert (item.num_embeds, item.num_inputs, item.features["pixels"].shape) == (
+        num_embeds,
+        num_inputs,
+        (num_inputs, 1176),
+    )
+    assert qwen.num_embeds("image", (876, 1300), kwargs) == num_embeds
 
 
 def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
@@ -56,19 +62,19 @@ def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
             assert len(made.token_ids) == count * (rows + 2)
 
 
-def test_qwen_layout_of_pixels_places_and_segments(qwen: Processor) -> None:
+def test_qwen_layout_of_pixels_coords_and_segments(qwen: Processor) -> None:
     frames = np.random.default_rng(1).integers(0, 256, (5, 56, 84, 3), np.uint8)
     item = qwen.process_item("video", Video(frames, {}), {})
     assert item.grid == (3, 2, 3) and item.num_embeds == 18 and qwen.num_embeds("video", (5, 56, 84), {}) == 18
     pixels = item.features["pixels"].reshape(-1, 3, 2, 14, 14)
-    for unit in range(item.num_inputs):
-        segment, (h, w) = item.features["segment_ids"][unit], item.features["patch_coords"][unit]
+    for patch_index in range(item.num_inputs):
+        segment, (h, w) = item.features["segment_ids"][patch_index], item.features["patch_coords"][patch_index]
         for half in range(2):
             frame = frames[min(2 * segment + half, 4)]  # the odd last frame is shown twice
             patch = frame[14 * h : 14 * h + 14, 14 * w : 14 * w + 14]
-            np.testing.assert_array_equal(pixels[unit, :, half].transpose(1, 2, 0), patch)
-    places = item.features["patch_coords"].reshape(-1, 4, 2)
-    np.testing.assert_array_equal(places - places[:, :1], [[[0, 0], [0, 1], [1, 0], [1, 1]]] * 18)
+            np.testing.assert_array_equal(pixels[patch_index, :, half].transpose(1, 2, 0), patch)
+    coords = item.features["patch_coords"].reshape(-1, 4, 2)
+    np.testing.assert_array_equal(coords - coords[:, :1], [[[0, 0], [0, 1], [1, 0], [1, 1]]] * 18)
 
 
 def test_qwen_positions_of_text_are_ordinary(qwen: Processor) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import picture
+from engine_inputs import random_pixels
 from input_processors import load_processor
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import MediaItem
-from prompts import tone
+from prompts import random_chord
 
 TINY = (
     "whisper",
@@ -29,9 +29,9 @@ TINY = (
     "ultravox",
 )
 MEDIA: dict[str, list[Any]] = {
-    "image": [picture(1, 90, 201), picture(2, 64, 28)],
-    "video": [Video(np.stack([picture(s, 70, 64) for s in range(5)]), {"fps": 2.0})],
-    "audio": [tone(1, 0.4), tone(2, 3.3)],
+    "image": [random_pixels(1, 90, 201), random_pixels(2, 64, 28)],
+    "video": [Video(np.stack([random_pixels(s, 70, 64) for s in range(5)]), {"fps": 2.0})],
+    "audio": [random_chord(1, 0.4), random_chord(2, 3.3)],
 }
 
 

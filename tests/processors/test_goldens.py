@@ -22,7 +22,7 @@ CASES = {
 PAIRS = [(family, case) for family, cases in CASES.items() for case in cases]
 
 
-def normalise(item: MediaItem, files: dict[str, dict[str, Any]]) -> np.ndarray:
+def normalize(item: MediaItem, files: dict[str, dict[str, Any]]) -> np.ndarray:
     """What the model does on the device: scale to 0..1, then subtract the mean and divide by the deviation."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
@@ -65,7 +65,7 @@ def test_golden(shared: Path, family: str, case: str) -> None:
         assert delta == golden[f"{case}/rope_delta"]
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if kind in items:
-            pixels = np.concatenate([normalise(item, files) for item in items[kind]])
+            pixels = np.concatenate([normalize(item, files) for item in items[kind]])
             np.testing.assert_allclose(pixels, golden[f"{case}/{name}"], rtol=0, atol=3e-7)
             assert sum(item.num_inputs for item in items[kind]) == len(golden[f"{case}/{name}"])
             if family.startswith("qwen"):

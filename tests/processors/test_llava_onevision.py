@@ -11,7 +11,7 @@ from PIL import Image
 
 from input_processors import read_files
 from mmjax.multimodal.video import Video
-from mmjax.processors.llava_onevision import Processor, resampled_sources
+from mmjax.processors.llava_onevision import Processor, resized_patches
 from mmjax.types import RequestError
 
 Make = Callable[[str], Path]
@@ -64,10 +64,10 @@ def test_token_count_of_a_video(full: Processor, small: Processor) -> None:
 def test_rows_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
     """Every row is made of patches of the item's own crops, with shares that sum to one; every line ends once."""
     item = small.process_item("image", np.zeros((*size, 3), np.uint8), {})
-    source, share = item.features["source_index"], item.features["source_weight"]
-    assert item.num_embeds == small.num_embeds("image", size, {}) == len(source) == len(share)
+    source, weights = item.features["source_index"], item.features["source_weight"]
+    assert item.num_embeds == small.num_embeds("image", size, {}) == len(source) == len(weights)
     assert source.max() < 16 * item.num_inputs == 16 * len(item.features["pixels"])
-    np.testing.assert_allclose(share.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-6)
     np.testing.assert_array_equal(source[:16, 0], range(16))
     ends = np.flatnonzero(source[:, 0] == -1)
     assert len(set(np.diff([15, *ends]))) <= 1 and (not len(ends) or ends[-1] == len(source) - 1)
@@ -85,7 +85,7 @@ def test_crops_put_together_are_the_picture(small: Processor) -> None:
     np.testing.assert_array_equal(shown, picture)
 
 
-def test_padded_to_a_square_of_the_mean_colour(small: Processor) -> None:
+def test_padded_to_a_square_of_the_mean_color(small: Processor) -> None:
     item = small.process_item("image", np.zeros((56, 28, 3), np.uint8), {"vision_aspect_ratio": "pad"})
     assert (item.num_inputs, item.num_embeds) == (1, 17)
     pixels = item.features["pixels"][0]
@@ -104,10 +104,10 @@ def test_crops_of_another_checkpoint(files: dict[str, dict[str, Any]]) -> None:
         Processor(files["config.json"], files, None)
 
 
-def test_resampling_takes_the_centres_of_cells() -> None:
-    picks = resampled_sources(np.arange(12).reshape(3, 4), 3, 2)
+def test_resizing_takes_the_centers_of_cells() -> None:
+    sources = resized_patches(np.arange(12).reshape(3, 4), 3, 2)
     np.testing.assert_allclose(
-        (picks.source_index * picks.source_weight).sum(axis=-1), [[0.5, 2.5], [4.5, 6.5], [8.5, 10.5]]
+        (sources.source_index * sources.source_weight).sum(axis=-1), [[0.5, 2.5], [4.5, 6.5], [8.5, 10.5]]
     )
 
 

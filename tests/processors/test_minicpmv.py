@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6: grids, slices, places, and prompts whose placeholders are text."""
+"""MiniCPM-V 2.6: grids, slices, positions, and prompts whose placeholders are text."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -77,10 +77,10 @@ def test_slices_are_the_picture_cut_row_by_row(loaded: tuple[Processor, Tokenize
 
 
 def test_places_in_the_table_spread_over_it() -> None:
-    position, place = FULL.patch_coords(black(14 * 25, 14 * 70))
-    assert position.shape == (25 * 70,) and place.tolist()[71] == [1, 1]
-    np.testing.assert_array_equal(position[:70], range(70))
-    rows = position[::70] // 70
+    position_ids, coords = FULL.patch_coords(black(14 * 25, 14 * 70))
+    assert position_ids.shape == (25 * 70,) and coords.tolist()[71] == [1, 1]
+    np.testing.assert_array_equal(position_ids[:70], range(70))
+    rows = position_ids[::70] // 70
     assert rows[0] == 0 and (np.diff(rows) >= 2).all() and rows[-1] == 67
 
 

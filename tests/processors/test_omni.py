@@ -45,14 +45,14 @@ def clip(omni: OmniProcessor, frames: int, **kwargs: Any) -> MediaItem:
 
 def prompt(omni: OmniProcessor, *parts: str | int) -> list[int]:
     """Tokens: a kind is its marker, numbers are themselves."""
-    named = {BOS: omni.audio_bos, EOS: omni.audio_eos}
+    named = {BOS: omni.audio_bos_id, EOS: omni.audio_eos_id}
     return [omni.placeholder_ids[part] if isinstance(part, str) else named.get(part, part) for part in parts]
 
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 320, 321, 480, 4801, 16000, 16001, 40000])
 def test_rows_and_chunks_of_sounds(omni: OmniProcessor, samples: int) -> None:
     audio = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
-    rows = omni.audio_embeds(samples)
+    rows = omni.num_audio_embeds(samples)
     assert omni.num_embeds("audio", (samples,), {}) == rows
     if rows < 1:
         with pytest.raises(RequestError, match="too short to be represented"):
@@ -92,14 +92,14 @@ def test_a_short_last_chunk_is_followed_by_silence_but_a_single_one_is_not(tiny_
 
 def test_turns_of_two_seconds(tiny_dir: Make) -> None:
     omni = _load("qwen2_5_omni", tiny_dir)
-    assert omni.interleave_audio(clip(omni, 6), sound(omni, 2.6)) == [
+    assert omni.interleave(clip(omni, 6), sound(omni, 2.6)) == [
         ("video", 0, 4),
         ("audio", 0, 50),
         ("video", 4, 2),
         ("audio", 50, 15),
     ]
-    assert omni.interleave_audio(clip(omni, 2), sound(omni, 4.2))[-2:] == [("audio", 50, 50), ("audio", 100, 5)]
-    slow = omni.interleave_audio(clip(omni, 6, fps=0.5), sound(omni, 1.0))  # steps four seconds apart, as published
+    assert omni.interleave(clip(omni, 2), sound(omni, 4.2))[-2:] == [("audio", 50, 50), ("audio", 100, 5)]
+    slow = omni.interleave(clip(omni, 6, fps=0.5), sound(omni, 1.0))  # steps four seconds apart, as published
     assert slow == [
         ("video", 0, 2),
         ("audio", 0, 25),
@@ -112,7 +112,7 @@ def test_turns_of_two_seconds(tiny_dir: Make) -> None:
 
 def test_turns_by_time(tiny_dir: Make) -> None:
     omni = _load("qwen3_omni_moe", tiny_dir)
-    assert omni.interleave_audio(clip(omni, 6), sound(omni, 5.0)) == [
+    assert omni.interleave(clip(omni, 6), sound(omni, 5.0)) == [
         ("video", 0, 2),
         ("audio", 0, 26),
         ("video", 2, 2),
@@ -120,12 +120,12 @@ def test_turns_by_time(tiny_dir: Make) -> None:
         ("video", 4, 2),
         ("audio", 52, 13),
     ]
-    assert omni.interleave_audio(clip(omni, 6), sound(omni, 1.0)) == [
+    assert omni.interleave(clip(omni, 6), sound(omni, 1.0)) == [
         ("video", 0, 2),
         ("audio", 0, 13),
         ("video", 2, 4),
     ]
-    assert omni.interleave_audio(clip(omni, 4, fps=4.0), sound(omni, 1.0))[1] == (
+    assert omni.interleave(clip(omni, 4, fps=4.0), sound(omni, 1.0))[1] == (
         "audio",
         0,
         7,

@@ -85,7 +85,7 @@ def test_rows_lie_line_by_line_with_separators(tiny: tuple[phi3_v.Processor, Tok
     wanted = [4, 5, 8, 9, newline, 6, 7, 10, 11, newline, divider, 0, 1, newline, 2, 3, newline]
     assert item.features["patch_index"].tolist() == wanted
     processor.global_first = True  # the order of Phi-3-vision
-    assert processor._index(1, 2).tolist() == [*wanted[11:], divider, *wanted[:10]]
+    assert processor._patch_index(1, 2).tolist() == [*wanted[11:], divider, *wanted[:10]]
 
 
 def test_the_whole_is_the_canvas_by_torchs_rule(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
@@ -94,8 +94,8 @@ def test_the_whole_is_the_canvas_by_torchs_rule(tiny: tuple[phi3_v.Processor, To
     picture = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)
     item = processor.process_item("image", picture, {"num_crops": 6})
     assert item.grid == (2, 3)
-    units = {name: jnp.asarray(item.features[name]) for name in ("pixels", "crop_coords", "view_index")}
-    out = np.asarray(global_views(units["pixels"].astype(jnp.float32), units["crop_coords"], units["view_index"]))
+    inputs = {name: jnp.asarray(item.features[name]) for name in ("pixels", "crop_coords", "view_index")}
+    out = np.asarray(global_views(inputs["pixels"].astype(jnp.float32), inputs["crop_coords"], inputs["view_index"]))
     np.testing.assert_array_equal(out[1:], item.features["pixels"][1:])
     canvas = item.features["pixels"][1:].reshape(2, 3, 3, 56, 56).transpose(2, 0, 3, 1, 4).reshape(3, 112, 168)
     columns = canvas[:, :, 1::3].astype(np.float64)

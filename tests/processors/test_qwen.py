@@ -11,8 +11,7 @@ from engine_inputs import random_pixels
 from input_processors import load_processor, make_input_processor
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import MediaItem, PlaceholderSpan
-from mmjax.processors.qwen_vl import mrope, smart_resize
-from mmjax.processors.resize import table_coords
+from mmjax.processors.qwen_vl import mrope, position_coords, smart_resize
 from mmjax.types import RequestError
 
 Make = Callable[[str], Path]
@@ -28,16 +27,16 @@ def video(frames: int, height: int = 64, width: int = 96, **metadata: Any) -> Vi
 
 @pytest.mark.parametrize("size", [(56, 56), (84, 140), (60, 300), (28, 28)])
 def test_windows(size: tuple[int, int], tiny_dir: Make) -> None:
-    """Patches of a window lie together and in their places; `order` finds every row again."""
+    """Patches of a window are contiguous; embed_order finds every embedding."""
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
     plain, _ = load_processor("qwen2_vl", tiny_dir("qwen2_vl"))
     clip = video(5, *size)
     item, raster = processor.process_item("video", clip, {}), plain.process_item("video", clip, {})
     f = item.features
-    units = (f["embed_order"][:, None] + np.arange(4)).reshape(-1)
-    assert sorted(units) == list(range(item.num_inputs)) and item.grid == raster.grid
+    patches = (f["embed_order"][:, None] + np.arange(4)).reshape(-1)
+    assert sorted(patches) == list(range(item.num_inputs)) and item.grid == raster.grid
     for name in ("pixels", "patch_coords", "segment_ids"):
-        np.testing.assert_array_equal(f[name][units], raster.features[name])
+        np.testing.assert_array_equal(f[name][patches], raster.features[name])
     changes = np.flatnonzero(np.diff(f["window_ids"]))
     assert len(changes) == f["window_ids"].max() == len(np.unique(f["window_ids"])) - 1, "a window is one run"
     window = 2 * 28  # pixels: the tiny checkpoint's
@@ -72,10 +71,10 @@ def test_clock_of_images_and_of_clips_that_come_as_rows(tiny_dir: Make) -> None:
     image = processor.process_item("image", random_pixels(1, 84, 84), {})
     assert (
         image.frame_times == ()
-        and processor.span_positions(image, PlaceholderSpan(0, 9, "image", 0))[0].tolist() == [0] * 9
+        and processor.span_rope_positions(image, PlaceholderSpan(0, 9, "image", 0))[0].tolist() == [0] * 9
     )
     rows = MediaItem("video", {}, 0, 8, (2, 2, 2))
-    assert processor.span_positions(rows, PlaceholderSpan(0, 8, "video", 0))[0].tolist() == [0] * 4 + [2] * 4
+    assert processor.span_rope_positions(rows, PlaceholderSpan(0, 8, "video", 0))[0].tolist() == [0] * 4 + [2] * 4
 
 
 @pytest.mark.parametrize("fps", [-1, float("inf"), "fast", True])
@@ -176,9 +175,9 @@ def test_sizes_of_clips_count_all_frames(tiny_dir: Make) -> None:
 
 
 def test_table_places_reach_from_corner_to_corner() -> None:
-    place = np.array([[0, 0], [3, 5], [1, 5], [3, 2]])
+    coords = np.array([[0, 0], [3, 5], [1, 5], [3, 2]])
     np.testing.assert_allclose(
-        table_coords(place, (1, 4, 6), 48), [[0, 0], [47, 47], [47 / 3, 47], [47, 18.8]], rtol=1e-6
+        position_coords(coords, (1, 4, 6), 48), [[0, 0], [47, 47], [47 / 3, 47], [47, 18.8]], rtol=1e-6
     )
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from api_server import client_over, running_engine
 from http_server import listening_server as on_a_port
 from mmjax import AsyncLLM
-from api_server import client_over, running_engine
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from mmjax import AsyncLLM, SamplingParams
 from mmjax.cli import chat
 from mmjax.cli.chat import Terminal
 from mmjax.cli.main import main
-from prompts import random_image, image_url_part, user_messages
+from prompts import image_url_part, random_image, user_messages
 
 GREEDY = {"max_tokens": 4, "temperature": 0}
 

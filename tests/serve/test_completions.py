@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from mmjax import AsyncLLM
 from api_server import sse_events
+from mmjax import AsyncLLM
 
 
 def complete(client: TestClient, prompt: Any, **body: Any) -> Any:

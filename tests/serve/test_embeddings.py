@@ -7,7 +7,7 @@ import numpy as np
 from fastapi.testclient import TestClient
 
 from mmjax import AsyncLLM
-from prompts import random_image, image_url_part, user_messages
+from prompts import image_url_part, random_image, user_messages
 
 
 def embed(client: TestClient, **body: Any) -> Any:

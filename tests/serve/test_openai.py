@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from api_server import client_over
 from http_server import listening_server as on_a_port
 from mmjax import AsyncLLM
-from prompts import random_image, base64_wav, random_chord, image_url_part, user_messages
-from api_server import client_over
+from prompts import base64_wav, image_url_part, random_chord, random_image, user_messages
 
 openai = pytest.importorskip("openai")
 

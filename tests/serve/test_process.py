@@ -19,13 +19,18 @@ import httpx
 import numpy as np
 import pytest
 
+from api_server import client_over, wait_until
 from http_server import listening_server as on_a_port
 from mmjax import AsyncLLM
-from prompts import random_image, base64_wav, random_chord, image_url_part, user_messages
-from api_server import client_over, wait_until
+from prompts import base64_wav, image_url_part, random_chord, random_image, user_messages
 from web import png, running_site
 
-LONG = {"messages": user_messages(image_url_part(random_image(1)), "Tell me more"), "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+LONG = {
+    "messages": user_messages(image_url_part(random_image(1)), "Tell me more"),
+    "max_tokens": 300,
+    "ignore_eos": True,
+    "temperature": 0,
+}
 
 QUEUE = 12
 
@@ -134,7 +139,9 @@ def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> Non
     def ask(link: str | None) -> httpx.Response:
         parts = [{"type": "image_url", "image_url": {"url": link}}] if link else []
         return httpx.post(
-            f"{address}/v1/chat/completions", json={"messages": user_messages(*parts, "?"), "max_tokens": 2}, timeout=300
+            f"{address}/v1/chat/completions",
+            json={"messages": user_messages(*parts, "?"), "max_tokens": 2},
+            timeout=300,
         )
 
     with running_site() as site:

@@ -10,9 +10,9 @@ import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.responses_schema import messages_of
 
+from api_server import wait_until
 from mmjax import AsyncLLM, EngineDeadError
 from prompts import base64_image, random_image
-from api_server import wait_until
 
 openai = pytest.importorskip("openai")
 

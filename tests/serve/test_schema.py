@@ -11,9 +11,9 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mmjax import AsyncLLM
-from prompts import base64_image, random_image, base64_wav, random_chord
 from api_server import client_over
+from mmjax import AsyncLLM
+from prompts import base64_image, base64_wav, random_chord, random_image
 
 requests = pytest.importorskip("requests")
 schemathesis = pytest.importorskip("schemathesis")
@@ -26,7 +26,8 @@ Counter = collections.Counter[tuple[str, int]]
 
 PICTURES = [f"data:image/png;base64,{base64_image(random_image(seed))}" for seed in range(3)]
 CLIPS = [
-    f"data:video/jpeg;base64,{','.join(base64_image(random_image(seed + i, 28, 28), 'JPEG') for i in range(2))}" for seed in (3, 5)
+    f"data:video/jpeg;base64,{','.join(base64_image(random_image(seed + i, 28, 28), 'JPEG') for i in range(2))}"
+    for seed in (3, 5)
 ]
 SOUNDS = [base64_wav(random_chord(seed, 0.3 * (seed + 1))) for seed in range(2)]
 LINKS = {

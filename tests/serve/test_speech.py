@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from api_server import sse_events
 from mmjax import AsyncLLM, SamplingParams, Speech, SpeechTask
 from mmjax.entrypoints.transcription import split_segments
 from prompts import base64_wav, random_chord
-from api_server import sse_events
 
 LONG = 10.5  # seconds: three windows of the tiny model
 

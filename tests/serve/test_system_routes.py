@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from mmjax.serve.context import as_json
 
 from mmjax import AsyncLLM
-from prompts import base64_image, random_image, image_url_part, user_messages
+from prompts import base64_image, image_url_part, random_image, user_messages
 
 
 def test_tokens_there_and_back(client: TestClient) -> None:

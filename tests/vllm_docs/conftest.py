@@ -17,7 +17,7 @@ import pytest
 
 from mmjax import LLM
 from mmjax.cli import flags
-from web import Site, running
+from web import Site, running_site
 
 SMALL: dict[str, Any] = {
     "max_model_len": 512,
@@ -60,7 +60,7 @@ def qwen(shared_llm: Callable[[str], LLM]) -> LLM:
 @pytest.fixture(scope="session")
 def web() -> Iterator[Site]:
     """A web server on the loopback address."""
-    with running() as made:
+    with running_site() as made:
         yield made
 
 

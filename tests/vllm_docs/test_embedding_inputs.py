@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine_inputs import IMAGE, greedy, text
+from engine_inputs import IMAGE, chat_text, greedy
 from mmjax import LLM
-from prompts import answer, pil, reply, rows_of, same, tone, user
+from prompts import chat_one, encoder_embeds, generate_one, random_chord, random_image, same_outputs, user_messages
 
 Shared = Callable[[str], LLM]
-IMAGES = [pil(1), pil(2)]
+IMAGES = [random_image(1), random_image(2)]
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 CLIP = np.random.default_rng(5).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
 
@@ -29,8 +29,14 @@ def file_of(array: np.ndarray) -> str:
 def test_rows_of_many_sizes(shared_llm: Shared) -> None:
     """LLaVA-OneVision: as many rows as an image's size asks for."""
     llm = shared_llm("llava_onevision")
-    asked = {"prompt": "<image><image>Compare.", "multi_modal_data": {"image": [pil(1, 20, 30), pil(2, 30, 20)]}}
-    assert same(answer(llm, asked), answer(llm, {**asked, "multi_modal_data": {"image": rows_of(llm, asked)}}))
+    asked = {
+        "prompt": "<image><image>Compare.",
+        "multi_modal_data": {"image": [random_image(1, 20, 30), random_image(2, 30, 20)]},
+    }
+    assert same_outputs(
+        generate_one(llm, asked),
+        generate_one(llm, {**asked, "multi_modal_data": {"image": encoder_embeds(llm, asked)}}),
+    )
 
 
 def test_plain_rows(shared_llm: Shared) -> None:
@@ -38,7 +44,7 @@ def test_plain_rows(shared_llm: Shared) -> None:
     llm = shared_llm("llava")
     mark = "<image>"
     asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"image": IMAGES}}
-    raw, rows = answer(llm, asked), np.stack(rows_of(llm, asked))
+    raw, rows = generate_one(llm, asked), np.stack(encoder_embeds(llm, asked))
     forms = [
         rows,
         jnp.asarray(rows),
@@ -52,18 +58,18 @@ def test_plain_rows(shared_llm: Shared) -> None:
         [rows[:1], IMAGES[1]],
     ]
     for form in forms:
-        assert same(raw, answer(llm, {**asked, "multi_modal_data": {"image": form}}))
+        assert same_outputs(raw, generate_one(llm, {**asked, "multi_modal_data": {"image": form}}))
     one = {"prompt": f"{mark}What?", "multi_modal_data": {"image": IMAGES[0]}}
-    assert same(answer(llm, one), answer(llm, {**one, "multi_modal_data": {"image": rows[0]}}))
-    fewer = answer(llm, {**one, "multi_modal_data": {"image": rows[0, :5]}})  # as many tokens as rows
-    assert len(fewer.prompt_token_ids or []) == len(answer(llm, one).prompt_token_ids or []) - len(rows[0]) + 5
+    assert same_outputs(generate_one(llm, one), generate_one(llm, {**one, "multi_modal_data": {"image": rows[0]}}))
+    fewer = generate_one(llm, {**one, "multi_modal_data": {"image": rows[0, :5]}})  # as many tokens as rows
+    assert len(fewer.prompt_token_ids or []) == len(generate_one(llm, one).prompt_token_ids or []) - len(rows[0]) + 5
 
 
 def test_rows_with_grids(qwen: LLM) -> None:
     """Qwen2-VL: `image_embeds` end to end with `image_grid_thw`, or item by item; images of different sizes."""
-    images = [pil(1), pil(2, 84, 112)]
-    asked = {"prompt": text(IMAGE * 2 + "Compare."), "multi_modal_data": {"image": images}}
-    raw, rows = answer(qwen, asked), rows_of(qwen, asked)
+    images = [random_image(1), random_image(2, 84, 112)]
+    asked = {"prompt": chat_text(IMAGE * 2 + "Compare."), "multi_modal_data": {"image": images}}
+    raw, rows = generate_one(qwen, asked), encoder_embeds(qwen, asked)
     grids = np.array([[1, 4, 6], [1, 6, 8]])
     items = [{"image_embeds": row, "image_grid_thw": grid} for row, grid in zip(rows, grids, strict=True)]
     forms = [
@@ -75,14 +81,19 @@ def test_rows_with_grids(qwen: LLM) -> None:
         [items[0], images[1]],
     ]
     for form in forms:
-        assert same(raw, answer(qwen, {**asked, "multi_modal_data": {"image": form}}))
+        assert same_outputs(raw, generate_one(qwen, {**asked, "multi_modal_data": {"image": form}}))
 
 
 def test_rows_of_a_video(qwen: LLM) -> None:
-    asked = {"prompt": text(VIDEO + IMAGE + "What?"), "multi_modal_data": {"video": [CLIP], "image": pil(1)}}
-    raw, (rows, _) = answer(qwen, asked), rows_of(qwen, asked)
+    asked = {
+        "prompt": chat_text(VIDEO + IMAGE + "What?"),
+        "multi_modal_data": {"video": [CLIP], "image": random_image(1)},
+    }
+    raw, (rows, _) = generate_one(qwen, asked), encoder_embeds(qwen, asked)
     embeds = {"video_embeds": rows, "video_grid_thw": np.array([[2, 4, 6]])}
-    assert same(raw, answer(qwen, {**asked, "multi_modal_data": {"video": embeds, "image": pil(1)}}))
+    assert same_outputs(
+        raw, generate_one(qwen, {**asked, "multi_modal_data": {"video": embeds, "image": random_image(1)}})
+    )
 
 
 def test_rows_with_sizes(shared_llm: Shared) -> None:
@@ -90,17 +101,19 @@ def test_rows_with_sizes(shared_llm: Shared) -> None:
     llm = shared_llm("minicpmv")
     mark = "(<image>./</image>)"
     asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"image": IMAGES}}
-    raw, rows = answer(llm, asked), rows_of(llm, asked)
+    raw, rows = generate_one(llm, asked), encoder_embeds(llm, asked)
     sizes = [image.size for image in IMAGES]
     for form in (
         {"image_embeds": rows, "image_sizes": sizes},
         {"image_embeds": np.stack(rows), "image_sizes": np.array(sizes)},
         [IMAGES[0], {"image_embeds": rows[1], "image_sizes": sizes[1]}],
     ):
-        assert same(raw, answer(llm, {**asked, "multi_modal_data": {"image": form}}))
+        assert same_outputs(raw, generate_one(llm, {**asked, "multi_modal_data": {"image": form}}))
     clip = {"prompt": "(<video>./</video>)What?", "multi_modal_data": {"video": CLIP}}
-    (rows,) = [np.concatenate(rows_of(llm, clip)[:1])]
-    assert same(answer(llm, clip), answer(llm, {**clip, "multi_modal_data": {"video": {"video_embeds": rows}}}))
+    (rows,) = [np.concatenate(encoder_embeds(llm, clip)[:1])]
+    assert same_outputs(
+        generate_one(llm, clip), generate_one(llm, {**clip, "multi_modal_data": {"video": {"video_embeds": rows}}})
+    )
 
 
 def test_rows_of_sound(shared_llm: Shared) -> None:
@@ -108,13 +121,13 @@ def test_rows_of_sound(shared_llm: Shared) -> None:
     llm = shared_llm("ultravox")
     asked = {
         "prompt": "USER: <audio>\nWhat is in this audio?\nASSISTANT:",
-        "multi_modal_data": {"audio": (tone(1), 16000)},
+        "multi_modal_data": {"audio": (random_chord(1), 16000)},
     }
-    raw, (rows,) = answer(llm, asked), rows_of(llm, asked)
+    raw, (rows,) = generate_one(llm, asked), encoder_embeds(llm, asked)
     for form in (jnp.asarray(rows)[None], [jnp.asarray(rows)], {"audio_embeds": rows}, rows[None]):
-        assert same(raw, answer(llm, {**asked, "multi_modal_data": {"audio": form}}))
+        assert same_outputs(raw, generate_one(llm, {**asked, "multi_modal_data": {"audio": form}}))
     own = {**asked, "prompt": str(asked["prompt"]).replace("<audio>", "<|audio|>")}
-    assert same(raw, answer(llm, own))
+    assert same_outputs(raw, generate_one(llm, own))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni"])
@@ -122,20 +135,20 @@ def test_audio_features(family: str, shared_llm: Shared) -> None:
     """Omni: `input_audio_features` with `audio_feature_lengths` are what the encoder would have been given."""
     llm = shared_llm(family)
     mark = "<|audio_bos|><|AUDIO|><|audio_eos|>"
-    sounds = [tone(1), tone(2, 0.9)]
+    sounds = [random_chord(1), random_chord(2, 0.9)]
     asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"audio": [(sound, 16000) for sound in sounds]}}
     mel = [llm.model.input_processor.processor.mel.zero_padded(sound) for sound in sounds]  # type: ignore[union-attr]
     lengths = [m.shape[1] for m in mel]
     padded = np.stack([np.pad(m, [(0, 0), (0, max(lengths) - m.shape[1])]) for m in mel])
     items = [{"input_audio_features": m, "audio_feature_lengths": n} for m, n in zip(mel, lengths, strict=True)]
-    raw = answer(llm, asked)
+    raw = generate_one(llm, asked)
     for form in (
         {"input_audio_features": np.concatenate(mel, axis=1), "audio_feature_lengths": np.array(lengths)},
         {"input_audio_features": padded, "audio_feature_lengths": lengths},
         items,
         [(sounds[0], 16000), items[1]],
     ):
-        assert same(raw, answer(llm, {**asked, "multi_modal_data": {"audio": form}}))
+        assert same_outputs(raw, generate_one(llm, {**asked, "multi_modal_data": {"audio": form}}))
     for wrong in (
         {"input_audio_features": mel[0][:9], "audio_feature_lengths": [lengths[0]]},
         {"input_audio_features": mel[0], "audio_feature_lengths": [10**6]},
@@ -144,14 +157,14 @@ def test_audio_features(family: str, shared_llm: Shared) -> None:
         {"input_audio_features": mel[0], "audio_feature_lengths": [1]},
     ):
         with pytest.raises(ValueError, match=r"input_audio_features|audio_feature_lengths|too short"):
-            answer(llm, {"prompt": mark, "multi_modal_data": {"audio": wrong}})
-    assert same(raw, answer(llm, asked))
+            generate_one(llm, {"prompt": mark, "multi_modal_data": {"audio": wrong}})
+    assert same_outputs(raw, generate_one(llm, asked))
 
 
 def test_parts_with_rows(qwen: LLM) -> None:
     """`image_embeds` parts: arrays, base64 of a tensor file, and from the cache under their `uuid`."""
-    raw = reply(qwen, user({"type": "image_pil", "image_pil": pil(1)}, "What?"))
-    (rows,) = rows_of(qwen, {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(1)}})
+    raw = chat_one(qwen, user_messages({"type": "image_pil", "image_pil": random_image(1)}, "What?"))
+    (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})
     grid = np.array([1, 4, 6])
     parts: list[dict[str, Any]] = [
         {"type": "image_embeds", "image_embeds": {"image_embeds": rows, "image_grid_thw": grid}},
@@ -161,54 +174,66 @@ def test_parts_with_rows(qwen: LLM) -> None:
         {"image_embeds": None, "uuid": "rows"},
         {"type": "image_embeds", "image_embeds": {"image_embeds": None, "image_grid_thw": None}, "uuid": "rows"},
     ]
-    assert same(raw, *(reply(qwen, user(part, "What?")) for part in parts))
-    both = reply(qwen, user(parts[0], parts[3], {"type": "image_pil", "image_pil": pil(1)}, "What?"))
-    assert same(both, reply(qwen, user(*[{"type": "image_pil", "image_pil": pil(1)}] * 3, "What?")))
+    assert same_outputs(raw, *(chat_one(qwen, user_messages(part, "What?")) for part in parts))
+    both = chat_one(
+        qwen, user_messages(parts[0], parts[3], {"type": "image_pil", "image_pil": random_image(1)}, "What?")
+    )
+    assert same_outputs(
+        both, chat_one(qwen, user_messages(*[{"type": "image_pil", "image_pil": random_image(1)}] * 3, "What?"))
+    )
 
 
 def test_rows_are_copied(qwen: LLM) -> None:
     """What happens to the caller's array afterwards happens to it alone."""
-    (rows,) = (np.array(x) for x in rows_of(qwen, {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(1)}}))
-    asked = {"prompt": text(IMAGE + "What?"), "multi_modal_uuids": {"image": ["mine"]}}
+    (rows,) = (
+        np.array(x)
+        for x in encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})
+    )
+    asked = {"prompt": chat_text(IMAGE + "What?"), "multi_modal_uuids": {"image": ["mine"]}}
     embeds = {"image_embeds": rows, "image_grid_thw": np.array([[1, 4, 6]])}
-    first = answer(qwen, {**asked, "multi_modal_data": {"image": embeds}})
+    first = generate_one(qwen, {**asked, "multi_modal_data": {"image": embeds}})
     rows[:] = 7
-    assert same(first, answer(qwen, {**asked, "multi_modal_data": {"image": None}}))
-    image = np.array(pil(4))
-    first = answer(qwen, {**asked, "multi_modal_data": {"image": image}, "multi_modal_uuids": {"image": ["other"]}})
+    assert same_outputs(first, generate_one(qwen, {**asked, "multi_modal_data": {"image": None}}))
+    image = np.array(random_image(4))
+    first = generate_one(
+        qwen, {**asked, "multi_modal_data": {"image": image}, "multi_modal_uuids": {"image": ["other"]}}
+    )
     image[:] = 0
-    assert same(
-        first, answer(qwen, {**asked, "multi_modal_data": {"image": None}, "multi_modal_uuids": {"image": "other"}})
+    assert same_outputs(
+        first,
+        generate_one(qwen, {**asked, "multi_modal_data": {"image": None}, "multi_modal_uuids": {"image": "other"}}),
     )
 
 
 def test_many_rows_with_neighbours(qwen: LLM) -> None:
     """More rows than one dispatch takes, in chunks, beside text and raw images: as alone."""
-    images = [pil(i, 140, 168) for i in range(3)]
-    raw = [{"prompt": text(IMAGE + f"{i}?"), "multi_modal_data": {"image": image}} for i, image in enumerate(images)]
-    rows = [rows_of(qwen, prompt)[0] for prompt in raw]
+    images = [random_image(i, 140, 168) for i in range(3)]
+    raw = [
+        {"prompt": chat_text(IMAGE + f"{i}?"), "multi_modal_data": {"image": image}} for i, image in enumerate(images)
+    ]
+    rows = [encoder_embeds(qwen, prompt)[0] for prompt in raw]
     embedded = [
         {**prompt, "multi_modal_data": {"image": {"image_embeds": row, "image_grid_thw": [[1, 10, 12]]}}}
         for prompt, row in zip(raw, rows, strict=True)
     ]
-    alone = [answer(qwen, prompt) for prompt in raw]
+    alone = [generate_one(qwen, prompt) for prompt in raw]
     qwen.reset_mm_cache()
-    mixed = qwen.generate([embedded[0], text("Hi"), raw[1], embedded[2], embedded[1]], greedy(6), use_tqdm=False)
-    assert all(same(mixed[i], alone[j]) for i, j in ((0, 0), (2, 1), (3, 2), (4, 1)))
+    mixed = qwen.generate([embedded[0], chat_text("Hi"), raw[1], embedded[2], embedded[1]], greedy(6), use_tqdm=False)
+    assert all(same_outputs(mixed[i], alone[j]) for i, j in ((0, 0), (2, 1), (3, 2), (4, 1)))
 
 
 def test_embeds_only(make_llm: Callable[..., LLM], qwen: LLM) -> None:
     """A limit of 0 with embeddings allowed: any number of them, no raw media, text as ever."""
-    rows = rows_of(qwen, {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(1)}})[0]
-    raw = answer(qwen, {"prompt": text(IMAGE * 2), "multi_modal_data": {"image": [pil(1)] * 2}})
+    rows = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})[0]
+    raw = generate_one(qwen, {"prompt": chat_text(IMAGE * 2), "multi_modal_data": {"image": [random_image(1)] * 2}})
     llm = make_llm("qwen2_vl", limit_mm_per_prompt={"image": 0, "video": 0}, enforce_eager=False, max_num_seqs=1)
     embeds = {"image_embeds": np.concatenate([rows, rows]), "image_grid_thw": [[1, 4, 6]] * 2}
-    asked = {"prompt": text(IMAGE * 2), "multi_modal_data": {"image": embeds}}
-    assert same(raw, answer(llm, asked)) and answer(llm, text("Hi")).finished
+    asked = {"prompt": chat_text(IMAGE * 2), "multi_modal_data": {"image": embeds}}
+    assert same_outputs(raw, generate_one(llm, asked)) and generate_one(llm, chat_text("Hi")).finished
     with pytest.raises(ValueError, match=r"At most 0 image\(s\)"):
-        answer(llm, {**asked, "multi_modal_data": {"image": [pil(1)] * 2}})
+        generate_one(llm, {**asked, "multi_modal_data": {"image": [random_image(1)] * 2}})
     with pytest.raises(ValueError, match=r"At most 0 image\(s\)"):
-        reply(llm, user({"type": "image_pil", "image_pil": pil(1)}))
+        chat_one(llm, user_messages({"type": "image_pil", "image_pil": random_image(1)}))
     assert llm.get_metrics()["compiles_after_warmup"] == 0
     runner = llm.model.engines[0].runner  # the tower stays off the device
     assert all(leaf.size == 0 for path, leaf in zip(runner.paths, runner.params, strict=True) if path[:5] != "text.")
@@ -218,12 +243,12 @@ def test_embeds_must_be_allowed(make_llm: Callable[..., LLM], shared_llm: Shared
     llm = make_llm("llava", enable_mm_embeds=False)
     rows = np.zeros((1, 4, 64), np.float32)
     words = "You must set `--enable-mm-embeds` to input `image_embeds`"
-    for form in (jnp.asarray(rows), [rows[0]], {"image_embeds": rows}, [pil(1), {"image_embeds": rows}]):
+    for form in (jnp.asarray(rows), [rows[0]], {"image_embeds": rows}, [random_image(1), {"image_embeds": rows}]):
         with pytest.raises(ValueError, match=words):
-            answer(llm, {"prompt": "<image>", "multi_modal_data": {"image": form}})
+            generate_one(llm, {"prompt": "<image>", "multi_modal_data": {"image": form}})
     for value in (rows[0], None):
         with pytest.raises(ValueError, match=words):
-            reply(llm, user({"type": "image_embeds", "image_embeds": value, "uuid": "u"}))
+            chat_one(llm, user_messages({"type": "image_embeds", "image_embeds": value, "uuid": "u"}))
     with pytest.raises(ValueError, match="takes no audio embeddings"):
-        answer(shared_llm("whisper"), {"prompt": "", "multi_modal_data": {"audio": jnp.zeros((1, 4, 64))}})
-    assert answer(shared_llm("whisper"), {"prompt": "", "multi_modal_data": {"audio": tone(1)}}).finished
+        generate_one(shared_llm("whisper"), {"prompt": "", "multi_modal_data": {"audio": jnp.zeros((1, 4, 64))}})
+    assert generate_one(shared_llm("whisper"), {"prompt": "", "multi_modal_data": {"audio": random_chord(1)}}).finished

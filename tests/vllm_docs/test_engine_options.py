@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from engine_inputs import IMAGE, text
+from engine_inputs import IMAGE, chat_text
 from mmjax import LLM
-from prompts import answer, pil
+from prompts import generate_one, random_image
 
 PROCESSOR: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2_vl", {"max_pixels": -3}, "max_pixels must be a positive integer, got -3"),
@@ -48,12 +48,12 @@ def test_options_of_the_decoders(make_llm: Callable[..., LLM], kwargs: Any, word
 
 
 def test_those_of_a_prompt_are_the_same(qwen: LLM) -> None:
-    asked = {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(1)}}
+    asked = {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}}
     for family, kwargs, words in PROCESSOR:
         if family == "qwen2_vl":
             with pytest.raises(ValueError, match=words):
-                answer(qwen, {**asked, "mm_processor_kwargs": kwargs})
+                generate_one(qwen, {**asked, "mm_processor_kwargs": kwargs})
     for io_kwargs, words in DECODERS[-2:]:
         with pytest.raises(ValueError, match=words):
-            answer(qwen, {**asked, "media_io_kwargs": io_kwargs})
-    assert answer(qwen, {**asked, "mm_processor_kwargs": {"fps": None, "max_pixels": None}}).finished
+            generate_one(qwen, {**asked, "media_io_kwargs": io_kwargs})
+    assert generate_one(qwen, {**asked, "mm_processor_kwargs": {"fps": None, "max_pixels": None}}).finished

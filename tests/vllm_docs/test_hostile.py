@@ -8,30 +8,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine_inputs import IMAGE, greedy, text
+from engine_inputs import IMAGE, chat_text, greedy
 from mmjax import LLM
-from prompts import answer, pil, reply, same, url, user
+from prompts import chat_one, generate_one, image_url_part, random_image, same_outputs, user_messages
 
 ROWS = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
 GRID = np.array([[1, 4, 6]])
-TALK: list[dict[str, Any]] = user(url(pil(1)), "What?")
+TALK: list[dict[str, Any]] = user_messages(image_url_part(random_image(1)), "What?")
 PNG = "data:image/png;base64,"
 
 
 def embeds(rows: Any, grid: Any = GRID, **more: Any) -> dict[str, Any]:
     return {
-        "prompt": text(IMAGE),
+        "prompt": chat_text(IMAGE),
         "multi_modal_data": {"image": {"image_embeds": rows, "image_grid_thw": grid}},
         **more,
     }
 
 
 def image(value: Any, **more: Any) -> dict[str, Any]:
-    return {"prompt": text(IMAGE), "multi_modal_data": {"image": value}, **more}
+    return {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": value}, **more}
 
 
 def part(**fields: Any) -> list[dict[str, Any]]:
-    return user({"type": next(iter(fields)), **fields}, "What?")
+    return user_messages({"type": next(iter(fields)), **fields}, "What?")
 
 
 # name -> (prompt, error, words)
@@ -46,10 +46,14 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "long": ("word " * 5000, ValueError, "maximum context length"),
     "modality": ({"prompt": "x", "multi_modal_data": {"smell": 1}}, ValueError, "Unsupported modality: smell"),
     "audio": ({"prompt": "x", "multi_modal_data": {"audio": np.zeros(9)}}, ValueError, "At most 0 audio"),
-    "data_list": ({"prompt": "x", "multi_modal_data": [pil(1)]}, TypeError, "dictionary by modality"),
-    "no_placeholder": ({"prompt": "x", "multi_modal_data": {"image": pil(1)}}, ValueError, "exactly once per image"),
-    "two_placeholders": (image(pil(1), prompt=text(IMAGE * 2)), ValueError, "found 2 placeholder"),
-    "no_image": ({"prompt": text(IMAGE)}, ValueError, "pass the image data"),
+    "data_list": ({"prompt": "x", "multi_modal_data": [random_image(1)]}, TypeError, "dictionary by modality"),
+    "no_placeholder": (
+        {"prompt": "x", "multi_modal_data": {"image": random_image(1)}},
+        ValueError,
+        "exactly once per image",
+    ),
+    "two_placeholders": (image(random_image(1), prompt=chat_text(IMAGE * 2)), ValueError, "found 2 placeholder"),
+    "no_image": ({"prompt": chat_text(IMAGE)}, ValueError, "pass the image data"),
     "salt": ({"prompt": "x", "cache_salt": ""}, ValueError, "cache_salt must be a non-empty string"),
     "salt_kind": ({"prompt": "x", "cache_salt": 7}, ValueError, "cache_salt must be a non-empty string"),
     "path": (image("cat.png"), ValueError, "Open files first"),
@@ -60,21 +64,29 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no_channels": (image(np.zeros((30, 40, 7), np.uint8)), ValueError, "1, 3 or 4 channels"),
     "no_pixels": (image(np.zeros((0, 40, 3), np.uint8)), ValueError, "is empty"),
     "thin": (image(np.zeros((2, 900, 3), np.uint8)), ValueError, "Crop or pad"),
-    "kwargs": (image(pil(1), mm_processor_kwargs={"max_pixels": -3}), ValueError, "positive integer"),
-    "kwargs_kind": (image(pil(1), mm_processor_kwargs=[1]), TypeError, "mm_processor_kwargs should be a dictionary"),
-    "io_kind": (image(pil(1), media_io_kwargs=3), TypeError, "media_io_kwargs should be a dictionary"),
-    "io_inner": (image(pil(1), media_io_kwargs={"image": 3}), ValueError, "must be a dictionary"),
+    "kwargs": (image(random_image(1), mm_processor_kwargs={"max_pixels": -3}), ValueError, "positive integer"),
+    "kwargs_kind": (
+        image(random_image(1), mm_processor_kwargs=[1]),
+        TypeError,
+        "mm_processor_kwargs should be a dictionary",
+    ),
+    "io_kind": (image(random_image(1), media_io_kwargs=3), TypeError, "media_io_kwargs should be a dictionary"),
+    "io_inner": (image(random_image(1), media_io_kwargs={"image": 3}), ValueError, "must be a dictionary"),
     "io_color": (
-        image(pil(1), media_io_kwargs={"image": {"rgba_background_color": (0, 0, 256)}}),
+        image(random_image(1), media_io_kwargs={"image": {"rgba_background_color": (0, 0, 256)}}),
         ValueError,
         "3 integers in the range",
     ),
-    "uuid_count": (image(pil(1), multi_modal_uuids={"image": ["a", "b"]}), ValueError, "must have same length"),
-    "uuid_kind": (image(pil(1), multi_modal_uuids={"image": [3]}), ValueError, "list of non-empty strings"),
-    "uuid_empty": (image(pil(1), multi_modal_uuids={"image": [""]}), ValueError, "list of non-empty strings"),
-    "uuid_list": (image(pil(1), multi_modal_uuids=["a"]), TypeError, "dictionary by modality"),
+    "uuid_count": (
+        image(random_image(1), multi_modal_uuids={"image": ["a", "b"]}),
+        ValueError,
+        "must have same length",
+    ),
+    "uuid_kind": (image(random_image(1), multi_modal_uuids={"image": [3]}), ValueError, "list of non-empty strings"),
+    "uuid_empty": (image(random_image(1), multi_modal_uuids={"image": [""]}), ValueError, "list of non-empty strings"),
+    "uuid_list": (image(random_image(1), multi_modal_uuids=["a"]), TypeError, "dictionary by modality"),
     "uuid_missing": (image(None), ValueError, r"multi_modal_uuids\['image'\] is missing"),
-    "uuid_hole": (image([None, pil(1)]), ValueError, r"multi_modal_uuids\['image'\]\[0\] is missing"),
+    "uuid_hole": (image([None, random_image(1)]), ValueError, r"multi_modal_uuids\['image'\]\[0\] is missing"),
     "uuid_unknown": (image(None, multi_modal_uuids={"image": "?"}), ValueError, "data is not provided"),
     "too_large": (image(np.zeros((800, 800, 3), np.uint8)), ValueError, "Reduce the input resolution"),
     "embeds_width": (embeds(ROWS[:, :32]), ValueError, "got 32, but model expects 64"),
@@ -107,7 +119,7 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "takes no audio embeddings",
     ),
-    "embeds_count": (embeds(ROWS, prompt=text(IMAGE * 2)), ValueError, "found 2 placeholder"),
+    "embeds_count": (embeds(ROWS, prompt=chat_text(IMAGE * 2)), ValueError, "found 2 placeholder"),
     "prompt_embeds": ({"prompt_embeds": ROWS}, ValueError, "pass `prompt` or `prompt_token_ids`"),
 }
 
@@ -119,9 +131,9 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "empty_talk": ([[]], {}, ValueError, "at least one message"),
     "no_role": ([{"content": "x"}], {}, ValueError, "'role' must be a string"),
     "bad_content": ([{"role": "user", "content": 5}], {}, TypeError, "string or a list of parts"),
-    "bad_part": (user(7), {}, TypeError, "should be a string or a dictionary"),
-    "no_type": (user({"image": 3}), {}, ValueError, "Missing 'type' field"),
-    "video_part": (user({"type": "video", "video": "x.mp4"}), {}, NotImplementedError, "video_url"),
+    "bad_part": (user_messages(7), {}, TypeError, "should be a string or a dictionary"),
+    "no_type": (user_messages({"image": 3}), {}, ValueError, "Missing 'type' field"),
+    "video_part": (user_messages({"type": "video", "video": "x.mp4"}), {}, NotImplementedError, "video_url"),
     "bare_url": (part(image_url="https://example.org/a.png"), {}, ValueError, "without the dictionary"),
     "no_payload": (part(image_url=None), {}, ValueError, "no `uuid`"),
     "scheme": (part(image_url={"url": "ftp://example.org/a.png"}), {}, ValueError, "HTTP, data or file URL"),
@@ -139,8 +151,8 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         "model expects 64",
     ),
     "embeds_part_grid": (part(image_embeds=ROWS), {}, ValueError, "image_grid_thw"),
-    "typed_placeholder": (user(url(pil(1)), IMAGE), {}, ValueError, "found 2 placeholder"),
-    "placeholder_alone": (user(IMAGE), {}, ValueError, "pass the image data"),
+    "typed_placeholder": (user_messages(image_url_part(random_image(1)), IMAGE), {}, ValueError, "found 2 placeholder"),
+    "placeholder_alone": (user_messages(IMAGE), {}, ValueError, "pass the image data"),
     "format": (TALK, {"chat_template_content_format": "xml"}, ValueError, "auto, string, openai"),
     "wrong_format": (
         TALK,
@@ -150,7 +162,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     ),
     "both": (TALK, {"continue_final_message": True}, ValueError, "add_generation_prompt=False"),
     "nothing_to_continue": (
-        user(url(pil(1))),
+        user_messages(image_url_part(random_image(1))),
         {"continue_final_message": True, "add_generation_prompt": False},
         ValueError,
         "text to go on from",
@@ -159,7 +171,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "template_syntax": (TALK, {"chat_template": "{% for"}, ValueError, "not valid Jinja"),
     "template_refuses": (TALK, {"chat_template": "{{ raise_exception('no images') }}"}, ValueError, "no images"),
     "template_bomb": (TALK, {"chat_template": "{{ 'x' * 10**11 }}"}, ValueError, "too large"),
-    "template_prints_nothing": (user("a"), {"chat_template": "{{ '' }}"}, ValueError, "cannot be empty"),
+    "template_prints_nothing": (user_messages("a"), {"chat_template": "{{ '' }}"}, ValueError, "cannot be empty"),
     "template_kwargs": (TALK, {"chat_template_kwargs": {"chat_template": "x"}}, ValueError, "argument of its own"),
     "tools": (TALK, {"tools": "search"}, TypeError, "list of dictionaries"),
     "io_kwargs": (TALK, {"media_io_kwargs": {"image": {"rgba_background_color": 3}}}, ValueError, "3 integers"),
@@ -179,7 +191,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 def good(shared_llm: Callable[[str], LLM]) -> tuple[LLM, Any]:
     """The engine, and what it answers to a good question."""
     llm = shared_llm("qwen2_vl")
-    return llm, reply(llm, TALK, 2)
+    return llm, chat_one(llm, TALK, 2)
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -188,7 +200,7 @@ def test_prompts(name: str, good: tuple[LLM, Any]) -> None:
     prompt, error, words = PROMPTS[name]
     with pytest.raises(error, match=words):
         llm.generate([before.prompt_token_ids[:5], prompt], greedy(2), use_tqdm=False)
-    assert llm.model.engines[0].num_unfinished == 0 and same(before, reply(llm, TALK, 2))
+    assert llm.model.engines[0].num_unfinished == 0 and same_outputs(before, chat_one(llm, TALK, 2))
 
 
 @pytest.mark.parametrize("name", TALKS)
@@ -198,18 +210,18 @@ def test_conversations(name: str, good: tuple[LLM, Any]) -> None:
     with pytest.raises(error, match=words) as caught:
         llm.chat(messages, greedy(2), use_tqdm=False, **kwargs)
     assert isinstance(caught.value, ValueError | TypeError)
-    assert llm.model.engines[0].num_unfinished == 0 and same(before, reply(llm, TALK, 2))
+    assert llm.model.engines[0].num_unfinished == 0 and same_outputs(before, chat_one(llm, TALK, 2))
 
 
 def test_one_bad_conversation_among_good_ones(qwen: LLM) -> None:
     with pytest.raises(ValueError, match="Failed to load image"):
         qwen.chat([TALK, part(image_url={"url": PNG + "QUJD"}), TALK], greedy(4), use_tqdm=False)
     assert qwen.model.engines[0].num_unfinished == 0
-    assert same(*qwen.chat([TALK, TALK], greedy(4), use_tqdm=False))
+    assert same_outputs(*qwen.chat([TALK, TALK], greedy(4), use_tqdm=False))
 
 
 def test_errors_hold_no_media_and_no_addresses(qwen: LLM) -> None:
     for prompt in (image(Image.new("RGB", (1, 900))), image(object()), embeds(ROWS[:2])):
         with pytest.raises(ValueError) as caught:
-            answer(qwen, prompt)
+            generate_one(qwen, prompt)
         assert "0x" not in str(caught.value) and "array(" not in str(caught.value) and len(str(caught.value)) < 400

@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine_inputs import IMAGE, greedy, ids, text
+from engine_inputs import IMAGE, chat_text, greedy, output_ids
 from mmjax import LLM, SamplingParams
-from prompts import answer, file_of, pil, reply, rows_of, same, url, user
+from prompts import (
+    base64_image,
+    chat_one,
+    encoder_embeds,
+    generate_one,
+    image_url_part,
+    random_image,
+    same_outputs,
+    user_messages,
+)
 from web import Site, png, redirect
 
 Shared = Callable[[str], LLM]
@@ -19,44 +28,49 @@ def test_single_image(shared_llm: Shared) -> None:
     """`multi_modal_data` with one image; then a batch in which every prompt has its own."""
     llm = shared_llm("llava")
     prompt = "USER: <image>\nWhat is the content of this image?\nASSISTANT:"
-    alone = [answer(llm, {"prompt": prompt, "multi_modal_data": {"image": pil(i)}}) for i in (1, 2)]
+    alone = [generate_one(llm, {"prompt": prompt, "multi_modal_data": {"image": random_image(i)}}) for i in (1, 2)]
     batch = llm.generate(
         [
-            {"prompt": prompt, "multi_modal_data": {"image": pil(1)}},
+            {"prompt": prompt, "multi_modal_data": {"image": random_image(1)}},
             {"prompt": "USER: What's the color of the sky?\nASSISTANT:"},
-            {"prompt": prompt, "multi_modal_data": {"image": pil(2)}},
+            {"prompt": prompt, "multi_modal_data": {"image": random_image(2)}},
         ],
         greedy(6),
         use_tqdm=False,
     )
-    assert same(alone[0], batch[0]) and same(alone[1], batch[2]) and not same(*alone)
+    assert same_outputs(alone[0], batch[0]) and same_outputs(alone[1], batch[2]) and not same_outputs(*alone)
     assert len(llm.generate("USER: hi ASSISTANT:", use_tqdm=False)[0].outputs[0].token_ids) <= 16  # no SamplingParams
 
 
 def test_multi_image(qwen: LLM) -> None:
     """Several images in one prompt, one placeholder each; their order matters."""
-    prompt = text(IMAGE * 2 + "What is the content of each image?")
-    there = answer(qwen, {"prompt": prompt, "multi_modal_data": {"image": [pil(1), pil(2)]}})
-    back = answer(qwen, {"prompt": prompt, "multi_modal_data": {"image": [pil(2), pil(1)]}})
-    assert there.prompt_token_ids == back.prompt_token_ids and not same(there, back)
+    prompt = chat_text(IMAGE * 2 + "What is the content of each image?")
+    there = generate_one(qwen, {"prompt": prompt, "multi_modal_data": {"image": [random_image(1), random_image(2)]}})
+    back = generate_one(qwen, {"prompt": prompt, "multi_modal_data": {"image": [random_image(2), random_image(1)]}})
+    assert there.prompt_token_ids == back.prompt_token_ids and not same_outputs(there, back)
 
 
 def test_numbered_images(make_llm: Callable[..., LLM]) -> None:
     """The page's pair for Phi-3.5-vision: `<|image_1|>` and `<|image_2|>`, and `limit_mm_per_prompt={"image": 2}`."""
     llm = make_llm("phi3_v", trust_remote_code=True, limit_mm_per_prompt={"image": 2})
     prompt = "<|user|>\n<|image_1|>\n<|image_2|>\nWhat is the content of each image?<|end|>\n<|assistant|>\n"
-    out = answer(llm, {"prompt": prompt, "multi_modal_data": {"image": [pil(1), pil(2)]}})
-    talk = user("What is the content of each image?", pil_part(1), pil_part(2))
-    assert same(out, reply(llm, talk)) and out.prompt == prompt
+    out = generate_one(llm, {"prompt": prompt, "multi_modal_data": {"image": [random_image(1), random_image(2)]}})
+    talk = user_messages("What is the content of each image?", pil_part(1), pil_part(2))
+    assert same_outputs(out, chat_one(llm, talk)) and out.prompt == prompt
     with pytest.raises(ValueError, match=r"At most 2 image\(s\).* Set `--limit-mm-per-prompt`"):
-        answer(llm, {"prompt": prompt, "multi_modal_data": {"image": [pil(1), pil(2), pil(3)]}})
+        generate_one(
+            llm, {"prompt": prompt, "multi_modal_data": {"image": [random_image(1), random_image(2), random_image(3)]}}
+        )
 
 
 def test_images_from_the_web(qwen: LLM, site: Site) -> None:
     """`image_url` of `LLM.chat` over the network, behind a redirect as picsum.photos has it."""
-    site.pages |= {"/a.png": png(np.asarray(pil(1))), "/id/32": redirect("/a.png")}
+    site.pages |= {"/a.png": png(np.asarray(random_image(1))), "/id/32": redirect("/a.png")}
     part = {"type": "image_url", "image_url": {"url": site.url("/id/32")}}
-    assert same(reply(qwen, user(part, "What?")), reply(qwen, user(url(pil(1)), "What?")))
+    assert same_outputs(
+        chat_one(qwen, user_messages(part, "What?")),
+        chat_one(qwen, user_messages(image_url_part(random_image(1)), "What?")),
+    )
     assert [path for path, _ in site.seen] == ["/id/32", "/a.png"]
 
 
@@ -65,13 +79,15 @@ def test_generic_placeholders(family: str, shared_llm: Shared) -> None:
     """`<image><image>` stands for the model's own placeholders, as one of the page's prompts has it."""
     llm = shared_llm(family)
     own = llm.model.input_processor.processor.placeholder_text["image"]  # type: ignore[union-attr]
-    images = {"multi_modal_data": {"image": [pil(1), pil(2)]}}
-    assert same(*(answer(llm, {"prompt": f"{mark}{mark}Compare.", **images}) for mark in (own, "<image>")))
+    images = {"multi_modal_data": {"image": [random_image(1), random_image(2)]}}
+    assert same_outputs(
+        *(generate_one(llm, {"prompt": f"{mark}{mark}Compare.", **images}) for mark in (own, "<image>"))
+    )
 
 
 def test_chat_with_every_kind_of_image(qwen: LLM) -> None:
     """The page's `LLM.chat` conversation: a URL, a PIL image and embeddings as a tensor, side by side."""
-    (rows,) = rows_of(qwen, {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(3)}})
+    (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(3)}})
     embeds = {"image_embeds": rows, "image_grid_thw": np.array([1, 4, 6])}
     conversation = [
         {"role": "system", "content": "You are a helpful assistant"},
@@ -80,60 +96,65 @@ def test_chat_with_every_kind_of_image(qwen: LLM) -> None:
         {
             "role": "user",
             "content": [
-                url(pil(1)),
-                {"type": "image_pil", "image_pil": pil(2)},
+                image_url_part(random_image(1)),
+                {"type": "image_pil", "image_pil": random_image(2)},
                 {"type": "image_embeds", "image_embeds": embeds},
                 {"type": "text", "text": "What's in these images?"},
             ],
         },
     ]
-    mixed = reply(qwen, conversation)
+    mixed = chat_one(qwen, conversation)
     for part, seed in zip(conversation[3]["content"], (1, 2, 3), strict=False):  # type: ignore[call-overload]
         part.clear()
-        part |= {"type": "image_pil", "image_pil": pil(seed)}
-    assert same(mixed, reply(qwen, conversation))
+        part |= {"type": "image_pil", "image_pil": random_image(seed)}
+    assert same_outputs(mixed, chat_one(qwen, conversation))
     assert mixed.prompt is not None and mixed.prompt.count("<|image_pad|>") == 3
 
 
 def test_chat_in_batches(qwen: LLM) -> None:
     """A list of conversations is answered in its order, each as it would be alone."""
-    talks = [user(url(pil(i)), "What?") if i % 2 else user("Hello" * i) for i in range(1, 6)]
+    talks = [
+        user_messages(image_url_part(random_image(i)), "What?") if i % 2 else user_messages("Hello" * i)
+        for i in range(1, 6)
+    ]
     many = qwen.chat(talks, [greedy(4 + i) for i in range(5)], use_tqdm=False)
-    assert ids(many) == [list(reply(qwen, talk, 4 + i).outputs[0].token_ids) for i, talk in enumerate(talks)]
+    assert output_ids(many) == [list(chat_one(qwen, talk, 4 + i).outputs[0].token_ids) for i, talk in enumerate(talks)]
     assert qwen.chat([], use_tqdm=False) == []
     with pytest.raises(ValueError, match=r"lengths of prompts \(5\) and params \(1\) must be the same"):
         qwen.chat(talks, [greedy(1)], use_tqdm=False)
     params = SamplingParams(temperature=0, max_tokens=2, n=1)
-    assert len(qwen.chat(user("x"), params, use_tqdm=False)[0].outputs[0].token_ids) <= 2
+    assert len(qwen.chat(user_messages("x"), params, use_tqdm=False)[0].outputs[0].token_ids) <= 2
 
 
 def test_chat_is_generate_with_a_template(qwen: LLM) -> None:
     """The template prints the special tokens: nothing is added to them, and the expanded ids come back."""
-    out = reply(qwen, user(pil_part(1), "What?"))
-    assert same(out, answer(qwen, {"prompt": out.prompt, "multi_modal_data": {"image": pil(1)}}))
+    out = chat_one(qwen, user_messages(pil_part(1), "What?"))
+    assert same_outputs(out, generate_one(qwen, {"prompt": out.prompt, "multi_modal_data": {"image": random_image(1)}}))
     assert out.prompt == (
         f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{IMAGE}What?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    going = [*user("Hi"), {"role": "assistant", "content": "I am"}]
-    out = reply(qwen, going, add_generation_prompt=False, continue_final_message=True)
+    going = [*user_messages("Hi"), {"role": "assistant", "content": "I am"}]
+    out = chat_one(qwen, going, add_generation_prompt=False, continue_final_message=True)
     assert str(out.prompt).endswith("<|im_start|>assistant\nI am")
-    assert reply(qwen, user("a"), chat_template="{{ messages[0].content[0].text }}!" * 2).prompt == "!!"
+    assert chat_one(qwen, user_messages("a"), chat_template="{{ messages[0].content[0].text }}!" * 2).prompt == "!!"
 
 
 def pil_part(seed: int) -> dict[str, Any]:
-    return {"type": "image_pil", "image_pil": pil(seed)}
+    return {"type": "image_pil", "image_pil": random_image(seed)}
 
 
 def test_llava_begins_once(shared_llm: Shared) -> None:
     """A tokenizer that puts a start token before every text does not do so behind a template."""
     llm = shared_llm("llava")
-    out = reply(llm, user(pil_part(1), "What?"))
+    out = chat_one(llm, user_messages(pil_part(1), "What?"))
     tokens, bos = out.prompt_token_ids or [], llm.model.tokenizer.bos_id  # type: ignore[union-attr]
     assert tokens.count(bos) == str(out.prompt).count("<s>") == 0
-    with_bos = reply(llm, user("a"), chat_template="{{ bos_token }}{{ messages[0].content }}")
+    with_bos = chat_one(llm, user_messages("a"), chat_template="{{ bos_token }}{{ messages[0].content }}")
     assert (with_bos.prompt_token_ids or [])[:2].count(bos) == 1
-    again = reply(llm, user("a"), chat_template="x{{ 1 }}", tokenization_kwargs={"add_special_tokens": True})
+    again = chat_one(
+        llm, user_messages("a"), chat_template="x{{ 1 }}", tokenization_kwargs={"add_special_tokens": True}
+    )
     assert (again.prompt_token_ids or [])[0] == bos
 
 
@@ -141,10 +162,13 @@ def test_string_contents(shared_llm: Shared) -> None:
     """A template that prints contents gets placeholders in front of the text, or where media stand."""
     llm = shared_llm("minicpmv")
     mark = "(<image>./</image>)"
-    out = reply(llm, user("What is in", pil_part(1), pil_part(2), "there?"))
+    out = chat_one(llm, user_messages("What is in", pil_part(1), pil_part(2), "there?"))
     assert f"user\n{mark}\n{mark}\nWhat is in\nthere?<|im_end|>" in str(out.prompt)
-    assert same(out, answer(llm, {"prompt": out.prompt, "multi_modal_data": {"image": [pil(1), pil(2)]}}))
-    typed = reply(llm, user(f"{mark} or {mark}?", pil_part(1), pil_part(2)))
+    assert same_outputs(
+        out,
+        generate_one(llm, {"prompt": out.prompt, "multi_modal_data": {"image": [random_image(1), random_image(2)]}}),
+    )
+    typed = chat_one(llm, user_messages(f"{mark} or {mark}?", pil_part(1), pil_part(2)))
     assert f"user\n{mark} or {mark}?<|im_end|>" in str(typed.prompt)
 
 
@@ -156,32 +180,36 @@ def test_custom_rgba_background_color(make_llm: Callable[..., LLM], qwen: LLM) -
     for name in ("white", "black", "red"):
         flat[name] = Image.new("RGB", clear.size, name)
         flat[name].paste(clear, mask=clear.getchannel("A"))
-    plain = {name: reply(qwen, user(url(image), "What?")) for name, image in flat.items()}
+    plain = {name: chat_one(qwen, user_messages(image_url_part(image), "What?")) for name, image in flat.items()}
     black, red = ({"image": {"rgba_background_color": color}} for color in ((0, 0, 0), [255, 0, 0]))
     part = {"type": "image_pil", "image_pil": clear}
-    assert same(plain["white"], reply(qwen, user(url(clear), "What?")), reply(qwen, user(part, "What?")))
+    assert same_outputs(
+        plain["white"],
+        chat_one(qwen, user_messages(image_url_part(clear), "What?")),
+        chat_one(qwen, user_messages(part, "What?")),
+    )
     for kwargs, name in ((black, "black"), (red, "red")):
-        for one in (url(clear), part):
-            assert same(plain[name], reply(qwen, user(one, "What?"), media_io_kwargs=kwargs))
+        for one in (image_url_part(clear), part):
+            assert same_outputs(plain[name], chat_one(qwen, user_messages(one, "What?"), media_io_kwargs=kwargs))
     prompt = {"prompt": plain["red"].prompt, "multi_modal_data": {"image": clear}, "media_io_kwargs": red}
-    assert same(plain["red"], answer(qwen, prompt))
+    assert same_outputs(plain["red"], generate_one(qwen, prompt))
     with pytest.raises(ValueError, match="rgba_background_color must be a list or tuple of 3 integers"):
         make_llm("qwen2_vl", media_io_kwargs={"image": {"rgba_background_color": (0, 0)}})
 
 
 def test_many_images_as_a_video(qwen: LLM) -> None:
     """Frames of a clip, sent as one image part each."""
-    frames = [pil(i, 28, 56) for i in range(6)]
+    frames = [random_image(i, 28, 56) for i in range(6)]
     parts = [
-        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{file_of(frame, 'JPEG')}"}}
+        {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64_image(frame, 'JPEG')}"}}
         for frame in frames
     ]
-    out = reply(qwen, user("These are frames of a clip.", *parts))
+    out = chat_one(qwen, user_messages("These are frames of a clip.", *parts))
     assert str(out.prompt).count("<|image_pad|>") == 6 and len(out.outputs[0].token_ids) == 6
 
 
 def test_processor_kwargs_of_a_call(qwen: LLM) -> None:
     """`mm_processor_kwargs` of a conversation: fewer pixels, fewer tokens."""
-    parts = user(url(pil(1, 112, 168)), "What?")
-    large, small = reply(qwen, parts), reply(qwen, parts, mm_processor_kwargs={"max_pixels": 56 * 84})
+    parts = user_messages(image_url_part(random_image(1, 112, 168)), "What?")
+    large, small = chat_one(qwen, parts), chat_one(qwen, parts, mm_processor_kwargs={"max_pixels": 56 * 84})
     assert len(small.prompt_token_ids or []) == len(large.prompt_token_ids or []) - 24 + 6

@@ -8,8 +8,8 @@ import pytest
 
 from engine_inputs import IMAGE
 from mmjax import LLM
-from online_server import alike, ask, online, openai
-from prompts import answer, pil, reply, url, user
+from online_server import complete_chat, openai, openai_client, same_tokens
+from prompts import chat_one, generate_one, image_url_part, random_image, user_messages
 
 Shared = Callable[[str], LLM]
 MakeOf = Callable[..., LLM]
@@ -24,45 +24,52 @@ def test_a_template_of_the_operator(make_llm_of: MakeOf, tmp_path: Path) -> None
         "{% endfor %};{% endfor %}"
     )
     llm = make_llm_of("qwen2_vl", f"--chat-template {file}")
-    prompt = {"prompt": f"user: {IMAGE}What?;", "multi_modal_data": {"image": pil(1)}}
-    offline = answer(llm, prompt)
+    prompt = {"prompt": f"user: {IMAGE}What?;", "multi_modal_data": {"image": random_image(1)}}
+    offline = generate_one(llm, prompt)
     own = "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}" + IMAGE
-    brought = answer(llm, {**prompt, "prompt": f"What?{IMAGE}"})
-    with online(llm) as client:
-        assert alike(offline, ask(client, user(url(pil(1)), "What?")))
+    brought = generate_one(llm, {**prompt, "prompt": f"What?{IMAGE}"})
+    with openai_client(llm) as client:
+        assert same_tokens(offline, complete_chat(client, user_messages(image_url_part(random_image(1)), "What?")))
         for body in ({"chat_template": own}, {"chat_template_kwargs": {"chat_template": own}}):
             with pytest.raises(openai.BadRequestError, match=r"chat.template"):
-                ask(client, user(url(pil(1)), "What?"), **body)
-    with online(llm, template_from_requests=True) as client:
-        assert alike(brought, ask(client, user(url(pil(1)), "What?"), chat_template=own))
-        assert alike(offline, ask(client, user(url(pil(1)), "What?")))
+                complete_chat(client, user_messages(image_url_part(random_image(1)), "What?"), **body)
+    with openai_client(llm, template_from_requests=True) as client:
+        assert same_tokens(
+            brought, complete_chat(client, user_messages(image_url_part(random_image(1)), "What?"), chat_template=own)
+        )
+        assert same_tokens(offline, complete_chat(client, user_messages(image_url_part(random_image(1)), "What?")))
 
 
 def test_content_formats(shared_llm: Shared) -> None:
     """Found out from the template; what the operator says instead of it is obeyed, and an answer that cannot be is a
     client's error."""
     llm = shared_llm("minicpmv")
-    messages = user(url(pil(1)), "What?")
-    offline = reply(llm, messages)
-    with online(llm) as client:
-        assert alike(offline, ask(client, messages))
-    with online(llm, content_format="openai") as client, pytest.raises(openai.BadRequestError):
-        ask(client, messages)
-    with online(llm, content_format="string") as client:
-        assert alike(offline, ask(client, messages))
+    messages = user_messages(image_url_part(random_image(1)), "What?")
+    offline = chat_one(llm, messages)
+    with openai_client(llm) as client:
+        assert same_tokens(offline, complete_chat(client, messages))
+    with openai_client(llm, content_format="openai") as client, pytest.raises(openai.BadRequestError):
+        complete_chat(client, messages)
+    with openai_client(llm, content_format="string") as client:
+        assert same_tokens(offline, complete_chat(client, messages))
 
 
 def test_vectors_by_a_template_that_comes_with_it(make_llm_of: MakeOf) -> None:
     """VLM2Vec: `--runner pooling --chat-template vlm2vec_phi3v.jinja`, then `messages` to /v1/embeddings."""
     flags = "--runner pooling --trust-remote-code --max-model-len 512 --chat-template examples/vlm2vec_phi3v.jinja"
     llm = make_llm_of("phi3_v", flags)
-    seen = llm.embed({"prompt": "<|image_1|> Represent the given image.", "multi_modal_data": {"image": pil(1)}})
-    with online(llm) as client:
-        body = {"messages": user(url(pil(1)), "Represent the given image."), "encoding_format": "float"}
+    seen = llm.embed(
+        {"prompt": "<|image_1|> Represent the given image.", "multi_modal_data": {"image": random_image(1)}}
+    )
+    with openai_client(llm) as client:
+        body = {
+            "messages": user_messages(image_url_part(random_image(1)), "Represent the given image."),
+            "encoding_format": "float",
+        }
         told = client.post("/embeddings", cast_to=openai.types.CreateEmbeddingResponse, body=body)
         np.testing.assert_allclose(told.data[0].embedding, seen[0].outputs.embedding, atol=1e-5)
         assert told.usage.prompt_tokens == len(seen[0].prompt_token_ids)
         words = client.embeddings.create(model="tiny", input="A cat.", encoding_format="float")
         assert len(words.data[0].embedding) == len(told.data[0].embedding)
         with pytest.raises(openai.NotFoundError):
-            ask(client, user("Hi"))
+            complete_chat(client, user_messages("Hi"))

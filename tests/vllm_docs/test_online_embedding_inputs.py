@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import IMAGE, text
+from engine_inputs import IMAGE, chat_text
 from mmjax import LLM
 from mmjax.utils.serial_utils import tensor2base64
-from online_server import alike, ask, online, openai
-from prompts import pil, reply, rows_of, same, tone, url, user
+from online_server import complete_chat, openai, openai_client, same_tokens
+from prompts import chat_one, encoder_embeds, image_url_part, random_chord, random_image, same_outputs, user_messages
 
 Shared = Callable[[str], LLM]
 
@@ -24,31 +24,34 @@ def rows_part(kind: str, value: Any, **more: Any) -> dict[str, Any]:
 def test_one_tensor(shared_llm: Shared) -> None:
     """LLaVA: `image_embeds` is the tensor itself, beside others and beside a raw image."""
     llm = shared_llm("llava")
-    prompt = {"prompt": "<image><image>", "multi_modal_data": {"image": [pil(1), pil(2)]}}
-    first, second = rows_of(llm, prompt)
-    raw = reply(llm, user(url(pil(1)), "What?"))
-    both = reply(llm, user(url(pil(1)), url(pil(2)), "What?"))
-    with online(llm) as client:
+    prompt = {"prompt": "<image><image>", "multi_modal_data": {"image": [random_image(1), random_image(2)]}}
+    first, second = encoder_embeds(llm, prompt)
+    raw = chat_one(llm, user_messages(image_url_part(random_image(1)), "What?"))
+    both = chat_one(llm, user_messages(image_url_part(random_image(1)), image_url_part(random_image(2)), "What?"))
+    with openai_client(llm) as client:
         forms = [
             rows_part("image", first),
             rows_part("image", {"image_embeds": first}),
             rows_part("image", first[None]),
         ]
-        assert alike(raw, *(ask(client, user(form, "What?")) for form in forms))
-        for pair in ([forms[0], rows_part("image", second)], [url(pil(1)), rows_part("image", second)]):
-            assert alike(both, ask(client, user(*pair, "What?")))
+        assert same_tokens(raw, *(complete_chat(client, user_messages(form, "What?")) for form in forms))
+        for pair in (
+            [forms[0], rows_part("image", second)],
+            [image_url_part(random_image(1)), rows_part("image", second)],
+        ):
+            assert same_tokens(both, complete_chat(client, user_messages(*pair, "What?")))
 
 
 def test_tensors_with_sizes(qwen: LLM, shared_llm: Shared) -> None:
     """Qwen2-VL with `image_grid_thw` and MiniCPM-V with `image_sizes`, per item; wrong ones are refused."""
-    (rows,) = rows_of(qwen, {"prompt": text(IMAGE), "multi_modal_data": {"image": pil(1)}})
-    raw, grid = reply(qwen, user(url(pil(1)), "What?")), np.array([1, 4, 6])
+    (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})
+    raw, grid = chat_one(qwen, user_messages(image_url_part(random_image(1)), "What?")), np.array([1, 4, 6])
     good = {"image_embeds": rows, "image_grid_thw": grid}
-    with online(qwen) as client:
-        messages = user(rows_part("image", good), "What?")
-        assert alike(raw, ask(client, messages))
-        twice = user(rows_part("image", good), "and", rows_part("image", good))
-        assert ask(client, twice).usage.prompt_tokens > len(raw.prompt_token_ids or ())
+    with openai_client(qwen) as client:
+        messages = user_messages(rows_part("image", good), "What?")
+        assert same_tokens(raw, complete_chat(client, messages))
+        twice = user_messages(rows_part("image", good), "and", rows_part("image", good))
+        assert complete_chat(client, twice).usage.prompt_tokens > len(raw.prompt_token_ids or ())
         for wrong, words in (
             ({**good, "image_embeds": rows[:, :9]}, "model expects 64"),
             ({**good, "image_embeds": rows[:5]}, "has 5 rows"),
@@ -57,40 +60,40 @@ def test_tensors_with_sizes(qwen: LLM, shared_llm: Shared) -> None:
             ({**good, "image_grid_thw": np.array([1, 3, 8])}, "divisible"),
         ):
             with pytest.raises(openai.BadRequestError, match=words):
-                ask(client, user(rows_part("image", wrong)))
+                complete_chat(client, user_messages(rows_part("image", wrong)))
         for garbage in ("@@@@", "QUJD", ""):
             part = {"type": "image_embeds", "image_embeds": {"image_embeds": garbage, "image_grid_thw": garbage}}
             with pytest.raises(openai.BadRequestError):
-                ask(client, user(part))
-        assert alike(raw, ask(client, messages))
+                complete_chat(client, user_messages(part))
+        assert same_tokens(raw, complete_chat(client, messages))
     sliced = shared_llm("minicpmv")
-    (rows,) = rows_of(sliced, {"prompt": "(<image>./</image>)", "multi_modal_data": {"image": pil(1)}})
-    raw = reply(sliced, user(url(pil(1)), "What?"))
-    with online(sliced) as client:
-        part = rows_part("image", {"image_embeds": rows, "image_sizes": np.array(pil(1).size)})
-        assert alike(raw, ask(client, user(part, "What?")))
+    (rows,) = encoder_embeds(sliced, {"prompt": "(<image>./</image>)", "multi_modal_data": {"image": random_image(1)}})
+    raw = chat_one(sliced, user_messages(image_url_part(random_image(1)), "What?"))
+    with openai_client(sliced) as client:
+        part = rows_part("image", {"image_embeds": rows, "image_sizes": np.array(random_image(1).size)})
+        assert same_tokens(raw, complete_chat(client, user_messages(part, "What?")))
 
 
 def test_sound_as_rows(shared_llm: Shared) -> None:
     """Ultravox: `audio_embeds`."""
     llm = shared_llm("ultravox")
-    (rows,) = rows_of(llm, {"prompt": "<|audio|>", "multi_modal_data": {"audio": (tone(1), 16000)}})
+    (rows,) = encoder_embeds(llm, {"prompt": "<|audio|>", "multi_modal_data": {"audio": (random_chord(1), 16000)}})
     prompt = "<|start_header_id|>user<|end_header_id|>\n\n<|audio|>\nWhat?<|eot_id|>"
-    offline = reply(llm, user({"type": "audio_embeds", "audio_embeds": rows}, "What?"))
+    offline = chat_one(llm, user_messages({"type": "audio_embeds", "audio_embeds": rows}, "What?"))
     assert prompt in str(offline.prompt)
-    with online(llm) as client:
-        assert alike(offline, ask(client, user(rows_part("audio", rows), "What?")))
+    with openai_client(llm) as client:
+        assert same_tokens(offline, complete_chat(client, user_messages(rows_part("audio", rows), "What?")))
 
 
 def test_embeds_must_be_allowed(make_llm_of: Callable[..., LLM]) -> None:
     llm = make_llm_of("llava", "--no-enable-mm-embeds")
     part = rows_part("image", np.zeros((4, 64), np.float32))
-    good = reply(llm, user("Hi"))
-    with online(llm) as client:
+    good = chat_one(llm, user_messages("Hi"))
+    with openai_client(llm) as client:
         for each in (part, {**part, "image_embeds": None, "uuid": "rows"}):
             with pytest.raises(
                 openai.BadRequestError, match="You must set `--enable-mm-embeds` to input `image_embeds`"
             ):
-                ask(client, user(each))
-        assert alike(good, ask(client, user("Hi")))
-    assert same(good, reply(llm, user("Hi")))
+                complete_chat(client, user_messages(each))
+        assert same_tokens(good, complete_chat(client, user_messages("Hi")))
+    assert same_outputs(good, chat_one(llm, user_messages("Hi")))

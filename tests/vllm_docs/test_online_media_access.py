@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from mmjax import LLM
-from online_server import alike, ask, online, openai
-from prompts import pil, reply, sound_of, tone, url, user
+from online_server import complete_chat, openai, openai_client, same_tokens
+from prompts import base64_wav, chat_one, image_url_part, random_chord, random_image, user_messages
 from web import Site, png, redirect, trickle
 
 MakeOf = Callable[..., LLM]
 
 
 def image(place: str) -> list[dict[str, Any]]:
-    return user({"type": "image_url", "image_url": {"url": place}}, "What?")
+    return user_messages({"type": "image_url", "image_url": {"url": place}}, "What?")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def photograph(site: Site) -> Site:
     """The site with an image on it."""
     import numpy as np
 
-    site.pages["/a.png"] = png(np.asarray(pil(1)))
+    site.pages["/a.png"] = png(np.asarray(random_image(1)))
     return site
 
 
@@ -40,15 +40,15 @@ def test_allowed_places(make_llm_of: MakeOf, photograph: Site, tmp_path: Path, m
     site.pages["/away"] = redirect(site.url("/a.png", host="localhost"))
     site.pages["/here"] = redirect("/a.png")
     llm = make_llm_of("qwen2_vl", f"--allowed-media-domains 127.0.0.1 media.example --allowed-local-media-path {shown}")
-    good = reply(llm, user(url(pil(1)), "What?"))
-    with online(llm) as client:
+    good = chat_one(llm, user_messages(image_url_part(random_image(1)), "What?"))
+    with openai_client(llm) as client:
         places = [
             site.url("/a.png"),
             site.url("/here"),
             f"file://{shown}/a picture.png",
             f"file://{shown}/a%20picture.png",
         ]
-        assert alike(good, *(ask(client, image(place)) for place in places))
+        assert same_tokens(good, *(complete_chat(client, image(place)) for place in places))
         for place, words in (
             (site.url("/a.png", host="localhost"), "allowed domains"),
             (site.url("/away"), "allowed domains"),
@@ -58,41 +58,43 @@ def test_allowed_places(make_llm_of: MakeOf, photograph: Site, tmp_path: Path, m
             ("ftp://127.0.0.1/a.png", "HTTP, data or file URL"),
         ):
             with pytest.raises(openai.BadRequestError, match=words):
-                ask(client, image(place))
+                complete_chat(client, image(place))
         monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
         with pytest.raises(openai.BadRequestError, match="MEDIA_URL_ALLOW_REDIRECTS"):
-            ask(client, image(site.url("/here")))
-        assert alike(good, ask(client, image(places[0])))
+            complete_chat(client, image(site.url("/here")))
+        assert same_tokens(good, complete_chat(client, image(places[0])))
 
 
 def test_places_that_no_server_asks(qwen: LLM, photograph: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any flag: no private address, no file; what a host refuses is the client's mistake."""
-    good = reply(qwen, user(url(pil(1)), "What?"))
-    with online(qwen) as client:
+    good = chat_one(qwen, user_messages(image_url_part(random_image(1)), "What?"))
+    with openai_client(qwen) as client:
         with pytest.raises(openai.UnprocessableEntityError, match="HTTP status 404"):
-            ask(client, image(photograph.url("/none.png")))
+            complete_chat(client, image(photograph.url("/none.png")))
         monkeypatch.setenv("VLLM_MEDIA_EGRESS_BLOCK_PRIVATE", "1")
         with pytest.raises(openai.BadRequestError, match="private networks"):
-            ask(client, image(photograph.url("/a.png")))
+            complete_chat(client, image(photograph.url("/a.png")))
         with pytest.raises(openai.BadRequestError, match="--allowed-local-media-path"):
-            ask(client, image("file:///etc/passwd"))
-        assert alike(good, ask(client, user(url(pil(1)), "What?")))
+            complete_chat(client, image("file:///etc/passwd"))
+        assert same_tokens(good, complete_chat(client, user_messages(image_url_part(random_image(1)), "What?")))
 
 
 def test_patience(shared_llm: Callable[[str], LLM], photograph: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """`VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT` and `VLLM_AUDIO_FETCH_TIMEOUT`, each for its own."""
     site, llm = photograph, shared_llm("qwen2_5_omni")
-    site.pages |= {"/slow": trickle(0.05, 200), "/a.wav": base64.b64decode(sound_of(tone(1)))}
-    good = reply(llm, user(url(pil(1)), "What?"))
+    site.pages |= {"/slow": trickle(0.05, 200), "/a.wav": base64.b64decode(base64_wav(random_chord(1)))}
+    good = chat_one(llm, user_messages(image_url_part(random_image(1)), "What?"))
     monkeypatch.setenv("VLLM_MEDIA_FETCH_MAX_RETRIES", "1")
     for kind in ("image", "video", "audio"):
         monkeypatch.setenv(f"VLLM_{kind.upper()}_FETCH_TIMEOUT", "20")
-    with online(llm) as client:
+    with openai_client(llm) as client:
         for kind in ("image", "video", "audio"):
             with monkeypatch.context() as hurry:
                 hurry.setenv(f"VLLM_{kind.upper()}_FETCH_TIMEOUT", "0.2")
                 begin = time.monotonic()
                 with pytest.raises(openai.BadRequestError, match=r"took longer than 0\.2 s"):
-                    ask(client, user({"type": f"{kind}_url", f"{kind}_url": {"url": site.url("/slow")}}))
+                    complete_chat(
+                        client, user_messages({"type": f"{kind}_url", f"{kind}_url": {"url": site.url("/slow")}})
+                    )
                 assert time.monotonic() - begin < 5
-        assert alike(good, ask(client, image(site.url("/a.png"))))
+        assert same_tokens(good, complete_chat(client, image(site.url("/a.png"))))

@@ -11,8 +11,8 @@ import pytest
 
 from mmjax import LLM
 from mmjax.multimodal.media import VideoMediaIO
-from online_server import alike, ask, heard, online, openai
-from prompts import answer, file_of, pil, reply, user
+from online_server import complete_chat, openai, openai_client, same_tokens, token_ids_of
+from prompts import base64_image, chat_one, generate_one, random_image, user_messages
 from web import Site
 
 Shared = Callable[[str], LLM]
@@ -33,26 +33,32 @@ def test_the_page_s_server(make_llm_of: MakeOf, site: Site, film: Film) -> None:
     llm = make_llm_of("llava_onevision", "--runner generate --max-model-len 512 --media-io-kwargs.video.num_frames 4")
     site.pages["/film.mov"] = film()
     whole, link = film(), clip(site.url("/film.mov"))
-    offline = reply(llm, user("What's in this video?", clip(data_of(whole))))
+    offline = chat_one(llm, user_messages("What's in this video?", clip(data_of(whole))))
     few = {"video": {"num_frames": 2}}
     frames = VideoMediaIO(num_frames=2).load_bytes(whole)
-    two = answer(llm, {"prompt": offline.prompt, "multi_modal_data": {"video": [frames]}})
-    pictures = clip("data:video/jpeg;base64," + ",".join(file_of(pil(i), "JPEG") for i in range(3)))
-    drawn = reply(llm, user("What's in this video?", pictures))
-    with online(llm) as client:
-        messages = user("What's in this video?", link)
-        assert alike(offline, ask(client, messages), ask(client, user("What's in this video?", clip(data_of(whole)))))
-        assert alike(drawn, ask(client, user("What's in this video?", pictures)))
-        assert alike(two, ask(client, messages, media_io_kwargs=few))
-        by_rate = ask(client, messages, media_io_kwargs={"video": {"fps": 1}})  # of 2.6 s, and no default num_frames
-        assert alike(two, by_rate)
+    two = generate_one(llm, {"prompt": offline.prompt, "multi_modal_data": {"video": [frames]}})
+    pictures = clip("data:video/jpeg;base64," + ",".join(base64_image(random_image(i), "JPEG") for i in range(3)))
+    drawn = chat_one(llm, user_messages("What's in this video?", pictures))
+    with openai_client(llm) as client:
+        messages = user_messages("What's in this video?", link)
+        assert same_tokens(
+            offline,
+            complete_chat(client, messages),
+            complete_chat(client, user_messages("What's in this video?", clip(data_of(whole)))),
+        )
+        assert same_tokens(drawn, complete_chat(client, user_messages("What's in this video?", pictures)))
+        assert same_tokens(two, complete_chat(client, messages, media_io_kwargs=few))
+        by_rate = complete_chat(
+            client, messages, media_io_kwargs={"video": {"fps": 1}}
+        )  # of 2.6 s, and no default num_frames
+        assert same_tokens(two, by_rate)
         for wrong in ({"num_frames": 0}, {"num_frames": "many"}, {"fps": "fast"}, {"video_backend": "none"}):
             with pytest.raises(openai.BadRequestError, match=next(iter(wrong))):
-                ask(client, messages, media_io_kwargs={"video": wrong})
+                complete_chat(client, messages, media_io_kwargs={"video": wrong})
         with pytest.raises(openai.BadRequestError, match="Could not open video stream"):
-            ask(client, user(clip(data_of(b"no film"))))
-        assert alike(offline, ask(client, messages))
-    (seen, _), (seen_of_two, _) = heard(offline, two)
+            complete_chat(client, user_messages(clip(data_of(b"no film"))))
+        assert same_tokens(offline, complete_chat(client, messages))
+    (seen, _), (seen_of_two, _) = token_ids_of(offline, two)
     assert (len(seen) - len(seen_of_two)) % 2 == 0 and len(seen) > len(seen_of_two)
 
 
@@ -63,13 +69,17 @@ def test_frame_recovery(make_llm_of: MakeOf, film: Film) -> None:
     kept, mended = (VideoMediaIO(num_frames=8, frame_recovery=mend).load_bytes(broken) for mend in (False, True))
     assert [len(frames) for frames, _ in (kept, mended)] == [7, 8]
     llm = make_llm_of("qwen2_vl", """--media-io-kwargs '{"video": {"frame_recovery": true, "num_frames": 8}}'""")
-    messages = user("What?", clip(data_of(broken)))
-    told = reply(llm, messages)
-    want = [answer(llm, {"prompt": told.prompt, "multi_modal_data": {"video": [each]}}) for each in (kept, mended)]
-    assert alike(told, want[1]) and not alike(*want)
-    with online(llm) as client:
-        assert alike(want[1], ask(client, messages))
-        assert alike(want[0], ask(client, messages, media_io_kwargs={"video": {"frame_recovery": False}}))
+    messages = user_messages("What?", clip(data_of(broken)))
+    told = chat_one(llm, messages)
+    want = [
+        generate_one(llm, {"prompt": told.prompt, "multi_modal_data": {"video": [each]}}) for each in (kept, mended)
+    ]
+    assert same_tokens(told, want[1]) and not same_tokens(*want)
+    with openai_client(llm) as client:
+        assert same_tokens(want[1], complete_chat(client, messages))
+        assert same_tokens(
+            want[0], complete_chat(client, messages, media_io_kwargs={"video": {"frame_recovery": False}})
+        )
 
 
 def test_the_sound_of_a_clip(shared_llm: Shared, site: Site, tmp_path: Path) -> None:
@@ -80,14 +90,14 @@ def test_the_sound_of_a_clip(shared_llm: Shared, site: Site, tmp_path: Path) -> 
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *sources, *coded, str(file)], check=True)
     site.pages["/sounding.mp4"] = file.read_bytes()
     llm = shared_llm("qwen2_5_omni")
-    messages = user(clip(site.url("/sounding.mp4"), uuid="sounding"), "What?")
+    messages = user_messages(clip(site.url("/sounding.mp4"), uuid="sounding"), "What?")
     io_kwargs: dict[str, Any] = {"media_io_kwargs": {"video": {"num_frames": 2}}}
     kwargs: dict[str, Any] = {**io_kwargs, "mm_processor_kwargs": {"use_audio_in_video": True}}
-    offline, silent = reply(llm, messages, **kwargs), reply(llm, messages, **io_kwargs)
-    again = user({"type": "video_url", "video_url": None, "uuid": "sounding"}, "What?")
-    with online(llm) as client:
-        answers = [ask(client, messages, **kwargs), ask(client, again, **kwargs)]
-        assert alike(offline, *answers)
-        assert alike(silent, ask(client, messages, **io_kwargs)) and not alike(silent, offline)
-    (heard_tokens, _), (seen_tokens, _) = heard(offline, silent)
+    offline, silent = chat_one(llm, messages, **kwargs), chat_one(llm, messages, **io_kwargs)
+    again = user_messages({"type": "video_url", "video_url": None, "uuid": "sounding"}, "What?")
+    with openai_client(llm) as client:
+        answers = [complete_chat(client, messages, **kwargs), complete_chat(client, again, **kwargs)]
+        assert same_tokens(offline, *answers)
+        assert same_tokens(silent, complete_chat(client, messages, **io_kwargs)) and not same_tokens(silent, offline)
+    (heard_tokens, _), (seen_tokens, _) = token_ids_of(offline, silent)
     assert len(heard_tokens) > len(seen_tokens)

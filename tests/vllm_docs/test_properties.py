@@ -7,13 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine_inputs import IMAGE, greedy, ids, text
+from engine_inputs import IMAGE, chat_text, greedy, output_ids
 from mmjax import LLM
 from mmjax.chat.conversation import read_messages, with_strings
 from mmjax.types import RequestError
-from prompts import answer, pil, rows_of
+from prompts import encoder_embeds, generate_one, random_image
 
-IMAGES = [pil(1), pil(2, 84, 56), pil(3, 28, 140)]
+IMAGES = [random_image(1), random_image(2, 84, 56), random_image(3, 28, 140)]
 FORMS = ("raw", "array", "named", "cached", "embeds", "named embeds")
 SETTINGS = settings(
     max_examples=12,
@@ -32,7 +32,7 @@ def known(qwen: LLM) -> tuple[LLM, list[dict[str, Any]]]:
     """The engine, and every image as embeddings."""
     made = []
     for image in IMAGES:
-        (rows,) = rows_of(qwen, {"prompt": text(IMAGE), "multi_modal_data": {"image": image}})
+        (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": image}})
         grid = [1, round(image.height / 28) * 2, round(image.width / 28) * 2]
         made.append({"image_embeds": rows, "image_grid_thw": np.array(grid)})
     return qwen, made
@@ -57,7 +57,7 @@ def prompt_of(pieces: list[Any], embeds: list[dict[str, Any]]) -> dict[str, Any]
         data.append(forms[form][0])
         names.append(forms[form][1])
     media = {"multi_modal_data": {"image": data}, "multi_modal_uuids": {"image": names}} if data else {}
-    return {"prompt": text(words), **media}
+    return {"prompt": chat_text(words), **media}
 
 
 @SETTINGS
@@ -69,13 +69,13 @@ def test_caches_company_and_form_change_nothing(known: tuple[LLM, list[dict[str,
     for pieces in plain:  # nothing is cached: each computes everything
         llm.reset_mm_cache()
         assert llm.reset_prefix_cache()
-        alone.append(answer(llm, prompt_of(pieces, embeds), 3))
+        alone.append(generate_one(llm, prompt_of(pieces, embeds), 3))
     llm.reset_mm_cache()
     llm.reset_prefix_cache()
-    answer(llm, prompt_of([(number, "named") for number in range(len(IMAGES))], embeds), 1)  # names become known
+    generate_one(llm, prompt_of([(number, "named") for number in range(len(IMAGES))], embeds), 1)  # names become known
     for _ in range(2):  # then everything is cached
         together = llm.generate([prompt_of(pieces, embeds) for pieces in mixes], greedy(3), use_tqdm=False)
-        assert ids(together) == ids(alone)
+        assert output_ids(together) == output_ids(alone)
         assert [o.prompt_token_ids for o in together] == [o.prompt_token_ids for o in alone]
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from engine_inputs import text
+from engine_inputs import chat_text
 from mmjax import LLM
-from prompts import answer, file_of, pil, reply, same, user
+from prompts import base64_image, chat_one, generate_one, random_image, same_outputs, user_messages
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 FRAMES = np.random.default_rng(5).integers(0, 256, (4, 56, 84, 3), dtype=np.uint8)
@@ -30,7 +30,7 @@ class Tensor:
 
 
 def asking(video: Any) -> dict[str, Any]:
-    return {"prompt": text(VIDEO + "What happens?"), "multi_modal_data": {"video": video}}
+    return {"prompt": chat_text(VIDEO + "What happens?"), "multi_modal_data": {"video": video}}
 
 
 def test_every_form_of_one_video(qwen: LLM) -> None:
@@ -48,9 +48,9 @@ def test_every_form_of_one_video(qwen: LLM) -> None:
         jnp.asarray(FRAMES)[None],
         [pil_of(frame) for frame in FRAMES],
     ]
-    answers = [answer(qwen, asking(form)) for form in forms]
-    assert same(*answers)
-    assert not same(answers[0], answer(qwen, asking(FRAMES[::-1].copy())))
+    answers = [generate_one(qwen, asking(form)) for form in forms]
+    assert same_outputs(*answers)
+    assert not same_outputs(answers[0], generate_one(qwen, asking(FRAMES[::-1].copy())))
 
 
 def pil_of(frame: np.ndarray) -> Any:
@@ -60,9 +60,9 @@ def pil_of(frame: np.ndarray) -> Any:
 
 
 def test_two_videos_and_an_image(qwen: LLM) -> None:
-    prompt = text(f"{VIDEO}<|vision_start|><|image_pad|><|vision_end|>{VIDEO}Compare.")
-    data = {"video": [FRAMES, list(FRAMES[:2])], "image": pil(1)}
-    out = answer(qwen, {"prompt": prompt, "multi_modal_data": data})
+    prompt = chat_text(f"{VIDEO}<|vision_start|><|image_pad|><|vision_end|>{VIDEO}Compare.")
+    data = {"video": [FRAMES, list(FRAMES[:2])], "image": random_image(1)}
+    out = generate_one(qwen, {"prompt": prompt, "multi_modal_data": data})
     marks = [qwen.model.tokenizer.id_of(f"<|{kind}_pad|>") for kind in ("video", "image")]  # type: ignore[union-attr]
     tokens = out.prompt_token_ids or []
     assert [tokens.count(mark) for mark in marks] == [2 * 6 + 6, 6]
@@ -70,12 +70,12 @@ def test_two_videos_and_an_image(qwen: LLM) -> None:
 
 def test_clips_in_messages(qwen: LLM) -> None:
     """`video_url` with a sequence of JPEG images; `num_frames` of the call bounds it."""
-    frames = ",".join(file_of(pil(i), "JPEG") for i in range(4))
+    frames = ",".join(base64_image(random_image(i), "JPEG") for i in range(4))
     part = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
-    four = reply(qwen, user(part, "What happens?"))
-    two = reply(qwen, user(part, "What happens?"), media_io_kwargs={"video": {"num_frames": 2}})
+    four = chat_one(qwen, user_messages(part, "What happens?"))
+    two = chat_one(qwen, user_messages(part, "What happens?"), media_io_kwargs={"video": {"num_frames": 2}})
     assert len(four.prompt_token_ids or []) - len(two.prompt_token_ids or []) == 6
-    assert str(four.prompt).count("<|video_pad|>") == 1 and not same(four, two)
+    assert str(four.prompt).count("<|video_pad|>") == 1 and not same_outputs(four, two)
 
 
 def test_the_sound_of_a_clip(make_llm: Callable[..., LLM], shared: Path) -> None:
@@ -86,9 +86,9 @@ def test_the_sound_of_a_clip(make_llm: Callable[..., LLM], shared: Path) -> None
     clip = {"type": "video_url", "video_url": {"url": f"file://{folder}/bunny_with_speech.mp4"}, "uuid": "clip"}
     silent = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 4}
     kwargs = {**silent, "use_audio_in_video": True}
-    heard = reply(llm, user(clip, "What?"), mm_processor_kwargs=kwargs)
-    again = reply(llm, user({**clip, "video_url": None}, "What?"), mm_processor_kwargs=kwargs)
-    seen = reply(llm, user(clip, "What?"), mm_processor_kwargs=silent)
+    heard = chat_one(llm, user_messages(clip, "What?"), mm_processor_kwargs=kwargs)
+    again = chat_one(llm, user_messages({**clip, "video_url": None}, "What?"), mm_processor_kwargs=kwargs)
+    seen = chat_one(llm, user_messages(clip, "What?"), mm_processor_kwargs=silent)
     sound = llm.model.input_processor.processor.placeholder_ids["audio"]  # type: ignore[union-attr]
     tokens = [(out.prompt_token_ids or []).count(sound) for out in (heard, seen)]
-    assert same(heard, again) and tokens[0] > 100 and tokens[1] == 0
+    assert same_outputs(heard, again) and tokens[0] > 100 and tokens[1] == 0
