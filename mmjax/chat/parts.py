@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from mmjax.multimodal.arrays import is_array
-from mmjax.types import RequestError
+from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,12 @@ class MediaRef:
 def read_part(part: Any, where: str) -> str | MediaRef | None:
     """A text, a medium, or None for a part that says nothing. `where` names the part in errors.
 
-    TypeError: no part at all. RequestError: a part with something missing; UnknownPart is one.
+    RequestTypeError: no part at all. RequestError: a part with something missing; UnknownPart is one.
     """
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise TypeError(f"{where} should be a string or a dictionary with a 'type', got {type(part).__name__}")
+        raise RequestTypeError(f"{where} should be a string or a dictionary with a 'type', got {type(part).__name__}")
     name = part.get("type")
     uuid = _uuid(part.get("uuid"), where)
     if name is None:

@@ -14,7 +14,7 @@ from mmjax.chat.media import Connector, at_hand, fetch_all, fetch_all_async, is_
 from mmjax.chat.parts import MediaRef
 from mmjax.chat.template import StoredTemplates
 from mmjax.config import env_number
-from mmjax.types import RequestError
+from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +55,17 @@ class ChatOptions:
                 "bad_continuation",
             )
         if self.chat_template is not None and not isinstance(self.chat_template, str):
-            raise TypeError(f"chat_template should be a string, got {type(self.chat_template).__name__}")
+            raise RequestTypeError(f"chat_template should be a string, got {type(self.chat_template).__name__}")
         for name in ("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
+                raise RequestTypeError(f"{name} should be a dictionary, got {type(value).__name__}")
         for name in ("tools", "documents"):
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
-                raise TypeError(f"{name} should be a list of dictionaries")
+                raise RequestTypeError(f"{name} should be a list of dictionaries")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ class ChatRenderer:
     def render(self, messages: Any, options: ChatOptions) -> RenderedChat:
         """Check and write out one conversation. Nothing is fetched before everything that needs no media is checked.
 
-        TypeError: no messages. RequestError: something in them, in the options or in the template.
+        RequestTypeError: no messages. RequestError: something in them, in the options or in the template.
         """
         read = conversation.read(messages)
         media = self._with_sound_tracks(conversation.media_of(read), options)

@@ -20,7 +20,7 @@ from mmjax.inputs import prompt_embeds as whole_prompt
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.inputs.parse import MediaInput, ParsedPrompt
 from mmjax.inputs.processor_cache import ProcessorCache
-from mmjax.inputs.processor_kwargs import check_kwargs as check_options
+from mmjax.inputs.processor_kwargs import check_kwargs, given_kwargs
 from mmjax.multimodal import audio, image, size_check, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
@@ -32,10 +32,16 @@ from mmjax.processors.base import (
     TimestampTokens,
     linear_positions,
 )
+from mmjax.processors.resize import image_size
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
 log = logging.getLogger(__name__)
+
+
+class ProcessingError(RuntimeError):
+    """A processor has failed on an item that nobody found anything wrong with. That is a bug, and no RequestError."""
+
 
 TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
 
@@ -344,12 +350,12 @@ class InputProcessor:
         """Engine and request kwargs together, the request's winning; keys the processor does not know are dropped."""
         assert self.processor is not None  # counts were checked: no processor, no media
         merged = {**self.processor_kwargs, **request.processor_kwargs}
-        check_options(merged)
+        check_kwargs(merged)
         for name in merged.keys() - self.processor.accepted_kwargs:
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning("mm_processor_kwargs: %r is not used by this model and dropped", name)
-        return {name: value for name, value in merged.items() if name in self.processor.accepted_kwargs}
+        return {name: value for name, value in given_kwargs(merged).items() if name in self.processor.accepted_kwargs}
 
     def _item(self, modality: str, index: int, media: MediaInput, asked: _Asked) -> HashedItem:
         data, io_kwargs = media.data, asked.io_kwargs.get(modality, {})
@@ -372,13 +378,7 @@ class InputProcessor:
             item = self._process_item(modality, index, data, asked)
             if not passing:
                 self.cache.put(key, item)
-        if self.config.max_item_embeds is not None and item.num_embeds > self.config.max_item_embeds:
-            raise RequestError(
-                f"The {modality} item at index {index} with length {item.num_embeds} exceeds the pre-allocated "
-                f"encoder cache size {self.config.max_item_embeds}. Reduce the input resolution, or raise "
-                f"`max_num_batched_tokens` to at least {item.num_embeds}.",
-                "item_too_large",
-            )
+        self._check_rows(modality, index, item.num_embeds)
         most = self.config.max_item_inputs.get(modality, item.num_inputs)
         if item.num_inputs > most:
             raise RequestError(
@@ -389,21 +389,49 @@ class InputProcessor:
             )
         return HashedItem(modality, key, item)
 
+    def _check_rows(self, modality: str, index: int, count: int) -> None:
+        """RequestError if an item of so many embeddings is larger than the encoder cache."""
+        if self.config.max_item_embeds is not None and count > self.config.max_item_embeds:
+            raise RequestError(
+                f"The {modality} item at index {index} with length {count} exceeds the pre-allocated "
+                f"encoder cache size {self.config.max_item_embeds}. Reduce the input resolution, or raise "
+                f"`max_num_batched_tokens` to at least {count}.",
+                "item_too_large",
+            )
+
+    def _least_embeds(self, modality: str, media: Any, kwargs: Mapping[str, Any]) -> int:
+        """Embeddings that an item will have at least, known before it is resized: `min_pixels` can ask for a picture of
+        billions of pixels, on which a processor would spend minutes."""
+        assert self.processor is not None
+        if modality == "image":
+            return self.processor.num_embeds(modality, image_size(media), kwargs)
+        if modality == "video":  # half of one step's: a whole clip may be bounded more tightly than a step alone
+            return self.processor.num_embeds(modality, (1, *media.frames.shape[1:3]), kwargs) // 2
+        return 0
+
     def _process_item(self, modality: str, index: int, data: Any, asked: _Asked) -> MediaItem:
-        """Decode and process one item. What goes wrong in there is about this item; its content stays out of words."""
+        """Decode and process one item. RequestError for an item that cannot be, ProcessingError for any other failure;
+        neither message shows what the item holds."""
         assert self.processor is not None
         try:
             if isinstance(data, EmbedsInput):
                 assert self.embeds is not None  # parsed, so allowed
                 return self.embeds.to_media_item(modality, index, data, asked.kwargs)
-            return self.processor.process_item(modality, self._decode(modality, data, asked.background), asked.kwargs)
+            media = self._decode(modality, data, asked.background)
+            self._check_rows(modality, index, self._least_embeds(modality, media, asked.kwargs))
+            return self.processor.process_item(modality, media, asked.kwargs)
         except RequestError:
             raise
-        except Exception as error:
+        except MemoryError as error:
             raise RequestError(
+                f"The {modality} item at index {index} needs more memory than there is. Reduce its resolution, length "
+                "or number of frames.",
+                "item_too_large",
+            ) from error
+        except Exception as error:
+            raise ProcessingError(
                 f"Failed to apply {type(self.processor).__module__} on {modality} item {index} "
-                f"({type(error).__name__}).",
-                "processing_failed",
+                f"({type(error).__name__})."
             ) from error
 
     def _decode(self, modality: str, data: Any, background: image.Color) -> Any:

@@ -1,7 +1,7 @@
 """What a caller hands over -> `Request`: the form is checked here, before any work is done.
 
-Wrong kinds of object are TypeError, wrong values RequestError. Media are split into items but neither decoded nor
-hashed; only their outer form is looked at.
+Wrong kinds of object are RequestTypeError, wrong values RequestError. Media are split into items but neither decoded
+nor hashed; only their outer form is looked at.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mmjax.inputs import prompt_embeds as whole_prompt
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
-from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
+from mmjax.types import MODALITIES, UNLIMITED, RequestError, RequestTypeError, read_limit
 
 MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
 
@@ -63,7 +63,7 @@ def parse_prompt(
     embeds: MediaEmbedsReader | None = None,
     row_width: int | None = None,
 ) -> ParsedPrompt:
-    """Check the form of one prompt. TypeError for the wrong kind of object, RequestError for wrong media or values.
+    """Check the form of one prompt. RequestTypeError for the wrong kind of object, RequestError for wrong values.
 
     `embeds`: reads embeddings in place of media; None refuses them. `row_width`: of embeddings in place of a whole
     prompt; None refuses them.
@@ -72,17 +72,17 @@ def parse_prompt(
         return _parse_rows(prompt, row_width)
     if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
         if not encoder_decoder:
-            raise TypeError("Cannot pass encoder-decoder prompt to decoder-only models")
+            raise RequestTypeError("Cannot pass encoder-decoder prompt to decoder-only models")
         return _parse_pair(prompt, embeds)
     return _parse_single(prompt, encoder_decoder, embeds)
 
 
 def _parse_pair(prompt: Mapping[str, Any], embeds: MediaEmbedsReader | None) -> ParsedPrompt:
     if "decoder_prompt" not in prompt:
-        raise TypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
+        raise RequestTypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
     encoder, decoder = _parse_single(prompt["encoder_prompt"], True, embeds), prompt["decoder_prompt"]
     if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
-        raise TypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
+        raise RequestTypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
     half = ParsedPrompt(text="") if decoder is None else _parse_single(decoder, True, embeds)
     return dataclasses.replace(
         encoder,
@@ -107,7 +107,7 @@ def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
         )
     text = prompt.get("prompt")
     if text is not None and not isinstance(text, str):
-        raise TypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
+        raise RequestTypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
     return ParsedPrompt(
         text=text,
         prompt_embeds=whole_prompt.read(prompt["prompt_embeds"], width),
@@ -124,20 +124,20 @@ def _parse_single(prompt: Any, encoder_decoder: bool, embeds: MediaEmbedsReader 
         raise _not_a_prompt(prompt)
     text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if prompt.get("prompt_embeds") is not None:
-        raise TypeError("Cannot pass embeddings prompt to encoder-decoder models")
+        raise RequestTypeError("Cannot pass embeddings prompt to encoder-decoder models")
     if tokens is None and text is None:
-        raise TypeError(
+        raise RequestTypeError(
             "Prompt dictionary must contain text, tokens, or embeddings: "
             "`prompt`, `prompt_token_ids` or `prompt_embeds`"
         )
     if text is not None and not isinstance(text, str):
-        raise TypeError(
+        raise RequestTypeError(
             f"Prompt should be a string, list of tokens, or dictionary; `prompt` is a {type(text).__name__}"
         )
     kwargs, io_kwargs = (prompt.get(name) or {} for name in ("mm_processor_kwargs", "media_io_kwargs"))
     for name, value in (("mm_processor_kwargs", kwargs), ("media_io_kwargs", io_kwargs)):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
+            raise RequestTypeError(f"{name} should be a dictionary, got {type(value).__name__}")
     return ParsedPrompt(
         text=text,
         token_ids=None if tokens is None else _token_ids(tokens),
@@ -150,7 +150,7 @@ def _parse_single(prompt: Any, encoder_decoder: bool, embeds: MediaEmbedsReader 
 
 def _token_ids(tokens: Any) -> tuple[int, ...]:
     if not _is_list(tokens) or not all(map(_is_int, tokens)):
-        raise TypeError("Token prompt should be a list of integers")
+        raise RequestTypeError("Token prompt should be a list of integers")
     return tuple(map(int, tokens))
 
 
@@ -162,8 +162,8 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _not_a_prompt(prompt: Any) -> TypeError:
-    return TypeError(f"Prompt should be a string, list of tokens, or dictionary, got {type(prompt).__name__}")
+def _not_a_prompt(prompt: Any) -> RequestTypeError:
+    return RequestTypeError(f"Prompt should be a string, list of tokens, or dictionary, got {type(prompt).__name__}")
 
 
 def _salt(salt: Any) -> str | None:
@@ -183,7 +183,7 @@ def parse_media(
     data, uuids = data or {}, uuids or {}
     for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
+            raise RequestTypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
         for modality in value:
             if modality not in MODALITIES:
                 raise RequestError(

@@ -5,7 +5,6 @@ import functools
 import io
 import logging
 import re
-import struct
 import threading
 import warnings
 from collections.abc import Mapping
@@ -29,7 +28,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")  #
 MODES = ("RGB", "RGBA", "L", "LA")  # that images can be asked for in
 SIXTEEN_BIT = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
-BROKEN = (OSError, SyntaxError, ValueError, struct.error, EOFError, MemoryError, Image.DecompressionBombError)
+# a damaged file makes Pillow raise whatever its plugins run into, such as RuntimeError (AVIF) and AssertionError (PNG)
+BROKEN = Exception
 
 _loading = threading.Lock()  # the same lazily opened image may sit in several prompts of a batch
 
@@ -109,6 +109,8 @@ def _opened(source: bytes, limits: MediaLimits) -> Image.Image:
         usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(io.BytesIO(source), formats=_formats())
+        except BROKEN as error:
+            raise _failed(error) from error
         finally:
             Image.MAX_IMAGE_PIXELS = usual
 
@@ -275,5 +277,5 @@ def _too_large(shape: tuple[int, ...] | None, limits: MediaLimits) -> RequestErr
 
 
 def _failed(reason: object) -> RequestError:
-    words = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(reason))  # no memory addresses in messages
+    words = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(reason) or type(reason).__name__)  # no addresses
     return RequestError(f"Failed to load image: {words}", "bad_media")

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from mmjax.types import RequestError
 log = logging.getLogger(__name__)
 
 BACKENDS = ("opencv", "opencv_dynamic")  # names of sampling rules; both decode with ffmpeg
+LEAST, LARGEST = 1e-6, 2**31 - 1  # of any rate, count or frame number
 LONGEST_FILTER = 100_000  # characters; an argument of a program may have 128 KiB
 
 
@@ -74,8 +76,8 @@ def _checked(metadata: Mapping[str, Any], count: int) -> dict[str, Any]:
     made = dict(metadata)
     for name in ("fps", "duration", "total_num_frames"):
         value = made.get(name)
-        least = 0 if name == "duration" else math.ulp(0.0)
-        if value is not None and not (_is_number(value) and least <= value < math.inf):
+        least = 0 if name == "duration" else LEAST
+        if value is not None and not (_is_number(value) and least <= value <= LARGEST):
             raise RequestError(f"Video metadata: {name} must be a positive number, got {value!r}.", "bad_media")
     indices = made.get("frames_indices")
     if indices is not None:
@@ -84,7 +86,8 @@ def _checked(metadata: Mapping[str, Any], count: int) -> dict[str, Any]:
             made["frames_indices"] = [operator.index(index) for index in given]
         except TypeError as error:
             raise RequestError("Video metadata: frames_indices must be a list of integers.", "bad_media") from error
-        if len(made["frames_indices"]) != count or min(made["frames_indices"]) < 0:
+        numbers_of = made["frames_indices"]
+        if len(numbers_of) != count or min(numbers_of) < 0 or max(numbers_of) > LARGEST:
             raise RequestError(
                 f"Video metadata: frames_indices must number each of the {count} frames that are given, from 0 up.",
                 "bad_media",
@@ -126,7 +129,7 @@ class Sampling:
         if isinstance(count, bool) or not isinstance(count, int) or count < -1 or count == 0:
             raise _bad_option(f"num_frames must be greater than 0 or -1, got {count!r}.")
         for name, value in (("fps", -1 if self.fps is None else self.fps), ("max_duration", self.max_duration)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise _bad_option(f"{name} must be a finite number, got {value!r}.")
         if not isinstance(self.frame_recovery, bool):
             raise _bad_option(f"frame_recovery must be true or false, got {self.frame_recovery!r}.")
@@ -150,7 +153,7 @@ def uniform_indices(total: int, rate: float, num_frames: int, fps: float) -> lis
     """Evenly spaced frames, first and last included; bounded by `num_frames` and by `fps` per second where positive."""
     count = min(num_frames, total) if num_frames > 0 else total
     if fps > 0:
-        count = min(count, math.floor((total / rate if rate else 0) * fps))
+        count = math.floor(min(count, (total / rate if rate else 0) * fps))
     count = max(1, count)
     return list(range(total)) if count == total else np.linspace(0, total - 1, count).astype(int).tolist()
 
@@ -160,12 +163,14 @@ def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> l
     if rate <= 0:
         raise RequestError("Could not open video stream: its frame rate is unknown.", "bad_media")
     last, duration = total - 1, total / rate
-    if duration <= max_duration:
+    if duration <= max_duration and fps >= rate:  # however many are asked for, there are no more
+        indices = list(range(total))
+    elif duration <= max_duration:
         indices = [min(last, math.ceil(i * rate / fps)) for i in range(math.floor(duration * fps))]
     else:
-        count = int(max_duration * fps)
-        if count >= total:
+        if max_duration * fps >= total:
             return list(range(total))
+        count = int(max_duration * fps)
         indices = [min(last, math.ceil(t * rate)) for t in np.linspace(0, duration, count)]
     return sorted(set(indices)) or [0]
 

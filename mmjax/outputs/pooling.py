@@ -15,6 +15,7 @@ from mmjax.types import (
     PoolingParams,
     PoolingRequestOutput,
     RequestError,
+    RequestTypeError,
     ValidationError,
 )
 
@@ -25,18 +26,20 @@ TASKS = {"embed": False, "token_embed": True}
 def pooling_params(given: Any, count: int, task: str | None, width: int) -> list[PoolingParams]:
     """One set of checked parameters per prompt. `task` fills in where the parameters name none.
 
-    Raises TypeError for another kind of object, ValueError for a wrong number of them or a wrong value.
+    Raises RequestTypeError for another kind of object, RequestError for a wrong number of them or a wrong value.
     """
     given = PoolingParams() if given is None else given
     if not isinstance(given, PoolingParams | Sequence):
-        raise TypeError(f"pooling_params should be PoolingParams, got {type(given).__name__}")
+        raise RequestTypeError(f"pooling_params should be PoolingParams, got {type(given).__name__}")
     each = [given] * count if isinstance(given, PoolingParams) else list(given)
     if len(each) != count:
-        raise ValueError(f"The lengths of prompts ({count}) and params ({len(each)}) must be the same.")
+        raise RequestError(
+            f"The lengths of prompts ({count}) and params ({len(each)}) must be the same.", "length_mismatch"
+        )
     out = []
     for params in each:
         if not isinstance(params, PoolingParams):
-            raise TypeError(f"pooling_params should be PoolingParams, got {type(params).__name__}")
+            raise RequestTypeError(f"pooling_params should be PoolingParams, got {type(params).__name__}")
         params = params.clone()
         if task is not None and params.task not in (None, task):
             raise RequestError(f"pooling_params asks for {params.task!r}, but the call is for {task!r}.", "bad_task")

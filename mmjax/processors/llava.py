@@ -16,6 +16,7 @@ from mmjax.processors.base import (
 from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.resize import image_size, resize
 from mmjax.tokenizer.tokenizer import Tokenizer
+from mmjax.types import RequestError
 
 MAX_ASPECT = 1000  # the resized long edge is aspect * 336: bounds what one odd image can allocate
 
@@ -58,6 +59,12 @@ class Processor:
         """An RGB image or uint8 [H, W, 3] -> pixels u8[1, 3, S, S]: shortest edge to S, then the centre."""
         height, width = image_size(media)
         short, long = sorted((height, width))
+        if long > MAX_ASPECT * short:
+            raise RequestError(
+                f"absolute aspect ratio must be at most {MAX_ASPECT}, got {long / short:g} ({width}x{height}). Crop or "
+                "pad the image.",
+                "aspect_ratio",
+            )
         other = int(self.shortest_edge * long / short)
         frame = resize(media, *((other, self.shortest_edge) if width <= height else (self.shortest_edge, other)))
         return MediaItem(

@@ -14,7 +14,7 @@ import numpy as np
 from mmjax.multimodal.video import Video
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
 from mmjax.processors.embed_items import grid_item
-from mmjax.processors.resize import image_size, positive_int, resize
+from mmjax.processors.resize import LARGEST, LEAST_RATE, image_size, positive_int, resize
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
@@ -254,6 +254,6 @@ def frame_rate(video: Video, kwargs: ProcessorKwargs, default: float) -> float:
         if rate and known.get("total_num_frames") and known.get("frames_indices") is not None:
             rate = rate * len(known["frames_indices"]) / known["total_num_frames"]  # of those that were kept
     rate = rate or default
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not LEAST_RATE <= rate <= LARGEST:
         raise RequestError(f"mm_processor_kwargs: fps must be a positive number, got {rate!r}.", "bad_kwargs")
     return float(rate)

@@ -8,6 +8,9 @@ from PIL import Image
 
 from mmjax.types import RequestError
 
+LARGEST = 2**31 - 1  # of any size, count, area or rate
+LEAST_RATE = 1e-6  # frames a second; with fewer, times leave the range of positions
+
 
 def resize(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic (antialiased, PIL) resize of an RGB image or uint8 [H, W, 3] array to uint8 [height, width, 3]."""
@@ -30,6 +33,8 @@ def positive_int(kwargs: Mapping[str, Any], name: str) -> int:
     value = kwargs[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"mm_processor_kwargs: {name} must be a positive integer, got {value!r}.", "bad_kwargs")
+    if value > LARGEST:
+        raise RequestError(f"mm_processor_kwargs: {name} must be at most {LARGEST}.", "bad_kwargs")
     return value
 
 

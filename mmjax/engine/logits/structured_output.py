@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.engine.logits.bias import LogitsBias
-from mmjax.types import RequestError, ValidationError
+from mmjax.types import RequestError, TooDeepError, ValidationError
 
 KINDS = ("json", "json_object", "regex", "choice", "grammar")
 MAX_SIZE = 1 << 20  # characters of a grammar
@@ -56,7 +56,11 @@ class GrammarCompiler:
             if self._made is None:
                 text = (self.tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8")
                 self._made = llguidance.LLTokenizer(text, n_vocab=self.vocab, eos_token=self.eos)
-        matcher = llguidance.LLMatcher(self._made, _grammar(llguidance.LLMatcher, structured), log_level=0)
+        try:
+            grammar = _grammar(llguidance.LLMatcher, structured)
+        except RecursionError as error:
+            raise TooDeepError from error
+        matcher = llguidance.LLMatcher(self._made, grammar, log_level=0)
         if matcher.is_error():
             raise ValidationError(
                 f"This constraint cannot be followed: {matcher.get_error().splitlines()[0]}",
@@ -132,7 +136,7 @@ def _grammar(matcher: Any, structured: Any) -> str:
             raise _wrong("choice must be a list of strings that are not empty")
         options = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
         return str(matcher.grammar_from_lark(f"start: {options}"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ValidationError):
             raise
         raise _wrong(f"{kind} cannot be read: {error}") from error
