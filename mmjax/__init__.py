@@ -1,6 +1,6 @@
 """mmjax: multimodal inference in JAX. Text, images, video and audio in; text and embeddings out.
 
-The public names are imported when they are first used, so that `import mmjax` costs nothing and starts no device.
+The public names are imported when they are first used, so that `import mmjax` is quick and starts no device.
 """
 
 from importlib import import_module
@@ -11,9 +11,10 @@ from mmjax.version import __version__
 
 if TYPE_CHECKING:
     from mmjax.config import EngineArgs
-    from mmjax.entrypoints.async_llm import AsyncLLM, Delta, EngineDeadError
+    from mmjax.entrypoints.async_llm import AsyncLLM, EngineDeadError
     from mmjax.entrypoints.llm import LLM
     from mmjax.entrypoints.transcription import Speech, SpeechTask, Transcript
+    from mmjax.outputs.completion import Delta
     from mmjax.types import (
         CompletionOutput,
         EmbeddingRequestOutput,
@@ -52,10 +53,10 @@ _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-_HOMES = {
+_MODULES = {  # of the names that are not in mmjax.types
     "LLM": "mmjax.entrypoints.llm",
     "AsyncLLM": "mmjax.entrypoints.async_llm",
-    "Delta": "mmjax.entrypoints.async_llm",
+    "Delta": "mmjax.outputs.completion",
     "EngineDeadError": "mmjax.entrypoints.async_llm",
     "EngineArgs": "mmjax.config",
     "Speech": "mmjax.entrypoints.transcription",
@@ -67,7 +68,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'mmjax' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES.get(name, "mmjax.types")), name)
+    value = getattr(import_module(_MODULES.get(name, "mmjax.types")), name)
     globals()[name] = value
     return value
 

@@ -82,6 +82,7 @@ class ChatHandler:
         self.id = f"chatcmpl-{body.request_id or request_id}"
         self.created = int(time.time())
         self.prepared: tuple[Any, SamplingParams] | None = None
+        self.grammar: Any = None  # compiled, of structured outputs
         self.schema, self.function = None, None
         if body.tool_choice not in (None, "none", "auto"):
             most = 1 if body.parallel_tool_calls is False else MAX_CALLS
@@ -100,7 +101,8 @@ class ChatHandler:
         elif self._one_call():
             fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), CLOSE]
         async with self.context.admitted():
-            params = await engine.compile_grammar(sampling(fields, engine.llm.get_default_sampling_params()))
+            params = sampling(fields, engine.llm.get_default_sampling_params())
+            self.grammar = await engine.compile_grammar(params)
             engine_input = await engine.prepare_chat(body.messages, body.tokenization(), **options)
         engine.check_length(engine_input, params)
         self.prepared = engine_input, params
@@ -110,7 +112,7 @@ class ChatHandler:
         """The whole answer."""
         engine_input, params = await self.prepare()
         async with self.context.admitted(again=True):
-            output = await self.context.engine.generate(engine_input, params)
+            output = await self.context.engine.generate(engine_input, params, self.grammar)
         self.context.metrics.note(output)
         body = {
             **self._head("chat.completion"),
@@ -132,7 +134,7 @@ class ChatHandler:
         readers = {index: self._reader() for index in range(params.n)}
         made = dict.fromkeys(readers, 0)
         async with self.context.admitted(again=True):
-            stream = self.context.engine.submit(engine_input, params, streaming=True)
+            stream = self.context.engine.submit(engine_input, params, self.grammar, streaming=True)
             try:
                 for index in readers:
                     chunk = self._chunk(index, {"role": self.context.settings.role, "content": ""})

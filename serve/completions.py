@@ -53,6 +53,7 @@ class CompletionHandler:
         self.id = f"cmpl-{body.request_id or request_id}"
         self.created = int(time.time())
         self.prepared: tuple[list[Any], SamplingParams] | None = None
+        self.grammar: Any = None  # compiled, of structured outputs
 
     async def prepare(self) -> tuple[list[Any], SamplingParams]:
         """(rendered prompts, sampling parameters). Whatever is wrong with the request is raised here."""
@@ -70,7 +71,8 @@ class CompletionHandler:
             return await engine.prepare({name: prompt, **salt}, options)
 
         async with self.context.admitted():
-            params = await engine.compile_grammar(sampling(body.fields(), engine.llm.get_default_sampling_params()))
+            params = sampling(body.fields(), engine.llm.get_default_sampling_params())
+            self.grammar = await engine.compile_grammar(params)
             engine_input = await together(*map(one, prompts))
         for each in engine_input:
             engine.check_length(each, params)
@@ -82,7 +84,7 @@ class CompletionHandler:
         engine_input, params = await self.prepare()
 
         async with self.context.admitted(again=True):
-            outputs = await self.context.engine.generate_all([(each, params) for each in engine_input])
+            outputs = await self.context.engine.generate_all([(each, params) for each in engine_input], self.grammar)
         for output in outputs:
             self.context.metrics.note(output)
         choices = [self._choice(output, i * params.n) for i, output in enumerate(outputs)]
@@ -99,7 +101,7 @@ class CompletionHandler:
             streams: list[Any] = []
             try:
                 for prompt in engine_input:
-                    streams.append(engine.submit(prompt, params, streaming=True))
+                    streams.append(engine.submit(prompt, params, self.grammar, streaming=True))
                 for i, stream in enumerate(streams):
                     if self.body.echo:
                         for index in range(params.n):

@@ -156,12 +156,13 @@ def generate_router(context: ServerContext) -> APIRouter:
         context.check_stops((fields or {}).get("stop"))
 
         async def one(prompt: Any) -> RequestOutput:
-            output = await engine.generate(await engine.prepare_from_urls(prompt, body.tokenization_kwargs), params)
+            engine_input = await engine.prepare_from_urls(prompt, body.tokenization_kwargs)
+            output = await engine.generate(engine_input, params, grammar)
             context.metrics.note(output)
             return output
 
         async with context.admitted():
-            params = await unless_gone(request, engine.compile_grammar(params))
+            grammar = await unless_gone(request, engine.compile_grammar(params))
             outputs = await unless_gone(request, together(*map(one, prompts)))
         return JSONResponse(await asyncio.to_thread(_plain, outputs))
 

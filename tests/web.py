@@ -16,11 +16,11 @@ import soundfile
 from PIL import Image
 
 from mmjax.multimodal.media import MediaConnector
-from mmjax.multimodal.network import Policy
+from mmjax.multimodal.network import FetchPolicy
 from mmjax.types import RequestError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
-OPEN = Policy(block_private=False, attempts=1)
+OPEN = FetchPolicy(block_private=False, attempts=1)
 
 
 class Site:
@@ -121,15 +121,15 @@ def text(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def connector(policy: Policy = OPEN, **options: Any) -> MediaConnector:
+def connector(policy: FetchPolicy = OPEN, **options: Any) -> MediaConnector:
     return MediaConnector(connection=policy, **options)
 
 
-def fetched(url: str, policy: Policy = OPEN) -> np.ndarray:
+def fetched(url: str, policy: FetchPolicy = OPEN) -> np.ndarray:
     return np.asarray(connector(policy).fetch_image(url))
 
 
-def refused(url: Any, policy: Policy = OPEN, **options: Any) -> RequestError:
+def refused(url: Any, policy: FetchPolicy = OPEN, **options: Any) -> RequestError:
     with pytest.raises(RequestError) as caught:
         connector(policy, **options).fetch_image(url)
     return caught.value

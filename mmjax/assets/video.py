@@ -31,7 +31,7 @@ class VideoAsset:
             raise RequestError(
                 f"Unknown video asset {self.name!r}; there is {DRAWN!r}, and files by their paths.", "unknown_name"
             )
-        video.Sampling(self.num_frames)
+        video.FrameSampling(self.num_frames)
 
     @property
     def _video(self) -> video.Video:
@@ -65,7 +65,7 @@ class VideoAsset:
 @functools.lru_cache(4)
 def _loaded(name: str, num_frames: int) -> video.Video:
     if name != DRAWN:
-        return video.load(Path(name), video.Sampling(num_frames))
+        return video.load(Path(name), video.FrameSampling(num_frames))
     indices = video.uniform_indices(TOTAL, RATE, num_frames, -1)
     metadata = {
         "total_num_frames": TOTAL,

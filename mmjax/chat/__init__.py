@@ -1,4 +1,4 @@
-"""Conversations: messages, their parts and the media in them -> a prompt, by the template of the model."""
+"""Turns conversations into prompts: reads messages and their media, and applies the model's chat template."""
 
 from mmjax.chat.content import content_format
 from mmjax.chat.conversation import split

@@ -1,7 +1,7 @@
-"""Whether a template wants a message's content as a string or as a list of parts: read from its syntax tree.
+"""Whether a template expects a message's content as a string or as a list of parts, from its syntax tree.
 
-A template that loops over the content of a message wants parts. What a name may hold is followed through assignments,
-loops and macros until nothing new is learned: the list of messages, one message, or one message's content.
+A template that loops over the content of a message expects parts. What a name may refer to (the list of messages, one
+message, or one message's content) is followed through assignments, loops and macros until nothing new is found.
 """
 
 import functools
@@ -12,81 +12,81 @@ from jinja2 import nodes
 
 from mmjax.chat.sandbox import UNPARSABLE, environment
 
-LIST, MESSAGE, CONTENT = "list", "message", "content"
-Held = frozenset[str]
-NOTHING: Held = frozenset()
+MESSAGES, MESSAGE, CONTENT = "messages", "message", "content"
+Referents = frozenset[str]
+NOTHING: Referents = frozenset()
 
 
 @functools.lru_cache(maxsize=64)
 def content_format(template: str) -> str:
     """ "openai" for a template that loops over message contents, else "string"; "string" if it cannot be parsed."""
     try:
-        return "openai" if _Reading(environment().parse(template)).loops_over_content() else "string"
+        return "openai" if _TemplateAnalysis(environment().parse(template)).loops_over_content() else "string"
     except UNPARSABLE:
         return "string"
 
 
-class _Reading:
-    """What each name of a template may hold."""
+class _TemplateAnalysis:
+    """What each name of a template may refer to."""
 
     def __init__(self, tree: nodes.Template) -> None:
         self.tree = tree
         self.names: defaultdict[str, set[str]] = defaultdict(set)
-        self.names["messages"].add(LIST)
+        self.names["messages"].add(MESSAGES)
         self.macros = {macro.name: [arg.name for arg in macro.args] for macro in tree.find_all(nodes.Macro)}
 
     def loops_over_content(self) -> bool:
         size = -1
         while size != (size := sum(map(len, self.names.values()))):
-            for name, held in self._bindings():
-                self.names[name] |= held
-        return any(CONTENT in self._held(loop.iter) for loop in self.tree.find_all(nodes.For))
+            for name, referents in self._bindings():
+                self.names[name] |= referents
+        return any(CONTENT in self._referents(loop.iter) for loop in self.tree.find_all(nodes.For))
 
-    def _bindings(self) -> Iterator[tuple[str, Held]]:
+    def _bindings(self) -> Iterator[tuple[str, Referents]]:
         """(name, what it is bound to) for every place that binds one."""
         for assign in self.tree.find_all(nodes.Assign):
             name = _name(assign.target)
-            yield name, self._held(assign.node)
+            yield name, self._referents(assign.node)
             if isinstance(assign.node, nodes.Call):  # namespace(parts=message.content)
                 for keyword in assign.node.kwargs:
-                    yield f"{name}.{keyword.key}", self._held(keyword.value)
+                    yield f"{name}.{keyword.key}", self._referents(keyword.value)
         for loop in self.tree.find_all(nodes.For):
-            if LIST in self._held(loop.iter):
+            if MESSAGES in self._referents(loop.iter):
                 yield _name(loop.target), frozenset({MESSAGE})
         for call in self.tree.find_all(nodes.Call):
             arguments = self.macros.get(_name(call.node), [])
             for name, value in zip(arguments, call.args, strict=False):
-                yield name, self._held(value)
+                yield name, self._referents(value)
             for keyword in call.kwargs:
                 if keyword.key in arguments:
-                    yield keyword.key, self._held(keyword.value)
+                    yield keyword.key, self._referents(keyword.value)
 
-    def _held(self, node: nodes.Expr | nodes.Node | None) -> Held:
+    def _referents(self, node: nodes.Expr | nodes.Node | None) -> Referents:
         """What an expression may evaluate to."""
         if isinstance(node, nodes.Name):
             return frozenset(self.names.get(node.name, ()))
         if isinstance(node, nodes.CondExpr):
-            return self._held(node.expr1) | self._held(node.expr2)
+            return self._referents(node.expr1) | self._referents(node.expr2)
         if isinstance(node, (nodes.Or, nodes.And)):
-            return self._held(node.left) | self._held(node.right)
-        if isinstance(node, nodes.Filter):  # list, reverse, selectattr: what they yield is still the same kind
-            held = self._held(node.node)
-            return frozenset({MESSAGE}) if node.name in ("first", "last") and LIST in held else held
+            return self._referents(node.left) | self._referents(node.right)
+        if isinstance(node, nodes.Filter):  # list, reverse, selectattr and the like yield what they are given
+            referents = self._referents(node.node)
+            return frozenset({MESSAGE}) if node.name in ("first", "last") and MESSAGES in referents else referents
         if isinstance(node, (nodes.Getattr, nodes.Getitem)):
             return self._member(node)
         return NOTHING
 
-    def _member(self, node: nodes.Getattr | nodes.Getitem) -> Held:
+    def _member(self, node: nodes.Getattr | nodes.Getitem) -> Referents:
         key = node.attr if isinstance(node, nodes.Getattr) else node.arg
         if isinstance(key, nodes.Const):
             key = key.value
-        held = self._held(node.node)
+        owner = self._referents(node.node)
         found = set(self.names.get(_name(node), ()))
-        if MESSAGE in held and key == "content":
+        if MESSAGE in owner and key == "content":
             found.add(CONTENT)
-        if LIST in held and isinstance(node, nodes.Getitem):
-            found.add(LIST if isinstance(key, nodes.Slice) else MESSAGE)
-        if CONTENT in held and isinstance(key, nodes.Slice):
+        if MESSAGES in owner and isinstance(node, nodes.Getitem):
+            found.add(MESSAGES if isinstance(key, nodes.Slice) else MESSAGE)
+        if CONTENT in owner and isinstance(key, nodes.Slice):
             found.add(CONTENT)
         return frozenset(found)
 

@@ -1,4 +1,4 @@
-"""Messages as clients write them -> messages as templates read them, and the media between them in their order."""
+"""Reads messages as clients write them, and rewrites them as templates expect them."""
 
 import collections
 import dataclasses
@@ -9,22 +9,22 @@ from typing import Any
 from mmjax.chat.parts import MediaRef, read_part
 from mmjax.types import RequestError, RequestTypeError, TooDeepError
 
-CARRIED = ("name", "tool_call_id")
-REASONING = ("reasoning", "reasoning_content", "thinking")  # names under which templates look for it
+COPIED_FIELDS = ("name", "tool_call_id")
+REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # templates read it under any of these names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Message:
-    """One message, read: texts and media in their order, and what else a template may ask for."""
+    """One message: its texts and media in their order, and the other fields that a template may read."""
 
     role: str
-    pieces: tuple[str | MediaRef, ...]
+    parts: tuple[str | MediaRef, ...]
     extra: Mapping[str, Any]
 
 
 def split(messages: Any) -> list[Any]:
-    """The conversations of a call: a list of messages is one, a list of lists are many. RequestTypeError for all
-    else."""
+    """The conversations of a call: a list of messages is one, a list of lists are many. RequestTypeError for other
+    objects."""
     if not isinstance(messages, (list, tuple)):
         raise RequestTypeError(
             "messages should be a list of messages (dictionaries with 'role' and 'content'), or a list of such lists; "
@@ -38,15 +38,15 @@ def split(messages: Any) -> list[Any]:
     return [messages] if messages else []
 
 
-def read(messages: Any) -> list[Message]:
-    """Check and read one conversation. RequestTypeError: no messages. RequestError: messages with something
-    missing."""
+def read_messages(messages: Any) -> list[Message]:
+    """Check and read one conversation. RequestTypeError for objects that are no messages, RequestError for incomplete
+    ones."""
     if not messages:
         raise RequestError("The conversation is empty: it needs at least one message.", "empty_conversation")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def _message(message: Any, where: str) -> Message:
+def _read_message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise RequestTypeError(
             f"{where} should be a dictionary with 'role' and 'content', got {type(message).__name__}"
@@ -63,20 +63,20 @@ def _message(message: Any, where: str) -> Message:
             f"{where}: 'content' should be a string or a list of parts, got {type(content).__name__}"
         )
     parts = [read_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
-    extra = {name: message[name] for name in CARRIED if isinstance(message.get(name), str)}
-    reasoning = next((message[name] for name in REASONING if isinstance(message.get(name), str)), None)
+    extra = {name: message[name] for name in COPIED_FIELDS if isinstance(message.get(name), str)}
+    reasoning = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), None)
     if reasoning is not None:
-        extra |= dict.fromkeys(REASONING, reasoning)
+        extra |= dict.fromkeys(REASONING_FIELDS, reasoning)
     if message.get("tool_calls"):
-        extra["tool_calls"] = _tool_calls(message["tool_calls"], where)
+        extra["tool_calls"] = _read_tool_calls(message["tool_calls"], where)
     return Message(role, tuple(part for part in parts if part is not None), extra)
 
 
-def _tool_calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls with their arguments parsed: templates print them as JSON, clients send them as text."""
+def _read_tool_calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls with their arguments parsed: clients send them as JSON text, templates print them themselves."""
     if not isinstance(calls, (list, tuple)):
         raise RequestTypeError(f"{where}: 'tool_calls' should be a list, got {type(calls).__name__}")
-    read = []
+    parsed = []
     for index, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
@@ -89,23 +89,23 @@ def _tool_calls(calls: Any, where: str) -> list[Any]:
                 raise RequestError(f"{where}.tool_calls[{index}]: arguments are not valid JSON.", "bad_call") from error
             except RecursionError as error:
                 raise TooDeepError from error
-        read.append({**call, "function": {**function, "arguments": arguments}})
-    return read
+        parsed.append({**call, "function": {**function, "arguments": arguments}})
+    return parsed
 
 
 def media_of(messages: list[Message]) -> list[MediaRef]:
-    """Every medium of a conversation, in its order."""
-    return [piece for message in messages for piece in message.pieces if isinstance(piece, MediaRef)]
+    """Every media item of a conversation, in order."""
+    return [part for message in messages for part in message.parts if isinstance(part, MediaRef)]
 
 
-def in_parts(messages: list[Message]) -> list[dict[str, Any]]:
-    """Contents as lists of parts: the template itself prints a placeholder where a medium stands."""
+def with_parts(messages: list[Message]) -> list[dict[str, Any]]:
+    """The messages with their contents as lists of parts: the template itself prints the placeholders of media."""
     return [
         {
             "role": message.role,
             "content": [
-                {"type": piece.modality} if isinstance(piece, MediaRef) else {"type": "text", "text": piece}
-                for piece in message.pieces
+                {"type": part.modality} if isinstance(part, MediaRef) else {"type": "text", "text": part}
+                for part in message.parts
             ],
             **message.extra,
         }
@@ -113,41 +113,41 @@ def in_parts(messages: list[Message]) -> list[dict[str, Any]]:
     ]
 
 
-def in_strings(
+def with_strings(
     messages: list[Message], placeholder: Callable[[str, int], str | None], *, interleave: bool
 ) -> list[dict[str, Any]]:
-    """Contents as strings. `placeholder(kind, number)`: what stands for the number-th medium of a kind, from 1.
+    """The messages with their contents as strings. placeholder: (modality, number from 1) -> text for that item.
 
-    Placeholders that a text does not hold already go in front of it; with `interleave` each stands where its medium
-    does. RequestError when a text holds more of one than there are media.
+    Placeholders that a text does not hold already go in front of it; with `interleave` each stands where its item
+    does. RequestError when a text holds more placeholders than there are items.
     """
     counts: collections.Counter[str] = collections.Counter()
-    made = []
+    rewritten = []
     for message in messages:
-        pieces: list[tuple[bool, str]] = []  # (is a placeholder, text)
-        for piece in message.pieces:
-            if isinstance(piece, str):
-                pieces.append((False, piece))
+        texts: list[tuple[bool, str]] = []  # (is a placeholder, text)
+        for part in message.parts:
+            if isinstance(part, str):
+                texts.append((False, part))
                 continue
-            counts[piece.modality] += 1
-            stands = placeholder(piece.modality, counts[piece.modality])
-            if stands:
-                pieces.append((True, stands))
-        content = "\n".join(text for _, text in pieces) if interleave else _in_front(pieces)
-        made.append({"role": message.role, "content": content, **message.extra})
-    return made
+            counts[part.modality] += 1
+            text = placeholder(part.modality, counts[part.modality])
+            if text:
+                texts.append((True, text))
+        content = "\n".join(text for _, text in texts) if interleave else _placeholders_first(texts)
+        rewritten.append({"role": message.role, "content": content, **message.extra})
+    return rewritten
 
 
-def _in_front(pieces: list[tuple[bool, str]]) -> str:
-    text = "\n".join(text for stands, text in pieces if not stands)
+def _placeholders_first(texts: list[tuple[bool, str]]) -> str:
+    content = "\n".join(text for is_placeholder, text in texts if not is_placeholder)
     missing = []
-    for stands, count in collections.Counter(text for stands, text in pieces if stands).items():
-        left = count - text.count(stands)
-        if left < 0:
+    for text, count in collections.Counter(text for is_placeholder, text in texts if is_placeholder).items():
+        num_missing = count - content.count(text)
+        if num_missing < 0:
             raise RequestError(
-                f"Found more '{stands}' placeholders in input prompt than actual multimodal data items. Remove them "
+                f"Found more '{text}' placeholders in input prompt than actual multimodal data items. Remove them "
                 "from the text, or add the media they stand for.",
                 "placeholder_mismatch",
             )
-        missing += [stands] * left
-    return "\n".join([*missing, text] if text else missing)
+        missing += [text] * num_missing
+    return "\n".join([*missing, content] if content else missing)

@@ -1,46 +1,37 @@
-"""Media of a conversation -> their data: all at once, on threads or on an event loop; the first failure ends it."""
+"""Fetches the media of a conversation, all at once, on threads or on an event loop. The first failure ends it."""
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from PIL import Image
 
 from mmjax.chat.parts import MediaRef
+from mmjax.multimodal.connector import Connector, Media
 
-Fetched = Any
-
-
-class Connector(Protocol):
-    """Where media come from; see `mmjax.multimodal.media.MediaConnector`."""
-
-    def fetch_image(self, image_url: str) -> Any: ...
-    def fetch_audio(self, audio_url: str) -> Any: ...
-    def fetch_video(self, video_url: str) -> Any: ...
-    async def fetch_image_async(self, image_url: str) -> Any: ...
-    async def fetch_audio_async(self, audio_url: str) -> Any: ...
-    async def fetch_video_async(self, video_url: str) -> Any: ...
-    def fetch_image_embedding(self, data: str) -> Any: ...
-    def fetch_audio_embedding(self, data: str) -> Any: ...
+MediaData: TypeAlias = Media | Mapping[str, Any] | None
+"""A media item, the named arrays of embeddings, or None for an item that is in the processor cache."""
 
 
-def fetch_all(media: Sequence[MediaRef], connector: Connector, pool: concurrent.futures.Executor) -> list[Fetched]:
-    """The data of each medium, in order; None for those to be found in the cache."""
-    if sum(map(is_elsewhere, media)) < 2:
+def fetch_all(media: Sequence[MediaRef], connector: Connector, pool: concurrent.futures.Executor) -> list[MediaData]:
+    """The data of each media item, in order."""
+    if sum(map(needs_fetch, media)) < 2:
         return [_fetch(ref, connector) for ref in media]
     futures = [pool.submit(_fetch, ref, connector) for ref in media]
     try:
         concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
         for future in futures:
             if future.done():
-                future.result()  # of several failures the first in the conversation is told
+                future.result()  # of several failures, raises the first in the conversation
         return [future.result() for future in futures]
     finally:
         for future in futures:
             future.cancel()
 
 
-async def fetch_all_async(media: Sequence[MediaRef], connector: Connector) -> list[Fetched]:
-    """The same without blocking the event loop. A failure cancels the other downloads before it is raised."""
+async def fetch_all_async(media: Sequence[MediaRef], connector: Connector) -> list[MediaData]:
+    """`fetch_all` without blocking the event loop. A failure cancels the other downloads before it is raised."""
     tasks = [asyncio.ensure_future(_fetch_async(ref, connector)) for ref in media]
     try:
         return list(await asyncio.gather(*tasks))
@@ -50,51 +41,47 @@ async def fetch_all_async(media: Sequence[MediaRef], connector: Connector) -> li
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def is_elsewhere(ref: MediaRef) -> bool:
+def needs_fetch(ref: MediaRef) -> bool:
     """Whether there is something to fetch or to decode."""
-    if ref.form == "embeds":
-        return any(isinstance(value, str) for value in _named(ref).values())
-    return ref.value is not None and ref.form == "url"
+    if ref.source == "embeds":
+        return any(isinstance(value, str) for value in _fields(ref).values())
+    return ref.source == "url" and ref.value is not None
 
 
-def at_hand(ref: MediaRef) -> Fetched:
-    """The data of a medium that is not elsewhere."""
-    return _named(ref) or None if ref.form == "embeds" else ref.value
+def local_data(ref: MediaRef) -> MediaData:
+    """The data of an item that needs no fetching."""
+    if ref.source == "embeds":
+        return _fields(ref) or None
+    assert ref.value is None or isinstance(ref.value, Image.Image)
+    return ref.value
 
 
-def _fetch(ref: MediaRef, connector: Connector) -> Fetched:
-    if not is_elsewhere(ref):
-        return at_hand(ref)
-    if ref.form == "embeds":
-        return _embeds(ref, connector)
-    fetch: Mapping[str, Callable[[str], Any]] = {
-        "image": connector.fetch_image,
-        "audio": connector.fetch_audio,
-        "video": connector.fetch_video,
+def _fetch(ref: MediaRef, connector: Connector) -> MediaData:
+    if not needs_fetch(ref):
+        return local_data(ref)
+    if ref.source == "embeds":
+        return _decode_embeds(ref, connector)
+    return connector.fetch(ref.modality, ref.value)
+
+
+async def _fetch_async(ref: MediaRef, connector: Connector) -> MediaData:
+    if not needs_fetch(ref):
+        return local_data(ref)
+    if ref.source == "embeds":
+        return await asyncio.to_thread(_decode_embeds, ref, connector)
+    return await connector.fetch_async(ref.modality, ref.value)
+
+
+def _decode_embeds(ref: MediaRef, connector: Connector) -> dict[str, Any]:
+    """The named arrays of embeddings, decoded where they are base64 text."""
+    return {
+        name: connector.decode_embeds(ref.modality, value) if isinstance(value, str) else value
+        for name, value in _fields(ref).items()
     }
-    return fetch[ref.modality](ref.value)
 
 
-async def _fetch_async(ref: MediaRef, connector: Connector) -> Fetched:
-    if not is_elsewhere(ref):
-        return at_hand(ref)
-    if ref.form == "embeds":
-        return await asyncio.to_thread(_embeds, ref, connector)
-    if ref.modality == "image":
-        return await connector.fetch_image_async(ref.value)
-    if ref.modality == "audio":
-        return await connector.fetch_audio_async(ref.value)
-    return await connector.fetch_video_async(ref.value)
-
-
-def _embeds(ref: MediaRef, connector: Connector) -> dict[str, Any]:
-    """Named arrays, decoded where they came as base64."""
-    decode = connector.fetch_audio_embedding if ref.modality == "audio" else connector.fetch_image_embedding
-    return {name: decode(value) if isinstance(value, str) else value for name, value in _named(ref).items()}
-
-
-def _named(ref: MediaRef) -> dict[str, Any]:
-    """The arrays of embeddings by name; none for those to be found in the cache."""
+def _fields(ref: MediaRef) -> dict[str, Any]:
+    """The arrays of embeddings by name; empty for embeddings that are in the processor cache."""
     if ref.value is None or isinstance(ref.value, dict):
         return ref.value or {}
     return {f"{ref.modality}_embeds": ref.value}

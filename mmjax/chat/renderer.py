@@ -1,33 +1,33 @@
-"""`Chat`: OpenAI messages in, a prompt as `LLM.generate` takes it out. The server and `LLM.chat` call the same."""
+"""`ChatRenderer`: OpenAI messages in, a prompt as `LLM.generate` takes it out. `LLM.chat` and the server use it."""
 
 import collections
 import concurrent.futures
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from mmjax.chat import conversation, template
 from mmjax.chat.content import content_format
-from mmjax.chat.media import Connector, at_hand, fetch_all, fetch_all_async, is_elsewhere
+from mmjax.chat.media import MediaData, fetch_all, fetch_all_async, local_data, needs_fetch
 from mmjax.chat.parts import MediaRef
 from mmjax.chat.template import StoredTemplates
 from mmjax.config import env_number
+from mmjax.multimodal.connector import Connect, IoKwargs
 from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("auto", "string", "openai")
-IoKwargs = Mapping[str, Mapping[str, Any]]
+CONTENT_FORMATS = ("auto", "string", "openai")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How messages become a prompt, with the names of the OpenAI payload and of vLLM.
+    """How messages become a prompt, under the names of OpenAI's API and of vLLM.
 
     chat_template: Jinja text or the name of a stored template, never a path. chat_template_kwargs: more variables for
-    it. chat_template_content_format: "string", "openai" (lists of parts), or "auto" to read it from the template.
+    it. chat_template_content_format: "string", "openai" (lists of parts), or "auto" for what the template expects.
     """
 
     chat_template: str | None = None
@@ -42,9 +42,9 @@ class ChatOptions:
     cache_salt: str | None = None
 
     def __post_init__(self) -> None:
-        if self.chat_template_content_format not in FORMATS:
+        if self.chat_template_content_format not in CONTENT_FORMATS:
             raise RequestError(
-                f"chat_template_content_format must be one of {', '.join(FORMATS)}, got "
+                f"chat_template_content_format must be one of {', '.join(CONTENT_FORMATS)}, got "
                 f"{self.chat_template_content_format!r}.",
                 "bad_content_format",
             )
@@ -70,32 +70,43 @@ class ChatOptions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RenderedChat:
-    """A conversation written out, its media not fetched yet."""
+    """A conversation rendered to text, its media not fetched yet."""
 
     prompt: str
     media: tuple[MediaRef, ...]
     options: ChatOptions
 
-    def finish(self, fetched: Sequence[Any]) -> dict[str, Any]:
-        """The prompt as `LLM.generate` takes it, with the data of each medium."""
-        data: collections.defaultdict[str, list[Any]] = collections.defaultdict(list)
-        names: collections.defaultdict[str, list[str | None]] = collections.defaultdict(list)
+    def with_media(self, fetched: Sequence[MediaData]) -> dict[str, Any]:
+        """The prompt as `LLM.generate` takes it, with the data of each media item."""
+        data: collections.defaultdict[str, list[MediaData]] = collections.defaultdict(list)
+        uuids: collections.defaultdict[str, list[str | None]] = collections.defaultdict(list)
         for ref, value in zip(self.media, fetched, strict=True):
             data[ref.modality].append(value)
-            names[ref.modality].append(ref.uuid)
-        made: dict[str, Any] = {"prompt": self.prompt, "multi_modal_data": dict(data), "multi_modal_uuids": dict(names)}
+            uuids[ref.modality].append(ref.uuid)
+        prompt: dict[str, Any] = {
+            "prompt": self.prompt,
+            "multi_modal_data": dict(data),
+            "multi_modal_uuids": dict(uuids),
+        }
         for name in ("mm_processor_kwargs", "media_io_kwargs", "cache_salt"):
             if getattr(self.options, name) is not None:
-                made[name] = getattr(self.options, name)
-        return made
+                prompt[name] = getattr(self.options, name)
+        return prompt
+
+
+class CheckCount(Protocol):
+    """Checks how many items of a modality a prompt holds."""
+
+    def __call__(self, modality: str, count: int, num_embeds: int) -> None:
+        """RequestError for more than the model or the operator allows. num_embeds of them come as embeddings."""
+        ...
 
 
 class ChatRenderer:
-    """Writes conversations for one model. Safe to use from several threads.
+    """Renders conversations for one model. Safe to use from several threads.
 
-    placeholder: modality -> what stands for one item in a string, with `{i}` for its number. check: (modality, media,
-    how many of them are embeddings) raises when the model or the operator allows fewer. connect: media_io_kwargs of a
-    request -> where its media come from. default_template: the operator's.
+    placeholder: modality -> text that stands for one item, with `{i}` for its number. default_template: the operator's.
+    interleave: where contents are strings, whether placeholders stand among the texts and not in front of them.
     """
 
     def __init__(
@@ -103,8 +114,8 @@ class ChatRenderer:
         stored: StoredTemplates,
         *,
         placeholder: Mapping[str, str],
-        check: Callable[[str, int, int], None],
-        connect: Callable[[IoKwargs], Connector],
+        check: CheckCount,
+        connect: Connect,
         default_template: str | None = None,
         interleave: bool = False,
         processor_kwargs: Mapping[str, Any] | None = None,
@@ -116,27 +127,26 @@ class ChatRenderer:
 
     @functools.cached_property
     def _threads(self) -> concurrent.futures.Executor:
-        most = max(1, int(env_number("MEDIA_LOADING_THREAD_COUNT", 8)))
-        return concurrent.futures.ThreadPoolExecutor(max_workers=most, thread_name_prefix="fetch")
+        count = max(1, int(env_number("MEDIA_LOADING_THREAD_COUNT", 8)))
+        return concurrent.futures.ThreadPoolExecutor(max_workers=count, thread_name_prefix="fetch")
 
     def render(self, messages: Any, options: ChatOptions) -> RenderedChat:
-        """Check and write out one conversation. Nothing is fetched before everything that needs no media is checked.
+        """Check and render one conversation. Whatever can be checked without its media is checked here.
 
-        RequestTypeError: no messages. RequestError: something in them, in the options or in the template.
+        RequestTypeError for objects that are not messages. RequestError for faults in messages, options or template.
         """
-        read = conversation.read(messages)
+        read = conversation.read_messages(messages)
         media = self._with_sound_tracks(conversation.media_of(read), options)
         for modality, count in collections.Counter(ref.modality for ref in media).items():
-            self.check(modality, count, sum(m.modality == modality and m.form == "embeds" for m in media))
+            self.check(modality, count, sum(m.modality == modality and m.source == "embeds" for m in media))
         text = self.stored.resolve(options.chat_template or self.default_template, tools=bool(options.tools))
-        form = self._form(text, options.chat_template_content_format)
-        if form == "openai":
-            written = conversation.in_parts(read)
+        if self._content_format(text, options.chat_template_content_format) == "openai":
+            contents = conversation.with_parts(read)
         else:
-            written = conversation.in_strings(read, self._placeholder, interleave=self.interleave)
+            contents = conversation.with_strings(read, self._placeholder_text, interleave=self.interleave)
         prompt = template.apply(
             text,
-            written,
+            contents,
             self.stored,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
@@ -147,55 +157,47 @@ class ChatRenderer:
         return RenderedChat(prompt, tuple(media), options)
 
     def fetch(self, rendered: RenderedChat) -> dict[str, Any]:
-        """Fetch the media of a draft, several at a time: the prompt as `LLM.generate` takes it."""
-        if not any(map(is_elsewhere, rendered.media)):
-            return rendered.finish([at_hand(ref) for ref in rendered.media])
-        return rendered.finish(
-            fetch_all(rendered.media, self.connect(rendered.options.media_io_kwargs or {}), self._threads)
-        )
+        """The prompt as `LLM.generate` takes it, its media fetched several at a time."""
+        if not any(map(needs_fetch, rendered.media)):
+            return rendered.with_media(list(map(local_data, rendered.media)))
+        connector = self.connect(rendered.options.media_io_kwargs or {})
+        return rendered.with_media(fetch_all(rendered.media, connector, self._threads))
 
     async def fetch_async(self, rendered: RenderedChat) -> dict[str, Any]:
         """`fetch` without blocking the event loop."""
-        if not any(map(is_elsewhere, rendered.media)):
-            return rendered.finish([at_hand(ref) for ref in rendered.media])
-        return rendered.finish(
-            await fetch_all_async(rendered.media, self.connect(rendered.options.media_io_kwargs or {}))
-        )
+        if not any(map(needs_fetch, rendered.media)):
+            return rendered.with_media(list(map(local_data, rendered.media)))
+        connector = self.connect(rendered.options.media_io_kwargs or {})
+        return rendered.with_media(await fetch_all_async(rendered.media, connector))
 
-    def prompt(self, messages: Any, options: ChatOptions) -> dict[str, Any]:
-        """One conversation -> prompt, multi_modal_data, multi_modal_uuids and what else `LLM.generate` reads."""
-        return self.fetch(self.render(messages, options))
+    def _placeholder_text(self, modality: str, number: int) -> str | None:
+        text = self.placeholder.get(modality)
+        return text and text.replace("{i}", str(number))
 
-    async def prompt_async(self, messages: Any, options: ChatOptions) -> dict[str, Any]:
-        """`prompt` without blocking the event loop on a download."""
-        return await self.fetch_async(self.render(messages, options))
-
-    def _placeholder(self, modality: str, number: int) -> str | None:
-        stands = self.placeholder.get(modality)
-        return stands and stands.replace("{i}", str(number))
-
-    def _form(self, text: str, asked: str) -> str:
-        found = content_format(text)
-        if asked not in ("auto", found):
-            self._warn_once(f"the chat template looks as if it wants contents as {found!r}, not {asked!r} as was asked")
-        form = found if asked == "auto" else asked
-        if self.interleave and form == "openai":
+    def _content_format(self, template_text: str, given: str) -> str:
+        detected = content_format(template_text)
+        if given not in ("auto", detected):
+            self._warn_once(
+                f"the chat template looks as if it wants contents as {detected!r}, not {given!r} as was asked"
+            )
+        resolved = detected if given == "auto" else given
+        if self.interleave and resolved == "openai":
             self._warn_once("interleave_mm_strings has no effect: the chat template places media itself")
-        return form
+        return resolved
 
-    def _warn_once(self, words: str) -> None:
-        if words not in self._warned:
-            self._warned.add(words)
-            log.warning("%s", words)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning("%s", message)
 
     def _with_sound_tracks(self, media: list[MediaRef], options: ChatOptions) -> list[MediaRef]:
-        """With `use_audio_in_video` the sound track of each video is an audio item of its own, under the same name."""
+        """With `use_audio_in_video`, adds the sound track of each video as an audio item with the same uuid."""
         kwargs = {**self.processor_kwargs, **(options.mm_processor_kwargs or {})}
         if not kwargs.get("use_audio_in_video"):
             return media
-        made = []
+        refs = []
         for ref in media:
-            made.append(ref)
-            if ref.modality == "video" and ref.form == "url":
-                made.append(dataclasses.replace(ref, modality="audio"))
-        return made
+            refs.append(ref)
+            if ref.modality == "video" and ref.source == "url":
+                refs.append(dataclasses.replace(ref, modality="audio"))
+        return refs

@@ -1,4 +1,4 @@
-"""Templates are programs from strangers: they run in an immutable sandbox, see plain data only, and may not grow.
+"""Runs chat templates, which are untrusted programs: in an immutable sandbox, on plain data only, with bounded output.
 
 The environment is the one that published templates were written for: trimmed blocks, `raise_exception`,
 `strftime_now`, an unescaped `tojson`, loop controls, and `generation` blocks (which print their content).
@@ -17,13 +17,13 @@ from jinja2.utils import Namespace
 
 from mmjax.types import RequestError, TooDeepError
 
-# what parsing and compiling a template raises that is no program: jinja2's own errors, and Python's about what it made
+# what jinja2 raises of text that is no template, and Python of what jinja2 made of it
 UNPARSABLE = (jinja2.TemplateError, SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
-LONGEST = 1 << 24  # characters that a template may print, and members of a product within it
+MAX_OUTPUT = 1 << 24  # characters that a template may print, and members of a product that it may compute
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what an assistant said, for training; here it is only its body."""
+    """`{% generation %}…{% endgeneration %}` marks an assistant's output for training; here only its body counts."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
 
@@ -34,7 +34,7 @@ class _Generation(ext.Extension):
 
 
 class _Namespace(Namespace):
-    """A namespace without underscored names, which lead to Python's internals."""
+    """A namespace without names that begin with an underscore, which lead to Python's internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         for name in dict(*args[1:], **kwargs):
@@ -62,7 +62,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         else:
             sizes = [len(x) if isinstance(x, (str, bytes, list, tuple)) else x for x in (left, right)]
             several = any(isinstance(x, (str, bytes, list, tuple)) for x in (left, right))
-            large = several and sizes[0] * sizes[1] > LONGEST
+            large = several and sizes[0] * sizes[1] > MAX_OUTPUT
         if large:
             raise jinja2.exceptions.SecurityError(f"the result of '{operator}' would be too large")
         return super().call_binop(context, operator, left, right)
@@ -94,13 +94,13 @@ def _raise(message: Any) -> None:
     raise jinja2.exceptions.TemplateError(str(message))
 
 
-def _now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)
+def _now(date_format: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(date_format)
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """(template, the variables it reads)."""
+    """(compiled template, the variables it reads)."""
     env = environment()
     try:
         return env.from_string(template), frozenset(meta.find_undeclared_variables(env.parse(template)))
@@ -110,12 +110,12 @@ def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
 
 
 def variables(template: str) -> frozenset[str]:
-    """The variables that a template reads from outside. RequestError when it cannot be parsed."""
+    """The variables that a template reads. RequestError when it cannot be parsed."""
     return _compiled(template)[1]
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Run a template. RequestError for whatever goes wrong in there, and for output without bound."""
+    """Run a template. RequestError for any error in it, and for too long an output."""
     compiled, _ = _compiled(template)
     pieces, length = [], 0
     try:
@@ -126,8 +126,8 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         for piece in compiled.generate(given):
             pieces.append(piece)
             length += len(piece)
-            if length > LONGEST:
-                raise RequestError(f"The chat template prints more than {LONGEST} characters.", "bad_template")
+            if length > MAX_OUTPUT:
+                raise RequestError(f"The chat template prints more than {MAX_OUTPUT} characters.", "bad_template")
     except RequestError:
         raise
     except Exception as error:  # a template is a program: it can raise anything
@@ -140,10 +140,11 @@ def render(template: str, values: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The same out of plain strings, numbers, dictionaries and lists: other objects have methods that do things."""
+    """The value as plain strings, numbers, dictionaries and lists: a template could call the methods of other objects.
+    RequestError for objects that are none of these."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, str):  # enumerations and the like: the characters, not what their type makes of them
+    if isinstance(value, str):  # of an enumeration: its characters, and not what its __str__ returns
         return str.__str__(value)
     if isinstance(value, int):
         return int.__int__(value)

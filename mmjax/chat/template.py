@@ -1,4 +1,4 @@
-"""Which template a conversation is written with, and what it is given: resolution, variables, continuation."""
+"""Chat templates: where they come from, which one is used, and how it is applied to messages."""
 
 import dataclasses
 import json
@@ -9,63 +9,62 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.chat import sandbox
-from mmjax.chat.templates import SHIPPED, fallback
+from mmjax.chat.templates import TEMPLATES, fallback
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
-JINJA = "{}\n"  # text with one of these is a template and no path
-OWN = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
-REFUSED = ("chat_template", "tokenize", "messages")
+JINJA_CHARS = "{}\n"  # text with one of these is a template, not a path
+ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+REFUSED_KWARGS = ("chat_template", "tokenize", "messages")
 TAG = "\N{SYMBOL FOR UNIT SEPARATOR}continue\N{SYMBOL FOR UNIT SEPARATOR} "  # marks where the last message is cut off
 
 
 class ChatTemplateResolutionError(RequestError):
-    """There is no template to write a conversation with."""
+    """No chat template could be found."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTemplates:
     """The templates that come with a checkpoint, by name, and the special tokens that they may print.
 
-    processor: from chat_template.jinja or chat_template.json. tokenizer: from tokenizer_config.json.
+    processor: from chat_template.jinja or chat_template.json. tokenizer: from tokenizer_config.json. fallback: mmjax's
+    own template for this type of model.
     """
 
     processor: Mapping[str, str]
     tokenizer: Mapping[str, str]
-    special: Mapping[str, Any]
+    special_tokens: Mapping[str, Any]
     fallback: str | None = None
 
     @classmethod
     def read(cls, directory: Path, tokenizer: Tokenizer | None, model_type: str | None) -> "StoredTemplates":
-        """From a model's directory and its tokenizer, which may live in another."""
+        """From a model's directory and its tokenizer, which may come from another directory."""
         processor = {}
         jinja = directory / "chat_template.jinja"
         if jinja.is_file():
             processor = {"default": jinja.read_text(encoding="utf-8")}
         elif (file := directory / "chat_template.json").is_file():
-            processor = _named(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+            processor = _by_name(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
         processor |= {
             file.stem: file.read_text(encoding="utf-8") for file in directory.glob("*_chat_templates/*.jinja")
         }
         config = tokenizer.config if tokenizer else {}
-        return cls(
-            processor, _named(config.get("chat_template")), _special(config), fallback(model_type, str(directory))
-        )
+        tokenizer_templates = _by_name(config.get("chat_template"))
+        return cls(processor, tokenizer_templates, _special_tokens(config), fallback(model_type, str(directory)))
 
     def resolve(self, given: str | None, *, tools: bool) -> str:
-        """The template to use: the one given (Jinja, or the name of a stored one), else what the checkpoint brings.
+        """The template to use: the given one (Jinja text, or the name of a stored one), else the checkpoint's.
 
-        With tools the tokenizer's template goes first: processors' templates know none.
+        With tools the tokenizer's templates come first: those of processors do not print tools.
         """
         if given is not None:
-            return self._given(given)
-        homes = [self.tokenizer, self.processor] if tools else [self.processor, self.tokenizer]
-        for home in homes:
+            return self._resolve_given(given)
+        for templates in (self.tokenizer, self.processor) if tools else (self.processor, self.tokenizer):
             for name in ("tool_use", "default") if tools else ("default",):
-                if name in home:
-                    return home[name]
+                if name in templates:
+                    return templates[name]
         if self.fallback is not None:
             return self.fallback
         names = sorted({*self.processor, *self.tokenizer})
@@ -76,11 +75,11 @@ class StoredTemplates:
             "no_template",
         )
 
-    def _given(self, given: str) -> str:
-        for home in (self.processor, self.tokenizer):
-            if given in home:
-                return home[given]
-        if not any(character in given for character in JINJA):
+    def _resolve_given(self, given: str) -> str:
+        for templates in (self.processor, self.tokenizer):
+            if given in templates:
+                return templates[given]
+        if not any(character in given for character in JINJA_CHARS):
             raise RequestError(
                 f"The chat template ({given[:200]}) is neither Jinja text nor the name of a stored template; stored "
                 f"are {', '.join(sorted({*self.processor, *self.tokenizer})) or 'none'}.",
@@ -90,23 +89,23 @@ class StoredTemplates:
 
 
 def load_template(given: str | os.PathLike[str] | None, stored: StoredTemplates) -> str | None:
-    """A template as an operator writes it: a file, Jinja text, the name of a stored one or of one that mmjax brings.
+    """A template as the operator names it: a file, Jinja text, or the name of a stored template or of one of mmjax's.
 
-    RequestError for what looks like a file and cannot be read. Never for text out of a request: it reads files.
+    RequestError for a file that cannot be read. It reads files: never pass text from a request.
     """
     if given is None:
         return None
     text = os.fspath(given)
     if not isinstance(text, str):
         raise RequestTypeError(f"chat_template should be a string or a path, got {type(given).__name__}")
-    if any(character in text for character in JINJA) or text in {*stored.processor, *stored.tokenizer}:
+    if any(character in text for character in JINJA_CHARS) or text in {*stored.processor, *stored.tokenizer}:
         return text
     try:
         return Path(text).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         name = Path(text).name.removesuffix(".jinja")
-        if name in SHIPPED:
-            return SHIPPED[name]
+        if name in TEMPLATES:
+            return TEMPLATES[name]
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise RequestError(
             f"The supplied chat template ({text}) looks like a file path, but it failed to be opened. Reason: {reason}",
@@ -125,18 +124,18 @@ def apply(
     documents: Sequence[Mapping[str, Any]] | None,
     kwargs: Mapping[str, Any],
 ) -> str:
-    """The conversation as one text. RequestError for what the template refuses or cannot do."""
-    for name in REFUSED:
+    """The conversation as one text. RequestError for messages that the template refuses, and for errors in it."""
+    for name in REFUSED_KWARGS:
         if name in kwargs:
             raise RequestError(
                 f"chat_template_kwargs cannot hold {name!r}: it is an argument of its own.", "bad_template_kwargs"
             )
     known = sandbox.variables(template)
-    extra = {name: value for name, value in kwargs.items() if name in known and name not in OWN}
-    for name in kwargs.keys() - extra.keys() - {*OWN}:
+    extra = {name: value for name, value in kwargs.items() if name in known and name not in ARGUMENTS}
+    for name in kwargs.keys() - extra.keys() - {*ARGUMENTS}:
         log.warning("chat_template_kwargs: the template reads no %r; it is dropped", name)
     values = {
-        **stored.special,
+        **stored.special_tokens,
         **extra,
         "messages": _tagged(messages, template) if continue_final_message else messages,
         "tools": tools if tools is not None else kwargs.get("tools"),
@@ -148,7 +147,7 @@ def apply(
 
 
 def _tagged(messages: Sequence[Mapping[str, Any]], template: str) -> list[Mapping[str, Any]]:
-    """The messages with a tag behind the last text of the last one."""
+    """The messages with a tag after the last text of the last one."""
     *before, last = messages
     content = last.get("content")
     if isinstance(content, str):
@@ -162,7 +161,7 @@ def _tagged(messages: Sequence[Mapping[str, Any]], template: str) -> list[Mappin
 
 
 def _cut(text: str) -> str:
-    """What stands before the tag; templates that trim contents have taken the tag's own blank away."""
+    """The text before the tag. Templates that trim contents have removed the blank at the tag's end."""
     at = text.rfind(TAG.strip())
     if at < 0:
         raise RequestError(
@@ -171,16 +170,16 @@ def _cut(text: str) -> str:
     return text[:at] if text.startswith(TAG, at) else text[:at].rstrip()
 
 
-def _named(found: Any) -> dict[str, str]:
-    """One template, a list of named ones or a dictionary of them, by name."""
-    if isinstance(found, str):
-        return {"default": found}
-    if isinstance(found, list):
-        return {entry["name"]: entry["template"] for entry in found}
-    return dict(found or {})
+def _by_name(templates: Any) -> dict[str, str]:
+    """Templates by name, from one template, a list of named ones or a dictionary."""
+    if isinstance(templates, str):
+        return {"default": templates}
+    if isinstance(templates, list):
+        return {entry["name"]: entry["template"] for entry in templates}
+    return dict(templates or {})
 
 
-def _special(config: Mapping[str, Any]) -> dict[str, Any]:
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token, eos_token and the like, as text."""
     found: dict[str, Any] = {}
     for name, token in {**config, **(config.get("extra_special_tokens") or {})}.items():

@@ -1,4 +1,4 @@
-"""Templates that come with mmjax: those models fall back to, and those named on the command line."""
+"""Chat templates that come with mmjax: fallbacks for models without one, and those that the operator may name."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -9,7 +9,7 @@ CHATML = (
 )
 BASIC = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
-# One message: its parts in their order, joined by blanks, images numbered from 1.
+# One message: its parts in order, joined by blanks, images numbered from 1.
 VLM2VEC = (
     "{% if messages | length != 1 %}{{ raise_exception('An embedding is made of exactly one message.') }}{% endif %}"
     "{% set made = namespace(parts=[], images=0) %}"
@@ -21,9 +21,9 @@ VLM2VEC = (
     "{% endfor %}{{ made.parts | join(' ') }}"
 )
 
-SHIPPED = {"chatml": CHATML, "vlm2vec_phi3v": VLM2VEC}  # by file name without its ending
-# model_type of config.json -> template, for checkpoints that bring none
-FALLBACK = {
+TEMPLATES = {"chatml": CHATML, "vlm2vec_phi3v": VLM2VEC}  # by the names of vLLM's template files, without .jinja
+# model_type of config.json -> template, for checkpoints without one
+FALLBACKS = {
     "minicpmv": CHATML,
     **dict.fromkeys(
         (
@@ -45,7 +45,7 @@ FALLBACK = {
 
 
 def fallback(model_type: str | None, name: str) -> str | None:
-    """The template of a kind of model, or None. `name` is the model's own: Qwen says there what it was tuned for."""
+    """The fallback for a type of model, or None. name: of the model; Qwen's says whether it was tuned for chats."""
     if model_type == "qwen":
         return CHATML if name.rstrip("/").endswith("-Chat") else BASIC
-    return FALLBACK.get(model_type or "")
+    return FALLBACKS.get(model_type or "")

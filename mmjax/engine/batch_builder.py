@@ -1,4 +1,4 @@
-"""Plans into padded arrays. Nothing is padded anywhere else, and what each padding means is said where it is put."""
+"""Turns what the scheduler chose into padded arrays. All padding is done here, with its meaning beside it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import numpy as np
 from mmjax.batch import bucket
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.encoder_cache import EncoderCache
+from mmjax.engine.output_processor import PromptChunk
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import ScheduledChunk, ScheduledEncode
 from mmjax.engine.sequence import Sequence as Seq
 from mmjax.spec import EncoderSpec
 
-OUT_OF_RANGE = np.iinfo(np.int32).max  # an index that falls off every array
+OUT_OF_RANGE = np.iinfo(np.int32).max  # an index past the end of every array: writes to it are dropped
 
 
 def build_prefill(
@@ -24,53 +25,63 @@ def build_prefill(
     block_tables: np.ndarray,
     encoder_cache: EncoderCache,
 ) -> tuple[int, np.ndarray]:
-    """(token bucket T, vector) of chunks of prompts; each chunk starts on a block boundary."""
+    """(token bucket T, packed vector i32) of a prefill. Each chunk starts on a boundary of query blocks."""
     block = buckets.q_block_size
-    used = sum(-(-chunk.num_tokens // block) for chunk in chunks)
-    total = bucket(used * block, buckets.token_buckets)
+    num_blocks = sum(-(-chunk.num_tokens // block) for chunk in chunks)
+    total = bucket(num_blocks * block, buckets.token_buckets)
     layout = buckets.prefill_layout(total)
     vector = np.zeros(layout.size, np.int32)
     f = layout.views(vector)
-    f["positions"].fill(-1)  # padding has no place, so nothing is written for it
+    f["positions"].fill(-1)  # the keys and values of padding are not written
     f["mm_index"].fill(-1)
-    f["q_start"].fill(-block)  # a padding block sees no key
+    f["q_start"].fill(-block)  # a padding block attends to no key
     f["last_token_index"].fill(-1)
     _pad_rows(f, buckets)
-    at = 0
+    offset = 0
     for s, chunk in enumerate(chunks):
         seq, end = chunk.seq, chunk.start + chunk.num_tokens
-        here = slice(at, at + chunk.num_tokens)
+        here = slice(offset, offset + chunk.num_tokens)
         f["token_ids"][here] = seq.token_ids[chunk.start : end]
         f["positions"][here] = np.arange(chunk.start, end)
-        _positions(seq, chunk.start, end, f["rope_positions"][:, here])
-        _media(seq, chunk.start, end, f["mm_index"][here], encoder_cache)
-        blocks = slice(at // block, at // block + -(-chunk.num_tokens // block))
+        _fill_rope_positions(seq, chunk.start, end, f["rope_positions"][:, here])
+        _fill_mm_index(seq, chunk.start, end, f["mm_index"][here], encoder_cache)
+        blocks = slice(offset // block, offset // block + -(-chunk.num_tokens // block))
         f["seq_index"][blocks] = s
         f["q_start"][blocks] = np.arange(chunk.start, end, block)
         f["context_lens"][s] = end
         if chunk.is_last:
-            f["last_token_index"][s] = at + chunk.num_tokens - 1
-        at += -(-chunk.num_tokens // block) * block
-    own = np.array([chunk.seq.row for chunk in chunks], np.int32)
-    sampling_state.fill(f, own, np.array([chunk.seq.output_len for chunk in chunks], np.int32), block_tables)
+            f["last_token_index"][s] = offset + chunk.num_tokens - 1
+        offset += -(-chunk.num_tokens // block) * block
+    rows = np.array([chunk.seq.row for chunk in chunks], np.int32)
+    output_lens = np.array([chunk.seq.output_len for chunk in chunks], np.int32)
+    sampling_state.fill(f, rows, output_lens, block_tables)
     return total, vector
+
+
+def build_logprob_targets(total: int, chunks: Sequence[PromptChunk]) -> np.ndarray:
+    """i32[T]: at each position of a prefill of T tokens the token whose log-probability is wanted there; else 0."""
+    targets = np.zeros(total, np.int32)
+    for chunk in chunks:
+        token_ids = chunk.seq.token_ids[chunk.first : chunk.first + chunk.num_tokens]
+        targets[chunk.offset : chunk.offset + chunk.num_tokens] = token_ids
+    return targets
 
 
 def build_decode(
     buckets: BucketConfig, chosen: Sequence[tuple[Seq, int]], sampling_state: SamplingState, block_tables: np.ndarray
 ) -> tuple[int, np.ndarray]:
-    """(sequence bucket S, vector) of decode steps. Called after planning: `planned` already counts these steps."""
+    """(sequence bucket S, packed vector i32) of decode steps, which `num_scheduled` of each sequence counts already."""
     total = bucket(len(chosen), buckets.seq_buckets)
     layout = buckets.decode_layout(total)
     vector = np.zeros(layout.size, np.int32)
     f = layout.views(vector)
     _pad_rows(f, buckets)
     n = len(chosen)
-    of = np.array(
+    rows, positions, rope_deltas, num_steps, prompt_lens = np.array(
         [(q.row, q.num_scheduled - steps, q.prompt.rope_delta, steps, q.prompt_len) for q, steps in chosen], np.int32
     ).T
-    f["positions"][:n], f["rope_delta"][:n], f["num_steps"][:n] = of[1:4]
-    sampling_state.fill(f, of[0], of[1] + 1 - of[4], block_tables)
+    f["positions"][:n], f["rope_delta"][:n], f["num_steps"][:n] = positions, rope_deltas, num_steps
+    sampling_state.fill(f, rows, positions + 1 - prompt_lens, block_tables)
     return total, vector
 
 
@@ -106,17 +117,15 @@ def build_encode(
 def build_embed_writes(
     buckets: BucketConfig, work: Sequence[ScheduledEncode]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows that came ready, in dispatches of `sizes.ready`: (f32[N, W], slab row of each), padding off the slab."""
-    given = np.concatenate([e.item.embeds for e in work if e.item.embeds is not None])
-    where = np.concatenate([e.rows for e in work])
-    for start in range(0, len(given), buckets.embed_rows):
-        part = given[start : start + buckets.embed_rows]
-        rows, dest = (
-            np.zeros((buckets.embed_rows, given.shape[1]), np.float32),
-            np.full(buckets.embed_rows, OUT_OF_RANGE, np.int32),
-        )
-        rows[: len(part)], dest[: len(part)] = part, where[start : start + buckets.embed_rows]
-        yield rows, dest
+    """Items that came as embeddings, `embed_rows` at a time: (f32[N, W], their rows i32[N] of the mm_embeds buffer)."""
+    all_embeds = np.concatenate([e.item.embeds for e in work if e.item.embeds is not None])
+    all_rows = np.concatenate([e.rows for e in work])
+    n, width = buckets.embed_rows, all_embeds.shape[1]
+    for start in range(0, len(all_embeds), n):
+        part = all_embeds[start : start + n]
+        embeds, dest = np.zeros((n, width), np.float32), np.full(n, OUT_OF_RANGE, np.int32)
+        embeds[: len(part)], dest[: len(part)] = part, all_rows[start : start + n]
+        yield embeds, dest
 
 
 def _parts(encoder: EncoderSpec, field: str, work: Sequence[ScheduledEncode]) -> list[np.ndarray]:
@@ -139,7 +148,7 @@ def _places(block_ids: Sequence[int], size: int) -> np.ndarray:
 
 
 def build_logit_biases(buckets: BucketConfig, seqs: Sequence[Seq], vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows i32[S], f32[S, V] to add to their logits) of sequences whose constraints change with every token."""
+    """(rows i32[S], biases f32[S, V]) of sequences whose constraints depend on their latest token."""
     total = bucket(len(seqs), buckets.seq_buckets)
     rows, biases = np.full(total, buckets.num_rows - 1, np.int32), np.zeros((total, vocab), np.float32)
     for s, seq in enumerate(seqs):
@@ -151,24 +160,26 @@ def build_logit_biases(buckets: BucketConfig, seqs: Sequence[Seq], vocab: int) -
 
 
 def _pad_rows(f: Mapping[str, np.ndarray], buckets: BucketConfig) -> None:
-    """Rows that ask for nothing and write to the table row that belongs to nobody."""
+    """Parameters of padding rows: greedy, and written to the table row that no sequence has."""
     f["row"].fill(buckets.num_rows - 1)
     f["stop_ids"].fill(-1)
     f["top_p"].fill(1)
     f["repetition_penalty"].fill(1)
 
 
-def _positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:
-    given = min(max(seq.prompt_len - start, 0), end - start)
-    out[:, :given] = seq.prompt.rope_positions[:, start : start + given]
-    out[:, given:] = np.arange(start + given, end) + seq.prompt.rope_delta
+def _fill_rope_positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:
+    """Rotary positions of tokens [start, end) into i32[R, end - start]."""
+    in_prompt = min(max(seq.prompt_len - start, 0), end - start)
+    out[:, :in_prompt] = seq.prompt.rope_positions[:, start : start + in_prompt]
+    out[:, in_prompt:] = np.arange(start + in_prompt, end) + seq.prompt.rope_delta
 
 
-def _media(seq: Seq, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
+def _fill_mm_index(seq: Seq, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
+    """Rows of the mm_embeds buffer for tokens [start, end) into i32[end - start]."""
     for span in seq.prompt.spans:
         first, last = max(start, span.start), min(end, span.start + span.length)
         if first < last:
             rows = encoder_cache.get(span.item_hash)
-            assert rows is not None, "the scheduler encodes before it plans"
+            assert rows is not None, "the scheduler has given every scheduled item its rows"
             shift = span.embed_offset - span.start
             out[first - start : last - start] = rows[first + shift : last + shift]

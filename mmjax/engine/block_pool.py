@@ -1,4 +1,4 @@
-"""Who owns which page of the pool, and which pages still hold a prefix worth finding again."""
+"""Which blocks of the KV cache are in use, and which hold a prefix that can be used again."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 
 
 class BlockPool:
-    """Allocator of page ids 1..count-1 (page 0 belongs to nobody), with a cache of full pages by content key.
+    """Allocator of block ids 1..num_blocks-1 (padding uses block 0), with a cache of full blocks by their hashes.
 
-    A page that nobody references stays findable by its key until it is needed for something else; the page that has
-    been unreferenced longest goes first.
+    A block without references stays in the cache until it is needed for something else; the block that has been free
+    longest goes first.
     """
 
-    def __init__(self, count: int, size: int) -> None:
-        self.block_size = size
-        self.num_blocks = count
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, count))
-        self._refs = [0] * count
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._refs = [0] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody references."""
+        """Blocks without references."""
         return len(self._free)
 
-    def blocks_for(self, tokens: int) -> int:
-        """Pages that hold this many tokens."""
-        return -(-tokens // self.block_size)
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-num_tokens // self.block_size)
 
     def allocate(self, n: int) -> list[int]:
-        """n pages nobody references, now with one reference each. The caller has checked `free`."""
+        """n free blocks, now with one reference each. The caller has checked `num_free`."""
         block_ids = []
         for _ in range(n):
             block_id, _ = self._free.popitem(last=False)
@@ -46,16 +46,16 @@ class BlockPool:
         return block_ids
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Drop one reference of each page; the tail of a sequence is reused before its head."""
+        """Drop one reference of each block; the tail of a sequence is reused before its head."""
         for block_id in reversed(block_ids):
             self._refs[block_id] -= 1
             if self._refs[block_id] == 0:
                 self._free[block_id] = None
-                if block_id not in self._hash_of:  # nothing to find again in it, so it goes first
+                if block_id not in self._hash_of:  # it is not in the cache, so nothing is lost when it is used first
                     self._free.move_to_end(block_id, last=False)
 
     def find_cached(self, hashes: Sequence[bytes]) -> list[int]:
-        """The pages of the longest prefix of `keys` that is cached. Takes no reference."""
+        """The blocks of the longest prefix of `hashes` that is cached. Takes no reference."""
         block_ids = []
         for block_hash in hashes:
             block_id = self._block_of.get(block_hash)
@@ -65,24 +65,24 @@ class BlockPool:
         return block_ids
 
     def add_reference(self, block_ids: Sequence[int]) -> None:
-        """Take one more reference of each page."""
+        """Take one more reference of each block."""
         for block_id in block_ids:
             if self._refs[block_id] == 0:
                 del self._free[block_id]
             self._refs[block_id] += 1
 
     def num_unreferenced(self, block_ids: Sequence[int]) -> int:
-        """How many of these pages are counted in `free`."""
+        """How many of these blocks are free."""
         return sum(self._refs[block_id] == 0 for block_id in block_ids)
 
     def cache_block(self, block_id: int, block_hash: bytes) -> None:
-        """Make a full page findable. The first page with a key keeps it."""
+        """Put a full block into the cache, unless another block with the same hash is there."""
         if block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
 
     def reset_prefix_cache(self) -> bool:
-        """Empty the cache. False, and nothing done, while any page is referenced."""
+        """Empty the cache. False, and nothing done, while any block has a reference."""
         if self.num_free != self.num_blocks - 1:
             return False
         self._block_of.clear()
@@ -90,9 +90,9 @@ class BlockPool:
         return True
 
 
-def block_hash(parent: bytes, tokens: np.ndarray, extra: bytes) -> bytes:
-    """The content key of a full page: all that came before it, its tokens i32[size], and the media it overlaps."""
+def block_hash(parent: bytes, token_ids: np.ndarray, media: bytes) -> bytes:
+    """The hash of a full block: of the block before it, its tokens i32[block_size], and the media it overlaps."""
     digest = hashlib.blake2b(parent, digest_size=16)
-    digest.update(tokens.tobytes())
-    digest.update(extra)
+    digest.update(token_ids.tobytes())
+    digest.update(media)
     return digest.digest()

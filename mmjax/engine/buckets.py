@@ -17,7 +17,7 @@ class BucketConfig:
     token_buckets, seq_buckets: ascending. encoder_buckets: inputs of each encoder, by its name, ascending.
     num_mm_rows: rows of the mm_embeds buffer. q_block_size: queries per block of a prefill. block_size: tokens per
     block of the KV cache. max_blocks_per_seq: width of the block table. cross_blocks_per_seq: blocks of the encoder's
-    keys per sequence, 0 without cross attention. num_rows: rows of the sampling tables; the last belongs to nobody.
+    keys per sequence, 0 without cross attention. num_rows: rows of the sampling tables; padding uses the last one.
     embed_rows: rows per write of embeddings that need no encoder, 0 where none are accepted.
     """
 
@@ -37,12 +37,12 @@ class BucketConfig:
     embed_rows: int = 0
 
     def num_embeds(self, encoder: EncoderSpec, num_inputs: int) -> int:
-        """Embeddings that an encoder's program yields; gathered ones must fit the mm_embeds buffer."""
+        """Embeddings that an encoder's program returns; gathered ones must fit into the mm_embeds buffer."""
         rows = encoder.num_embeds(num_inputs)
         return min(rows, self.num_mm_rows) if encoder.gather_fields else rows
 
     def max_seqs_in(self, tokens: int) -> int:
-        """Most sequences in a prefill of this many tokens: each has at least one block."""
+        """Most sequences in a prefill of this many tokens: each has at least one query block."""
         return min(tokens // self.q_block_size, self.seq_buckets[-1])
 
     def prefill_layout(self, tokens: int) -> PackedLayout:

@@ -1,4 +1,4 @@
-"""Count the programs that XLA is asked for, to see that a running engine compiles nothing."""
+"""Counts the programs that XLA is asked to compile: a running engine should compile none."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import jax
 
 @dataclasses.dataclass
 class CompileCounter:
-    """`count` programs were asked for: the same on every run. `loaded` of them came out of the persistent cache."""
+    """count: programs requested, the same on every run. loaded: those of them that the persistent cache had."""
 
     count: int = 0
     loaded: int = 0
 
     @property
     def cache(self) -> str:
-        """What the persistent cache gave: "cold" (nothing), "warm" (everything) or "mixed"."""
+        """How much the persistent cache had: "cold" (nothing), "warm" (everything) or "mixed"."""
         return "cold" if not self.loaded else "warm" if self.loaded == self.count else "mixed"
 
     def reset(self) -> None:
@@ -33,7 +33,7 @@ class CompileCounter:
 
 @contextmanager
 def count_compiles() -> Iterator[CompileCounter]:
-    """Count from here to the end of the block, in all threads."""
+    """Count until the end of the `with` block, in all threads."""
     compiles = CompileCounter()
     jax.monitoring.register_event_duration_secs_listener(compiles.on_duration)
     jax.monitoring.register_event_listener(compiles.on_event)

@@ -12,11 +12,11 @@ P = ParamSpec("P")
 
 
 class DeviceQueue:
-    """Calls programs one after the other on a thread of its own. call_s: seconds it spent inside the calls.
+    """Calls programs one after the other on a thread of its own. call_s: seconds spent inside the calls.
 
-    Launching the kernels of a decode dispatch keeps the calling thread of a GPU busy for as long as the GPU runs them
-    (92 % of the wall time at batch 1), and a CPU computes within the call. In both cases the engine's thread commits
-    the dispatch before meanwhile.
+    On a GPU the thread that launches the kernels of a decode dispatch is busy for as long as the GPU runs them (92 % of
+    the wall time at batch 1); on the CPU the call computes. In both cases the engine's thread meanwhile reads the
+    results of the dispatch before.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class DeviceQueue:
         self._calls: list[Future[Any]] = []
 
     def run(self, program: Callable[P, Out], *args: P.args, **kwargs: P.kwargs) -> Future[Out]:
-        """Have the thread call a program, after all that it was asked before."""
+        """Queue a call of a program."""
 
         def call() -> Out:
             begin = time.perf_counter()
@@ -39,6 +39,6 @@ class DeviceQueue:
         return future
 
     def take_calls(self) -> list[Future[Any]]:
-        """The calls asked for since this was last called."""
+        """The calls queued since this was last called."""
         calls, self._calls = self._calls, []
         return calls

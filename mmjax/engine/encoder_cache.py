@@ -1,4 +1,4 @@
-"""Which rows of the device's media slab hold which item's embeddings."""
+"""Which rows of the device's mm_embeds buffer hold which item's embeddings."""
 
 from __future__ import annotations
 
@@ -10,63 +10,66 @@ import numpy as np
 
 @dataclasses.dataclass
 class CachedEmbeds:
-    """One item's rows i32[n] of the slab and the sequences that still need them."""
+    """The rows i32[n] of one item's embeddings, and the ids of the sequences that still need them."""
 
     rows: np.ndarray
     users: set[int]
 
 
 class EncoderCache:
-    """Rows of the slab by content key. Entries without users stay until their rows are needed, oldest first."""
+    """Rows of the buffer by item hash. Unused entries stay until their rows are needed; the least recently used goes
+    first."""
 
-    def __init__(self, rows: int) -> None:
-        self.capacity = rows
-        self._free = list(range(rows - 1, -1, -1))
+    def __init__(self, num_rows: int) -> None:
+        self.capacity = num_rows
+        self._free = list(range(num_rows - 1, -1, -1))
         self._entries: OrderedDict[str, CachedEmbeds] = OrderedDict()
-        self._idle = 0  # rows of entries without users
+        self._num_unused = 0  # rows of entries without users
 
-    def get(self, key: str) -> np.ndarray | None:
+    def get(self, item_hash: str) -> np.ndarray | None:
         """The rows of a cached item."""
-        entry = self._entries.get(key)
+        entry = self._entries.get(item_hash)
         return None if entry is None else entry.rows
 
-    def use(self, key: str, user: int) -> None:
-        """Keep a cached item until this user lets it go."""
-        entry = self._entries[key]
+    def use(self, item_hash: str, seq_id: int) -> None:
+        """Keep a cached item until this sequence releases it."""
+        entry = self._entries[item_hash]
         if not entry.users:
-            self._idle -= len(entry.rows)
-        entry.users.add(user)
-        self._entries.move_to_end(key)
+            self._num_unused -= len(entry.rows)
+        entry.users.add(seq_id)
+        self._entries.move_to_end(item_hash)
 
-    def fits(self, rows: int) -> bool:
-        """Whether that many rows can be had, by evicting idle entries if need be."""
-        return rows <= len(self._free) + self._idle
+    def fits(self, num_rows: int) -> bool:
+        """Whether that many rows can be allocated, if need be by evicting unused entries."""
+        return num_rows <= len(self._free) + self._num_unused
 
-    def allocate(self, key: str, rows: int, user: int) -> np.ndarray:
-        """Rows for a new item, used by `user`. The caller has checked `fits`."""
-        idle = (
-            iter([k for k, entry in self._entries.items() if not entry.users]) if rows > len(self._free) else iter(())
-        )
-        while rows > len(self._free):
-            gone = self._entries.pop(next(idle))
-            self._free.extend(gone.rows.tolist())
-            self._idle -= len(gone.rows)
-        taken = np.asarray([self._free.pop() for _ in range(rows)], np.int32)
-        self._entries[key] = CachedEmbeds(taken, {user})
-        return taken
+    def allocate(self, item_hash: str, num_rows: int, seq_id: int) -> np.ndarray:
+        """Rows for a new item, which this sequence uses. The caller has checked `fits`."""
+        unused = iter(self._unused() if num_rows > len(self._free) else ())
+        while num_rows > len(self._free):
+            self._evict(next(unused))
+        rows = np.asarray([self._free.pop() for _ in range(num_rows)], np.int32)
+        self._entries[item_hash] = CachedEmbeds(rows, {seq_id})
+        return rows
 
-    def release(self, key: str, user: int) -> None:
-        """`user` no longer needs the item. Unknown keys and users are ignored: release is idempotent."""
-        entry = self._entries.get(key)
-        if entry is None or user not in entry.users:
+    def release(self, item_hash: str, seq_id: int) -> None:
+        """The sequence no longer needs the item. Idempotent: unknown hashes and sequences are ignored."""
+        entry = self._entries.get(item_hash)
+        if entry is None or seq_id not in entry.users:
             return
-        entry.users.discard(user)
+        entry.users.discard(seq_id)
         if not entry.users:
-            self._idle += len(entry.rows)
+            self._num_unused += len(entry.rows)
 
     def clear(self) -> None:
-        """Forget every item that nobody uses."""
-        for key in [k for k, entry in self._entries.items() if not entry.users]:
-            entry = self._entries.pop(key)
-            self._free.extend(entry.rows.tolist())
-            self._idle -= len(entry.rows)
+        """Evict every item that no sequence uses."""
+        for item_hash in self._unused():
+            self._evict(item_hash)
+
+    def _unused(self) -> list[str]:
+        return [item_hash for item_hash, entry in self._entries.items() if not entry.users]
+
+    def _evict(self, item_hash: str) -> None:
+        rows = self._entries.pop(item_hash).rows
+        self._free.extend(rows.tolist())
+        self._num_unused -= len(rows)

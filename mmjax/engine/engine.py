@@ -1,4 +1,4 @@
-"""The loop: schedule, build, dispatch, read. While the device runs one dispatch, the host reads the one before."""
+"""The engine loop: schedule, build, dispatch, read. The host reads one dispatch while the device runs the next."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
-from mmjax.engine.batch_builder import build_decode, build_embed_writes, build_encode, build_logit_biases, build_prefill
+from mmjax.engine.batch_builder import (
+    build_decode,
+    build_embed_writes,
+    build_encode,
+    build_logit_biases,
+    build_logprob_targets,
+    build_prefill,
+)
 from mmjax.engine.block_pool import BlockPool
 from mmjax.engine.device_queue import DeviceQueue
 from mmjax.engine.encoder_cache import EncoderCache
@@ -25,13 +30,13 @@ from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, Sche
 from mmjax.engine.sequence import Sequence
 from mmjax.spec import ModelSpec
 
-MAX_IN_FLIGHT = 2  # dispatches: one running, one queued behind it. A step between chunks of prompts is not counted.
+MAX_IN_FLIGHT = 2  # dispatches: one running, one queued behind it. Interleaved decode steps are not counted.
 
 
 @dataclasses.dataclass
 class EngineStats:
-    """What the engine did. Seconds: `wait_s` in which it waited for results, `host_s` in which it scheduled, built and
-    read in Python. idle_s: the part of host_s during which nothing was in flight.
+    """Counters since start. wait_s: seconds in which the engine's thread waited for results. host_s: seconds in which
+    it scheduled, built and read in Python. idle_s: the part of host_s during which nothing was in flight.
     """
 
     dispatches: int = 0
@@ -48,7 +53,7 @@ class EngineStats:
 class InFlightStep:
     """A dispatch whose results the host has not read. members: (sequence, column of its results, steps it takes).
 
-    calls: what the device thread was asked to do since the step before, whose errors come up with the results.
+    calls: the device calls queued since the step before; their errors are raised when the results are read.
     interleaved_decode: one decode step between chunks of prompts. It is done in a fraction of the time that building
     the next chunk's media takes, and so does not keep the device busy meanwhile.
     """
@@ -62,9 +67,9 @@ class InFlightStep:
 
 
 class Engine:
-    """Runs sequences to their end. Not thread-safe: one thread adds, steps and aborts.
+    """Runs sequences to their ends on one replica of the model. Not thread-safe: one thread adds, steps and aborts.
 
-    Programs are handed to the device by a thread of their own, in order: see `DeviceQueue`.
+    A thread of its own calls the device programs, in order; see `DeviceQueue`.
     """
 
     def __init__(self, runner: ModelRunner, spec: ModelSpec, memory: EngineMemory, *, prefix_caching: bool) -> None:
@@ -92,12 +97,12 @@ class Engine:
         self._in_flight: deque[InFlightStep] = deque()
 
     def add(self, output: OutputProcessor) -> None:
-        """Queue a sequence, whose output this processor makes."""
+        """Queue the sequence whose output this processor makes."""
         self._outputs[output.seq.seq_id] = output
         self.scheduler.add(output.seq)
 
     def abort(self, outputs: Seq[OutputProcessor]) -> None:
-        """End sequences now; their blocks are free at once."""
+        """End sequences now; their blocks are freed at once."""
         for output in outputs:
             if not output.seq.finished:
                 output.finish("abort", None)
@@ -110,20 +115,21 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether stepping would do anything."""
+        """Whether `step` would do anything."""
         return not self.scheduler.idle or bool(self._in_flight)
 
     def step(self) -> list[OutputProcessor]:
-        """Dispatch what can be, then read what has come back: the outputs that changed."""
+        """Dispatch what is scheduled, then read results while too many dispatches are in flight. Returns the outputs
+        that changed."""
         begin, waited = time.perf_counter(), self.stats.wait_s
-        unfed = not self._in_flight
+        was_idle = not self._in_flight
         try:
             scheduled = self.scheduler.schedule(in_flight=bool(self._in_flight))
         except NeedsResults:
             scheduled = None
         if scheduled:
             self._dispatch(scheduled)
-            if unfed:
+            if was_idle:
                 self.stats.idle_s += time.perf_counter() - begin
         changed = []
         if scheduled is None and self._in_flight:
@@ -133,7 +139,16 @@ class Engine:
         self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
         return changed
 
-    # -- to the device -----------------------------------------------------------------------------------------------
+    def counters(self) -> dict[str, float]:
+        """`stats`, and the counters of the device queue, the runner and the scheduler, by name."""
+        return vars(self.stats) | {
+            "call_s": self.device.call_s,
+            "compiles": self.runner.compiles,
+            "compiles_after_warmup": self.runner.compiles_after_warmup,
+            "preemptions": self.scheduler.preemptions,
+        }
+
+    # -- dispatching -------------------------------------------------------------------------------------------------
 
     def _dispatch(self, scheduled: SchedulerOutput) -> None:
         for seq in scheduled.started:
@@ -145,10 +160,10 @@ class Engine:
             if work:
                 self.device.run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, work))
                 self.stats.encoded_items += len(work)
-        ready = [encode for encode in scheduled.encode if encode.item.embeds is not None]
-        if ready:
-            for rows, dest in build_embed_writes(self.buckets, ready):
-                self.device.run(self.runner.write_embeds, rows, dest)
+        embedded = [encode for encode in scheduled.encode if encode.item.embeds is not None]
+        if embedded:
+            for embeds, dest in build_embed_writes(self.buckets, embedded):
+                self.device.run(self.runner.write_embeds, embeds, dest)
         if scheduled.prefill or scheduled.decode:
             step = self._prefill(scheduled.prefill) if scheduled.prefill else self._decode(scheduled.decode)
             step.interleaved_decode = scheduled.interleaved_decode
@@ -164,16 +179,13 @@ class Engine:
         members = [(chunk.seq, column, 1) for column, chunk in enumerate(chunks) if chunk.is_last]
         step = InFlightStep(output, members, prompt_chunks=self._prompt_chunks(chunks))
         if step.prompt_chunks and not self.spec.pooling:
-            targets = np.zeros(tokens, np.int32)
-            for wanted in step.prompt_chunks:
-                here = slice(wanted.first, wanted.first + wanted.num_tokens)
-                targets[wanted.offset : wanted.offset + wanted.num_tokens] = wanted.seq.token_ids[here]
+            targets = build_logprob_targets(tokens, step.prompt_chunks)
             step.prompt_logprobs = self.device.run(lambda: self.runner.prompt_logprobs(output.result(), targets))
         self.stats.prefill_tokens += sum(chunk.num_tokens for chunk in chunks)
         return step
 
     def _prompt_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> list[PromptChunk]:
-        """The chunks whose sequences want something of every prompt token: its hidden state where the engine pools,
+        """The chunks whose sequences want a result for every prompt token: its hidden state where the engine pools,
         else the log-probability of the token after it."""
         wanted, offset = [], 0
         for chunk in chunks:
@@ -191,13 +203,13 @@ class Engine:
             biases = build_logit_biases(self.buckets, changing, self.spec.vocab_size)
             self.device.run(self.runner.set_logit_biases, *biases)
         seqs, vector = build_decode(self.buckets, chosen, self.sampling_state, self.scheduler.block_tables)
-        most = max(steps for _, steps in chosen)
-        output = self.device.run(self.runner.decode, seqs, vector, most)
-        self.stats.decode_steps += most
+        max_steps = max(steps for _, steps in chosen)
+        output = self.device.run(self.runner.decode, seqs, vector, max_steps)
+        self.stats.decode_steps += max_steps
         return InFlightStep(output, [(seq, column, steps) for column, (seq, steps) in enumerate(chosen)])
 
     def _set_sampling_row(self, seq: Sequence) -> None:
-        """Bring a row's sampling tables up to what its sequence needs."""
+        """Write the token counts and biases of a sequence that has just got its row."""
         assert seq.row is not None
         counts = None
         if seq.has_penalties:
@@ -206,10 +218,10 @@ class Engine:
         if seq.has_penalties or bias is not None:
             self.device.run(self.runner.set_sampling_row, seq.row, counts, bias)
 
-    # -- and back ----------------------------------------------------------------------------------------------------
+    # -- reading results ---------------------------------------------------------------------------------------------
 
     def _collect(self, step: InFlightStep) -> list[OutputProcessor]:
-        """Read one dispatch's results and let the outputs take them."""
+        """Wait for a dispatch, let the outputs take its results, and return those that changed."""
         begin = time.perf_counter()
         for call in step.calls:
             call.result()

@@ -1,27 +1,36 @@
-"""A model ready to answer: its engines and all that stands before and behind them."""
+"""A loaded model: its engines, and the host code before and behind them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmjax.chat import ChatRenderer
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.engine import Engine
-from mmjax.engine.logits.structured_output import GrammarCompiler
-from mmjax.inputs.input_processor import InputProcessor
+from mmjax.engine.logits.structured_output import CompiledGrammar, GrammarCompiler
+from mmjax.inputs.input_processor import EngineInput, InputProcessor
+from mmjax.inputs.prompt_urls import fetch_prompt
+from mmjax.multimodal.connector import Connect
 from mmjax.spec import ModelSpec
 from mmjax.tokenizer.tokenizer import Tokenizer
+from mmjax.types import RequestError, SamplingParams
 
 
 @dataclasses.dataclass
 class LoadedModel:
-    """A built model. eos: end tokens, the primary one first. generation: the sampling defaults in force."""
+    """engines: one per replica. connect: makes what fetches media. generation_config: sampling defaults. eos_ids: end
+    tokens, the primary one first. seeds: of requests that name none. request_ids: of all requests.
+
+    The thread that steps the engines alone may use them, the two iterators and the reset methods. Everything else may
+    be used from any thread.
+    """
 
     engines: list[Engine]
     input_processor: InputProcessor
     chat: ChatRenderer
+    connect: Connect
     tokenizer: Tokenizer | None
     grammar_compiler: GrammarCompiler
     spec: ModelSpec
@@ -32,11 +41,84 @@ class LoadedModel:
     startup_s: float
     compile_s: float
     seeds: Iterator[int]
+    request_ids: Iterator[str]
 
     @property
     def vocab_size(self) -> int:
         return self.spec.vocab_size
 
-    def next_seed(self) -> int:
-        """The seed of the next request that names none."""
-        return next(self.seeds)
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    def process(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
+        """A prompt as `LLM.generate` takes it, ready for the engine. TypeError for an object that is not a prompt,
+        RequestError for a prompt that cannot be processed."""
+        return self.input_processor.process(self.input_processor.parse(prompt), tokenization_kwargs)
+
+    def process_chat(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
+        """`process` for a prompt that a chat template has written: special tokens are in its text already."""
+        return self.process(prompt, {"add_special_tokens": False, **(tokenization_kwargs or {})})
+
+    async def fetch(self, prompt: Any) -> Any:
+        """A prompt whose media are URLs, with the data they stand for."""
+        return await fetch_prompt(prompt, self.connect, self.input_processor.config)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text. RequestError without a tokenizer."""
+        return self._require_tokenizer().encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included. RequestError without a tokenizer."""
+        return self._require_tokenizer().decode([int(token) for token in token_ids], False)
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise RequestError("There is no tokenizer (skip_tokenizer_init).", "no_tokenizer")
+        return self.tokenizer
+
+    # -- parameters --------------------------------------------------------------------------------------------------
+
+    def default_sampling_params(self) -> SamplingParams:
+        """The defaults of generation_config.json, unless the caller has replaced them."""
+        return SamplingParams.from_generation_config(self.generation_config)
+
+    def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        """The grammar of `structured_outputs`, if there are any. Takes long: keep it off the engine's thread."""
+        structured = params.structured_outputs
+        return None if structured is None else self.grammar_compiler.compile(structured)
+
+    # -- engines -----------------------------------------------------------------------------------------------------
+
+    def least_busy_engine(self) -> Engine:
+        """The engine with the fewest unfinished sequences."""
+        return min(self.engines, key=lambda engine: engine.num_unfinished)
+
+    def counters(self) -> dict[str, float]:
+        """Counters since start by name, those of all engines added up: see `LLM.get_metrics`."""
+        cache = self.input_processor.cache
+        counters: dict[str, float] = {
+            "startup_s": self.startup_s,
+            "compile_s": self.compile_s,
+            "mm_cache_queries": cache.queries,
+            "mm_cache_hits": cache.hits,
+        }
+        for engine in self.engines:
+            for name, value in engine.counters().items():
+                counters[name] = counters.get(name, 0) + value
+        return counters
+
+    def load(self) -> tuple[int, int, float]:
+        """(sequences on the device, sequences that wait, share of the KV cache's blocks in use), as they stand."""
+        running = sum(len(engine.scheduler.running) for engine in self.engines)
+        waiting = sum(len(engine.scheduler.waiting) for engine in self.engines)
+        used = [1 - engine.block_pool.num_free / max(engine.block_pool.num_blocks - 1, 1) for engine in self.engines]
+        return running, waiting, max(used)
+
+    def reset_mm_cache(self) -> None:
+        """Forget processed media and their embeddings."""
+        self.input_processor.cache.clear()
+        for engine in self.engines:
+            engine.encoder_cache.clear()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes. False, and nothing done, while requests run."""
+        return all([engine.block_pool.reset_prefix_cache() for engine in self.engines])

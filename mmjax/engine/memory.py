@@ -1,30 +1,36 @@
-"""How large everything on the device is: the KV cache, the mm_embeds buffer, the buckets of the programs."""
+"""Plans the sizes of everything on the device: the KV cache, the mm_embeds buffer, the buckets of the programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from mmjax.config import BLOCK_SIZES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, EngineArgs
 from mmjax.engine.buckets import BucketConfig
 from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim, kv_cache_heads, kv_heads_first, q_block_size
 from mmjax.spec import ModelSpec
 
-# Padding between two bucket sizes is computed for nothing, which a CPU cannot afford; more buckets take longer to
-# compile, which a GPU's compiler does slowly.
+# Padding between two bucket sizes is wasted work, which a CPU cannot afford; more buckets take longer to compile, and
+# compiling for a GPU is slow.
 MIN_TOKEN_BUCKET = {"cpu": 128, "gpu": 256, "tpu": 256}
 TOKEN_BUCKET_FACTOR = {"cpu": 2, "gpu": 4, "tpu": 4}
 MAX_STOP_IDS = 16  # stop tokens per sequence that the device watches for
-EMBED_ROWS = 256  # rows per write of ready embeddings: an image of most families is one or two writes
+EMBED_ROWS = 256  # embeddings per write of those that need no encoder: an image of most families is one or two writes
 CPU_CACHE_BYTES = 1 << 30
-WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for what the programs hold while they run
+WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for the temporary arrays of programs
+
+
+class Device(Protocol):
+    """What is asked of a `jax.Device`."""
+
+    def memory_stats(self) -> dict[str, int] | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineMemory:
     """The sizes of one replica. max_model_len: tokens of the longest sequence. num_blocks: blocks of the KV cache,
-    block 0 included, which belongs to nobody. num_mm_rows: rows of the mm_embeds buffer."""
+    including block 0, which padding uses. num_mm_rows: rows of the mm_embeds buffer."""
 
     max_model_len: int
     num_blocks: int
@@ -33,9 +39,9 @@ class EngineMemory:
 
     @classmethod
     def plan(
-        cls, args: EngineArgs, spec: ModelSpec, platform: str, *, kv_dtype: str, tp_size: int, device: Any
+        cls, args: EngineArgs, spec: ModelSpec, platform: str, *, kv_dtype: str, tp_size: int, device: Device
     ) -> EngineMemory:
-        """Sizes that fit the memory of `device`, which holds the weights already.
+        """Sizes that fit into the memory of `device`, which holds the weights already.
 
         Raises ValueError when one sequence of max_model_len tokens does not fit.
         """
@@ -48,7 +54,7 @@ class EngineMemory:
 
 @dataclasses.dataclass(frozen=True)
 class _Planner:
-    """What the sizes are computed from."""
+    """Computes the sizes."""
 
     args: EngineArgs
     spec: ModelSpec
@@ -71,7 +77,7 @@ class _Planner:
         shape, dtype = kv_block_shape(self.spec, self.block_size, kv_dtype, self.platform, tp_size)
         return 2 * self.spec.num_layers * math.prod(shape) // tp_size * int(dtype.itemsize)
 
-    def cache_bytes(self, device: Any) -> int:
+    def cache_bytes(self, device: Device) -> int:
         """Bytes that the KV cache may take on one device."""
         if self.args.kv_cache_memory_bytes:
             return self.args.kv_cache_memory_bytes
@@ -82,29 +88,29 @@ class _Planner:
         return max(free - min(WORKSPACE_BYTES, free // 4), free // 4)
 
     def cache_size(self, budget: int, block_bytes: int) -> tuple[int, int]:
-        """(max_model_len, number of blocks). ValueError when one such sequence does not fit the budget."""
+        """(max_model_len, number of blocks). ValueError when a sequence of max_model_len does not fit the budget."""
         cross_blocks = -(-self.spec.cross_len // self.block_size)
         affordable = budget // block_bytes - 1
-        asked, positions = self.args.max_model_len, self.spec.max_positions
-        if isinstance(asked, int) and asked > positions:
+        requested, positions = self.args.max_model_len, self.spec.max_positions
+        if isinstance(requested, int) and requested > positions:
             raise ValueError(
-                f"max_model_len {asked} is greater than the {positions} positions that the model was made for"
+                f"max_model_len {requested} is greater than the {positions} positions that the model was made for"
             )
-        longest = asked if isinstance(asked, int) and asked > 0 else positions
-        if longest > (affordable - cross_blocks) * self.block_size:
-            fits = (affordable - cross_blocks) * self.block_size
-            if asked == -1 and fits > 0:
-                longest = fits
+        max_model_len = requested if isinstance(requested, int) and requested > 0 else positions
+        fits = (affordable - cross_blocks) * self.block_size
+        if max_model_len > fits:
+            if requested == -1 and fits > 0:
+                max_model_len = fits
             else:
                 raise ValueError(
-                    f"one sequence of max_model_len {longest} tokens needs "
-                    f"{longest * block_bytes / self.block_size / 2**30:.2f} GiB of cache, but only "
+                    f"one sequence of max_model_len {max_model_len} tokens needs "
+                    f"{max_model_len * block_bytes / self.block_size / 2**30:.2f} GiB of cache, but only "
                     f"{budget / 2**30:.2f} GiB are there, enough for {max(fits, 0)} tokens. Lower max_model_len (or "
                     "set it to 'auto'), or raise "
                     f"{'kv_cache_memory_bytes' if self.platform == 'cpu' else 'gpu_memory_utilization'}."
                 )
-        useful = self.max_num_seqs * (-(-longest // self.block_size) + cross_blocks)
-        return longest, min(affordable, useful if self.platform == "cpu" else affordable) + 1
+        useful = self.max_num_seqs * (-(-max_model_len // self.block_size) + cross_blocks)
+        return max_model_len, min(affordable, useful if self.platform == "cpu" else affordable) + 1
 
     def mm_rows(self, max_model_len: int) -> int:
         """Rows of the mm_embeds buffer: at least those of the largest item that a prompt can hold."""
@@ -121,9 +127,9 @@ class _Planner:
         encoder_buckets = {}
         for name, encoder in spec.encoders.items():
             group = encoder.group_size
-            most = num_mm_rows // encoder.embeds_per_group * group if encoder.embeds_per_group else min(seqs, 8)
-            most = max(most, encoder.max_item_inputs)
-            encoder_buckets[name] = bucket_sizes(max(group, min(256, most)) if group > 1 else 1, most, 2)
+            largest = num_mm_rows // encoder.embeds_per_group * group if encoder.embeds_per_group else min(seqs, 8)
+            largest = max(largest, encoder.max_item_inputs)
+            encoder_buckets[name] = bucket_sizes(max(group, min(256, largest)) if group > 1 else 1, largest, 2)
         return BucketConfig(
             token_buckets=bucket_sizes(
                 min(MIN_TOKEN_BUCKET[self.platform], tokens), tokens, TOKEN_BUCKET_FACTOR[self.platform]
@@ -147,17 +153,17 @@ class _Planner:
 def kv_block_shape(
     spec: ModelSpec, block_size: int, dtype: Any, platform: str, tp_size: int
 ) -> tuple[tuple[int, int, int], Any]:
-    """(shape, dtype) of the pool's pages, in the order and with the padding that the platform's kernels want."""
+    """(shape, dtype) of the KV cache's blocks, with the axis order and padding of the platform's kernels."""
     heads = kv_cache_heads(spec.num_kv_heads // tp_size, platform) * tp_size
     inner = (heads, block_size) if kv_heads_first(platform) else (block_size, heads)
     return (*inner, kv_cache_head_dim(spec.head_dim, platform)), kv_cache_dtype(dtype, platform)
 
 
-def bucket_sizes(least: int, most: int, factor: int) -> tuple[int, ...]:
-    """Ascending sizes from `least`, each `factor` times the last, ending with `most`."""
+def bucket_sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """Ascending sizes from `smallest`, each `factor` times the one before, ending with `largest`."""
     sizes = []
-    size = least
-    while size < most:
+    size = smallest
+    while size < largest:
         sizes.append(size)
         size *= factor
-    return (*sizes, most)
+    return (*sizes, largest)

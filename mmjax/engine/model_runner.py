@@ -1,4 +1,4 @@
-"""The device: its state and its compiled programs. The only file of the engine with jit and donation."""
+"""The device's state and its compiled programs. The only file of the engine with jit and donation."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 Array = jax.Array
 Compiled = Callable[..., Any]
 
-# XLA:CPU takes weights out of int8 as a whole before it multiplies. It then orders its work for speed, which holds all
-# layers' copies at once, and moves them out of loops.
+# XLA:CPU converts int8 weights to floats as a whole before it multiplies. By default it schedules for speed, which
+# keeps the copies of all layers at once, and hoists them out of loops.
 LOW_MEMORY_OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
@@ -82,12 +82,12 @@ class ModelRunner:
             spec,
             self.buckets,
             self._replicated,
-            # On the CPU asking after each step whether any row is left costs nothing. On an accelerator it is a wait
-            # for it, so there the host knows the loop's length (on an H100 both take the same 2.9 ms at batch 1).
+            # On the CPU a test after each step costs nothing. On an accelerator the host would wait for its result, so
+            # there the loop has a fixed length (on an H100 both take the same 2.9 ms at batch 1).
             stops_early=platform == "cpu",
         )
-        small = any(isinstance(value, QuantizedArray) for value in self.params)
-        self.compiler_options: dict[str, Any] = LOW_MEMORY_OPTIONS if small and platform == "cpu" else {}
+        quantized = any(isinstance(value, QuantizedArray) for value in self.params)
+        self.compiler_options: dict[str, Any] = LOW_MEMORY_OPTIONS if quantized and platform == "cpu" else {}
         self.state = self._initial_state(memory, precision.kv_dtype, platform)
 
     def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
@@ -97,8 +97,8 @@ class ModelRunner:
         cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
         rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
-        def zeros(shape: tuple[int, ...], dtype: Any, place: NamedSharding = self._replicated) -> Array:
-            return jnp.zeros(shape, dtype, device=place)
+        def zeros(shape: tuple[int, ...], dtype: Any, placement: NamedSharding = self._replicated) -> Array:
+            return jnp.zeros(shape, dtype, device=placement)
 
         return DeviceState(
             kv_cache=KVCache(zeros(cache_shape, dtype, cache_sharding), zeros(cache_shape, dtype, cache_sharding)),
@@ -112,14 +112,14 @@ class ModelRunner:
     # -- compiling ---------------------------------------------------------------------------------------------------
 
     def program(self, key: ProgramKey) -> Compiled:
-        """The compiled program of a kind and bucket, compiled now if it is not yet."""
+        """A compiled program; compiled now if it has not been yet."""
         if key not in self._programs:
             self._programs[key] = self._compile(key)
         return self._programs[key]
 
     def _compile(self, key: ProgramKey) -> Compiled:
         program = key.program(ProgramInputs(self.functions, self.params, self.state, self.dtype))
-        # float32 is asked for by those who compare: no TF32 for them.
+        # whoever chooses float32 compares numbers: no TF32 then
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.outs)
@@ -131,7 +131,7 @@ class ModelRunner:
         return lowered.compile(compiler_options=self.compiler_options)
 
     def program_keys(self) -> list[ProgramKey]:
-        """Every program that there is, the slowest to compile first."""
+        """All programs, the slowest to compile first."""
         buckets = self.buckets
         prefills = [Prefill(tokens) for tokens in reversed(buckets.token_buckets)]
         encodes = [
@@ -146,12 +146,12 @@ class ModelRunner:
         logprobs = [PromptLogprobs(tokens) for tokens in buckets.token_buckets]
         return [*prefills, *decodes, *encodes, *writes, *biases, *logprobs, SetSamplingRow()]
 
-    def _loop_steps(self, most: int) -> int:
-        """The length of the decode loop that takes at most this many steps."""
-        return 1 if most == 1 and not self.functions.stops_early else self.buckets.num_decode_steps
+    def _loop_steps(self, max_steps: int) -> int:
+        """The length of the decode loop for at most this many steps."""
+        return 1 if max_steps == 1 and not self.functions.stops_early else self.buckets.num_decode_steps
 
     def warm_up(self, progress: Callable[[Iterator[Any], int], Iterator[Any]]) -> float:
-        """Compile everything. Returns seconds."""
+        """Compile all programs. Returns the seconds it took."""
         start = time.perf_counter()
         keys = self.program_keys()
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:  # XLA compiles outside Python's lock
@@ -167,9 +167,9 @@ class ModelRunner:
         self.state, output = self.program(Prefill(tokens))(self.params, self.state, vector)
         return output
 
-    def decode(self, seqs: int, vector: np.ndarray, most: int) -> StepOutput:
-        """Dispatch decode steps, `most` for the longest row: sampled [>= most, S], -1 where a row had stopped."""
-        self.state, output = self.program(Decode(seqs, self._loop_steps(most)))(self.params, self.state, vector)
+    def decode(self, seqs: int, vector: np.ndarray, max_steps: int) -> StepOutput:
+        """Dispatch at most `max_steps` decode steps: sampled [>= max_steps, S], -1 where a row had stopped."""
+        self.state, output = self.program(Decode(seqs, self._loop_steps(max_steps)))(self.params, self.state, vector)
         return output
 
     def encode(self, name: str, num_inputs: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:
@@ -177,23 +177,22 @@ class ModelRunner:
         self.state = self.program(Encode(name, num_inputs))(self.params, self.state, dict(features), dest)
 
     def write_embeds(self, embeds: np.ndarray, dest: np.ndarray) -> None:
-        """Dispatch the writing of embeddings f32[N, W] that need no encoder."""
+        """Dispatch a write of embeddings f32[N, W] that need no encoder."""
         self.state = self.program(WriteEmbeds(len(embeds)))(self.state, embeds, dest)
 
     def prompt_logprobs(self, prefill: StepOutput, targets: np.ndarray) -> sampler.PromptLogprobs:
-        """Dispatch the log-probabilities of targets i32[T] after the tokens of a prefill: logprob [T], rank [T], top
-        ids and logprobs [T, top]."""
+        """Dispatch the log-probabilities of targets i32[T], each after the token of a prefill at its position."""
         program = self.program(PromptLogprobs(len(targets)))
         logprobs: sampler.PromptLogprobs = program(self.params, prefill.hidden, targets)
         return logprobs
 
     def set_sampling_row(self, row: int, counts: np.ndarray | None, bias: np.ndarray | None) -> None:
-        """Set a row of the sampling tables."""
+        """Write a row of the sampling tables."""
         vocab = self.spec.vocab_size
         counts = np.zeros(vocab, np.int32) if counts is None else counts
         bias = np.zeros(vocab, np.float32) if bias is None else bias
         self.state = self.program(SetSamplingRow())(self.state, np.int32(row), counts, bias)
 
     def set_logit_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
-        """Set what is added to the logits of some rows: i32[S] and f32[S, V], S being a bucket."""
+        """Write the logit biases f32[S, V] of some rows i32[S], S being a bucket."""
         self.state = self.program(SetLogitBiases(len(rows)))(self.state, rows, biases)

@@ -1,4 +1,4 @@
-"""What the engine hands to those who make outputs, and what it asks of them."""
+"""The seam between the engine and the outputs: the results of a dispatch, and the protocol of what takes them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmjax.engine.sequence import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class PromptChunk:
-    """Prompt tokens [first, first + num_tokens) of a sequence that wants something of each; `offset` is where their
-    results lie in the dispatch."""
+    """Prompt tokens [first, first + num_tokens) of a sequence that wants a result for each of them. offset: where these
+    results begin in the dispatch's arrays."""
 
     seq: Sequence
     offset: int
@@ -26,8 +26,8 @@ class PromptChunk:
 
 @dataclasses.dataclass(frozen=True)
 class LogprobsChunk:
-    """The log-probabilities of n tokens: token_ids i32[n], logprobs f32[n], ranks i32[n], and the most likely tokens
-    beside them, top_ids i32[n, top] and top_logprobs f32[n, top]."""
+    """The log-probabilities of n tokens. token_ids: i32[n]. logprobs: f32[n]. ranks: i32[n], from 1. top_ids: i32[n,
+    top] and top_logprobs: f32[n, top], the likeliest tokens at each of the n positions, the most likely first."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
@@ -37,7 +37,7 @@ class LogprobsChunk:
 
 
 class StepResult:
-    """A dispatch that has run, read by the host: arrays are copied when they are first asked for."""
+    """The results of a dispatch. Arrays are copied to the host when they are first read."""
 
     def __init__(self, output: StepOutput, prompt_logprobs: PromptLogprobs | None = None) -> None:
         self._output = output
@@ -48,12 +48,12 @@ class StepResult:
         _ = self._token_ids if self._output.sampled is not None else self._last_hidden
 
     def token_ids(self, column: int, steps: int) -> np.ndarray:
-        """i32[n]: the tokens of the sequence in this column, n <= steps; a row that had stopped has no more."""
+        """i32[n], n <= steps: the tokens sampled for the sequence in this column; fewer where it stopped."""
         tokens = self._token_ids[:steps, column]
         return tokens[tokens >= 0]
 
     def logprobs(self, column: int, token_ids: np.ndarray) -> LogprobsChunk:
-        """The report on the tokens i32[n] that `token_ids` gave for this column."""
+        """The log-probabilities of the tokens i32[n] that `token_ids` returned for this column."""
         s, n = self._sampled, len(token_ids)
         arrays = (s.logprobs, s.ranks, s.top_ids, s.top_logprobs)
         if np.ndim(s.token_ids) == 1:  # a prefill samples once
@@ -61,14 +61,14 @@ class StepResult:
         return LogprobsChunk(token_ids, *(np.asarray(x)[:n, column] for x in arrays))
 
     def prompt_logprobs(self, chunk: PromptChunk) -> LogprobsChunk:
-        """The report on the tokens of a chunk of a prompt."""
+        """The log-probabilities of a chunk of a prompt."""
         assert self._prompt_logprobs is not None
-        at = slice(chunk.offset, chunk.offset + chunk.num_tokens)
-        tokens = chunk.seq.token_ids[chunk.first : chunk.first + chunk.num_tokens]
-        return LogprobsChunk(tokens, *(np.asarray(x)[at] for x in self._prompt_logprobs))
+        here = slice(chunk.offset, chunk.offset + chunk.num_tokens)
+        token_ids = chunk.seq.token_ids[chunk.first : chunk.first + chunk.num_tokens]
+        return LogprobsChunk(token_ids, *(np.asarray(x)[here] for x in self._prompt_logprobs))
 
     def last_hidden(self, column: int) -> np.ndarray:
-        """f32[1, D]: the hidden state of the last token of the prompt in this column."""
+        """f32[1, D]: the hidden state of the last prompt token of the sequence in this column."""
         return self._last_hidden[column : column + 1]
 
     def prompt_hidden(self, chunk: PromptChunk) -> np.ndarray:
@@ -95,23 +95,24 @@ class StepResult:
 
 
 class OutputProcessor(Protocol):
-    """Makes the output of one sequence out of what the device computed for it. Lives on the engine's thread."""
+    """Makes the output of one sequence from what the device computes for it. Only the engine's thread calls it.
+
+    finish_reason: None until the output is complete. stop_reason: the stop token or stop string that ended it.
+    """
 
     seq: Sequence
     finish_reason: str | None
     stop_reason: int | str | None
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:
-        """A chunk of the prompt has run, and the sequence wants something of each of its tokens."""
+        """Take the results of a chunk of the prompt. Called only for sequences with `needs_all_tokens`."""
         ...
 
     def take(self, result: StepResult, column: int, steps: int) -> None:
-        """A dispatch has sampled for this sequence (or has reached the end of its prompt), at most `steps` tokens.
-
-        Sets finish_reason when the output is complete.
-        """
+        """Take what a dispatch computed for the sequence in this column: at most `steps` tokens, or the hidden state at
+        the end of its prompt. Sets finish_reason when the output is complete."""
         ...
 
     def finish(self, reason: str, stop: int | str | None) -> None:
-        """The output is complete, or will never be."""
+        """End the output: it is complete, or its request was aborted."""
         ...

@@ -57,8 +57,8 @@ class StepOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program of one bucket. args: arrays or their shapes, with shardings. outs: the shardings of what comes out.
-    donate: the positions of the arguments whose memory the program may reuse."""
+    """A device program for one bucket. args: arrays or their shapes, with shardings. outs: shardings of the results.
+    donate: positions of the arguments whose memory the program may reuse."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -68,8 +68,8 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """What the programs compute. paths: of the parameters, in their order. stops_early: whether a decode loop ends as
-    soon as no row is left, instead of running its full length."""
+    """The functions that the programs compute. paths: of the parameters, in order. stops_early: whether a decode loop
+    ends as soon as every row has stopped, instead of running its full length."""
 
     graph: nnx.GraphDef[Any]
     paths: tuple[str, ...]
@@ -107,8 +107,8 @@ class StepFunctions:
     def prefill(
         self, params: Params, state: DeviceState, vector: Array, *, tokens: int
     ) -> tuple[DeviceState, StepOutput]:
-        """Run T tokens of prompts, and sample for the rows whose prompt ends here; an engine that pools takes the
-        hidden states there instead."""
+        """Run T tokens of prompts, and sample for the sequences whose prompts end here. An engine that pools returns
+        the hidden states there instead."""
         f = self.buckets.prefill_layout(tokens).unpack(vector)
         block_size, q_block = self.buckets.block_size, self.buckets.q_block_size
         model = self._model(params)
@@ -243,7 +243,7 @@ class StepFunctions:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramInputs:
-    """What the arguments of programs are made from: parameters and state, or only their shapes and shardings."""
+    """What the arguments of programs are made of: parameters and state, or only their shapes and shardings."""
 
     functions: StepFunctions
     params: Params
@@ -260,16 +260,14 @@ class ProgramInputs:
 
 
 class ProgramKey(Protocol):
-    """Which program: its kind, its bucket. Hashable."""
+    """A kind of program and its bucket. Hashable."""
 
-    def program(self, inputs: ProgramInputs) -> Program:
-        """The program of this kind and bucket."""
-        ...
+    def program(self, inputs: ProgramInputs) -> Program: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """Chunks of prompts, `tokens` in all."""
+    """A prefill of chunks of prompts, `tokens` in all."""
 
     tokens: int
 
@@ -304,7 +302,7 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """Media for the named encoder, `num_inputs` inputs of it."""
+    """An encoding of media by the named encoder, of `num_inputs` inputs."""
 
     encoder: str
     num_inputs: int
@@ -329,7 +327,7 @@ class Encode:
 
 @dataclasses.dataclass(frozen=True)
 class WriteEmbeds:
-    """Embeddings that need no encoder, `rows` at a time."""
+    """A write of `rows` embeddings that need no encoder."""
 
     rows: int
 
@@ -342,7 +340,7 @@ class WriteEmbeds:
 
 @dataclasses.dataclass(frozen=True)
 class PromptLogprobs:
-    """Log-probabilities of `tokens` prompt tokens, from the hidden states of their prefill."""
+    """The log-probabilities of `tokens` prompt tokens, from the hidden states of their prefill."""
 
     tokens: int
 
@@ -355,7 +353,7 @@ class PromptLogprobs:
 
 @dataclasses.dataclass(frozen=True)
 class SetSamplingRow:
-    """One row of the sampling tables."""
+    """A write of one row of the sampling tables."""
 
     def program(self, inputs: ProgramInputs) -> Program:
         functions = inputs.functions
@@ -366,7 +364,7 @@ class SetSamplingRow:
 
 @dataclasses.dataclass(frozen=True)
 class SetLogitBiases:
-    """What is added to the logits of `rows` rows."""
+    """A write of the logit biases of `rows` rows."""
 
     rows: int
 

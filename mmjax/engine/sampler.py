@@ -1,24 +1,24 @@
-"""Logits to tokens: pure, vectorised over rows, called inside the engine's one jitted step.
+"""Samples tokens from logits: pure functions, vectorized over rows, called inside the jitted step.
 
 The order of operations, per row (S rows of V logits):
 
- 1. the report (log-probability, rank, best rivals) is of the raw logits, before anything below;
- 2. while `min_left` > 0 the stop ids are impossible;
- 3. `bias` is added: logit_bias, and -inf for what is not allowed; where an answer tells times and all timestamp tokens
-    together are now likelier than any other token, only they are left;
+ 1. log-probabilities and ranks are of the raw logits, before anything below;
+ 2. while min_tokens_left > 0 the stop ids are impossible;
+ 3. logit_bias is added: the request's, and -inf for tokens that are not allowed; in transcripts with timestamps, where
+    all timestamp tokens together are now likelier than any other token, only they remain;
  4. penalties, as defined by the CTRL paper (repetition, over prompt and output) and OpenAI (presence, frequency, over
     the output only);
  5. temperature 0: the first of the largest logits. Otherwise logits / temperature, then
  6. min_p, top_k, top_p, each on what the previous one left; ties at a threshold are all kept;
  7. one token is drawn by the Gumbel-max trick.
 
-What no row of a batch asks for is skipped at run time (`lax.cond`). Measured with S = 16, V = 151936, in ms:
+What no row of a batch needs is skipped at run time (`lax.cond`). Measured with S = 16, V = 151936, in ms:
 
                  greedy  temperature  + min_p  + top_k  + top_p  penalties or bias  |  jnp.argmax  jnp.sort
     one CPU core    1.0          7.0      7.0       30       30                  3  |          12       657
     one H100       0.06         0.19        -     0.81     0.80               0.19  |        0.03      0.63
 
-The report with 5 rivals takes 5 ms more on the CPU core.
+Log-probabilities with the 5 likeliest tokens take 5 ms more on the CPU core.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-IN_PROMPT = 1 << 30  # bit of a `seen` entry; the bits below count the token's occurrences in the output
-BLOCK = 1024  # at most so many vocabulary entries per block of the two-level searches
+IN_PROMPT = 1 << 30  # a bit of token_counts; the bits below it count the token's occurrences in the output
+BLOCK = 1024  # vocabulary entries per block of the two-level searches, at most
 
 
 PromptLogprobs = tuple[Array, Array, Array, Array]
@@ -42,7 +42,7 @@ PromptLogprobs = tuple[Array, Array, Array, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingMetadata:
-    """What each of the S rows of a step asks of the sampler."""
+    """The sampling parameters and state of the S rows of a step."""
 
     temperature: Array  # f32[S]; 0 = greedy
     top_k: Array  # i32[S]; 0 = off
@@ -53,21 +53,19 @@ class SamplingMetadata:
     repetition_penalty: Array  # f32[S]; 1 = off
     seed: Array  # i32[S, 2]; the low 64 bits of the request's seed, low word first
     output_len: Array  # i32[S]; how many output tokens the sequence already has
-    row: Array  # i32[S]; the sequence's row of the `seen` and `bias` tables; padding points at a row nobody owns
-    has_penalties: Array  # bool[S]; False = the three penalties are ignored and `seen` is neither read nor kept
-    has_bias: Array  # bool[S]; False = `bias` is ignored
-    first_timestamp: (
-        Array  # i32[S]; of biased rows: the first timestamp token, all from it on being such; 0 = there are none
-    )
-    min_tokens_left: Array  # i32[S]; tokens still required before a stop may happen
+    row: Array  # i32[S]; the sequence's row of token_counts and logit_bias; padding has a row that no sequence has
+    has_penalties: Array  # bool[S]; False = the three penalties are ignored and token_counts neither read nor updated
+    has_bias: Array  # bool[S]; False = logit_bias is ignored
+    first_timestamp: Array  # i32[S]; of biased rows: the id from which all tokens are timestamps; 0 = none is
+    min_tokens_left: Array  # i32[S]; tokens required before the sequence may stop
     stop_ids: Array  # i32[S, E]; ids that end the sequence; -1 = padding
-    want_logprobs: Array  # bool[S]; the report is computed for all rows when any row wants it
+    want_logprobs: Array  # bool[S]; log-probabilities are computed for all rows when any row wants them
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplerOutput:
-    """One step's tokens and the report on them, which is all zeros when no row wants it."""
+    """One step's tokens and their log-probabilities, which are all zeros when no row wants them."""
 
     token_ids: Array  # i32[S]
     logprobs: Array  # f32[S]; natural log
@@ -77,7 +75,7 @@ class SamplerOutput:
 
 
 def token_counts_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int) -> np.ndarray:
-    """Host: one row i32[V] of the `seen` table. Ids outside the vocabulary (embedding inputs) are left out."""
+    """On the host: one row i32[V] of token_counts. Ids outside the vocabulary (of embeddings) are left out."""
 
     def valid(ids: Sequence[int]) -> np.ndarray:
         array = np.asarray(ids, np.int64).reshape(-1)
@@ -89,9 +87,9 @@ def token_counts_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab
 
 
 def count_tokens(token_counts: Array, metadata: SamplingMetadata, token: Array, active: Array) -> Array:
-    """Count token i32[S] in `seen` i32[R, V] for the rows that are active bool[S] and penalised.
+    """Count token i32[S] in token_counts i32[R, V] for rows that are active bool[S] and have penalties.
 
-    In place when `seen` is donated. The others are dropped, so several padding rows may share one table row.
+    In place when token_counts is donated. Other rows are dropped, so several padding rows may share one table row.
     """
     row = jnp.where(active & metadata.has_penalties, metadata.row, token_counts.shape[0])
     return token_counts.at[row, token].add(jnp.int32(1), mode="drop")
@@ -100,10 +98,10 @@ def count_tokens(token_counts: Array, metadata: SamplingMetadata, token: Array, 
 def sample(
     logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array, *, num_logprobs: int
 ) -> SamplerOutput:
-    """Choose one token per row of logits f32[S, V], with seen i32[R, V] and bias f32[R, V].
+    """Choose one token per row of logits f32[S, V], with token_counts i32[R, V] and logit_bias f32[R, V].
 
-    A row's token depends on its own logits, parameters, seed and index only: not on its neighbours, its place in the
-    batch or the batch's padding. `top` is how many rivals the report lists.
+    A row's token depends on its own logits, parameters, seed and index only: not on other rows, its index in the batch
+    or the batch's padding. num_logprobs: how many of the likeliest tokens to report beside the sampled one.
     """
     plain = ~jnp.any(
         metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0) | (metadata.temperature > 0)
@@ -111,7 +109,7 @@ def sample(
     token = lax.cond(plain, lambda: _argmax(logits), lambda: _choose(logits, metadata, token_counts, logit_bias))
     size = logits.shape[0]
 
-    def nothing() -> tuple[Array, Array, Array, Array]:
+    def no_logprobs() -> PromptLogprobs:
         return (
             jnp.zeros(size, jnp.float32),
             jnp.zeros(size, jnp.int32),
@@ -119,15 +117,18 @@ def sample(
             jnp.zeros((size, num_logprobs), jnp.float32),
         )
 
-    report = lax.cond(jnp.any(metadata.want_logprobs), lambda: prompt_logprobs(logits, token, num_logprobs), nothing)
-    return SamplerOutput(token, *report)
+    logprobs = lax.cond(
+        jnp.any(metadata.want_logprobs), lambda: prompt_logprobs(logits, token, num_logprobs), no_logprobs
+    )
+    return SamplerOutput(token, *logprobs)
 
 
 def prompt_logprobs(logits: Array, targets: Array, num_logprobs: int) -> PromptLogprobs:
-    """How likely the model finds targets i32[T] under logits f32[T, V].
+    """The log-probabilities of targets i32[T] under logits f32[T, V].
 
     Returns (logprob f32[T], rank i32[T], top_ids i32[T, top], top_logprobs f32[T, top]). The rank is one more than the
-    number of strictly likelier tokens. Targets past the vocabulary, which mark media in some models, are impossible.
+    number of strictly likelier tokens. Targets past the vocabulary, which some models use as placeholders of media,
+    have probability 0.
     """
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     own = jnp.take_along_axis(logits, targets[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
@@ -137,16 +138,16 @@ def prompt_logprobs(logits: Array, targets: Array, num_logprobs: int) -> PromptL
 
 
 def _choose(logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
-    """The token of each row when at least one row is not plainly greedy."""
-    changed = metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0)
-    x = _when(changed, lambda x: _adjust(x, metadata, token_counts, logit_bias), logits)
-    hot = metadata.temperature > 0
-    return lax.cond(jnp.any(hot), lambda: jnp.where(hot, _draw(x, metadata), _argmax(x)), lambda: _argmax(x))
+    """The token of each row, where some row has more than greedy sampling."""
+    adjusted = metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0)
+    x = _when(adjusted, lambda x: _adjust(x, metadata, token_counts, logit_bias), logits)
+    drawn = metadata.temperature > 0
+    return lax.cond(jnp.any(drawn), lambda: jnp.where(drawn, _draw(x, metadata), _argmax(x)), lambda: _argmax(x))
 
 
-def _when(asked: Array, change: Callable[[Array], Array], x: Array) -> Array:
-    """change(x) if any row asked for it, else x: which costs a copy of x, so do not chain these on the common path."""
-    return lax.cond(jnp.any(asked), change, lambda x: x, x)
+def _when(needed: Array, change: Callable[[Array], Array], x: Array) -> Array:
+    """change(x) if any row needs it, else x: which costs a copy of x, so do not chain these on the common path."""
+    return lax.cond(jnp.any(needed), change, lambda x: x, x)
 
 
 def _adjust(x: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
@@ -156,26 +157,26 @@ def _adjust(x: Array, metadata: SamplingMetadata, token_counts: Array, logit_bia
         ids = jnp.where(
             (metadata.min_tokens_left[:, None] > 0) & (metadata.stop_ids >= 0), metadata.stop_ids, x.shape[1]
         )
-        return jax.vmap(lambda line, at: line.at[at].set(-jnp.inf, mode="drop"))(x, ids)
+        return jax.vmap(lambda row, row_ids: row.at[row_ids].set(-jnp.inf, mode="drop"))(x, ids)
 
     def add_bias(x: Array) -> Array:
         return x + jnp.where(metadata.has_bias[:, None], logit_bias[metadata.row], jnp.float32(0))
 
     x = _when(metadata.min_tokens_left > 0, forbid_stops, x)
 
-    def prefer_times(x: Array) -> Array:
-        time = jnp.arange(x.shape[1], dtype=jnp.int32) >= metadata.first_timestamp[:, None]
-        times = jax.nn.logsumexp(jnp.where(time, x, -jnp.inf), axis=1, keepdims=True)
-        words = jnp.max(jnp.where(time, -jnp.inf, x), axis=1, keepdims=True)
-        return jnp.where((metadata.first_timestamp[:, None] > 0) & ~time & (times > words), -jnp.inf, x)
+    def prefer_timestamps(x: Array) -> Array:
+        is_timestamp = jnp.arange(x.shape[1], dtype=jnp.int32) >= metadata.first_timestamp[:, None]
+        timestamps = jax.nn.logsumexp(jnp.where(is_timestamp, x, -jnp.inf), axis=1, keepdims=True)
+        text = jnp.max(jnp.where(is_timestamp, -jnp.inf, x), axis=1, keepdims=True)
+        return jnp.where((metadata.first_timestamp[:, None] > 0) & ~is_timestamp & (timestamps > text), -jnp.inf, x)
 
     x = _when(metadata.has_bias, add_bias, x)
-    x = _when(metadata.first_timestamp > 0, prefer_times, x)
+    x = _when(metadata.first_timestamp > 0, prefer_timestamps, x)
     return _when(metadata.has_penalties, lambda x: _apply_penalties(x, metadata, token_counts[metadata.row]), x)
 
 
 def _apply_penalties(x: Array, metadata: SamplingMetadata, token_counts: Array) -> Array:
-    """Penalties on x f32[S, V] by the rows' own seen i32[S, V]."""
+    """Apply the penalties to x f32[S, V], by the rows' token_counts i32[S, V]."""
     count = (token_counts & (IN_PROMPT - 1)).astype(jnp.float32)
     factor = jnp.where(token_counts != 0, metadata.repetition_penalty[:, None], jnp.float32(1))
     y = jnp.where(x > 0, x / factor, x * factor)
@@ -199,9 +200,9 @@ def _draw(x: Array, metadata: SamplingMetadata) -> Array:
 
 
 def _weights(x: Array, metadata: SamplingMetadata) -> Array:
-    """f32[S, V]: probabilities of x f32[S, V] relative to the likeliest token's, zero where step 6 excludes a token.
+    """f32[S, V]: probabilities of x f32[S, V] relative to the likeliest token's, 0 where step 6 excludes a token.
 
-    The likeliest token always stays. Each exclusion is one threshold per row; only its search may be skipped.
+    The likeliest token is never excluded. Each exclusion is one threshold per row; only its search may be skipped.
     """
     size, vocab = x.shape
     best = jnp.max(x, axis=-1, keepdims=True)
@@ -234,14 +235,14 @@ def _threshold(value: Array, mass: Array, target: Array) -> Array:
         bits = key ^ ((key >> 31) & jnp.int32(0x7FFFFFFF))  # its own inverse
         return lax.bitcast_convert_type(bits, jnp.float32)[:, None]
 
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def bisect(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # low + high would overflow
         reached = jnp.sum(jnp.where(value >= unordered(middle), mass, jnp.float32(0)), axis=-1) >= target
         return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
 
     infinity = jnp.full(value.shape[:1], 0x7F800000, jnp.int32)
-    low, _ = lax.fori_loop(0, 32, halve, (~infinity, infinity))
+    low, _ = lax.fori_loop(0, 32, bisect, (~infinity, infinity))
     return unordered(low)
 
 
@@ -264,12 +265,12 @@ def _categorical(weight: Array, keys: Array) -> Array:
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + width,), jnp.float32))(keys)
     total = jnp.sum(blocks, axis=-1)
     block = jnp.argmax(jnp.log(total) + noise[:, :count], axis=-1).astype(jnp.int32)
-    place = jnp.argmax(jnp.log(_pick(blocks, block)) + noise[:, count:], axis=-1).astype(jnp.int32)
-    return block * width + place
+    offset = jnp.argmax(jnp.log(_pick(blocks, block)) + noise[:, count:], axis=-1).astype(jnp.int32)
+    return block * width + offset
 
 
 def _blocks(x: Array, fill: float) -> Array:
-    """x f32[S, V] as n runs of W entries, [S, n, W]; without a copy if V has a divisor W that suits, else padded."""
+    """x f32[S, V] as n blocks of W entries, [S, n, W]; without a copy if V has a suitable divisor W, else padded."""
     size, vocab = x.shape
     width = next((w for w in range(BLOCK, 63, -1) if vocab % w == 0), 0)
     if not width:
@@ -286,14 +287,14 @@ def _pick(blocks: Array, block: Array) -> Array:
 def _largest(x: Array, count: int) -> tuple[Array, Array]:
     """(ids i32[S, count], values f32[S, count]) of the largest entries of x f32[S, V], largest first.
 
-    Among the `count` blocks with the largest maxima only: no entry of another block can be one of them.
+    They are searched in the `count` blocks with the largest maxima: no other block can hold one of them.
     """
     blocks = _blocks(x, -jnp.inf)
     width = blocks.shape[-1]
     if not 0 < count < blocks.shape[1]:
         values, ids = lax.top_k(x, count)
         return ids.astype(jnp.int32), values
-    near = jnp.sort(lax.top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)  # vocabulary order decides ties
-    entries = jnp.take_along_axis(blocks, near[:, :, None], axis=1).reshape(x.shape[0], -1)
+    best = jnp.sort(lax.top_k(jnp.max(blocks, axis=-1), count)[1], axis=-1)  # sorted: of ties the first id wins
+    entries = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(x.shape[0], -1)
     values, at = lax.top_k(entries, count)
-    return (jnp.take_along_axis(near, at // width, axis=1) * width + at % width).astype(jnp.int32), values
+    return (jnp.take_along_axis(best, at // width, axis=1) * width + at % width).astype(jnp.int32), values

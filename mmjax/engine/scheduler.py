@@ -1,4 +1,4 @@
-"""Who runs next, and how many tokens of each. Touches no tensor."""
+"""Which sequences run in the next dispatch, and how many tokens of each. Touches no tensor."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from mmjax.processors.base import MediaItem
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """What one step can hold. block: query tokens per block of a prefill; units: of each encoder per dispatch;
-    encoders: the name of each modality's encoder."""
+    """What one dispatch can hold.
+
+    q_block_size: a prefill rounds each chunk up to a multiple of it. max_encoder_inputs: by encoder name. encoder_of:
+    modality -> encoder name. cross_len: keys per item that cross attention reads, 0 for decoder-only models.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -32,7 +35,7 @@ class SchedulerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledChunk:
-    """Tokens [start, start + count) of a sequence; `last` when they complete what is known of it."""
+    """Tokens [start, start + num_tokens) of a sequence. is_last: no more tokens need a prefill after these."""
 
     seq: Sequence
     start: int
@@ -42,8 +45,8 @@ class ScheduledChunk:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledEncode:
-    """One item for the named encoder, into slab rows i32[n] or into pages for cross attention. No name: its rows are
-    ready."""
+    """One item for the named encoder, whose output goes to rows i32[n] of the mm_embeds buffer, or into blocks for
+    cross attention. The name is empty for an item that came as embeddings."""
 
     encoder: str
     item: MediaItem
@@ -53,9 +56,10 @@ class ScheduledEncode:
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerOutput:
-    """One dispatch: chunks of prompts (and the media they need first), or decode steps.
+    """One dispatch: chunks of prompts (and the media they need), or decode steps.
 
-    decode: sequences, each with how many steps it takes. between: it is one step, and more chunks come next.
+    decode: (sequence, steps it takes). interleaved_decode: it is one decode step, and more chunks of prompts follow.
+    started: sequences that have just got a row.
     """
 
     encode: tuple[ScheduledEncode, ...] = ()
@@ -66,11 +70,12 @@ class SchedulerOutput:
 
 
 class NeedsResults(Exception):
-    """Nothing can be planned until what is in flight has come back."""
+    """Nothing can be scheduled before the results of a dispatch in flight have been read."""
 
 
 class Scheduler:
-    """First come, first served; prompts in chunks; decoding continues between chunks; the youngest is preempted."""
+    """First come, first served. Long prompts run in chunks, with a decode step between two of them. Where blocks run
+    out, the youngest sequence is preempted."""
 
     def __init__(
         self, config: SchedulerConfig, block_pool: BlockPool, encoder_cache: EncoderCache, *, prefix_caching: bool
@@ -98,16 +103,15 @@ class Scheduler:
     def schedule(self, *, in_flight: bool) -> SchedulerOutput | None:
         """The next dispatch, or None when there is nothing to do.
 
-        Raises NeedsResults when only results that are still in flight can tell.
+        Raises NeedsResults when that depends on results still in flight.
         """
-        taking_turns = self._prefilled_last and bool(self._decodable())
-        output = None if taking_turns else self._schedule_prefill()
+        decode_turn = self._prefilled_last and bool(self._decodable())
+        output = None if decode_turn else self._schedule_prefill()
         if output is None:
-            unfinished = bool(self.waiting and self.free_rows) or any(s.is_prefilling for s in self.running)
+            more_prefill = bool(self.waiting and self.free_rows) or any(s.is_prefilling for s in self.running)
             self._prefilled_last = False
-            between = taking_turns and unfinished
-            output = self._schedule_decode(in_flight, interleaved=between)
-        if output is None and taking_turns:
+            output = self._schedule_decode(in_flight, interleaved=decode_turn and more_prefill)
+        if output is None and decode_turn:
             output = self._schedule_prefill()
         if output is None and in_flight and not self.idle:
             raise NeedsResults
@@ -115,7 +119,7 @@ class Scheduler:
         return output
 
     def finish(self, seq: Sequence) -> None:
-        """Forget a sequence and give back what it holds."""
+        """Forget a sequence and free its row and blocks."""
         seq.finished = True
         if seq.row is not None:
             self.running.remove(seq)
@@ -123,11 +127,11 @@ class Scheduler:
         elif seq in self.waiting:
             self.waiting.remove(seq)
 
-    def cache_blocks(self, seq: Sequence, computed: int) -> None:
-        """Make the full pages within the first `computed` tokens findable."""
+    def cache_blocks(self, seq: Sequence, num_computed: int) -> None:
+        """Put the full blocks within the first `num_computed` tokens into the prefix cache."""
         if not self.prefix_caching:
             return
-        hashes = seq.block_hashes(self.block_pool.block_size, computed)
+        hashes = seq.block_hashes(self.block_pool.block_size, num_computed)
         for i in range(seq.num_hashed_blocks, len(hashes)):
             self.block_pool.cache_block(seq.block_ids[i], hashes[i])
         seq.num_hashed_blocks = max(seq.num_hashed_blocks, len(hashes))
@@ -138,13 +142,13 @@ class Scheduler:
     def _schedule_decode(self, in_flight: bool, *, interleaved: bool) -> SchedulerOutput | None:
         ready = self._decodable()
         steps = 1 if interleaved else self.config.num_decode_steps
-        if any(s.logits_processor.dynamic for s in ready):  # what such a row may say depends on what it has said
+        if any(s.logits_processor.dynamic for s in ready):  # the host must know a token before it biases the next
             if in_flight:
                 raise NeedsResults
             steps = 1
         chosen = []
         for seq in ready:
-            if seq.row is None:  # preempted for an elder in this very loop
+            if seq.row is None:  # this loop has preempted it
                 continue
             n = min(steps, seq.max_tokens - seq.num_sampled)
             if self._allocate(seq, seq.num_scheduled + n) or (n > 1 and self._allocate(seq, seq.num_scheduled + 1)):
@@ -160,9 +164,9 @@ class Scheduler:
             seq.num_scheduled += n
         return SchedulerOutput(decode=tuple(chosen), interleaved_decode=interleaved) if chosen else None
 
-    def _allocate(self, seq: Sequence, tokens: int) -> bool:
-        """Pages for so many tokens of the sequence, if there are any."""
-        more = self.block_pool.blocks_for(tokens) - len(seq.block_ids)
+    def _allocate(self, seq: Sequence, num_tokens: int) -> bool:
+        """Give the sequence blocks for that many tokens. False where too few are free."""
+        more = self.block_pool.blocks_for(num_tokens) - len(seq.block_ids)
         if more > self.block_pool.num_free:
             return False
         if more > 0:
@@ -172,7 +176,8 @@ class Scheduler:
         return True
 
     def _preempt_for(self, seq: Sequence) -> int:
-        """Preempt the youngest until `seq` can take one step: 1, or 0 when it was itself the youngest."""
+        """Preempt the youngest sequences until `seq` can take one step. Returns its steps: 0 if it was itself
+        preempted, else 1."""
         while not self._allocate(seq, seq.num_scheduled + 1):
             victim = self.running[-1]
             self.preemptions += 1
@@ -195,106 +200,110 @@ class Scheduler:
         seq.row = None
 
     def _schedule_prefill(self) -> SchedulerOutput | None:
-        left = self.config.max_num_batched_tokens
+        budget, q_block_size = self.config.max_num_batched_tokens, self.config.q_block_size
         chunks: list[ScheduledChunk] = []
         encode: list[ScheduledEncode] = []
         started: list[Sequence] = []
         for seq in [s for s in self.running if s.is_prefilling] + list(self.waiting):
-            if left < self.config.q_block_size or len(chunks) == self.config.max_num_seqs:
+            if budget < q_block_size or len(chunks) == self.config.max_num_seqs:
                 break
-            fresh = seq.row is None
-            if fresh and not self._start(seq, encode):
+            is_new = seq.row is None
+            if is_new and not self._start(seq, encode):
                 break
-            count = self._with_media(seq, min(seq.prefill_target - seq.num_scheduled, left), encode)
-            if fresh:
+            count = self._schedule_media(seq, min(seq.prefill_target - seq.num_scheduled, budget), encode)
+            if is_new:
                 started.append(seq)
             if count == 0:
                 continue
-            chunks.append(
-                ScheduledChunk(seq, seq.num_scheduled, count, seq.num_scheduled + count == seq.prefill_target)
-            )
+            is_last = seq.num_scheduled + count == seq.prefill_target
+            chunks.append(ScheduledChunk(seq, seq.num_scheduled, count, is_last))
             seq.num_scheduled += count
-            left -= -(-count // self.config.q_block_size) * self.config.q_block_size
-            self.cache_blocks(
-                seq, seq.num_scheduled
-            )  # the device runs in order: whoever finds these pages reads them later
-        for chunk in chunks:  # only now: within one plan, rows that are about to be read must not be given away
+            budget -= -(-count // q_block_size) * q_block_size
+            # They are not computed yet, but the device runs in order: another sequence that uses them reads them later.
+            self.cache_blocks(seq, seq.num_scheduled)
+        for chunk in chunks:  # not earlier: this dispatch still reads these rows, so it must not overwrite them
             self._release_media(chunk.seq)
         if not chunks and not encode:
             return None
         return SchedulerOutput(encode=tuple(encode), prefill=tuple(chunks), started=tuple(started))
 
     def _start(self, seq: Sequence, encode: list[ScheduledEncode]) -> bool:
-        """Give a waiting sequence a row and the pages of all it has, if there are enough."""
+        """Give a waiting sequence a row and blocks for all its tokens. False where too few are free."""
         if not self.free_rows:
             return False
-        found: list[int] = []
+        pool = self.block_pool
+        cached: list[int] = []
         if self.prefix_caching and not seq.needs_all_tokens:
-            found = self.block_pool.find_cached(seq.block_hashes(self.block_pool.block_size, seq.num_tokens - 1))
-        cross_keys = [
-            self._cross_hash(key, i) for key, _ in seq.prompt.encoder_items for i in range(self._cross_blocks)
+            cached = pool.find_cached(seq.block_hashes(pool.block_size, seq.num_tokens - 1))
+        cross_hashes = [
+            self._cross_hash(item_hash, i)
+            for item_hash, _ in seq.prompt.encoder_items
+            for i in range(self._cross_blocks_per_item)
         ]
-        cross = self.block_pool.find_cached(cross_keys)
-        cross = cross if len(cross) == len(cross_keys) else []
-        missing = self.block_pool.blocks_for(seq.num_tokens) - len(found) + (len(cross_keys) - len(cross))
-        if missing > self.block_pool.num_free - self.block_pool.num_unreferenced(
-            found
-        ) - self.block_pool.num_unreferenced(cross):
+        cross = pool.find_cached(cross_hashes)
+        cross = cross if len(cross) == len(cross_hashes) else []
+        num_new = pool.blocks_for(seq.num_tokens) - len(cached) + len(cross_hashes) - len(cross)
+        if num_new > pool.num_free - pool.num_unreferenced(cached) - pool.num_unreferenced(cross):
             return False
-        if cross_keys and not cross and not self._encodable([item for _, item in seq.prompt.encoder_items], encode):
+        if cross_hashes and not cross and not self._encodable([item for _, item in seq.prompt.encoder_items], encode):
             return False
         self.waiting.remove(seq)
         self.running.append(seq)
         seq.row = self.free_rows.pop()
-        self.block_pool.add_reference(found)
-        self.block_pool.add_reference(cross)
-        seq.block_ids = list(found)
-        self.block_tables[seq.row, : len(found)] = found
-        seq.num_scheduled = seq.num_hashed_blocks = len(found) * self.block_pool.block_size
+        pool.add_reference(cached)
+        pool.add_reference(cross)
+        seq.block_ids = list(cached)
+        self.block_tables[seq.row, : len(cached)] = cached
+        seq.num_scheduled = seq.num_hashed_blocks = len(cached) * pool.block_size
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_scheduled
-        seq.cross_block_ids = list(cross) or self._encode_cross(seq, cross_keys, encode)
-        grown = self._allocate(seq, seq.num_tokens)
-        assert grown, "pages were counted above"
+        seq.cross_block_ids = list(cross) or self._encode_cross(seq, cross_hashes, encode)
+        allocated = self._allocate(seq, seq.num_tokens)
+        assert allocated, "enough blocks were free"
         return True
 
     @property
-    def _cross_blocks(self) -> int:
+    def _cross_blocks_per_item(self) -> int:
         return self.block_pool.blocks_for(self.config.cross_len)
 
-    def _cross_hash(self, key: str, index: int) -> bytes:
-        return hashlib.blake2b(f"cross {index} {key}".encode(), digest_size=16).digest()
+    def _cross_hash(self, item_hash: str, index: int) -> bytes:
+        """The hash of an item's block number `index` for cross attention."""
+        return hashlib.blake2b(f"cross {index} {item_hash}".encode(), digest_size=16).digest()
 
     def _encode_cross(self, seq: Sequence, hashes: list[bytes], encode: list[ScheduledEncode]) -> list[int]:
-        block_ids = self.block_pool.allocate(len(hashes))
-        for index, key in zip(block_ids, hashes, strict=True):
-            self.block_pool.cache_block(index, key)
+        """Schedule the encoding of the sequence's items into new blocks."""
+        block_ids, per_item = self.block_pool.allocate(len(hashes)), self._cross_blocks_per_item
+        for block_id, block_hash in zip(block_ids, hashes, strict=True):
+            self.block_pool.cache_block(block_id, block_hash)
         for i, (_, item) in enumerate(seq.prompt.encoder_items):
-            mine = tuple(block_ids[i * self._cross_blocks : (i + 1) * self._cross_blocks])
-            encode.append(ScheduledEncode(self.config.encoder_of[item.modality], item, np.empty(0, np.int32), mine))
+            item_block_ids = tuple(block_ids[i * per_item : (i + 1) * per_item])
+            no_rows = np.empty(0, np.int32)
+            encode.append(ScheduledEncode(self.config.encoder_of[item.modality], item, no_rows, item_block_ids))
         return block_ids
 
     def _release_media(self, seq: Sequence) -> None:
-        """Release the media whose spans are behind the sequence."""
-        behind = {span.item_hash for span in seq.prompt.spans if span.start + span.length <= seq.num_scheduled}
-        ahead = {span.item_hash for span in seq.prompt.spans if span.start + span.length > seq.num_scheduled}
-        for key in behind - ahead:
-            self.encoder_cache.release(key, seq.seq_id)
+        """Release the items all of whose spans have been scheduled."""
+        done = {span.item_hash for span in seq.prompt.spans if span.start + span.length <= seq.num_scheduled}
+        needed = {span.item_hash for span in seq.prompt.spans if span.start + span.length > seq.num_scheduled}
+        for item_hash in done - needed:
+            self.encoder_cache.release(item_hash, seq.seq_id)
 
     def _encodable(self, items: list[MediaItem], encode: list[ScheduledEncode]) -> bool:
-        """Whether items of one encoder still fit the dispatch; an encoder's first item always does."""
+        """Whether items of one encoder still fit into the dispatch; an encoder's first item always does."""
         name = self._encoder(items[0])
         if not name:
             return True
-        taken = sum(e.item.num_inputs for e in encode if e.encoder == name)
-        return not taken or taken + sum(item.num_inputs for item in items) <= self.config.max_encoder_inputs[name]
+        scheduled = sum(e.item.num_inputs for e in encode if e.encoder == name)
+        num_inputs = sum(item.num_inputs for item in items)
+        return not scheduled or scheduled + num_inputs <= self.config.max_encoder_inputs[name]
 
     def _encoder(self, item: MediaItem) -> str:
-        """The name of an item's encoder; none for one whose rows are ready."""
+        """The name of an item's encoder; empty for an item that came as embeddings."""
         return "" if item.embeds is not None else self.config.encoder_of[item.modality]
 
-    def _with_media(self, seq: Sequence, count: int, encode: list[ScheduledEncode]) -> int:
-        """How many of the next `count` tokens can run: up to the first medium that cannot be encoded now."""
+    def _schedule_media(self, seq: Sequence, count: int, encode: list[ScheduledEncode]) -> int:
+        """Schedule the encoding of what the next `count` tokens need. Returns how many of them can run: those before
+        the first item that cannot be encoded in this dispatch."""
         start, end = seq.num_scheduled, seq.num_scheduled + count
         for span in seq.prompt.spans:
             if span.start < end and span.start + span.length > start:

@@ -1,4 +1,4 @@
-"""The state of one answer: its tokens, its pages, and how far the device has come with it."""
+"""The state of one sequence: its tokens, its blocks, and how much of it the device has been given."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from mmjax.engine.block_pool import block_hash
-from mmjax.engine.logits import LogitsProcessor
+from mmjax.engine.logits import LogitsProcessor, NoConstraints
 from mmjax.processors.base import MediaItem
 from mmjax.types import SamplingParams
 
-_numbers = itertools.count()
+_seq_ids = itertools.count()
 
 
 class MediaSpan(NamedTuple):
-    """Tokens [start, start + length) take rows first..first+length-1 of the item with this content key."""
+    """Tokens [start, start + length) take the embeddings of an item, from number embed_offset on."""
 
     start: int
     length: int
@@ -29,9 +29,11 @@ class MediaSpan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnginePrompt:
-    """What all answers to one request share. tokens: i32[T]; positions: i32[R, T]; token i >= T sits at i + delta.
+    """What all sequences of a request share. token_ids: i32[T]. rope_positions: i32[R, T]; token i >= T has position
+    i + rope_delta on every axis.
 
-    audio: the items that an encoder-decoder reads through cross attention. salt: mixed into the page keys.
+    encoder_items: (hash, item) of what an encoder-decoder reads through cross attention. cache_salt: mixed into the
+    hashes of blocks.
     """
 
     token_ids: np.ndarray
@@ -39,15 +41,15 @@ class EnginePrompt:
     rope_delta: int
     spans: tuple[MediaSpan, ...] = ()
     encoder_items: tuple[tuple[str, MediaItem], ...] = ()
-    salt: bytes = b""
+    cache_salt: bytes = b""
 
 
 class Sequence:
-    """One answer in the making.
+    """A prompt and the tokens sampled after it.
 
-    `whole`: every token of the prompt must run, be it in the prefix cache or not. `planned` tokens have their keys in
-    pages once everything dispatched so far has run; `known` tokens have reached the host. Between the two lies what is
-    in flight.
+    num_scheduled: tokens whose keys are in the cache once everything dispatched so far has run. num_tokens: tokens that
+    the host knows. What lies between the two is in flight. needs_all_tokens: every token of the prompt must run, even
+    those whose keys are in the prefix cache.
     """
 
     def __init__(
@@ -56,23 +58,23 @@ class Sequence:
         prompt: EnginePrompt,
         params: SamplingParams,
         *,
-        seed: int,
-        stop_ids: Seq[int],
         max_model_len: int,
-        logits_processor: LogitsProcessor,
+        seed: int = 0,
+        stop_ids: Seq[int] = (),
+        logits_processor: LogitsProcessor | None = None,
         needs_all_tokens: bool = False,
     ) -> None:
-        self.seq_id = next(_numbers)
+        self.seq_id = next(_seq_ids)
         self.index = index
         self.prompt = prompt
         self.params = params
         self.seed_words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
         self.stop_ids = tuple(stop_ids)
-        self.logits_processor = logits_processor
-        self.needs_all_tokens = needs_all_tokens or params.prompt_logprobs is not None
+        self.logits_processor = logits_processor or NoConstraints()
+        self.needs_all_tokens = needs_all_tokens
         self.prompt_len = len(prompt.token_ids)
-        longest = max_model_len - self.prompt_len
-        self.max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
+        room = max_model_len - self.prompt_len
+        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self.token_ids = np.empty(self.prompt_len + self.max_tokens, np.int32)
         self.token_ids[: self.prompt_len] = prompt.token_ids
         self.num_tokens = self.prompt_len
@@ -86,7 +88,7 @@ class Sequence:
         self.num_cached_tokens: int | None = None  # tokens found in the prefix cache when it first started
         self.scheduled_time: float | None = None
         self.finished = False
-        self.has_bias = logits_processor.dynamic or logits_processor.bias_row(()) is not None
+        self.has_bias = self.logits_processor.dynamic or self.logits_processor.bias_row(()) is not None
 
     @property
     def output_len(self) -> int:
@@ -100,40 +102,40 @@ class Sequence:
 
     @property
     def num_sampled(self) -> int:
-        """Output tokens sampled once everything dispatched has run."""
+        """Output tokens that are sampled once everything dispatched so far has run."""
         return max(0, self.num_scheduled + 1 - self.prompt_len)
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether tokens remain to prefill before the next one can be sampled."""
+        """Whether more tokens must be prefilled before the next one can be sampled."""
         return self.num_scheduled < self.prefill_target
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the sampler needs the history of this sequence."""
+        """Whether the sampler needs the counts of this sequence's tokens."""
         p = self.params
         return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
 
-    def append_tokens(self, tokens: list[int]) -> None:
-        """More tokens from the device."""
-        self.token_ids[self.num_tokens : self.num_tokens + len(tokens)] = tokens
-        self.num_tokens += len(tokens)
+    def append_tokens(self, token_ids: list[int]) -> None:
+        """Take the next output tokens."""
+        self.token_ids[self.num_tokens : self.num_tokens + len(token_ids)] = token_ids
+        self.num_tokens += len(token_ids)
 
-    def block_hashes(self, block_size: int, tokens: int) -> list[bytes]:
-        """Content keys of the full pages within the first `tokens` known tokens."""
-        full = tokens // block_size
-        while len(self.hashes) < full:
+    def block_hashes(self, block_size: int, num_tokens: int) -> list[bytes]:
+        """Hashes of the full blocks within the first `num_tokens` tokens, all of which the host knows."""
+        num_blocks = num_tokens // block_size
+        while len(self.hashes) < num_blocks:
             first = len(self.hashes) * block_size
-            parent = self.hashes[-1] if self.hashes else self.prompt.salt
+            parent = self.hashes[-1] if self.hashes else self.prompt.cache_salt
             overlapping = [s for s in self.prompt.spans if s.start < first + block_size and s.start + s.length > first]
-            extra = b"".join(
+            media = b"".join(
                 f"{len(s.item_hash)}:{s.item_hash}@{first - s.start + s.embed_offset};".encode() for s in overlapping
             )
-            self.hashes.append(block_hash(parent, self.token_ids[first : first + block_size], extra))
-        return self.hashes[:full]
+            self.hashes.append(block_hash(parent, self.token_ids[first : first + block_size], media))
+        return self.hashes[:num_blocks]
 
     def reset(self) -> None:
-        """Back to nothing computed, as after preemption. The caller has released pages and row."""
+        """Set back to nothing computed, as preemption does. The caller has freed the blocks and the row."""
         self.num_scheduled = 0
         self.prefill_target = self.num_tokens
         self.num_hashed_blocks = 0

@@ -1,96 +1,106 @@
-"""One call for many outputs."""
+"""The prompts of one call, run to their ends."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import types
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
-from mmjax.engine.loaded_model import LoadedModel
-from mmjax.inputs.input_processor import EngineInput
+from mmjax.engine.engine import Engine
+from mmjax.outputs.request import EngineRequest
 
+Output = TypeVar("Output")
 Progress = bool | Callable[..., Any]
 
+MAX_PROCESSED_AHEAD = 32  # prompts processed before the engine has taken them: bounds the decoded media held at once
 
-MAX_PROCESSED_AHEAD = 32  # prompts rendered before the engine has taken them: bounds the decoded media held at once
+Start = Callable[[], EngineRequest[Output]]
+"""Starts a request. Called on the thread that steps the engines."""
+
+Prepare = Callable[[], Start[Output]]
+"""Processes a prompt. Called on a worker thread."""
 
 
-class BatchJob:
-    """One call for answers: prompts are rendered on threads, in order, while the engine already runs the first."""
+class BatchJob(Generic[Output]):
+    """Prepares prompts on worker threads, in order, while the engines already run the first. Leaving it as a context
+    manager with an exception aborts every request."""
 
     def __init__(
-        self,
-        model: LoadedModel,
-        start: Callable[[EngineInput, Any], Any],
-        workers: concurrent.futures.Executor,
-        use_tqdm: Progress,
-        total: int,
+        self, engines: Sequence[Engine], workers: concurrent.futures.Executor, use_tqdm: Progress, total: int
     ) -> None:
-        self.model = model
-        self.start = start
+        self.engines = engines
         self.workers = workers
-        self.unseen: deque[tuple[int, Callable[[], EngineInput], Any]] = deque()
-        self.waiting: deque[tuple[int, concurrent.futures.Future[EngineInput], Any]] = deque()
-        self.open: dict[int, tuple[int, Any]] = {}
-        self.runs: dict[int, Any] = {}
-        self.bars = [_bar(use_tqdm, total, name) for name in ("Rendering prompts", "Processed prompts")]
+        self.outputs: dict[int, Output] = {}
+        self._unprepared: deque[tuple[int, Prepare[Output]]] = deque()
+        self._prepared: deque[tuple[int, concurrent.futures.Future[Start[Output]]]] = deque()
+        self._running: dict[int, tuple[int, EngineRequest[Output]]] = {}  # by the id of each sequence
+        self._bars = [_progress_bar(use_tqdm, total, name) for name in ("Rendering prompts", "Processed prompts")]
 
-    def submit(self, i: int, render: Callable[[], EngineInput], params: Any) -> None:
-        """Queue prompt i, which `render` renders on a thread."""
-        self.unseen.append((i, render, params))
+    def __enter__(self) -> BatchJob[Output]:
+        return self
 
-    def run(self) -> dict[int, Any]:
-        """Run everything to its end: outputs by index."""
-        outputs = {}
-        engines = self.model.engines
-        while self.unseen or self.waiting or self.open:
-            self._admit(block=not self.open)
-            for engine in engines:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        try:
+            if error is not None:
+                self._abort()
+        finally:
+            for bar in self._bars:
+                bar.close()
+
+    def submit(self, i: int, prepare: Prepare[Output]) -> None:
+        """Queue prompt i."""
+        self._unprepared.append((i, prepare))
+
+    def run(self) -> dict[int, Output]:
+        """Run all prompts to their ends: outputs by prompt number. Raises what a prompt's preparation raised."""
+        while self._unprepared or self._prepared or self._running:
+            self._start_prepared(wait=not self._running)
+            for engine in self.engines:
                 for state in engine.step():
-                    i, request = self.open.get(state.seq.seq_id, (-1, None))
+                    i, request = self._running.get(state.seq.seq_id, (-1, None))
                     if request is None:
                         continue  # of an earlier call that was interrupted
                     request.record_times(state)
-                    if request.finished and i not in outputs:
-                        outputs[i] = request.output()
-                        for each in request.states:
-                            self.open.pop(each.seq.seq_id)
-                        self.bars[1].update(1)
-        return outputs
+                    if request.finished and i not in self.outputs:
+                        self._finish(i, request)
+        return self.outputs
 
-    def _admit(self, *, block: bool) -> None:
-        """Hand rendered prompts to the engine and have the next ones rendered; `block` waits for one."""
-        while self.unseen and len(self.waiting) < MAX_PROCESSED_AHEAD:
-            i, render, params = self.unseen.popleft()
-            self.waiting.append((i, self.workers.submit(render), params))
-        while self.waiting and (block or self.waiting[0][1].done()):
-            i, future, params = self.waiting.popleft()
-            request = self.start(future.result(), params)
-            self.runs[i] = request
+    def _start_prepared(self, *, wait: bool) -> None:
+        """Start the requests whose prompts are prepared, and have the next ones prepared. wait: for the first one."""
+        while self._unprepared and len(self._prepared) < MAX_PROCESSED_AHEAD:
+            i, prepare = self._unprepared.popleft()
+            self._prepared.append((i, self.workers.submit(prepare)))
+        while self._prepared and (wait or self._prepared[0][1].done()):
+            i, future = self._prepared.popleft()
+            request = future.result()()
             for state in request.states:
-                self.open[state.seq.seq_id] = (i, request)
-            self.bars[0].update(1)
-            block = False
+                self._running[state.seq.seq_id] = (i, request)
+            self._bars[0].update(1)
+            wait = False
 
-    def abort(self) -> None:
-        """Drop whatever is queued or running, and let the device come to rest."""
-        for _, future, _ in self.waiting:
+    def _finish(self, i: int, request: EngineRequest[Output]) -> None:
+        self.outputs[i] = request.output()
+        for state in request.states:
+            del self._running[state.seq.seq_id]
+        self._bars[1].update(1)
+
+    def _abort(self) -> None:
+        """End what is queued or running, and let the engines finish what is in flight."""
+        for _, future in self._prepared:
             future.cancel()
-        for request in self.runs.values():
+        for _, request in self._running.values():
             request.abort()
-        for engine in self.model.engines:
+        for engine in self.engines:
             while engine.has_work:
                 engine.step()
 
-    def close(self) -> None:
-        """Take the progress bars down."""
-        for bar in self.bars:
-            bar.close()
 
-
-def _bar(use_tqdm: Progress, total: int, name: str) -> Any:
+def _progress_bar(use_tqdm: Progress, total: int, name: str) -> Any:
     make = use_tqdm if callable(use_tqdm) else tqdm
     return make(total=total, desc=name, disable=not use_tqdm, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""`LLM`: prompts in, outputs out. Puts the rooms together; has no logic of its own."""
+"""`LLM`: prompts in, outputs out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from mmjax.chat import ChatOptions, RenderedChat, load_template, split
 from mmjax.config import EngineArgs, env_number
 from mmjax.engine.loaded_model import LoadedModel
-from mmjax.entrypoints.batch_job import BatchJob, Progress
+from mmjax.entrypoints.batch_job import BatchJob, Prepare, Progress, Start
 from mmjax.entrypoints.load_model import load_model
 from mmjax.inputs import parse
 from mmjax.inputs.input_processor import EngineInput
@@ -31,10 +31,11 @@ from mmjax.types import (
 from mmjax.types.sampling import MAX_N
 
 logger = logging.getLogger(__name__)
+Output = TypeVar("Output")
 
 
 class LLM:
-    """A model ready to answer.
+    """A loaded model, ready for prompts.
 
     `model` is a local directory in Hugging Face layout, one that `mmjax convert` wrote, or a hub id; every other
     argument is a keyword of `mmjax.config.EngineArgs`. Raises TypeError for an unknown keyword, ValueError for a bad
@@ -44,7 +45,6 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.args = EngineArgs(str(model), **kwargs)
         self.model: LoadedModel = load_model(self.args)
-        self._requests = 0
         self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="render")
 
     # -- generation --------------------------------------------------------------------------------------------------
@@ -59,22 +59,19 @@ class LLM:
         priority: Sequence[int] | None = None,
         tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one prompt or many; the outputs are in the order of the prompts.
+        """Generate outputs for one prompt or many, in their order.
 
         A prompt is a string, a list of token ids, or a dict with `prompt` or `prompt_token_ids` and optionally
-        `multi_modal_data`, `mm_processor_kwargs`, `multi_modal_uuids`, `cache_salt`; or, where the engine takes them,
-        a dict with the rows of `prompt_embeds` [T, D]. sampling_params: None = the
-        model's defaults; one for all; or one per prompt. priority: per prompt, lower first. Raises RequestTypeError
-        (a TypeError) for something that is no prompt, RequestError (a ValueError) for one that cannot be served; the
-        engine stays usable.
+        `multi_modal_data`, `mm_processor_kwargs`, `multi_modal_uuids`, `cache_salt`; or, with enable_prompt_embeds, a
+        dict with `prompt_embeds` [T, D]. sampling_params: None = the model's defaults; one for all prompts; or one per
+        prompt. priority: per prompt, lower first. Raises TypeError for an object that is not a prompt, ValueError for a
+        prompt that cannot be served; the engine stays usable.
         """
         batch = parse.split_prompts(prompts)
-        params = self._params(sampling_params, len(batch))
+        params = self._sampling_params(sampling_params, len(batch))
         self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
-        input_processor = self.model.input_processor
-        requests = [input_processor.parse(prompt) for prompt in batch]
-        work = [functools.partial(input_processor.process, request, tokenization_kwargs) for request in requests]
-        return self._answer(work, params, use_tqdm, priority)
+        process = self._parse(batch, tokenization_kwargs)
+        return self._run(list(map(self._prepare_generate, process, params)), use_tqdm, priority)
 
     def chat(
         self,
@@ -94,16 +91,15 @@ class LLM:
         documents: Sequence[Mapping[str, Any]] | None = None,
         media_io_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or many (a list of those), in their order.
+        """Generate outputs for one conversation (a list of messages) or many (a list of those), in their order.
 
         A message is {"role": ..., "content": ...}, its content a string or a list of parts: text, image_url,
         image_pil, input_audio, audio_url, video_url, and image_embeds, video_embeds, audio_embeds. chat_template: a
-        file, Jinja text or the name of a stored template. continue_final_message: go on with the last message; needs
-        add_generation_prompt=False. Raises as `generate` does; no medium is fetched before every message was checked.
+        file, Jinja text or the name of a stored template. continue_final_message: continue the last message; needs
+        add_generation_prompt=False. Raises as `generate` does. All messages are checked before any media are fetched.
         """
-        chat = self.model.chat
         options = ChatOptions(
-            chat_template=load_template(chat_template, chat.stored),
+            chat_template=load_template(chat_template, self.model.chat.stored),
             chat_template_content_format=chat_template_content_format,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -114,19 +110,17 @@ class LLM:
             media_io_kwargs=media_io_kwargs,
         )
         conversations = split(messages)
-        params = self._params(sampling_params, len(conversations))
+        params = self._sampling_params(sampling_params, len(conversations))
         self._check_lengths(len(conversations), lora_request=lora_request)
-        rendered_chats = [chat.render(conversation, options) for conversation in conversations]
-        # the template has printed the special tokens already
-        tokenization = {"add_special_tokens": False, **(tokenization_kwargs or {})}
-        input_processor = self.model.input_processor
+        rendered = [self.model.chat.render(conversation, options) for conversation in conversations]
 
-        def render(rendered: RenderedChat) -> EngineInput:
-            return input_processor.process(input_processor.parse(chat.fetch(rendered)), tokenization)
+        def process(chat: RenderedChat) -> EngineInput:
+            return self.model.process_chat(self.model.chat.fetch(chat), tokenization_kwargs)
 
-        return self._answer([functools.partial(render, rendered) for rendered in rendered_chats], params, use_tqdm)
+        work = [functools.partial(process, chat) for chat in rendered]
+        return self._run(list(map(self._prepare_generate, work, params)), use_tqdm)
 
-    # -- vectors -----------------------------------------------------------------------------------------------------
+    # -- embeddings --------------------------------------------------------------------------------------------------
 
     def embed(
         self,
@@ -173,13 +167,11 @@ class LLM:
         batch = parse.split_prompts(prompts)
         params = self.pooling_params(pooling_params, len(batch), pooling_task)
         self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
-        input_processor = self.model.input_processor
-        requests = [input_processor.parse(prompt) for prompt in batch]
-        work = [functools.partial(input_processor.process, request, tokenization_kwargs) for request in requests]
-        return self._answer(work, params, use_tqdm, priority)
+        process = self._parse(batch, tokenization_kwargs)
+        return self._run(list(map(self._prepare_pooling, process, params)), use_tqdm, priority)
 
     def check_pooling(self, method: str) -> None:
-        """RequestError unless this engine answers with vectors."""
+        """RequestError unless the model was loaded to pool."""
         if not self.args.pooling:
             raise RequestError(
                 f"LLM.{method}() is only supported for pooling models. Try passing `--runner pooling` to use the model "
@@ -188,42 +180,51 @@ class LLM:
             )
 
     def pooling_params(self, given: Any, count: int, task: str | None = None) -> list[PoolingParams]:
-        """One set of checked parameters per prompt; RequestError for those this model cannot serve."""
+        """Checked parameters, one per prompt. RequestError for those this model cannot serve."""
         return pooling_params(given, count, task, self.model.spec.hidden_size)
-
-    def start_pooling(self, engine_input: EngineInput, params: PoolingParams) -> PoolingRequest:
-        """Queue one rendered prompt that wants vectors."""
-        self._requests += 1
-        return PoolingRequest(self.model, str(self._requests - 1), engine_input, params)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
-    def _answer(
-        self,
-        work: Sequence[Callable[[], EngineInput]],
-        params: Sequence[Any],
-        use_tqdm: Progress,
-        priority: Sequence[int] | None = None,
-    ) -> list[Any]:
-        """Run prompts, each still to be rendered, to their ends."""
-        order = sorted(range(len(work)), key=lambda i: priority[i]) if priority is not None else range(len(work))
-        start = self.start_pooling if self.args.pooling else self.start
-        job = BatchJob(self.model, start, self.workers, use_tqdm, len(work))
-        try:
+    def _parse(
+        self, prompts: Sequence[Any], tokenization_kwargs: dict[str, Any] | None
+    ) -> list[Callable[[], EngineInput]]:
+        """Check the form of every prompt. Returns what processes each of them."""
+        inputs = self.model.input_processor
+        parsed = [inputs.parse(prompt) for prompt in prompts]
+        return [functools.partial(inputs.process, prompt, tokenization_kwargs) for prompt in parsed]
+
+    def _prepare_generate(self, process: Callable[[], EngineInput], params: SamplingParams) -> Prepare[RequestOutput]:
+        def prepare() -> Start[RequestOutput]:
+            engine_input, grammar = process(), self.model.compile_grammar(params)
+            return lambda: GenerateRequest(self.model, engine_input, params, grammar)
+
+        return prepare
+
+    def _prepare_pooling(
+        self, process: Callable[[], EngineInput], params: PoolingParams
+    ) -> Prepare[PoolingRequestOutput]:
+        def prepare() -> Start[PoolingRequestOutput]:
+            engine_input = process()
+            return lambda: PoolingRequest(self.model, engine_input, params)
+
+        return prepare
+
+    def _run(
+        self, prepares: Sequence[Prepare[Output]], use_tqdm: Progress, priority: Sequence[int] | None = None
+    ) -> list[Output]:
+        """Run prompts to their ends; the outputs are in the order of the prompts."""
+        count = len(prepares)
+        order = sorted(range(count), key=lambda i: priority[i]) if priority is not None else range(count)
+        with BatchJob[Output](self.model.engines, self.workers, use_tqdm, count) as job:
             for i in order:
-                job.submit(i, work[i], params[i])
-            runs = job.run()
-        except BaseException:
-            job.abort()
-            raise
-        finally:
-            job.close()
+                job.submit(i, prepares[i])
+            outputs = job.run()
         if not self.args.disable_log_stats:
-            logger.info("after %d prompts: %s", len(work), self.get_metrics())
-        return [runs[i] for i in range(len(work))]
+            logger.info("after %d prompts: %s", count, self.get_metrics())
+        return [outputs[i] for i in range(count)]
 
     def _check_lengths(self, count: int, *, lora_request: Any = None, priority: Sequence[int] | None = None) -> None:
-        """RequestError for lists that do not match the prompts, and for adapters."""
+        """RequestError for lists that do not match the prompts, and for LoRA adapters."""
         for name, values in (("lora_request", lora_request), ("priority", priority)):
             if isinstance(values, Sequence) and len(values) != count:
                 raise RequestError(
@@ -232,11 +233,14 @@ class LLM:
         if lora_request is not None:
             raise RequestError("LoRA is not supported: pass lora_request=None.", "lora_unsupported")
 
-    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    def _sampling_params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        """Checked parameters, one per prompt."""
         if given is None:
             given = self.get_default_sampling_params()
         if isinstance(given, SamplingParams) or not isinstance(given, Sequence):
-            params = [given] * count  # `verify` refuses what is neither
+            params = [given] * count  # `verify` refuses other objects
         else:
             params = list(given)
             if len(params) != count:
@@ -263,12 +267,7 @@ class LLM:
         if params.stop and self.model.tokenizer is None:
             raise RequestError("stop strings need a tokenizer: do not set skip_tokenizer_init.", "no_tokenizer")
 
-    def start(self, engine_input: EngineInput, params: SamplingParams) -> GenerateRequest:
-        """Queue one rendered prompt on the least busy engine."""
-        self._requests += 1
-        return GenerateRequest(self.model, str(self._requests - 1), engine_input, params)
-
-    # -- what else users ask for -------------------------------------------------------------------------------------
+    # -- the model and its caches ------------------------------------------------------------------------------------
 
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the model."""
@@ -278,34 +277,16 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses without `sampling_params`: the defaults of the model's generation_config.json."""
-        return SamplingParams.from_generation_config(self.model.generation_config)
+        return self.model.default_sampling_params()
 
     def get_metrics(self) -> dict[str, float]:
-        """Counters since start, by name: engine work and times in seconds, compilations, cache queries and hits."""
-        cache = self.model.input_processor.cache
-        out: dict[str, float] = {
-            "startup_s": self.model.startup_s,
-            "compile_s": self.model.compile_s,
-            "mm_cache_queries": cache.queries,
-            "mm_cache_hits": cache.hits,
-        }
-        for engine in self.model.engines:
-            counted = vars(engine.stats) | {
-                "call_s": engine.device.call_s,
-                "compiles": engine.runner.compiles,
-                "compiles_after_warmup": engine.runner.compiles_after_warmup,
-                "preemptions": engine.scheduler.preemptions,
-            }
-            for name, value in counted.items():
-                out[name] = out.get(name, 0) + value
-        return out
+        """Counters since start, by name: engine work, times in seconds, compilations, cache queries and hits."""
+        return self.model.counters()
 
     def reset_mm_cache(self) -> None:
         """Forget processed media and their embeddings."""
-        self.model.input_processor.cache.clear()
-        for engine in self.model.engines:
-            engine.encoder_cache.clear()
+        self.model.reset_mm_cache()
 
     def reset_prefix_cache(self) -> bool:
         """Forget cached prefixes. False, and nothing done, while requests run."""
-        return all([engine.block_pool.reset_prefix_cache() for engine in self.model.engines])
+        return self.model.reset_prefix_cache()

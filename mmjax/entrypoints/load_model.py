@@ -1,4 +1,4 @@
-"""From arguments to a running model: checkpoint, mesh, parameters, sizes, engines."""
+"""Loads a model: checkpoint, mesh, parameters, sizes, engines, and the host code around them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -25,23 +26,28 @@ from mmjax.inputs.input_processor import InputConfig, InputProcessor
 from mmjax.loader.checkpoint import Checkpoint, find_model
 from mmjax.loader.params import load_params, param_specs
 from mmjax.loader.precision import Precision
+from mmjax.multimodal.connector import Connect, Connector, IoKwargs
 from mmjax.multimodal.media_limits import MediaLimits
+from mmjax.processors.base import Processor
 from mmjax.spec import ModelSpec
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
+if TYPE_CHECKING:
+    import jax
+
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def load_model(args: EngineArgs) -> LoadedModel:
-    """Load a model and compile its programs. Raises ValueError for whatever cannot be loaded or does not fit."""
+    """Load a model and compile its programs. ValueError for a model that cannot be loaded or does not fit."""
     begin = time.perf_counter()
     checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token, overrides=args.hf_overrides)
-    jax = _start_jax(args)
-    replicas = _replica_devices(jax, args)
+    replicas = _replica_devices(_start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
-    generation_config, eos_ids = _generation(args, checkpoint, tokenizer)
-    processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
+    generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
+    processor: Processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
     _check_options(args, processor)
     limits = args.limits(processor.mm_limits)
     engines = [_load_engine(args, checkpoint, devices, limits) for devices in replicas]
@@ -50,12 +56,14 @@ def load_model(args: EngineArgs) -> LoadedModel:
         compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling")) for engine in engines)
     first = engines[0]
     input_processor = _input_processor(args, processor, tokenizer, first, limits)
+    connect = functools.partial(_connect, args, input_processor)
     startup_s = time.perf_counter() - begin
     logger.info("ready in %.1f s, of which %.1f s compiling", startup_s, compile_s)
     return LoadedModel(
         engines=engines,
         input_processor=input_processor,
-        chat=_chat_renderer(args, checkpoint, input_processor),
+        chat=_chat_renderer(args, checkpoint, input_processor, connect),
+        connect=connect,
         tokenizer=tokenizer,
         grammar_compiler=GrammarCompiler(tokenizer, first.spec.vocab_size, eos_ids),
         spec=first.spec,
@@ -66,11 +74,12 @@ def load_model(args: EngineArgs) -> LoadedModel:
         startup_s=startup_s,
         compile_s=compile_s,
         seeds=(args.seed * 1_000_003 + n for n in itertools.count()),
+        request_ids=map(str, itertools.count()),
     )
 
 
-def _check_options(args: EngineArgs, processor: Any) -> None:
-    """ValidationError for options of the decoders and of the processor with which no request could be served."""
+def _check_options(args: EngineArgs, processor: Processor) -> None:
+    """ValidationError for media_io_kwargs and mm_processor_kwargs with which no request could be served."""
     from mmjax.inputs.processor_kwargs import check_kwargs_for
     from mmjax.multimodal.media import MediaConnector  # imports an HTTP client
 
@@ -83,20 +92,20 @@ def _check_options(args: EngineArgs, processor: Any) -> None:
         try:
             check(given or {})
         except ValidationError:
-            raise  # a variable of the environment, by its name
+            raise  # it names a variable of the environment
         except RequestError as error:
-            words = f"--{name.replace('_', '-')}: {str(error).removeprefix(f'{name}: ')}"
-            raise ValidationError(words, parameter=name, value=given) from error
+            message = f"--{name.replace('_', '-')}: {str(error).removeprefix(f'{name}: ')}"
+            raise ValidationError(message, parameter=name, value=given) from error
 
 
 def _input_processor(
     args: EngineArgs,
-    processor: Any,
+    processor: Processor,
     tokenizer: Tokenizer | None,
     engine: Engine,
     limits: Mapping[str, int],
 ) -> InputProcessor:
-    """What turns requests into prompts that this engine can run."""
+    """The input processor for engines like this one."""
     spec, buckets = engine.spec, engine.buckets
     config = InputConfig(
         model_id=args.model,
@@ -124,20 +133,23 @@ def _input_processor(
     return InputProcessor(processor, tokenizer, config)
 
 
-def _chat_renderer(args: EngineArgs, checkpoint: Checkpoint, input_processor: InputProcessor) -> ChatRenderer:
-    """What writes conversations for the model. ValueError for a template that cannot be read."""
+def _connect(args: EngineArgs, input_processor: InputProcessor, io_kwargs: IoKwargs) -> Connector:
+    """The media connector of a request with these media_io_kwargs."""
+    from mmjax.multimodal.media import MediaConnector  # imports an HTTP client
+
+    return MediaConnector(
+        media_io_kwargs=input_processor.merged_io_kwargs(io_kwargs),
+        allowed_local_media_path=args.allowed_local_media_path,
+        allowed_media_domains=args.allowed_media_domains,
+        limits=input_processor.config.media_limits,
+    )
+
+
+def _chat_renderer(
+    args: EngineArgs, checkpoint: Checkpoint, input_processor: InputProcessor, connect: Connect
+) -> ChatRenderer:
+    """The chat renderer of the model. ValueError for a template that cannot be read."""
     stored = StoredTemplates.read(checkpoint.directory, input_processor.tokenizer, checkpoint.config.get("model_type"))
-
-    def connect(io_kwargs: Mapping[str, Mapping[str, Any]]) -> Any:
-        from mmjax.multimodal.media import MediaConnector
-
-        return MediaConnector(
-            media_io_kwargs=input_processor.merged_io_kwargs(io_kwargs),
-            allowed_local_media_path=args.allowed_local_media_path,
-            allowed_media_domains=args.allowed_media_domains,
-            limits=input_processor.config.media_limits,
-        )
-
     return ChatRenderer(
         stored,
         placeholder=input_processor.processor.placeholder_text if input_processor.processor else {},
@@ -155,33 +167,35 @@ def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
     return find_model(args.tokenizer, revision=args.tokenizer_revision, token=args.hf_token)
 
 
-def _start_jax(args: EngineArgs) -> Any:
-    """Import jax with the memory share and the compilation cache it must know of before it starts."""
+def _start_jax(args: EngineArgs) -> types.ModuleType:
+    """Import jax, with the memory share and the compilation cache that it reads when it starts."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
     import jax
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        where = env("COMPILATION_CACHE", str(Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser() / "xla"))
-        if where != "0":
-            jax.config.update("jax_compilation_cache_dir", where)
+        directory = env("COMPILATION_CACHE", str(Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser() / "xla"))
+        if directory != "0":
+            jax.config.update("jax_compilation_cache_dir", directory)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return jax
 
 
-def _replica_devices(jax: Any, args: EngineArgs) -> list[list[Any]]:
-    """The devices of each replica. Raises ValueError when there are too few."""
-    devices, tp_size, copies = jax.local_devices(), args.tensor_parallel_size, args.data_parallel_size
-    if tp_size * copies > len(devices):
+def _replica_devices(jax: types.ModuleType, args: EngineArgs) -> list[list[jax.Device]]:
+    """The devices of each replica. ValueError when there are too few."""
+    devices, tp_size, dp_size = jax.local_devices(), args.tensor_parallel_size, args.data_parallel_size
+    if tp_size * dp_size > len(devices):
         raise ValueError(
-            f"tensor_parallel_size {tp_size} times data_parallel_size {copies} needs {tp_size * copies} devices, "
+            f"tensor_parallel_size {tp_size} times data_parallel_size {dp_size} needs {tp_size * dp_size} devices, "
             f"but this machine has {len(devices)} ({devices[0].platform})"
         )
-    return [devices[i * tp_size : (i + 1) * tp_size] for i in range(copies)]
+    return [devices[i * tp_size : (i + 1) * tp_size] for i in range(dp_size)]
 
 
-def _load_engine(args: EngineArgs, checkpoint: Checkpoint, devices: list[Any], limits: Mapping[str, int]) -> Engine:
-    """One replica, its weights on its devices and none of its programs compiled."""
+def _load_engine(
+    args: EngineArgs, checkpoint: Checkpoint, devices: list[jax.Device], limits: Mapping[str, int]
+) -> Engine:
+    """The engine of one replica: its weights are on its devices, its programs not compiled yet."""
     from mmjax import sharding
     from mmjax.engine.model_runner import ModelRunner
 
@@ -211,15 +225,17 @@ def _load_engine(args: EngineArgs, checkpoint: Checkpoint, devices: list[Any], l
     memory = EngineMemory.plan(
         args, spec, platform, kv_dtype=precision.kv_dtype, tp_size=sharding.tp_size(mesh), device=devices[0]
     )
-    # the rotary frequencies of some models depend on the longest sequence that there can be
+    # the rotary frequencies of some models depend on max_model_len
     graph, _ = param_specs(checkpoint.family, config.for_max_len(memory.max_model_len))
     runner = ModelRunner(graph, params, spec, memory, mesh, precision, platform=platform)
-    caching = not spec.is_encoder_decoder if args.enable_prefix_caching is None else args.enable_prefix_caching
-    return Engine(runner, spec, memory, prefix_caching=caching)
+    prefix_caching = args.enable_prefix_caching
+    if prefix_caching is None:
+        prefix_caching = not spec.is_encoder_decoder
+    return Engine(runner, spec, memory, prefix_caching=prefix_caching)
 
 
 def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> ModelSpec:
-    """The model's spec without the encoders that no request may use."""
+    """The model's spec with those of its encoders that requests may use."""
     mm_embed_dim = spec.mm_embed_dim if encoders or args.enable_mm_embeds else 0
     if args.enable_prompt_embeds and not spec.is_encoder_decoder:
         mm_embed_dim = spec.mm_embed_dim or spec.hidden_size
@@ -231,24 +247,24 @@ def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> Model
     )
 
 
-def _generation(
+def _generation_config(
     args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """(sampling defaults, end tokens): what the model's generation_config says, overridden by the caller."""
+    """(sampling defaults, end tokens): those of the model's generation_config.json, overridden by the caller's."""
     stored = checkpoint.files.get("generation_config.json", {})
     config = checkpoint.config
     ends = stored.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
-    eos = [int(e) for e in np.atleast_1d(ends)] if ends is not None else []
+    eos_ids = [int(token) for token in np.atleast_1d(ends)] if ends is not None else []
     if tokenizer is not None and tokenizer.eos_id is not None:
-        eos = [tokenizer.eos_id, *eos]
+        eos_ids = [tokenizer.eos_id, *eos_ids]
     defaults = dict(stored) if args.generation_config == "auto" else {}
-    return defaults | dict(args.override_generation_config), tuple(dict.fromkeys(eos))
+    return defaults | dict(args.override_generation_config), tuple(dict.fromkeys(eos_ids))
 
 
-def _progress_bar(name: str) -> Callable[[Iterator[Any], int], Iterator[Any]]:
+def _progress_bar(name: str) -> Callable[[Iterable[T], int], Iterator[T]]:
     quiet = env("PROGRESS", "1") == "0"
 
-    def wrap(items: Iterator[Any], total: int) -> Iterator[Any]:
+    def wrap(items: Iterable[T], total: int) -> Iterator[T]:
         return iter(tqdm(items, total=total, desc=name, disable=quiet, leave=False, dynamic_ncols=True))
 
     return wrap

@@ -1,4 +1,4 @@
-"""What callers hand over, checked and made ready for the engine.
+"""Checks prompts and prepares them for the engine.
 
 The names of vLLM's `vllm.inputs` are here too, so that `mmjax.inputs.TextPrompt` works.
 """

@@ -1,7 +1,7 @@
-"""`Request` -> `Rendered`: the prompt in tokens and positions, its media processed and named, ready for the engine.
+"""`InputProcessor`: a parsed prompt becomes tokens, positions and processed media, ready for the engine.
 
-The steps: count, tokenise, find or process every item, expand placeholders, check the length, place. Nothing here
-touches a device, and a `Renderer` may be used from several threads.
+The steps: count the media, tokenize, process every item or find it in the cache, expand placeholders, check the length,
+compute positions. Nothing here touches a device.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmjax.inputs import parse
-from mmjax.inputs import prompt_embeds as whole_prompt
+from mmjax.inputs import parse, prompt_embeds
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.inputs.parse import MediaInput, ParsedPrompt
 from mmjax.inputs.processor_cache import ProcessorCache
@@ -47,7 +46,7 @@ TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
 
 
 class HashedItem(NamedTuple):
-    """A processed item under the name by which every cache knows it: equal keys mean equal features."""
+    """A processed item and the hash under which every cache holds it: equal hashes mean equal features."""
 
     modality: str
     item_hash: str
@@ -56,8 +55,12 @@ class HashedItem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EngineInput:
-    """A prompt the engine can schedule. `items` are in the order of `spans` (in the order given where they fill no
-    tokens); `spans` index items within their kind. Token i >= T sits at position i + `delta` on every row."""
+    """A prompt that the engine can schedule.
+
+    items: one per span, in the order of spans; where they fill no tokens, in the order given. spans: they count the
+    items of each modality on its own. Token i >= T has rotary position i + rope_delta on every axis. timestamps: of a
+    transcript with timestamps. is_embeds: the prompt came as embeddings, and its tokens, all 0, mean nothing.
+    """
 
     prompt: str | None
     token_ids: np.ndarray  # int32 [T]
@@ -68,36 +71,36 @@ class EngineInput:
     cache_salt: str | None = None
     encoder_prompt: str | None = None
     encoder_token_ids: np.ndarray | None = None  # int32, encoder-decoder models only
-    timestamps: TimestampTokens | None = None  # what the answer keeps to where it tells times
-    is_embeds: bool = False  # the prompt came as embeddings: its tokens, all 0, say nothing
+    timestamps: TimestampTokens | None = None
+    is_embeds: bool = False
 
 
-class _Asked(NamedTuple):
-    """What a request says of all its media."""
+class _MediaOptions(NamedTuple):
+    """The options of all media of a prompt. serial: the prompt's number, for hashes where nothing is cached."""
 
-    kwargs: Mapping[str, Any]
+    processor_kwargs: Mapping[str, Any]
     io_kwargs: Mapping[str, Mapping[str, Any]]
     background: image.Color
-    salt: str | None
+    cache_salt: str | None
     serial: int
 
 
-# Prompts rendered at once, however many threads ask. More of them keep Python's lock from the thread that feeds the
-# device: on 16 cores, 20 made a batch of images wait 90 to 140 ms before its first dispatch, 4 to 8 make it wait 30 to
-# 45 ms and keep up with an H100.
+# Prompts processed at once, however many threads there are. More of them keep Python's lock from the thread that feeds
+# the device: on 16 cores, 20 made a batch of images wait 90 to 140 ms before its first dispatch, 4 to 8 make it wait 30
+# to 45 ms and keep up with an H100.
 MAX_CONCURRENT = min(8, (os.cpu_count() or 1) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """What an input processor must know of the model, the engine and the operator's choices.
+    """What an input processor needs to know of the model, the engine and the operator's choices.
 
     limit_mm_per_prompt, mm_processor_kwargs, media_io_kwargs: see `EngineArgs`. cache_gb: GiB of processed media to
-    keep; 0 keeps none. Without both this cache and prefix caching the caller's uuids of media are ignored. generates:
-    whether there must be room for an output token. max_item_embeds: embeddings of one item that the encoder cache
-    holds; None for any number. max_item_inputs: encoder inputs of one item, by modality. media_embeds_dim: width of the
-    embeddings that may come in place of media, prompt_embeds_dim: in place of a whole prompt; None accepts none.
-    mm_embed_dim: width of the engine's mm_embeds buffer. block_size: tokens per block of the KV cache.
+    keep; 0 keeps none. Without both this cache and prefix caching, uuids of media are ignored. generates: whether there
+    must be room for an output token. max_item_embeds: embeddings of one item that the encoder cache holds; None for any
+    number. max_item_inputs: encoder inputs of one item, by modality. media_embeds_dim: width of the embeddings that may
+    come in place of media, prompt_embeds_dim: in place of a whole prompt; None accepts none. mm_embed_dim: width of the
+    engine's mm_embeds buffer. block_size: tokens per block of the KV cache.
     """
 
     model_id: str
@@ -134,47 +137,46 @@ class InputProcessor:
         dim = config.media_embeds_dim
         self.embeds = MediaEmbedsReader(processor, dim) if processor and dim is not None else None
         self.cache = ProcessorCache(int(config.cache_gb * 2**30))
-        self.hashed = config.cache_gb > 0 or config.prefix_caching
+        self.uses_hashes = config.cache_gb > 0 or config.prefix_caching
         placeholder_ids = (
             [tokenizer.id_of(name) for name in processor.placeholder_token.values()] if processor and tokenizer else []
         )
-        # a placeholder may lie past the embedding, since media always take its place
+        # placeholders may lie past the vocabulary: their embeddings are never looked up
         self.out_of_vocab_ids = {token for token in placeholder_ids if token is not None and token >= config.vocab_size}
-        self._room = threading.Semaphore(MAX_CONCURRENT)
-        self._serial = itertools.count()
+        self._concurrency = threading.Semaphore(MAX_CONCURRENT)
+        self._serials = itertools.count()
         self._warned: set[str] = set()
 
     def parse(self, prompt: Any) -> ParsedPrompt:
-        """A prompt as a caller writes it -> Request; see `mmjax.inputs.parse`."""
-        request = parse.parse_prompt(
+        """Check the form of a prompt as a caller writes it; see `mmjax.inputs.parse`."""
+        parsed = parse.parse_prompt(
             prompt,
             encoder_decoder=self.config.encoder_decoder,
             embeds=self.embeds,
-            row_width=self.config.prompt_embeds_dim,
+            prompt_embeds_dim=self.config.prompt_embeds_dim,
         )
-        self.check_counts(request)
-        return request
+        self._check_counts(parsed)
+        return parsed
 
-    def check_counts(self, request: ParsedPrompt) -> None:
-        """RequestError if the prompt holds more media than the model or the operator allows."""
-        for modality, media in request.media.items():
-            embedded = sum(
+    def _check_counts(self, prompt: ParsedPrompt) -> None:
+        for modality, media in prompt.media.items():
+            num_embeds = sum(
                 isinstance(x.data, EmbedsInput) or (x.data is None and self.embeds is not None) for x in media
             )
-            self.check_count(modality, len(media), embedded)
+            self.check_count(modality, len(media), num_embeds)
 
-    def check_count(self, modality: str, count: int, embedded: int = 0) -> None:
-        """RequestError if `count` items of a modality are more than the model or the operator allows; `embedded` of
+    def check_count(self, modality: str, count: int, num_embeds: int) -> None:
+        """RequestError if `count` items of a modality are more than the model or the operator allows. num_embeds of
         them come as embeddings."""
-        kinds = self.processor.mm_limits if self.processor else {}
-        if embedded and self.embeds is None:
+        model_limits = self.processor.mm_limits if self.processor else {}
+        if num_embeds and self.embeds is None:
             raise parse.embeds_disabled(modality)
-        if embedded and not self.mm_limits[modality]:
-            count -= embedded  # a limit of 0 with embeddings allowed means: nothing but embeddings
-        parse.check_count(modality, count, self.mm_limits[modality], kinds.get(modality, 0))
+        if num_embeds and not self.mm_limits[modality]:
+            count -= num_embeds  # where embeddings are enabled, a limit of 0 refuses everything but them
+        parse.check_count(modality, count, self.mm_limits[modality], model_limits.get(modality, 0))
 
     def merged_io_kwargs(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """`media_io_kwargs` of the engine and of a request together, the request's winning, by modality."""
+        """The engine's `media_io_kwargs`, overridden by those of a request, by modality."""
         if not given:
             return self.io_kwargs
         from mmjax.multimodal.media import MediaIO, VideoMediaIO
@@ -192,54 +194,55 @@ class InputProcessor:
             for modality in {**self.io_kwargs, **given}
         }
 
-    def process(self, request: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
-        """Tokenise, process, expand, check and place. RequestError for everything the caller can mend.
+    def process(self, prompt: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
+        """Prepare a prompt for the engine. RequestError for everything that the caller can correct.
 
-        `tokenization_kwargs`: add_special_tokens (bool), truncate_prompt_tokens (keep the last n; -1: max_model_len).
+        tokenization_kwargs: add_special_tokens (bool), truncate_prompt_tokens (keep the last n; -1: max_model_len).
         """
-        with self._room:
-            return self._process_prompt(request, tokenization_kwargs)
+        with self._concurrency:
+            if prompt.prompt_embeds is not None:
+                return self._process_embeds(prompt, prompt.prompt_embeds)
+            return self._process_tokens(prompt, tokenization_kwargs or {})
 
-    def _process_prompt(self, request: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None) -> EngineInput:
-        if request.prompt_embeds is not None:
-            return self._embedded(request, request.prompt_embeds)
-        self.check_counts(request)
-        tokens = self._tokens(request, tokenization_kwargs or {})
-        media = self._items(request)
-        items = {modality: [entry.item for entry in entries] for modality, entries in media.items()}
-        expanded = self.processor.expand_prompt(tokens, items) if self.processor else ExpandedPrompt(tokens, [])
+    def _process_tokens(self, prompt: ParsedPrompt, tokenization_kwargs: Mapping[str, Any]) -> EngineInput:
+        """A prompt of text or token ids."""
+        self._check_counts(prompt)
+        token_ids = self._tokenize(prompt, tokenization_kwargs)
+        hashed = self._items(prompt)
+        items = {modality: [entry.item for entry in entries] for modality, entries in hashed.items()}
+        expanded = self.processor.expand_prompt(token_ids, items) if self.processor else ExpandedPrompt(token_ids, [])
         self._check_length(len(expanded.token_ids))
         if self.processor:
             positions, delta = self.processor.rope_positions(expanded.token_ids, expanded.spans, items)
         else:
             positions, delta = linear_positions(len(expanded.token_ids))
-        placed = [media[span.modality][span.item_index] for span in expanded.spans]
-        encoder = np.asarray(expanded.encoder_token_ids, np.int32) if self.config.encoder_decoder else None
+        in_spans = [hashed[span.modality][span.item_index] for span in expanded.spans]
+        encoder_ids = np.asarray(expanded.encoder_token_ids, np.int32) if self.config.encoder_decoder else None
         return EngineInput(
-            prompt=request.text,
+            prompt=prompt.text,
             token_ids=np.asarray(expanded.token_ids, np.int32),
             rope_positions=positions,
             rope_delta=delta,
             spans=expanded.spans,
-            items=placed or [entry for entries in media.values() for entry in entries],
-            cache_salt=request.cache_salt,
-            encoder_prompt=request.encoder_text,
-            encoder_token_ids=encoder,
+            items=in_spans or [entry for entries in hashed.values() for entry in entries],
+            cache_salt=prompt.cache_salt,
+            encoder_prompt=prompt.encoder_text,
+            encoder_token_ids=encoder_ids,
             timestamps=expanded.timestamps,
         )
 
-    def _embedded(self, request: ParsedPrompt, rows: np.ndarray) -> EngineInput:
-        """A prompt of embeddings, in items as long as a page, so that prompts that begin alike share pages."""
-        self._check_length(len(rows))
-        items = whole_prompt.to_items(rows, self.config.mm_embed_dim, self.config.block_size)
-        tokens = [0] * len(rows)
+    def _process_embeds(self, prompt: ParsedPrompt, embeds: np.ndarray) -> EngineInput:
+        """A prompt of embeddings [T, D], as one item per block, so that prompts with equal beginnings share blocks."""
+        self._check_length(len(embeds))
+        items = prompt_embeds.to_items(embeds, self.config.mm_embed_dim, self.config.block_size)
+        token_ids = [0] * len(embeds)
         positions, delta = (
-            self.processor.rope_positions(tokens, [], {}) if self.processor else linear_positions(len(tokens))
+            self.processor.rope_positions(token_ids, [], {}) if self.processor else linear_positions(len(token_ids))
         )
-        modality = whole_prompt.PROMPT_MODALITY
+        modality = prompt_embeds.PROMPT_MODALITY
         return EngineInput(
-            prompt=request.text,
-            token_ids=np.asarray(tokens, np.int32),
+            prompt=prompt.text,
+            token_ids=np.asarray(token_ids, np.int32),
             rope_positions=positions,
             rope_delta=delta,
             spans=[
@@ -250,42 +253,41 @@ class InputProcessor:
                 HashedItem(modality, content_id(self.config.model_id, modality, item.embeds, {}, {}), item)
                 for item in items
             ],
-            cache_salt=request.cache_salt,
+            cache_salt=prompt.cache_salt,
             is_embeds=True,
         )
 
     # --- text
 
-    def _tokens(self, request: ParsedPrompt, options: Mapping[str, Any]) -> list[int]:
-        """Ids of the prompt before expansion."""
-        if request.token_ids is not None:
-            for token in request.token_ids:
+    def _tokenize(self, prompt: ParsedPrompt, options: Mapping[str, Any]) -> list[int]:
+        """The prompt's token ids, placeholders not expanded."""
+        if prompt.token_ids is not None:
+            for token in prompt.token_ids:
                 if not 0 <= token < self.config.vocab_size and token not in self.out_of_vocab_ids:
                     raise RequestError(f"Token id {token} is out of vocabulary", "bad_token_id")
-            return list(request.token_ids)
+            return list(prompt.token_ids)
         if self.tokenizer is None:
             raise RequestError(
                 "Without a tokenizer (skip_tokenizer_init) prompts must be `prompt_token_ids`.", "no_tokenizer"
             )
-        special, keep = self._tokenization(options)
-        text = self._with_placeholders(request)
-        bound = None if keep is not None else self.config.max_model_len
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=special, max_tokens=bound)
-        in_parts = getattr(self.processor, "tokenize", None)  # of the families whose text is not tokenised as a whole
-        tokens: list[int] = in_parts(text, encode) if in_parts else encode(text)
+        special, keep = self._tokenization_options(options)
+        text = self._with_placeholders(prompt)
+        max_tokens = None if keep is not None else self.config.max_model_len
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=special, max_tokens=max_tokens)
+        token_ids = self.processor.tokenize(text, encode) if self.processor else encode(text)
         if keep is not None:
-            return tokens[max(0, len(tokens) - keep) :]
-        if len(tokens) > self.config.max_model_len:  # before any medium is decoded
+            return token_ids[max(0, len(token_ids) - keep) :]
+        if len(token_ids) > self.config.max_model_len:  # checked here, before any media are decoded
             raise ValidationError(
                 f"This model's maximum context length is {self.config.max_model_len} tokens, but the text alone has "
-                f"{len(tokens)}. {self._too_long(len(tokens))}",
+                f"{len(token_ids)}. {self._too_long(len(token_ids))}",
                 parameter="input_tokens",
-                value=len(tokens),
+                value=len(token_ids),
             )
-        return tokens
+        return token_ids
 
-    def _tokenization(self, options: Mapping[str, Any]) -> tuple[bool, int | None]:
-        """(add special tokens, tokens to keep or None)."""
+    def _tokenization_options(self, options: Mapping[str, Any]) -> tuple[bool, int | None]:
+        """(whether to add special tokens, how many tokens to keep or None for all)."""
         for name in options:
             if name not in TOKENIZATION_KWARGS:
                 raise ValidationError(
@@ -294,25 +296,19 @@ class InputProcessor:
         keep = options.get("truncate_prompt_tokens")
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < -1):
             raise ValidationError("Must be an integer >= -1.", parameter="truncate_prompt_tokens", value=keep)
-        # the start tokens of an encoder-decoder prompt are its own business
+        # the processor of an encoder-decoder adds its start tokens itself
         special = bool(options.get("add_special_tokens", not self.config.encoder_decoder))
         return special, self.config.max_model_len - 1 if keep == -1 else keep
 
-    def _with_placeholders(self, request: ParsedPrompt) -> str:
+    def _with_placeholders(self, prompt: ParsedPrompt) -> str:
         """The text, with `<image>`, `<video>` and `<audio>` replaced by the model's placeholders: only where the text
         has none of the model's own for that modality and exactly as many generic ones as items."""
-        text = request.text or ""
-        for modality, media in request.media.items():
-            generic, placeholder_token = (
-                f"<{modality}>",
-                self.processor.placeholder_token.get(modality) if self.processor else None,
-            )
-            if (
-                self.processor
-                and placeholder_token
-                and placeholder_token not in text
-                and text.count(generic) == len(media)
-            ):
+        text = prompt.text or ""
+        if self.processor is None:
+            return text
+        for modality, media in prompt.media.items():
+            generic, own = f"<{modality}>", self.processor.placeholder_token.get(modality)
+            if own and own not in text and text.count(generic) == len(media):
                 first, *rest = text.split(generic)
                 placeholder = self.processor.placeholder_text[modality]
                 text = first + "".join(placeholder.replace("{i}", str(i)) + part for i, part in enumerate(rest, 1))
@@ -321,7 +317,7 @@ class InputProcessor:
     def _check_length(self, length: int) -> None:
         if not length:
             raise RequestError("The decoder prompt cannot be empty", "empty_prompt")
-        if length + self.config.generates > self.config.max_model_len:  # there must be room for one generated token
+        if length + self.config.generates > self.config.max_model_len:
             raise RequestError(self._too_long(length), "prompt_too_long")
 
     def _too_long(self, length: int) -> str:
@@ -334,22 +330,23 @@ class InputProcessor:
 
     # --- media
 
-    def _items(self, request: ParsedPrompt) -> dict[str, list[HashedItem]]:
-        """Every item of the request, from the cache or processed now."""
-        if not request.media:
+    def _items(self, prompt: ParsedPrompt) -> dict[str, list[HashedItem]]:
+        """Every media item of the prompt, from the cache or processed now."""
+        if not prompt.media:
             return {}
-        kwargs = self._kwargs(request)
-        io_kwargs = self.merged_io_kwargs(request.io_kwargs)
-        asked = _Asked(kwargs, io_kwargs, _background(io_kwargs), request.cache_salt, next(self._serial))
+        kwargs = self._merged_processor_kwargs(prompt)
+        io_kwargs = self.merged_io_kwargs(prompt.io_kwargs)
+        options = _MediaOptions(kwargs, io_kwargs, _background(io_kwargs), prompt.cache_salt, next(self._serials))
         return {
-            modality: [self._item(modality, index, entry, asked) for index, entry in enumerate(media)]
-            for modality, media in request.media.items()
+            modality: [self._item(modality, index, media, options) for index, media in enumerate(inputs)]
+            for modality, inputs in prompt.media.items()
         }
 
-    def _kwargs(self, request: ParsedPrompt) -> dict[str, Any]:
-        """Engine and request kwargs together, the request's winning; keys the processor does not know are dropped."""
-        assert self.processor is not None  # counts were checked: no processor, no media
-        merged = {**self.processor_kwargs, **request.processor_kwargs}
+    def _merged_processor_kwargs(self, prompt: ParsedPrompt) -> dict[str, Any]:
+        """The engine's `mm_processor_kwargs`, overridden by the prompt's; those that the processor does not accept are
+        dropped."""
+        assert self.processor is not None, "the counts have been checked: without a processor no media are accepted"
+        merged = {**self.processor_kwargs, **prompt.processor_kwargs}
         check_kwargs(merged)
         for name in merged.keys() - self.processor.accepted_kwargs:
             if name not in self._warned:
@@ -357,40 +354,47 @@ class InputProcessor:
                 log.warning("mm_processor_kwargs: %r is not used by this model and dropped", name)
         return {name: value for name, value in given_kwargs(merged).items() if name in self.processor.accepted_kwargs}
 
-    def _item(self, modality: str, index: int, media: MediaInput, asked: _Asked) -> HashedItem:
-        data, io_kwargs = media.data, asked.io_kwargs.get(modality, {})
+    def _item(self, modality: str, index: int, media: MediaInput, options: _MediaOptions) -> HashedItem:
+        data = media.data
         if data is not None and not isinstance(data, EmbedsInput):
             size_check.check_size(modality, data, self.config.media_limits)
-        if not self.hashed:
-            key = f"{asked.serial}-{modality}-{index}"
-        elif media.uuid is not None:
-            key = named_id(self.config.model_id, modality, media.uuid, asked.salt, asked.kwargs, io_kwargs)
-        else:
-            content = data.fields if isinstance(data, EmbedsInput) else data
-            key = content_id(self.config.model_id, modality, content, asked.kwargs, io_kwargs)
-        passing = isinstance(data, EmbedsInput) and media.uuid is None  # rows cost nothing to make again
-        item = None if passing else self.cache.get(key)
+        item_hash = self._item_hash(modality, index, media, options)
+        uncached = isinstance(data, EmbedsInput) and media.uuid is None  # such items are cheap to make again
+        item = None if uncached else self.cache.get(item_hash)
         if item is None:
             if data is None:
                 raise RequestError(
                     f"Cache miss for {modality} at index {index} but data is not provided.", "cache_miss"
                 )
-            item = self._process_item(modality, index, data, asked)
-            if not passing:
-                self.cache.put(key, item)
-        self._check_rows(modality, index, item.num_embeds)
-        most = self.config.max_item_inputs.get(modality, item.num_inputs)
-        if item.num_inputs > most:
+            item = self._process_item(modality, index, data, options)
+            if not uncached:
+                self.cache.put(item_hash, item)
+        self._check_item(modality, index, item)
+        return HashedItem(modality, item_hash, item)
+
+    def _item_hash(self, modality: str, index: int, media: MediaInput, options: _MediaOptions) -> str:
+        """The hash under which the caches hold an item; one of its own where nothing is cached."""
+        kwargs, io_kwargs = options.processor_kwargs, options.io_kwargs.get(modality, {})
+        if not self.uses_hashes:
+            return f"{options.serial}-{modality}-{index}"
+        if media.uuid is not None:
+            return named_id(self.config.model_id, modality, media.uuid, options.cache_salt, kwargs, io_kwargs)
+        content = media.data.fields if isinstance(media.data, EmbedsInput) else media.data
+        return content_id(self.config.model_id, modality, content, kwargs, io_kwargs)
+
+    def _check_item(self, modality: str, index: int, item: MediaItem) -> None:
+        """RequestError for an item too large for the engine."""
+        self._check_num_embeds(modality, index, item.num_embeds)
+        max_inputs = self.config.max_item_inputs.get(modality, item.num_inputs)
+        if item.num_inputs > max_inputs:
             raise RequestError(
                 f"The {modality} item at index {index} has {item.num_inputs} parts to encode, but at most "
-                f"{most} are encoded at "
-                "once. Reduce its resolution, length or number of frames.",
+                f"{max_inputs} are encoded at once. Reduce its resolution, length or number of frames.",
                 "item_too_large",
             )
-        return HashedItem(modality, key, item)
 
-    def _check_rows(self, modality: str, index: int, count: int) -> None:
-        """RequestError if an item of so many embeddings is larger than the encoder cache."""
+    def _check_num_embeds(self, modality: str, index: int, count: int) -> None:
+        """RequestError for an item with more embeddings than the encoder cache holds."""
         if self.config.max_item_embeds is not None and count > self.config.max_item_embeds:
             raise RequestError(
                 f"The {modality} item at index {index} with length {count} exceeds the pre-allocated "
@@ -399,27 +403,28 @@ class InputProcessor:
                 "item_too_large",
             )
 
-    def _least_embeds(self, modality: str, media: Any, kwargs: Mapping[str, Any]) -> int:
-        """Embeddings that an item will have at least, known before it is resized: `min_pixels` can ask for a picture of
+    def _min_num_embeds(self, modality: str, media: Any, kwargs: Mapping[str, Any]) -> int:
+        """A lower bound of an item's embeddings, known before it is resized: `min_pixels` can ask for an image of
         billions of pixels, on which a processor would spend minutes."""
         assert self.processor is not None
         if modality == "image":
             return self.processor.num_embeds(modality, image_size(media), kwargs)
-        if modality == "video":  # half of one step's: a whole clip may be bounded more tightly than a step alone
+        if modality == "video":  # half of one frame's, because a limit on all frames together may shrink each of them
             return self.processor.num_embeds(modality, (1, *media.frames.shape[1:3]), kwargs) // 2
         return 0
 
-    def _process_item(self, modality: str, index: int, data: Any, asked: _Asked) -> MediaItem:
-        """Decode and process one item. RequestError for an item that cannot be, ProcessingError for any other failure;
-        neither message shows what the item holds."""
+    def _process_item(self, modality: str, index: int, data: Any, options: _MediaOptions) -> MediaItem:
+        """Decode and process one item. RequestError for an item that cannot be decoded or processed, ProcessingError
+        for any other failure; neither message quotes anything of the item."""
         assert self.processor is not None
+        kwargs = options.processor_kwargs
         try:
             if isinstance(data, EmbedsInput):
-                assert self.embeds is not None  # parsed, so allowed
-                return self.embeds.to_media_item(modality, index, data, asked.kwargs)
-            media = self._decode(modality, data, asked.background)
-            self._check_rows(modality, index, self._least_embeds(modality, media, asked.kwargs))
-            return self.processor.process_item(modality, media, asked.kwargs)
+                assert self.embeds is not None, "parsing has refused embeddings that are not enabled"
+                return self.embeds.to_media_item(modality, index, data, kwargs)
+            media = self._decode(modality, data, options.background)
+            self._check_num_embeds(modality, index, self._min_num_embeds(modality, media, kwargs))
+            return self.processor.process_item(modality, media, kwargs)
         except RequestError:
             raise
         except MemoryError as error:
@@ -444,5 +449,5 @@ class InputProcessor:
 
 
 def _background(io_kwargs: Mapping[str, Mapping[str, Any]]) -> image.Color:
-    """What shows where an image is transparent. RequestError for what is no colour."""
+    """The color behind transparent images. RequestError for a value that is not a color."""
     return image.background_color(io_kwargs.get("image", {}).get("rgba_background_color", image.WHITE))

@@ -1,7 +1,7 @@
-"""Embeddings in place of media: their forms, split into items and checked before anything is scheduled.
+"""Embeddings in place of media: split into items, and checked before anything is scheduled.
 
-A family says in `Processor.embeds` which arrays it takes for a modality: first the rows, then, where their number does
-not tell all, a size per item. `Processor.outline(kind, size)` is the item that a size makes, still without rows.
+`Processor.embed_fields` names the arrays that a family takes for a modality: the embeddings and, where their number
+does not determine an item, a size per item. `Processor.item_for_embeds` makes the item of a size, without embeddings.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
 
-MOST = 1 << 31  # rows or patches that a size may speak of; beyond it, it is no size
+MAX_SIZE = 1 << 31  # embeddings or patches of one item
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,13 +30,13 @@ class EmbedsInput:
 
 
 class MediaEmbedsReader:
-    """Reads the embeddings of one model. `width`: of a row, which for some models is more than the decoder's."""
+    """Reads the embeddings of one model. width: of an embedding, which in some models exceeds the hidden size."""
 
     def __init__(self, processor: Processor, width: int):
         self.processor, self.width = processor, width
 
     def looks_like(self, modality: str, array: Any) -> bool:
-        """Whether an array that might be a medium holds rows: floats, as wide as the model's."""
+        """Whether an array that might be raw media holds embeddings: floats of the model's width."""
         return (
             modality in self.processor.embed_fields
             and tuple(array.shape[-1:]) == (self.width,)
@@ -55,7 +55,7 @@ class MediaEmbedsReader:
         return names
 
     def parse_item(self, modality: str, fields: Any) -> EmbedsInput:
-        """One item: a dictionary of its arrays, or its rows alone."""
+        """One item: a dictionary of its arrays, or its embeddings alone."""
         names = self.field_names(modality)
         if not isinstance(fields, Mapping):
             fields = {names[0]: fields}
@@ -63,20 +63,20 @@ class MediaEmbedsReader:
         return EmbedsInput({name: fields[name] for name in names})
 
     def parse_items(self, modality: str, data: Any) -> list[EmbedsInput]:
-        """Every item in a dictionary of arrays for all, or in an array of rows: [n, rows, W], or [rows, W] for one.
+        """Every item in a dictionary of arrays for all, or in an array [n, embeds, W], or [embeds, W] for one item.
 
-        Rows of several items may lie end to end where the model takes sizes, which then say where each ends.
+        Where the model takes sizes, the embeddings of several items may lie end to end: the sizes say where each ends.
         """
         names = self.field_names(modality)
         fields = data if isinstance(data, Mapping) else {names[0]: data}
         _require(names, fields)
-        rows = fields[names[0]]
+        embeds = fields[names[0]]
         if names[0] == mel_features.FEATURES:
             return [EmbedsInput(clip) for clip in mel_features.split_clips(fields)]
         if len(names) == 1:
-            return [EmbedsInput({names[0]: part}) for part in (rows if _is_many(rows) else [rows])]
+            return [EmbedsInput({names[0]: part}) for part in (embeds if _is_many(embeds) else [embeds])]
         sizes = np.atleast_2d(_sizes(fields[names[1]], names[1]))
-        parts = list(rows) if _is_many(rows) else self._cut(modality, names, rows, sizes)
+        parts = list(embeds) if _is_many(embeds) else self._split(modality, names, embeds, sizes)
         if len(parts) != len(sizes):
             raise RequestError(
                 f"`{names[0]}` holds {len(parts)} items, but `{names[1]}` has {len(sizes)} rows: pass one per item.",
@@ -84,45 +84,46 @@ class MediaEmbedsReader:
             )
         return [EmbedsInput({names[0]: part, names[1]: size}) for part, size in zip(parts, sizes, strict=True)]
 
-    def _cut(self, modality: str, names: Sequence[str], rows: Any, sizes: np.ndarray) -> list[Any]:
-        if not is_array(rows):
-            raise _no_rows(modality, names[0], rows)
+    def _split(self, modality: str, names: Sequence[str], embeds: Any, sizes: np.ndarray) -> list[Any]:
+        """The embeddings of each item, out of an array in which they lie end to end."""
+        if not is_array(embeds):
+            raise _not_an_array(modality, names[0], embeds)
         if len(sizes) == 1:
-            return [rows]
-        counts = [self._outline(modality, names[1], size, {}).num_embeds for size in sizes]
-        if rows.ndim != 2 or sum(counts) != len(rows):
+            return [embeds]
+        counts = [self._item_of_size(modality, names[1], size, {}).num_embeds for size in sizes]
+        if embeds.ndim != 2 or sum(counts) != len(embeds):
             raise RequestError(
-                f"`{names[0]}` has shape {tuple(rows.shape)}, but `{names[1]}` speaks of {len(counts)} items of "
+                f"`{names[0]}` has shape {tuple(embeds.shape)}, but `{names[1]}` speaks of {len(counts)} items of "
                 f"{counts} rows, {sum(counts)} together.",
                 "bad_embeds",
             )
         ends = np.cumsum(counts)
-        return [rows[int(end - count) : int(end)] for count, end in zip(counts, ends, strict=True)]
+        return [embeds[int(end - count) : int(end)] for count, end in zip(counts, ends, strict=True)]
 
-    def to_media_item(self, modality: str, index: int, embeds: EmbedsInput, kwargs: ProcessorKwargs) -> MediaItem:
-        """The item, its rows checked and copied to float32 [n, W]."""
+    def to_media_item(self, modality: str, index: int, given: EmbedsInput, kwargs: ProcessorKwargs) -> MediaItem:
+        """The item, its embeddings checked and copied to float32 [n, W]."""
         names = self.field_names(modality)
-        if isinstance(self.processor, mel_features.MelFeatureProcessor) and names[0] == mel_features.FEATURES:
-            return mel_features.media_item(self.processor, index, embeds.fields)
-        rows = self._rows(modality, index, names[0], embeds.fields[names[0]])
+        if names[0] == mel_features.FEATURES:
+            return mel_features.media_item(self.processor, index, given.fields)
+        embeds = self._check_embeds(modality, index, names[0], given.fields[names[0]])
         if len(names) == 1:
-            return dataclasses.replace(self.processor.item_for_embeds(modality, (len(rows),), kwargs), embeds=rows)
-        size = _sizes(embeds.fields[names[1]], names[1])
+            return dataclasses.replace(self.processor.item_for_embeds(modality, (len(embeds),), kwargs), embeds=embeds)
+        size = _sizes(given.fields[names[1]], names[1])
         size = size[0] if size.ndim == 2 and len(size) == 1 else size
-        item = self._outline(modality, names[1], size, kwargs)
-        if item.num_embeds != len(rows):
+        item = self._item_of_size(modality, names[1], size, kwargs)
+        if item.num_embeds != len(embeds):
             raise RequestError(
-                f"`{names[0]}` of {modality} item {index} has {len(rows)} rows, but its `{names[1]}` "
-                f"{size.tolist()} needs "
-                f"{item.num_embeds}.",
+                f"`{names[0]}` of {modality} item {index} has {len(embeds)} rows, but its `{names[1]}` "
+                f"{size.tolist()} needs {item.num_embeds}.",
                 "bad_embeds",
             )
-        return dataclasses.replace(item, embeds=rows)
+        return dataclasses.replace(item, embeds=embeds)
 
-    def _rows(self, modality: str, index: int, name: str, given: Any) -> np.ndarray:
+    def _check_embeds(self, modality: str, index: int, name: str, given: Any) -> np.ndarray:
+        """An array of any library as float32 [n, W]."""
         title = modality.capitalize()
         if not is_array(given):
-            raise _no_rows(modality, name, given)
+            raise _not_an_array(modality, name, given)
         shape = tuple(given.shape)
         if len(shape) == 3 and shape[0] == 1:
             log.warning("%s embedding of shape %s: pass one item as (rows, hidden size)", modality, shape)
@@ -139,18 +140,18 @@ class MediaEmbedsReader:
                 f"{self.width}. Embedding shape: {shape}",
                 "bad_embeds",
             )
-        rows = to_numpy(given)
-        if rows.dtype.kind != "f":
-            raise RequestError(f"{title} embedding[{index}] must hold floats, got {rows.dtype}.", "bad_embeds")
-        if not len(rows):
+        embeds = to_numpy(given)
+        if embeds.dtype.kind != "f":
+            raise RequestError(f"{title} embedding[{index}] must hold floats, got {embeds.dtype}.", "bad_embeds")
+        if not len(embeds):
             raise RequestError(f"{title} embedding[{index}] is empty: its shape is {shape}.", "bad_embeds")
-        rows = rows.astype(np.float32)  # a copy in any case: what the caller writes later must not be seen
-        if not np.isfinite(rows).all():
+        embeds = embeds.astype(np.float32)  # always a copy: the caller may write to the array later
+        if not np.isfinite(embeds).all():
             raise RequestError(f"{title} embedding[{index}] contains NaN or infinite values.", "bad_embeds")
-        return rows
+        return embeds
 
-    def _outline(self, modality: str, name: str, size: np.ndarray, kwargs: ProcessorKwargs) -> MediaItem:
-        if size.ndim != 1 or (size < 1).any() or math.prod(size.tolist()) > MOST:
+    def _item_of_size(self, modality: str, name: str, size: np.ndarray, kwargs: ProcessorKwargs) -> MediaItem:
+        if size.ndim != 1 or (size < 1).any() or math.prod(size.tolist()) > MAX_SIZE:
             raise RequestError(f"`{name}` must hold positive sizes, got {size.tolist()}.", "bad_embeds")
         return self.processor.item_for_embeds(modality, tuple(size.tolist()), kwargs)
 
@@ -164,12 +165,13 @@ def _require(names: Sequence[str], fields: Mapping[str, Any]) -> None:
         )
 
 
-def _is_many(rows: Any) -> bool:
-    return isinstance(rows, (list, tuple)) or (is_array(rows) and rows.ndim == 3)
+def _is_many(embeds: Any) -> bool:
+    """Whether there is one array per item."""
+    return isinstance(embeds, (list, tuple)) or (is_array(embeds) and embeds.ndim == 3)
 
 
 def _sizes(given: Any, name: str) -> np.ndarray:
-    """Integers of any origin as int64 [3] or [n, 3]."""
+    """Sizes in any kind of array or list, as int64 [k] or [n, k]."""
     try:
         if is_array(given):
             sizes = to_numpy(given)
@@ -185,7 +187,7 @@ def _sizes(given: Any, name: str) -> np.ndarray:
     return sizes.astype(np.int64)
 
 
-def _no_rows(modality: str, name: str, given: Any) -> RequestError:
+def _not_an_array(modality: str, name: str, given: Any) -> RequestError:
     return RequestError(
         f"`{name}` of a {modality} must be an array of torch, NumPy or JAX of shape (rows, hidden size), got "
         f"{type(given).__name__}.",

@@ -1,7 +1,8 @@
-"""What a caller hands over -> `Request`: the form is checked here, before any work is done.
+"""Checks the form of prompts, before any work is done.
 
-Wrong kinds of object are RequestTypeError, wrong values RequestError. Media are split into items but neither decoded
-nor hashed; only their outer form is looked at.
+RequestTypeError for objects of the wrong type, RequestError for wrong values. Media are split into items, but neither
+decoded
+nor hashed.
 """
 
 import dataclasses
@@ -12,18 +13,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.inputs import prompt_embeds as whole_prompt
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
+from mmjax.inputs.prompt_embeds import read_prompt_embeds
 from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, RequestTypeError, read_limit
 
-MOST_ITEMS = 1 << 16  # in one array; an array can promise more than there is room for
+MAX_ITEMS = 1 << 16  # in one array: a broadcast array can have a shape far beyond memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MediaInput:
-    """One media item as given; `Embeds` for one that comes as embeddings. `data` None: in the cache, under `uuid`."""
+    """One media item as given. data: an `EmbedsInput` for embeddings; None for an item that is in the processor cache
+    under its uuid."""
 
     data: Any
     uuid: str | None = None
@@ -31,10 +33,10 @@ class MediaInput:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParsedPrompt:
-    """A prompt of known form. Exactly one of `text`, `tokens` and `rows` drives the model: rows, floats [T, D], when
-    they are given, else tokens.
+    """A prompt of checked form. The model reads prompt_embeds [T, D] if there are any, else token_ids if there are any,
+    else text.
 
-    For encoder-decoder models both belong to the decoder, and `encoder_text` is what an explicit encoder prompt said.
+    For encoder-decoder models all three belong to the decoder; encoder_text is the text of an explicit encoder prompt.
     """
 
     text: str | None = None
@@ -48,7 +50,7 @@ class ParsedPrompt:
 
 
 def split_prompts(prompts: Any) -> list[Any]:
-    """The prompts of a call: a dict, a str or a non-empty list of ints is one prompt, any other sequence many."""
+    """The prompts of a call: a dict, a str or a non-empty list of ints is one prompt, any other sequence is many."""
     if isinstance(prompts, (Mapping, str, bytes)) or (_is_list(prompts) and prompts and all(map(_is_int, prompts))):
         return [prompts]
     if not isinstance(prompts, Sequence):
@@ -61,40 +63,41 @@ def parse_prompt(
     *,
     encoder_decoder: bool = False,
     embeds: MediaEmbedsReader | None = None,
-    row_width: int | None = None,
+    prompt_embeds_dim: int | None = None,
 ) -> ParsedPrompt:
-    """Check the form of one prompt. RequestTypeError for the wrong kind of object, RequestError for wrong values.
+    """Check the form of one prompt. RequestTypeError for an object of the wrong type, RequestError for wrong values.
 
-    `embeds`: reads embeddings in place of media; None refuses them. `row_width`: of embeddings in place of a whole
-    prompt; None refuses them.
+    embeds: reads embeddings in place of media; None refuses them. prompt_embeds_dim: width of embeddings in place of a
+    whole prompt; None refuses them.
     """
     if isinstance(prompt, Mapping) and prompt.get("prompt_embeds") is not None and not encoder_decoder:
-        return _parse_rows(prompt, row_width)
+        return _parse_embeds(prompt, prompt_embeds_dim)
     if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
         if not encoder_decoder:
             raise RequestTypeError("Cannot pass encoder-decoder prompt to decoder-only models")
-        return _parse_pair(prompt, embeds)
+        return _parse_explicit(prompt, embeds)
     return _parse_single(prompt, encoder_decoder, embeds)
 
 
-def _parse_pair(prompt: Mapping[str, Any], embeds: MediaEmbedsReader | None) -> ParsedPrompt:
+def _parse_explicit(prompt: Mapping[str, Any], embeds: MediaEmbedsReader | None) -> ParsedPrompt:
+    """An encoder prompt and a decoder prompt."""
     if "decoder_prompt" not in prompt:
         raise RequestTypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
     encoder, decoder = _parse_single(prompt["encoder_prompt"], True, embeds), prompt["decoder_prompt"]
     if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
         raise RequestTypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
-    half = ParsedPrompt(text="") if decoder is None else _parse_single(decoder, True, embeds)
+    parsed = ParsedPrompt(text="") if decoder is None else _parse_single(decoder, True, embeds)
     return dataclasses.replace(
         encoder,
-        text=half.text,
-        token_ids=half.token_ids,
+        text=parsed.text,
+        token_ids=parsed.token_ids,
         encoder_text=encoder.text,
-        cache_salt=encoder.cache_salt or half.cache_salt,
+        cache_salt=encoder.cache_salt or parsed.cache_salt,
     )
 
 
-def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
-    """A prompt of embeddings; its text, if there is one, is only carried into the output."""
+def _parse_embeds(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
+    """A prompt of embeddings. Its text, if there is one, is only copied to the output."""
     if width is None:
         raise RequestError(
             "You must set `--enable-prompt-embeds` to input `prompt_embeds`; else pass `prompt` or `prompt_token_ids`.",
@@ -110,7 +113,7 @@ def _parse_rows(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
         raise RequestTypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
     return ParsedPrompt(
         text=text,
-        prompt_embeds=whole_prompt.read(prompt["prompt_embeds"], width),
+        prompt_embeds=read_prompt_embeds(prompt["prompt_embeds"], width),
         cache_salt=_salt(prompt.get("cache_salt")),
     )
 
@@ -179,7 +182,7 @@ def _salt(salt: Any) -> str | None:
 def parse_media(
     data: Any, uuids: Any = None, embeds: MediaEmbedsReader | None = None
 ) -> dict[str, tuple[MediaInput, ...]]:
-    """`multi_modal_data` and `multi_modal_uuids` -> items per modality, each with its name."""
+    """The items of `multi_modal_data`, by modality, with their `multi_modal_uuids`."""
     data, uuids = data or {}, uuids or {}
     for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
         if not isinstance(value, Mapping):
@@ -192,58 +195,58 @@ def parse_media(
     media = {}
     for modality in MODALITIES:
         if modality in data or uuids.get(modality):
-            media[modality] = _pair(
-                modality, split_items(modality, data.get(modality), embeds), _names(modality, uuids.get(modality))
-            )
+            items = split_items(modality, data.get(modality), embeds)
+            media[modality] = _with_uuids(modality, items, _uuids(modality, uuids.get(modality)))
     return media
 
 
-def _pair(modality: str, items: list[Any], names: list[str | None]) -> tuple[MediaInput, ...]:
-    """Give every item its name, and require one or the other of each."""
-    where, by = f"multi_modal_data['{modality}']", f"multi_modal_uuids['{modality}']"
+def _with_uuids(modality: str, items: list[Any], uuids: list[str | None]) -> tuple[MediaInput, ...]:
+    """Every item with its uuid. RequestError for an item with neither data nor a uuid."""
+    data_field, uuid_field = f"multi_modal_data['{modality}']", f"multi_modal_uuids['{modality}']"
     if not items:
-        if not names:
-            raise RequestError(f"{where} is empty but {by} is missing.", "missing_media")
-        items = [None] * len(names)
-    if names and len(names) != len(items):
+        if not uuids:
+            raise RequestError(f"{data_field} is empty but {uuid_field} is missing.", "missing_media")
+        items = [None] * len(uuids)
+    if uuids and len(uuids) != len(items):
         raise RequestError(
-            f"If given, {by} must have same length as {where}, but got {len(names)} vs {len(items)}.", "uuid_mismatch"
+            f"If given, {uuid_field} must have same length as {data_field}, but got {len(uuids)} vs {len(items)}.",
+            "uuid_mismatch",
         )
-    names = names or [None] * len(items)
-    for index, (item, name) in enumerate(zip(items, names, strict=True)):
-        if item is None and name is None:
-            raise RequestError(f"{where}[{index}] is empty but {by}[{index}] is missing.", "missing_media")
-    return tuple(map(MediaInput, items, names))
+    uuids = uuids or [None] * len(items)
+    for index, (item, uuid) in enumerate(zip(items, uuids, strict=True)):
+        if item is None and uuid is None:
+            raise RequestError(f"{data_field}[{index}] is empty but {uuid_field}[{index}] is missing.", "missing_media")
+    return tuple(map(MediaInput, items, uuids))
 
 
-def _names(modality: str, uuids: Any) -> list[str | None]:
-    names = [uuids] if isinstance(uuids, str) else uuids
-    if names is None:
+def _uuids(modality: str, given: Any) -> list[str | None]:
+    uuids = [given] if isinstance(given, str) else given
+    if uuids is None:
         return []
-    if not _is_list(names) or not all(name is None or (isinstance(name, str) and name) for name in names):
+    if not _is_list(uuids) or not all(uuid is None or (isinstance(uuid, str) and uuid) for uuid in uuids):
         raise RequestError(
             f"multi_modal_uuids['{modality}'] must be a string, or a list of non-empty strings and None.", "bad_uuid"
         )
-    return list(names)
+    return list(uuids)
 
 
 def split_items(modality: str, data: Any, embeds: MediaEmbedsReader | None = None) -> list[Any]:
     """The items in the value of one modality: one item, a list of items, or an array whose first axis counts them.
 
-    Dictionaries are embeddings, as are arrays that `_holds_rows`; in a list they may stand among raw media.
+    Dictionaries are embeddings, and so are arrays for which `_is_embeds`; in a list they may stand among raw media.
     """
     if data is None:
         return []
     if modality == "image":
         data = [unwrap(member) for member in data] if isinstance(data, (list, tuple)) else unwrap(data)
-    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(modality, data, embeds, alone=True)):
-        return list(_reader(modality, embeds).parse_items(modality, data))
+    if isinstance(data, Mapping) or (is_array(data) and _is_embeds(modality, data, embeds, in_list=False)):
+        return list(_require_embeds(modality, embeds).parse_items(modality, data))
     if is_array(data):
         axes = {"image": 3, "video": 4, "audio": 1}[modality]  # of one item
         if data.ndim == axes:
             return [data]
         if data.ndim == axes + 1:
-            if data.shape[0] > MOST_ITEMS:
+            if data.shape[0] > MAX_ITEMS:
                 raise RequestError(f"An array of shape {tuple(data.shape)} is too many {modality}s.", "too_many_items")
             return list(data if hasattr(data, "__getitem__") else to_numpy(data))
         raise RequestError(
@@ -255,38 +258,39 @@ def split_items(modality: str, data: Any, embeds: MediaEmbedsReader | None = Non
         return [data]
     if modality == "audio" and len(data) == 2 and is_array(data[0]) and isinstance(data[1], (int, float)):
         raise RequestError("Audio with its sampling rate must be a tuple (array, rate), not a list.", "bad_media")
-    return [_member(modality, member, embeds) for member in data]
+    return [_list_item(modality, member, embeds) for member in data]
 
 
-def _member(modality: str, data: Any, embeds: MediaEmbedsReader | None) -> Any:
+def _list_item(modality: str, data: Any, embeds: MediaEmbedsReader | None) -> Any:
     """One item of a list."""
     if isinstance(data, EmbedsInput):
         return data
-    if isinstance(data, Mapping) or (is_array(data) and _holds_rows(modality, data, embeds, alone=False)):
-        return _reader(modality, embeds).parse_item(modality, data)
+    if isinstance(data, Mapping) or (is_array(data) and _is_embeds(modality, data, embeds, in_list=True)):
+        return _require_embeds(modality, embeds).parse_item(modality, data)
     return data
 
 
-def _holds_rows(modality: str, array: Any, embeds: MediaEmbedsReader | None, *, alone: bool) -> bool:
-    """Whether an array holds embeddings and no medium; `alone`: outside of a list.
+def _is_embeds(modality: str, array: Any, embeds: MediaEmbedsReader | None, *, in_list: bool) -> bool:
+    """Whether an array is embeddings and not raw media.
 
-    What has an axis too few for a medium does: [rows, W] for an image or a video. Arrays of torch and JAX do in every
-    ambiguous case: alone with three axes (never an image), and with two in a list of audio. Of NumPy, three axes are
-    an image and two a stereo clip, unless they hold floats as wide as the model's rows.
+    An array with too few axes for raw media is: [embeds, W] for an image or a video. Arrays of torch and JAX are in
+    every ambiguous case: with three axes outside of a list (where they are never one image), and with two in a list of
+    audio. NumPy arrays with three axes are an image and those with two a stereo clip, unless they hold floats of the
+    model's width.
     """
     if array.ndim not in (2, 3):
         return False
-    rows = is_tensor(array) or (embeds is not None and embeds.looks_like(modality, array))
+    likely = is_tensor(array) or (embeds is not None and embeds.looks_like(modality, array))
     if array.ndim == 2:
-        if modality == "audio":  # clips of one length, or in a list the channels of one
-            return rows and not alone
-        return rows or not alone or embeds is not None
-    if modality == "image" and not alone:
+        if modality == "audio":  # outside of a list: clips of one length; in a list: maybe the channels of one clip
+            return likely and in_list
+        return likely or in_list or embeds is not None
+    if modality == "image" and in_list:
         return array.shape[0] == 1 and embeds is not None and embeds.looks_like(modality, array)
-    return rows or (modality == "video" and embeds is not None)
+    return likely or (modality == "video" and embeds is not None)
 
 
-def _reader(modality: str, embeds: MediaEmbedsReader | None) -> MediaEmbedsReader:
+def _require_embeds(modality: str, embeds: MediaEmbedsReader | None) -> MediaEmbedsReader:
     if embeds is None:
         raise embeds_disabled(modality)
     return embeds
@@ -310,24 +314,24 @@ def is_one_item(modality: str, data: Sequence[Any]) -> bool:
 
 
 def embeds_disabled(modality: str) -> RequestError:
-    """Embeddings where the operator allows none."""
+    """The error for embeddings where the operator has not enabled them."""
     return RequestError(
-        f"You must set `--enable-mm-embeds` to input `{modality}_embeds`. (Three-axis arrays of torch or JAX, "
-        "lists of 2-D "
-        f"arrays and dictionaries are read as embeddings; pass raw {modality} data as NumPy or PIL.)",
+        f"You must set `--enable-mm-embeds` to input `{modality}_embeds`. (Three-axis arrays of torch or JAX, lists of "
+        f"2-D arrays and dictionaries are read as embeddings; pass raw {modality} data as NumPy or PIL.)",
         "embeds_disabled",
     )
 
 
 def mm_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
-    """`limit_mm_per_prompt` -> most items per modality; see `mmjax.types.read_limit`."""
+    """Most items per modality, from `limit_mm_per_prompt`; see `mmjax.types.read_limit`."""
     counts = dict.fromkeys(MODALITIES, UNLIMITED)
     return counts | {modality: read_limit(modality, limit) for modality, limit in (limits or {}).items()}
 
 
-def check_count(modality: str, count: int, limit: int, hard: int | None) -> None:
-    """RequestError when a prompt holds more items than `limit` (the operator's) or `hard` (the model's, None: any)."""
-    most = limit if hard is None else min(limit, hard)
+def check_count(modality: str, count: int, limit: int, model_limit: int | None) -> None:
+    """RequestError when a prompt holds more items than the operator's limit or the model's, which may be None."""
+    most = limit if model_limit is None else min(limit, model_limit)
     if count > most:
-        advice = " Set `--limit-mm-per-prompt` to increase this limit." if hard is None or most < hard else ""
+        can_raise = model_limit is None or most < model_limit
+        advice = " Set `--limit-mm-per-prompt` to increase this limit." if can_raise else ""
         raise RequestError(f"At most {most} {modality}(s) may be provided in one prompt.{advice}", "too_many_items")

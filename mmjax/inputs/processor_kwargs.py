@@ -1,4 +1,4 @@
-"""What callers may ask of a processor by name (`mm_processor_kwargs`): values that mean nothing to any family."""
+"""Checks `mm_processor_kwargs`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ BOOLS = frozenset(
     }
 )  # fmt: skip
 NESTED = frozenset({"size", "images_kwargs", "videos_kwargs"})
-# Sizes of which every family can say how many rows they make, whatever its patches.
+# sizes that every family accepts, whatever its patches
 TYPICAL_SIZES = {"image": (896, 896), "video": (2, 896, 896), "audio": (16_000,)}
 
 
@@ -29,31 +29,31 @@ def given_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """RequestError naming the option whose value can be none. None is as not given."""
+    """RequestError for a value that no family accepts. None counts as not given."""
     for name, value in kwargs.items():
         if value is None:
             continue
         if name in NESTED:
             if not isinstance(value, Mapping):
-                raise _wrong(name, "a dictionary", value)
+                raise _invalid(name, "a dictionary", value)
             check_kwargs(value)
         elif name in POSITIVE_INTS:
             positive_int(kwargs, name)
         elif name in BOOLS and not isinstance(value, bool):
-            raise _wrong(name, "true or false", value)
+            raise _invalid(name, "true or false", value)
         elif name == "fps" and (
             isinstance(value, bool) or not isinstance(value, (int, float)) or not LEAST_RATE <= value <= LARGEST
         ):
-            raise _wrong(name, "a positive number", value)
+            raise _invalid(name, "a positive number", value)
 
 
 def check_kwargs_for(processor: Processor, kwargs: Mapping[str, Any]) -> None:
-    """`check`, and what only the family can tell: bounds that exclude each other, modes that it does not have."""
+    """`check_kwargs`, and RequestError for what this family refuses: contradictory bounds, unknown modes."""
     check_kwargs(kwargs)
-    known = {name: value for name, value in kwargs.items() if name in processor.accepted_kwargs}
+    accepted = {name: value for name, value in kwargs.items() if name in processor.accepted_kwargs}
     for modality in processor.mm_limits:
-        processor.num_embeds(modality, TYPICAL_SIZES[modality], known)
+        processor.num_embeds(modality, TYPICAL_SIZES[modality], accepted)
 
 
-def _wrong(name: str, rule: str, value: Any) -> RequestError:
+def _invalid(name: str, rule: str, value: Any) -> RequestError:
     return RequestError(f"mm_processor_kwargs: {name} must be {rule}, got {value!r}.", "bad_kwargs")

@@ -1,4 +1,4 @@
-"""Embeddings in place of a whole prompt: rows as wide as the decoder, one per token. Any decoder takes them."""
+"""Embeddings in place of a whole prompt: one per token, as wide as the decoder."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from mmjax.processors.base import MediaItem
 from mmjax.types import RequestError
 
 PROMPT_MODALITY = "prompt"
-NO_TOKEN = np.iinfo(np.int32).max  # stands where a row does: in no vocabulary, so no penalty counts it
+NO_TOKEN = np.iinfo(np.int32).max  # the token id of an embedding: in no vocabulary, so penalties ignore it
 
 
-def read(given: Any, width: int) -> np.ndarray:
-    """Floats [T, width] as they came, of any array library. RequestError for anything else."""
+def read_prompt_embeds(given: Any, width: int) -> np.ndarray:
+    """Floats [T, width], from an array of any library. RequestError for anything else."""
     if not is_array(given):
         raise RequestError(
             "`prompt_embeds` must be an array of torch, NumPy or JAX of shape (tokens, hidden size), got "
@@ -32,19 +32,19 @@ def read(given: Any, width: int) -> np.ndarray:
             f"{shape}",
             "bad_embeds",
         )
-    rows = to_numpy(given)
-    if rows.dtype.kind != "f":
-        raise RequestError(f"`prompt_embeds` must hold floats, got {rows.dtype}.", "bad_embeds")
-    return rows
+    embeds = to_numpy(given)
+    if embeds.dtype.kind != "f":
+        raise RequestError(f"`prompt_embeds` must hold floats, got {embeds.dtype}.", "bad_embeds")
+    return embeds
 
 
-def to_items(rows: np.ndarray, width: int, piece: int) -> list[MediaItem]:
-    """The rows in items of `piece`, copied to float32 [n, width]: where the slab is wider than the decoder, what is
-    added to later layers is 0. RequestError for what is not finite."""
-    made = np.zeros((len(rows), width), np.float32)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
-        made[:, : rows.shape[1]] = rows
-    if not np.isfinite(made).all():
+def to_items(embeds: np.ndarray, width: int, block_size: int) -> list[MediaItem]:
+    """Items of `block_size` embeddings each, copied to float32 [n, width]. Where the mm_embeds buffer is wider than the
+    decoder, the rest, which is added to later layers, is 0. RequestError for values that are not finite."""
+    wide = np.zeros((len(embeds), width), np.float32)
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused
+        wide[:, : embeds.shape[1]] = embeds
+    if not np.isfinite(wide).all():
         raise RequestError("`prompt_embeds` contains NaN or infinite values.", "bad_embeds")
-    parts = (made[start : start + piece] for start in range(0, len(made), piece))
+    parts = (wide[start : start + block_size] for start in range(0, len(wide), block_size))
     return [MediaItem(PROMPT_MODALITY, {}, 0, len(part), embeds=part) for part in parts]

@@ -1,1 +1,1 @@
-"""Media as people hand them over, to plain arrays: knows formats, not models. Imports neither jax nor torch."""
+"""Fetches and decodes media to plain arrays. Knows formats, not models; imports neither jax nor torch."""

@@ -1,4 +1,4 @@
-"""Arrays of any library to NumPy, by what they can do and not by their type: torch and jax are never imported."""
+"""Converts arrays of any library to NumPy, by their attributes and not by their types: torch is never imported."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from mmjax.types import RequestError
 
 
 def is_array(value: Any) -> bool:
-    """A NumPy array or an array of another library (torch, jax, …). PIL images and NumPy scalars are none."""
+    """Whether a value is an array of NumPy or another library (torch, jax, …). PIL images and NumPy scalars are not."""
     return isinstance(value, np.ndarray) or is_tensor(value)
 
 
 def is_tensor(value: Any) -> bool:
-    """An array that is not NumPy's."""
+    """Whether a value is an array of another library than NumPy."""
     if isinstance(value, (np.ndarray, np.generic, type)):
         return False
     shaped = hasattr(value, "ndim") and hasattr(value, "shape") and hasattr(value, "dtype")
@@ -21,10 +21,10 @@ def is_tensor(value: Any) -> bool:
 
 
 def to_numpy(value: Any) -> np.ndarray:
-    """The array's values as NumPy, without a copy where possible: callers must not write. bfloat16 becomes float32."""
+    """The array as NumPy, without a copy where possible: callers must not write to it. bfloat16 becomes float32."""
     if isinstance(value, np.ndarray):
         return value.astype(np.float32) if value.dtype.name == "bfloat16" else value
-    if hasattr(value, "detach"):  # torch: gradients and accelerator memory stand in the way of __array__
+    if hasattr(value, "detach"):  # torch: __array__ fails for tensors with gradients or on an accelerator
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # unknown to NumPy
             value = value.float()

@@ -1,4 +1,4 @@
-"""The bundled ffmpeg, called so that a hostile file can only be decoded: no playlists, no network, no other files."""
+"""Calls the bundled ffmpeg so that a hostile file can only be decoded: no playlists, no network, no other files."""
 
 import contextlib
 import functools
@@ -20,19 +20,19 @@ DEMUXERS = (
     "mov,matroska,avi,flv,asf,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,nut,gif,apng,"
     "ogg,mp3,aac,flac,wav,w64,aiff,amr,ac3"
 )
-MOST_PIXELS = 1 << 26  # of a frame, twice those of 8K
-LARGEST_ALLOCATION = 1 << 30
-UNTIMED = -(2**63)  # time of a packet or frame that has none
+MAX_PIXELS = 1 << 26  # of a frame, twice those of 8K
+MAX_ALLOCATION = 1 << 30
+NO_TIMESTAMP = -(2**63)  # of a packet or frame without one
 DISCARDED = 4  # flag of a packet that is decoded but not shown
 
 
-class Stream(NamedTuple):
-    """A video stream, as its packets tell. `stamps`: time of each frame in the order shown, in units of the container;
-    None where the packets do not say. `rate`: frames per second, 0 if unknown."""
+class VideoStream(NamedTuple):
+    """A video stream, by its packets. timestamps: of each frame in display order, in units of the container; None where
+    the packets have none. rate: frames per second, 0 if unknown."""
 
     frames: int
     rate: float
-    stamps: list[int] | None
+    timestamps: list[int] | None
     frame_bytes: int
 
 
@@ -46,7 +46,7 @@ def _binary() -> str:
 
 @contextlib.contextmanager
 def as_file(source: bytes | Path, folder: Path) -> Iterator[Path]:
-    """A path to the media: mp4 may keep its index at the end, so a pipe will not do."""
+    """A path to the media. A pipe would not do: mp4 may have its index at the end."""
     if isinstance(source, bytes):
         file = folder / "media"
         file.write_bytes(source)
@@ -57,21 +57,21 @@ def as_file(source: bytes | Path, folder: Path) -> Iterator[Path]:
 
 
 def _command(file: Path, arguments: list[str], level: str) -> list[str]:
-    guard = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS, "-max_pixels", str(MOST_PIXELS)]
-    start = [_binary(), "-hide_banner", "-nostdin", "-v", level, "-max_alloc", str(LARGEST_ALLOCATION)]
-    return [*start, *guard, "-copyts", "-max_error_rate", "1", "-i", f"file:{file.resolve()}", *arguments]
+    limits = ["-protocol_whitelist", "file,pipe", "-format_whitelist", DEMUXERS, "-max_pixels", str(MAX_PIXELS)]
+    start = [_binary(), "-hide_banner", "-nostdin", "-v", level, "-max_alloc", str(MAX_ALLOCATION)]
+    return [*start, *limits, "-copyts", "-max_error_rate", "1", "-i", f"file:{file.resolve()}", *arguments]
 
 
 def run(file: Path, arguments: list[str], *, level: str = "error") -> tuple[bytes, str]:
-    """ffmpeg -i file arguments… -> (stdout, stderr). subprocess.SubprocessError on failure or after the time limit."""
+    """Run `ffmpeg -i file arguments…`: (stdout, stderr). subprocess.SubprocessError if it fails or takes too long."""
     command = _command(file, arguments, level)
-    done = subprocess.run(command, capture_output=True, timeout=FFMPEG_TIMEOUT_S, check=True)
-    return done.stdout, done.stderr.decode("utf-8", "replace")
+    result = subprocess.run(command, capture_output=True, timeout=FFMPEG_TIMEOUT_S, check=True)
+    return result.stdout, result.stderr.decode("utf-8", "replace")
 
 
-def probe_video(file: Path) -> Stream:
+def probe_video(file: Path) -> VideoStream:
     """The first video stream, without decoding it. subprocess.SubprocessError if there is none."""
-    listing, report = run(file, ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"], level="info")
+    listing, log = run(file, ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"], level="info")
     unit, pixels = Fraction(0), 0
     packets = []
     for line in listing.decode("ascii", "replace").splitlines():
@@ -86,49 +86,50 @@ def probe_video(file: Path) -> Stream:
             flags = int(fields[6].partition("=")[2], 16) if len(fields) > 6 and "F=" in fields[6] else 0
             if not flags & DISCARDED:
                 packets.append((int(fields[2]), int(fields[3])))
-    stream = re.search(r"Stream #.*Video: .*", report)
-    about = stream[0] if stream else ""
-    told = re.search(r"([\d.]+k?) fps", about) or re.search(r"([\d.]+k?) tbr", about)
-    rate = float(told[1].replace("k", "e3")) if told else 0.0
+    stream = re.search(r"Stream #.*Video: .*", log)
+    description = stream[0] if stream else ""
+    declared = re.search(r"([\d.]+k?) fps", description) or re.search(r"([\d.]+k?) tbr", description)
+    rate = float(declared[1].replace("k", "e3")) if declared else 0.0
     packets.sort()
-    stamps = [stamp for stamp, _ in packets]
-    timed = 0 < len(set(stamps)) == len(stamps) and stamps[0] != UNTIMED
+    timestamps = [timestamp for timestamp, _ in packets]
+    timed = 0 < len(set(timestamps)) == len(timestamps) and timestamps[0] != NO_TIMESTAMP
     if timed:
         seconds = (packets[-1][0] - packets[0][0] + packets[-1][1]) * unit
         rate = float((len(packets) / seconds).limit_denominator(1001)) if seconds > 0 else rate
-    return Stream(len(packets), rate, stamps if timed else None, 3 * pixels)
+    return VideoStream(len(packets), rate, timestamps if timed else None, 3 * pixels)
 
 
-class Decoding:
-    """One run of the decoder over the frames that a `select` expression picks (None: all).
+class FrameDecoder:
+    """A decoder process over the frames that a `select` expression chooses (None: all).
 
-    Iterating gives (time of the frame, uint8 [H, W, 3]), upright. Must be closed; closing before the end stops the
-    decoder.
+    Iterating yields (timestamp of the frame, uint8 [H, W, 3]), upright. A context manager: leaving it before the end
+    stops the process.
     """
 
     def __init__(self, file: Path, select: str | None):
         chain = ",".join([*([f"select='{select}'"] if select else []), "showinfo=checksum=0"])
         out = ["-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1"]
         command = _command(file, ["-map", "0:v:0", "-vf", chain, *out], "info")
-        self._stamps: list[int] = []
-        self._news, self._ended = threading.Condition(), False
+        self._timestamps: list[int] = []
+        self._changed, self._ended = threading.Condition(), False
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._timer = threading.Timer(FFMPEG_TIMEOUT_S, self._process.kill)
-        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._log_reader = threading.Thread(target=self._read_log, daemon=True)
         self._timer.start()
-        self._listener.start()
+        self._log_reader.start()
 
-    def _listen(self) -> None:
+    def _read_log(self) -> None:
+        """Read the timestamps of frames from the log of the `showinfo` filter."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            found = re.search(rb"Parsed_showinfo.* n: *\d+ pts: *(-?\d+|NOPTS)", line)
-            with self._news:
-                if found:
-                    self._stamps.append(UNTIMED if found[1] == b"NOPTS" else int(found[1]))
-                self._news.notify()
-        with self._news:
+            match = re.search(rb"Parsed_showinfo.* n: *\d+ pts: *(-?\d+|NOPTS)", line)
+            with self._changed:
+                if match:
+                    self._timestamps.append(NO_TIMESTAMP if match[1] == b"NOPTS" else int(match[1]))
+                self._changed.notify()
+        with self._changed:
             self._ended = True
-            self._news.notify()
+            self._changed.notify()
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         pipe = self._process.stdout
@@ -137,30 +138,30 @@ class Decoding:
             frame = _read_ppm(pipe)
             if frame is None:
                 break
-            yield self._stamp(count), frame
-        self._listener.join()
+            yield self._timestamp(count), frame
+        self._log_reader.join()
 
-    def _stamp(self, count: int) -> int:
-        """The time of a frame that has arrived; what tells of it may still be on its way."""
-        with self._news:
-            self._news.wait_for(lambda: len(self._stamps) > count or self._ended)
-            return self._stamps[count] if len(self._stamps) > count else UNTIMED
+    def _timestamp(self, count: int) -> int:
+        """The timestamp of a frame that has arrived; its line of the log may still be on its way."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._timestamps) > count or self._ended)
+            return self._timestamps[count] if len(self._timestamps) > count else NO_TIMESTAMP
 
-    def __enter__(self) -> "Decoding":
+    def __enter__(self) -> "FrameDecoder":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._process.kill()
         self._timer.cancel()
         self._process.wait()
-        self._listener.join()
+        self._log_reader.join()
         for pipe in (self._process.stdout, self._process.stderr):
             assert pipe is not None
             pipe.close()
 
 
 def _read_ppm(pipe: IO[bytes]) -> np.ndarray | None:
-    """The next image of a stream of PPM files; None at its end. Every image says its own size."""
+    """The next image of a stream of PPM files, each of which states its size; None at the end."""
     if pipe.readline() != b"P6\n":
         return None
     width, height = map(int, pipe.readline().split())
@@ -169,14 +170,15 @@ def _read_ppm(pipe: IO[bytes]) -> np.ndarray | None:
     return np.frombuffer(data, np.uint8).reshape(height, width, 3) if len(data) == width * height * 3 else None
 
 
-def decodable(file: Path) -> list[int]:
-    """Times of the frames that can be decoded, in the order shown."""
-    _, report = run(file, ["-map", "0:v:0", "-vf", "showinfo=checksum=0", "-f", "null", "-"], level="info")
-    return [int(stamp) for stamp in re.findall(r"Parsed_showinfo.* n: *\d+ pts: *(-?\d+)", report)]
+def decodable_timestamps(file: Path) -> list[int]:
+    """The timestamps of the frames that can be decoded, in display order."""
+    _, log = run(file, ["-map", "0:v:0", "-vf", "showinfo=checksum=0", "-f", "null", "-"], level="info")
+    return [int(timestamp) for timestamp in re.findall(r"Parsed_showinfo.* n: *\d+ pts: *(-?\d+)", log)]
 
 
 def is_damaged(file: Path) -> bool:
-    """Whether the decoder complains about the video. (Apart from `Decoding`, in whose report lines run together.)"""
+    """Whether the decoder reports errors in the video. A run of its own: `FrameDecoder` cannot tell them apart in its
+    log."""
     try:
         return bool(run(file, ["-map", "0:v:0", "-f", "null", "-"])[1].strip())
     except subprocess.CalledProcessError:

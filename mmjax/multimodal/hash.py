@@ -1,6 +1,6 @@
-"""Identity of media: equal content, equal id; different content, different id.
+"""Hashes of media: equal content gives equal ids, different content different ones.
 
-Every piece is fed to the hash as type tag, length and bytes, so that no two sequences of pieces share an encoding.
+Every value is fed to the hash as type tag, length and bytes, so that no two sequences of values share an encoding.
 """
 
 import hashlib
@@ -15,43 +15,43 @@ from PIL import ExifTags, Image
 
 from mmjax.config import env
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.image import BROKEN, exif_of, read
+from mmjax.multimodal.image import DECODE_ERRORS, exif_of, read
 from mmjax.types import RequestError
 
-PIECE = 1 << 24  # bytes
-# the last is the usual one of vLLM, for which Python has nothing: ids stay inside, so another serves as well
+MAX_COPY_BYTES = 1 << 24
+# blake3 is vLLM's default. Python has no such hash, and ids never leave the process, so another one serves as well.
 ALGORITHMS = {"sha256": hashlib.sha256, "sha512": hashlib.sha512, "blake3": hashlib.sha256}
 
 
 def content_id(
-    model: str, kind: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
+    model: str, modality: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
 ) -> str:
     """Id of a media item by its content and everything that changes how it is decoded and processed."""
-    return _digest("content", model, kind, media, processor_kwargs, io_kwargs)
+    return _digest("content", model, modality, media, processor_kwargs, io_kwargs)
 
 
 def named_id(
     model: str,
-    kind: str,
+    modality: str,
     name: str,
     salt: str | None,
     processor_kwargs: Mapping[str, Any],
     io_kwargs: Mapping[str, Any],
 ) -> str:
-    """Id of a media item by the caller's own name for it. Never equal to a content id; separate for every cache salt,
-    so that tenants with different salts cannot read or plant each other's items."""
-    return _digest("named", model, kind, name, salt, processor_kwargs, io_kwargs)
+    """Id of a media item by the caller's uuid. Never equal to a content id; different for every cache salt, so that
+    tenants with different salts can neither read nor plant each other's items."""
+    return _digest("named", model, modality, name, salt, processor_kwargs, io_kwargs)
 
 
-def _digest(*pieces: Any) -> str:
+def _digest(*values: Any) -> str:
     name = env("MM_HASHER_ALGORITHM", "sha256").lower()
     if name not in ALGORITHMS:
         raise RequestError(
             f"MMJAX_MM_HASHER_ALGORITHM must be one of {', '.join(ALGORITHMS)}, got {name!r}.", "bad_name"
         )
     digest = ALGORITHMS[name]()
-    for piece in pieces:
-        _feed(digest, piece)
+    for value in values:
+        _feed(digest, value)
     return digest.hexdigest()
 
 
@@ -72,7 +72,7 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
             _feed(digest, key)
             _feed(digest, value[key])
     elif isinstance(value, (list, tuple)):
-        if len(value) > 64 and all(type(x) is float for x in value):  # audio samples: one buffer, not a call each
+        if len(value) > 64 and all(type(x) is float for x in value):  # audio samples: as one buffer
             _leaf(digest, b"L", np.asarray(value, np.float64))
             return
         _count(digest, b"T", len(value))
@@ -83,8 +83,8 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
 
 
 def _feed_numbers(digest: "hashlib._Hash", array: np.ndarray) -> None:
-    """The numbers in row order. A view that repeats or skips numbers is copied piece by piece, not as a whole."""
-    if array.ndim > 1 and not array.flags.c_contiguous and array.nbytes > PIECE:
+    """Feed the numbers in row order. A large view that repeats or skips numbers is copied row by row."""
+    if array.ndim > 1 and not array.flags.c_contiguous and array.nbytes > MAX_COPY_BYTES:
         for row in array:
             _feed_numbers(digest, row)
     elif array.size:
@@ -114,7 +114,7 @@ def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:
 
 
 def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:
-    """Mode, size, orientation, transparency, palette, pixels; or the UUID the caller put into the EXIF ImageID."""
+    """Feed mode, size, orientation, transparency, palette and pixels; or the UUID that the EXIF ImageID holds."""
     exif = exif_of(image)
     declared = exif.get(ExifTags.Base.ImageID)
     if isinstance(declared, uuid.UUID):
@@ -124,12 +124,12 @@ def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:
     try:
         read(image)
         pixels = image.tobytes()
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise RequestError("Failed to load image: the file is truncated or damaged.", "bad_media") from error
     palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
     _count(digest, b"P", 6)
-    for piece in (image.mode, image.size, exif.get(ExifTags.Base.Orientation), image.info.get("transparency"), palette):
-        _feed(digest, piece)
+    for value in (image.mode, image.size, exif.get(ExifTags.Base.Orientation), image.info.get("transparency"), palette):
+        _feed(digest, value)
     _leaf(digest, b"D", pixels)
 
 

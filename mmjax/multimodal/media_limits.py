@@ -1,4 +1,4 @@
-"""How much one media item may be, encoded and decoded. Small files can expand to gigabytes, so decoders ask first."""
+"""Limits on the size of a media item, encoded and decoded: small files can expand to gigabytes."""
 
 import dataclasses
 
@@ -9,19 +9,19 @@ FFMPEG_TIMEOUT_S = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class MediaLimits:
-    """Bounds of one item; 0 switches a bound off."""
+    """Limits of one item; 0 switches a limit off."""
 
-    source_bytes: int = 256 << 20  # as fetched, read or written as base64
+    source_bytes: int = 256 << 20  # as fetched, read from a file, or decoded from base64
     image_pixels: int = 178_956_970  # Pillow's own error level
     audio_seconds: float = 600.0  # of a file
     audio_bytes: int = 256 << 20  # as float32 samples over all channels
     video_frames: int = 16_384
     video_bytes: int = 4 << 30  # as uint8 RGB frames
-    tensor_bytes: int = 2 << 30  # of a base64 tensor, with every repeated element written out
+    tensor_bytes: int = 2 << 30  # of a base64 tensor, with every repeated element counted
 
     @classmethod
     def from_env(cls) -> "MediaLimits":
-        """The bounds that the operator set. Raises ValidationError for a variable that is no number."""
+        """The limits that the operator has set. ValidationError for a variable that is not a number."""
         return cls(
             source_bytes=int(env_number("MAX_MEDIA_DOWNLOAD_SIZE_MB", cls.source_bytes >> 20) * 2**20),
             image_pixels=int(env_number("MAX_IMAGE_PIXELS", cls.image_pixels)),

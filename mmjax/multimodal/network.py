@@ -1,7 +1,7 @@
-"""Getting bytes over HTTP from hosts that the operator allows, and from no other machine.
+"""Fetches bytes over HTTP from hosts that the operator allows, and from no other machine.
 
-A host name is resolved here, its addresses are judged, and the connection goes to one of the judged addresses: a name
-that resolves differently the next time gains nothing. Every redirect is judged anew.
+A host name is resolved here, its addresses are checked, and the connection goes to one of the checked addresses: a name
+that resolves differently the next time gains nothing. Every redirect is checked, too.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import functools
 import ipaddress
 import os
 import re
+import ssl
 import threading
 import zlib
 from collections.abc import Callable, Coroutine, Sequence
@@ -25,17 +26,17 @@ from mmjax.version import __version__
 
 T = TypeVar("T")
 
-# what programs read differently: backslashes, control characters
-UNREADABLE = re.compile(r"[\x00-\x1f\x7f\\]")
+# characters that programs read differently: backslashes, control characters
+AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]")
 HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+", re.IGNORECASE)
-MAX_HOPS = 10
-MAX_ADDRESSES = 4  # tried of one host
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-BACKOFF = 4.0  # from attempt to attempt: of the time limit, and of the pause before it, which starts at one second
+MAX_REDIRECTS = 10
+MAX_ADDRESSES = 4  # of one host that are tried
+REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+BACKOFF = 4.0  # factor of the time limit and of the pause from attempt to attempt; the first pause is one second
 
-# public by their range, yet answered by the cloud around the machine
-METADATA = frozenset({"168.63.129.16"})
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as networks with nothing but IPv6 see them
+# in a public range, yet answered by the cloud's own services
+METADATA_ADDRESSES = frozenset({"168.63.129.16"})
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as IPv6-only networks see them
 
 
 class FetchTimeout(RequestError, TimeoutError):
@@ -43,11 +44,11 @@ class FetchTimeout(RequestError, TimeoutError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
-    """Where media may come from, and how hard to try. domains None or empty: any host.
+class FetchPolicy:
+    """From where media may be fetched, and with how many attempts. domains: allowed hosts; empty allows all.
 
-    block_private: only hosts with public addresses, unless their name is in `domains`. Proxies of the environment are
-    then not used, because nobody could tell to which address they connect.
+    block_private: only hosts with public addresses, unless their names are in `domains`. Proxies of the environment are
+    not used then, since the addresses to which they connect cannot be checked.
     """
 
     domains: frozenset[str] = frozenset()
@@ -57,8 +58,8 @@ class Policy:
     max_bytes: int = DEFAULT.source_bytes
 
     @classmethod
-    def from_env(cls, domains: Sequence[str] | None, max_bytes: int) -> "Policy":
-        """What the operator set. Raises ValidationError for a variable that cannot be read."""
+    def from_env(cls, domains: Sequence[str] | None, max_bytes: int) -> "FetchPolicy":
+        """The policy that the operator has set. ValidationError for a variable that cannot be read."""
         return cls(
             domains=frozenset(domain.lower() for domain in domains or ()),
             redirects=env_flag("MEDIA_URL_ALLOW_REDIRECTS", cls.redirects),
@@ -68,12 +69,13 @@ class Policy:
         )
 
 
-class _Again(Exception):
-    """An attempt failed in a way that may pass. The argument is what to raise if no attempt is left."""
+class _Retry(Exception):
+    """A failure that may pass. The argument is the error to raise if no attempt is left."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the open internet; False for what is private, local, reserved or no address."""
+    """Whether an IP address belongs to the open internet. False for private, local and reserved ones, and for text that
+    is no address."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -85,7 +87,7 @@ def is_public(address: str) -> bool:
         tunnels = [v4 for v4 in (ip.sixtofour, *(ip.teredo or ())) if v4 is not None]
         if ip.is_site_local or not all(is_public(str(v4)) for v4 in tunnels):
             return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and str(ip) not in METADATA
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and str(ip) not in METADATA_ADDRESSES
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -94,16 +96,16 @@ async def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def shown(url: httpx.URL) -> str:
-    """A URL as it may stand in a message: without credentials, query and fragment."""
+def redacted(url: httpx.URL) -> str:
+    """A URL for messages: without credentials, query and fragment."""
     return str(url.copy_with(userinfo=b"", query=None, fragment=None))
 
 
-def parse(url: str | httpx.URL, policy: Policy) -> httpx.URL:
-    """A URL that may be asked for. RequestError if it cannot be read or its host is not among the allowed ones."""
+def parse(url: str | httpx.URL, policy: FetchPolicy) -> httpx.URL:
+    """A URL that may be fetched. RequestError if it cannot be read or its host is not among the allowed ones."""
     malformed = RequestError("The media URL is malformed.", "bad_url")
     try:
-        if UNREADABLE.search(str(url)):
+        if AMBIGUOUS.search(str(url)):
             raise malformed
         parsed = httpx.URL(url)
         host = parsed.raw_host.decode("ascii")
@@ -113,7 +115,7 @@ def parse(url: str | httpx.URL, policy: Policy) -> httpx.URL:
         raise RequestError("The URL must be either a HTTP, data or file URL.", "bad_url")
     if not HOST.fullmatch(host) or (parsed.port or 0) > 65535:
         raise malformed
-    if policy.domains and not _named(parsed, policy):
+    if policy.domains and not _is_listed(parsed, policy):
         raise RequestError(
             f"The URL must be from one of the allowed domains: {sorted(policy.domains)}. Input URL domain: "
             f"{parsed.host}",
@@ -122,16 +124,16 @@ def parse(url: str | httpx.URL, policy: Policy) -> httpx.URL:
     return parsed
 
 
-def _named(url: httpx.URL, policy: Policy) -> bool:
-    """Whether the operator named this host, in letters or in the form that name servers know."""
+def _is_listed(url: httpx.URL, policy: FetchPolicy) -> bool:
+    """Whether the operator has listed this host, in Unicode or in Punycode."""
     return url.host in policy.domains or url.raw_host.decode("ascii") in policy.domains
 
 
-async def fetch(url: str, policy: Policy, timeout_s: float) -> bytes:
-    """GET a URL. The time limit is for the first attempt, redirects and body included; later ones have more.
+async def fetch(url: str, policy: FetchPolicy, timeout_s: float) -> bytes:
+    """GET a URL. The time limit is for the first attempt, redirects and body included; later attempts have more time.
 
-    RequestError for whatever goes wrong: a forbidden host or address, an HTTP error, too many bytes, no connection;
-    FetchTimeout. Only connections that fail, time-outs and server errors are tried again.
+    RequestError for whatever fails: a forbidden host or address, an HTTP error, too many bytes, no connection, a
+    FetchTimeout. Only failed connections, timeouts and server errors are tried again.
     """
     parsed = parse(url, policy)
     for attempt in range(policy.attempts):
@@ -141,62 +143,64 @@ async def fetch(url: str, policy: Policy, timeout_s: float) -> bytes:
                 async with asyncio.timeout(limit):
                     return await _follow(parsed, policy, limit)
             except (TimeoutError, httpx.TimeoutException) as error:
-                words = f"Fetching {shown(parsed)} took longer than {limit:g} s. Try again, or send the data itself."
-                raise _Again(FetchTimeout(words, "fetch_timeout")) from error
-        except _Again as again:
+                shown = redacted(parsed)
+                message = f"Fetching {shown} took longer than {limit:g} s. Try again, or send the data itself."
+                raise _Retry(FetchTimeout(message, "fetch_timeout")) from error
+        except _Retry as retry:
             if attempt + 1 == policy.attempts:
-                raise again.args[0] from again
+                raise retry.args[0] from retry
             await asyncio.sleep(BACKOFF**attempt)
     raise AssertionError("there is at least one attempt")
 
 
-async def _follow(url: httpx.URL, policy: Policy, timeout_s: float) -> bytes:
-    for _ in range(MAX_HOPS):
-        found = await _get(url, policy, timeout_s)
-        if isinstance(found, bytes):
-            return found
+async def _follow(url: httpx.URL, policy: FetchPolicy, timeout_s: float) -> bytes:
+    """The body, with redirects followed."""
+    for _ in range(MAX_REDIRECTS):
+        response = await _get(url, policy, timeout_s)
+        if isinstance(response, bytes):
+            return response
         if not policy.redirects:
             raise RequestError(
-                f"{shown(url)} redirects to another place, and following redirects is switched off "
+                f"{redacted(url)} redirects to another place, and following redirects is switched off "
                 "(MMJAX_MEDIA_URL_ALLOW_REDIRECTS). Use the final URL.",
                 "forbidden_url",
             )
         try:
-            url = parse(url.join(found), policy)
+            url = parse(url.join(response), policy)
         except httpx.InvalidURL as error:
-            raise RequestError(f"{shown(url)} redirects to a malformed URL.", "bad_url") from error
-    raise RequestError(f"More than {MAX_HOPS} redirects on the way from the media URL.", "fetch_failed")
+            raise RequestError(f"{redacted(url)} redirects to a malformed URL.", "bad_url") from error
+    raise RequestError(f"More than {MAX_REDIRECTS} redirects on the way from the media URL.", "fetch_failed")
 
 
-async def _get(url: httpx.URL, policy: Policy, timeout_s: float) -> bytes | str:
-    """The body, or the place it was moved to."""
+async def _get(url: httpx.URL, policy: FetchPolicy, timeout_s: float) -> bytes | str:
+    """The body as bytes, or the location of a redirect as a string."""
     failure: Exception | None = None
     addresses = await _addresses(url, policy)
-    patience = httpx.Timeout(timeout_s, connect=timeout_s / len(addresses))
-    for pinned in addresses:
+    timeout = httpx.Timeout(timeout_s, connect=timeout_s / len(addresses))
+    for address in addresses:
         try:
-            return await _ask(url, pinned, policy, patience)
+            return await _get_from(url, address, policy, timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             failure = error
         except httpx.TimeoutException:
             raise
         except httpx.InvalidURL as error:
-            raise RequestError(f"{shown(url)} redirects to a malformed URL.", "bad_url") from error
+            raise RequestError(f"{redacted(url)} redirects to a malformed URL.", "bad_url") from error
         except httpx.HTTPError as error:
-            raise _Again(
-                RequestError(f"The connection to {shown(url)} failed ({type(error).__name__}).", "fetch_failed")
+            raise _Retry(
+                RequestError(f"The connection to {redacted(url)} failed ({type(error).__name__}).", "fetch_failed")
             ) from error
-    raise _Again(RequestError(f"Cannot connect to {shown(url)}.", "fetch_failed")) from failure
+    raise _Retry(RequestError(f"Cannot connect to {redacted(url)}.", "fetch_failed")) from failure
 
 
-async def _addresses(url: httpx.URL, policy: Policy) -> list[str | None]:
+async def _addresses(url: httpx.URL, policy: FetchPolicy) -> list[str | None]:
     """The addresses to connect to; None leaves the choice to the HTTP client."""
-    if not policy.block_private or _named(url, policy):
+    if not policy.block_private or _is_listed(url, policy):
         return [None]
     try:
         found = await resolve(url.raw_host.decode("ascii"), url.port or {"http": 80, "https": 443}[url.scheme])
     except (OSError, UnicodeError) as error:
-        raise RequestError(f"The host of {shown(url)} cannot be resolved.", "fetch_failed") from error
+        raise RequestError(f"The host of {redacted(url)} cannot be resolved.", "fetch_failed") from error
     public: list[str | None] = [address for address in found if is_public(address)]
     if not public:
         raise RequestError(
@@ -207,19 +211,20 @@ async def _addresses(url: httpx.URL, policy: Policy) -> list[str | None]:
     return public[:MAX_ADDRESSES]
 
 
-async def _ask(url: httpx.URL, pinned: str | None, policy: Policy, patience: httpx.Timeout) -> bytes | str:
+async def _get_from(url: httpx.URL, address: str | None, policy: FetchPolicy, timeout: httpx.Timeout) -> bytes | str:
+    """`_get` from one address of the host."""
     headers = {"User-Agent": f"mmjax/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"}
     target, extensions = url, {}
-    if pinned is not None:
+    if address is not None:
         headers["Host"] = url.netloc.decode("ascii")
-        target, extensions = url.copy_with(host=pinned), {"sni_hostname": url.raw_host.decode("ascii")}
-    direct = pinned is not None or policy.block_private
-    # a client for one request: nothing is carried over, be it cookies or connections of another event loop
+        target, extensions = url.copy_with(host=address), {"sni_hostname": url.raw_host.decode("ascii")}
+    direct = address is not None or policy.block_private
+    # a client per request: it shares neither cookies nor the connections of another event loop
     async with (
-        httpx.AsyncClient(verify=_certificates(), trust_env=not direct, timeout=patience) as client,
+        httpx.AsyncClient(verify=_ssl_context(), trust_env=not direct, timeout=timeout) as client,
         client.stream("GET", target, headers=headers, extensions=extensions) as response,
     ):
-        if response.status_code in REDIRECTS and "location" in response.headers:
+        if response.status_code in REDIRECT_STATUSES and "location" in response.headers:
             return response.headers["location"]
         _check_status(url, response.status_code)
         body = _Body(url, response.headers, policy.max_bytes)
@@ -229,40 +234,40 @@ async def _ask(url: httpx.URL, pinned: str | None, policy: Policy, patience: htt
 
 
 @functools.cache
-def _certificates() -> Any:
+def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
 def _check_status(url: httpx.URL, status: int) -> None:
     if status < 300:
         return
-    refusal = RequestError(f"{shown(url)} answered with HTTP status {status}.", "fetch_status")
-    raise _Again(refusal) if status >= 500 else refusal
+    error = RequestError(f"{redacted(url)} answered with HTTP status {status}.", "fetch_status")
+    raise _Retry(error) if status >= 500 else error
 
 
 class _Body:
-    """What has come so far, unpacked, within a limit of bytes."""
+    """The body of a response as it arrives, decompressed, within a limit of bytes."""
 
     def __init__(self, url: httpx.URL, headers: httpx.Headers, limit: int):
         self.url, self.limit, self.parts, self.size = url, limit or float("inf"), list[bytes](), 0
-        packed = headers.get("content-encoding", "identity").strip().lower()
-        if packed not in ("identity", "", "gzip", "x-gzip", "deflate"):
-            raise RequestError(f"{shown(url)} answered in the unknown encoding {packed!r}.", "fetch_failed")
-        self.unpack = None if packed in ("identity", "") else zlib.decompressobj(wbits=47)  # gzip or zlib, as it comes
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
+            raise RequestError(f"{redacted(url)} answered in the unknown encoding {encoding!r}.", "fetch_failed")
+        self.decompressor = None if encoding in ("identity", "") else zlib.decompressobj(wbits=47)  # gzip or zlib
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self.limit:
             raise self._too_large()
 
     def add(self, chunk: bytes) -> None:
         while chunk:
-            if self.unpack is None:
+            if self.decompressor is None:
                 part, chunk = chunk, b""
             else:
                 try:
-                    part = self.unpack.decompress(chunk, 1 << 20)
+                    part = self.decompressor.decompress(chunk, 1 << 20)
                 except zlib.error as error:
-                    raise RequestError(f"{shown(self.url)} answered with damaged data.", "fetch_failed") from error
-                chunk = self.unpack.unconsumed_tail
+                    raise RequestError(f"{redacted(self.url)} answered with damaged data.", "fetch_failed") from error
+                chunk = self.decompressor.unconsumed_tail
             self.size += len(part)
             if self.size > self.limit:
                 raise self._too_large()
@@ -270,29 +275,29 @@ class _Body:
 
     def whole(self) -> bytes:
         if not self.size:
-            raise RequestError(f"{shown(self.url)} answered without any data.", "fetch_failed")
+            raise RequestError(f"{redacted(self.url)} answered without any data.", "fetch_failed")
         return b"".join(self.parts)
 
     def _too_large(self) -> RequestError:
         return RequestError(
-            f"{shown(self.url)} is larger than the {self.limit} bytes that are fetched. Send a smaller file, or raise "
-            "MMJAX_MAX_MEDIA_DOWNLOAD_SIZE_MB.",
+            f"{redacted(self.url)} is larger than the {self.limit} bytes that are fetched. Send a smaller file, or "
+            "raise MMJAX_MAX_MEDIA_DOWNLOAD_SIZE_MB.",
             "media_too_large",
         )
 
 
-# --- the same for callers without an event loop
+# --- for callers without an event loop
 
 
 class _Background:
-    """One event loop in a thread of its own, started when it is first needed, and again after a fork."""
+    """An event loop on a thread of its own, started when it is first needed, and again after a fork."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.pool: concurrent.futures.ThreadPoolExecutor | None = None
 
-    def started(self) -> asyncio.AbstractEventLoop:
+    def event_loop(self) -> asyncio.AbstractEventLoop:
         with self.lock:
             if self.loop is None:
                 self.loop = asyncio.new_event_loop()
@@ -312,8 +317,8 @@ os.register_at_fork(after_in_child=_background.__init__)  # type: ignore[misc]
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine from a thread whose own event loop, if it has one, must not be used. Cancels it on interrupt."""
-    future = asyncio.run_coroutine_threadsafe(work, _background.started())
+    """Run a coroutine on the background event loop, and wait for it. An interrupt cancels it."""
+    future = asyncio.run_coroutine_threadsafe(work, _background.event_loop())
     try:
         return future.result()
     finally:
@@ -321,5 +326,5 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def in_worker(work: Callable[..., T], *arguments: Any) -> T:
-    """Run something slow in one of the threads for media, so that the event loop stays responsive."""
+    """Call something slow on a worker thread for media, so that the event loop stays responsive."""
     return await asyncio.get_running_loop().run_in_executor(_background.workers(), work, *arguments)

@@ -1,7 +1,6 @@
-"""Whether an item as given is of a size that may be looked at: asked before anything is decoded, hashed or copied.
+"""Checks the size of media as given, before anything is decoded, hashed or copied.
 
-Shapes can promise far more than there is in memory (broadcast views, lazily opened images), and every later step would
-believe them.
+Broadcast views and lazily opened images can have shapes far beyond memory, which later steps would try to allocate.
 """
 
 import math
@@ -17,20 +16,20 @@ from mmjax.types import RequestError
 
 
 def check_size(modality: str, data: Any, limits: MediaLimits) -> None:
-    """RequestError for an image, video or audio item above the limits. Other faults of its form are left to others."""
+    """RequestError for an item above the limits. Whatever else may be wrong with it is not checked."""
     if isinstance(data, tuple) and len(data) == 2 and (data[1] is None or not is_array(data[1])):
-        about = data[1]
-        if modality == "audio" or (modality == "video" and isinstance(about, Mapping)):
-            data = data[0]
+        media, metadata = data
+        if modality == "audio" or (modality == "video" and isinstance(metadata, Mapping)):
+            data = media
     if modality == "image":
-        _image(data, limits)
+        _check_image(data, limits)
     elif modality == "video":
-        _video(data, limits)
+        _check_video(data, limits)
     else:
-        _audio(data, limits)
+        _check_audio(data, limits)
 
 
-def _image(data: Any, limits: MediaLimits) -> None:
+def _check_image(data: Any, limits: MediaLimits) -> None:
     if isinstance(data, Image.Image):
         image.check_size(data, limits)
     elif is_array(data) and limits.image_pixels and math.prod(data.shape) > 4 * limits.image_pixels:
@@ -41,7 +40,7 @@ def _image(data: Any, limits: MediaLimits) -> None:
         )
 
 
-def _video(data: Any, limits: MediaLimits) -> None:
+def _check_video(data: Any, limits: MediaLimits) -> None:
     frames = data if isinstance(data, (list, tuple)) else [data]
     count = data.shape[0] if is_array(data) and data.ndim == 4 else len(frames)
     if limits.video_frames and count > limits.video_frames:
@@ -63,7 +62,7 @@ def _video_too_large(size: str, limit: str) -> RequestError:
     )
 
 
-def _audio(data: Any, limits: MediaLimits) -> None:
+def _check_audio(data: Any, limits: MediaLimits) -> None:
     count = math.prod(data.shape) if is_array(data) else len(data) if isinstance(data, (list, tuple)) else 0
     if limits.audio_bytes and 4 * count > limits.audio_bytes:
         raise RequestError(

@@ -1,7 +1,7 @@
-"""Tensors as base64 text, in the form that `torch.save` writes, without torch and without running anything.
+"""Encodes tensors as base64 text of the files that `torch.save` writes, without torch, and without running pickles.
 
-A file of torch is a ZIP archive: a pickle that says what the tensor looks like, and its bytes beside it. The pickle is
-read as data: opcodes outside a short list, and names outside another, are refused. `.npy` files are read too.
+Such a file is a ZIP archive of a pickle that describes the tensor, and of its bytes. The pickle is parsed as data:
+opcodes and names that no dense tensor needs are refused. `.npy` files are read, too.
 """
 
 import base64
@@ -33,25 +33,26 @@ STORAGES = {
     "LongStorage": np.dtype("i8"),
     "BoolStorage": np.dtype("?"),
 }
-LEGACY = bytes.fromhex("80028a0a6cfc9c46f9")  # of torch before 1.6
-NPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"
-MOST_AXES = 8
-MOST_ENTRIES = 64
-LONGEST_PICKLE = 1 << 16
-CONSTANTS = {"NONE": None, "NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
-VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+# how files begin
+LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9")  # of torch before 1.6
+NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
+MAX_AXES = 8
+MAX_ENTRIES = 64
+MAX_PICKLE_BYTES = 1 << 16
+CONSTANT_OPCODES = {"NONE": None, "NEWFALSE": False, "NEWTRUE": True, "EMPTY_TUPLE": ()}
+VALUE_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 
 
 class Storage(NamedTuple):
-    """A run of numbers that lies under a key in the archive."""
+    """A flat array, which lies under a key in the archive."""
 
     dtype: np.dtype
     key: str
     length: int
 
 
-class View(NamedTuple):
-    """A tensor: elements of a storage. Offset and strides count elements."""
+class TensorView(NamedTuple):
+    """A tensor: a view of a storage. Offset and strides count elements."""
 
     storage: Storage
     offset: int
@@ -60,20 +61,20 @@ class View(NamedTuple):
 
 
 class _Mark:
-    """Where a tuple on the stack begins."""
+    """Marks where a tuple on the stack begins."""
 
 
 def tensor2base64(x: Any) -> str:
-    """An array of any library as the base64 text that vLLM's clients send: what `torch.save` would write of it."""
+    """The file that `torch.save` would write of an array of any library, in base64: what vLLM's clients send."""
     return base64.b64encode(write_tensor(x)).decode("ascii")
 
 
 def base642tensor(encoded: str, *, limits: MediaLimits = DEFAULT) -> np.ndarray:
-    """The array in base64 text. RequestError for anything but one dense tensor of reasonable size; nothing of what the
-    text says is ever executed."""
+    """The array in base64 text. RequestError for anything but one dense tensor within the limits. Nothing in the text
+    is ever executed."""
     if not isinstance(encoded, str):
         raise RequestError(f"A base64 tensor must be a string, got {type(encoded).__name__}.", "bad_tensor")
-    if limits.tensor_bytes and len(encoded) // 4 * 3 > limits.tensor_bytes + LONGEST_PICKLE:
+    if limits.tensor_bytes and len(encoded) // 4 * 3 > limits.tensor_bytes + MAX_PICKLE_BYTES:
         raise _too_large(limits)
     try:
         data = base64.b64decode(encoded, validate=True)
@@ -83,13 +84,13 @@ def base642tensor(encoded: str, *, limits: MediaLimits = DEFAULT) -> np.ndarray:
 
 
 def read_tensor(data: bytes, limits: MediaLimits = DEFAULT) -> np.ndarray:
-    """The array in a file of `torch.save` or `numpy.save`: contiguous, in the byte order of this machine."""
+    """The array in a file of `torch.save` or `numpy.save`: contiguous, in native byte order."""
     try:
-        if data.startswith(NPY):
+        if data.startswith(NPY_MAGIC):
             return _read_npy(data, limits)
-        if data.startswith(LEGACY):
+        if data.startswith(LEGACY_MAGIC):
             raise _refused("it was written by torch before 1.6; save it again with a newer one")
-        if not data.startswith(ZIP):
+        if not data.startswith(ZIP_MAGIC):
             raise _refused("it is neither a file of torch.save nor of numpy.save")
         return _read_zip(data, limits)
     except RequestError:
@@ -118,20 +119,20 @@ def _read_npy(data: bytes, limits: MediaLimits) -> np.ndarray:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:
         raise _refused("its version of the npy format is unknown")
-    shape, by_column, dtype = read[version](file)
-    if dtype.kind not in "biuf" or len(shape) > MOST_AXES:
-        raise _refused(f"it must hold numbers on at most {MOST_AXES} axes")
+    shape, column_major, dtype = read[version](file)
+    if dtype.kind not in "biuf" or len(shape) > MAX_AXES:
+        raise _refused(f"it must hold numbers on at most {MAX_AXES} axes")
     count = math.prod(shape)
     if limits.tensor_bytes and count * dtype.itemsize > limits.tensor_bytes:
         raise _too_large(limits)
     if count * dtype.itemsize != len(data) - file.tell():
         raise _refused("its size is not what its header says")
-    array = np.frombuffer(data, dtype, count, file.tell()).reshape(shape, order="F" if by_column else "C")
+    array = np.frombuffer(data, dtype, count, file.tell()).reshape(shape, order="F" if column_major else "C")
     return np.array(array, dtype.newbyteorder("="), order="C")
 
 
 def _read_zip(data: bytes, limits: MediaLimits) -> np.ndarray:
-    if data.count(b"PK\x01\x02") > MOST_ENTRIES:  # before the list of entries is made
+    if data.count(b"PK\x01\x02") > MAX_ENTRIES:  # before zipfile makes its list of entries
         raise _refused("the archive has too many entries")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {info.filename: info for info in archive.infolist()}
@@ -145,58 +146,58 @@ def _read_zip(data: bytes, limits: MediaLimits) -> np.ndarray:
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise _refused("the archive is none of torch.save")
-        if entries[pickles[0]].file_size > LONGEST_PICKLE:
+        if entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
             raise _refused("its description is too long for one tensor")
-        top = pickles[0].removesuffix("data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
         view = parse_pickle(archive.read(pickles[0]))
-        order = archive.read(f"{top}byteorder") if f"{top}byteorder" in entries else b"little"
-        if order not in (b"little", b"big"):
+        byte_order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
+        if byte_order not in (b"little", b"big"):
             raise _refused("its byte order is unknown")
-        _check(view, limits)
-        stored = entries.get(f"{top}data/{view.storage.key}")
-        if stored is None or stored.file_size < view.storage.length * view.storage.dtype.itemsize:
+        _check_view(view, limits)
+        entry = entries.get(f"{root}data/{view.storage.key}")
+        if entry is None or entry.file_size < view.storage.length * view.storage.dtype.itemsize:
             raise _refused("its storage is missing or too short")
-        numbers = np.frombuffer(archive.read(stored), view.storage.dtype, view.storage.length)
-    if order == b"big" and view.storage.dtype.itemsize > 1:
-        numbers = numbers.view(f"u{numbers.itemsize}").byteswap().view(numbers.dtype)
+        storage = np.frombuffer(archive.read(entry), view.storage.dtype, view.storage.length)
+    if byte_order == b"big" and view.storage.dtype.itemsize > 1:
+        storage = storage.view(f"u{storage.itemsize}").byteswap().view(storage.dtype)
     if math.prod(view.shape) == 0:
         return np.zeros(view.shape, view.storage.dtype)
-    strides = [step * numbers.itemsize for step in view.strides]
-    seen = np.lib.stride_tricks.as_strided(numbers[view.offset :], view.shape, strides, writeable=False)
-    return np.array(seen, order="C")
+    strides = [stride * storage.itemsize for stride in view.strides]
+    tensor = np.lib.stride_tricks.as_strided(storage[view.offset :], view.shape, strides, writeable=False)
+    return np.array(tensor, order="C")
 
 
-def _check(view: View, limits: MediaLimits) -> None:
-    """RequestError unless every element lies in the storage and the dense tensor is small enough."""
+def _check_view(view: TensorView, limits: MediaLimits) -> None:
+    """RequestError unless every element lies in the storage and the dense tensor is within the limits."""
     integers = (view.storage.length, view.offset, *view.shape, *view.strides)
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**62 for n in integers):
         raise _refused("its sizes must be integers of at least 0")
-    if len(view.shape) > MOST_AXES or len(view.shape) != len(view.strides):
-        raise _refused(f"it must have at most {MOST_AXES} axes, each with one stride")
+    if len(view.shape) > MAX_AXES or len(view.shape) != len(view.strides):
+        raise _refused(f"it must have at most {MAX_AXES} axes, each with one stride")
     size = math.prod(view.shape)
     if limits.tensor_bytes and max(size, view.storage.length) * view.storage.dtype.itemsize > limits.tensor_bytes:
         raise _too_large(limits)
-    last = sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
+    last = sum((n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True))
     if size and view.offset + last >= view.storage.length:
         raise _refused("it reaches beyond its storage")
 
 
-def parse_pickle(data: bytes) -> View:
-    """The one tensor that a pickle describes. RequestError for whatever else it wants."""
+def parse_pickle(data: bytes) -> TensorView:
+    """The one tensor that a pickle describes. RequestError for anything else in it."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
-        if name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in VALUES:
+        if name in CONSTANT_OPCODES:
+            stack.append(CONSTANT_OPCODES[name])
+        elif name in VALUE_OPCODES:
             stack.append(argument)
         elif name == "GLOBAL":
-            stack.append(_named(*argument.split(" ", 1)))
+            stack.append(_global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            word, module = stack.pop(), stack.pop()
-            stack.append(_named(module, word))
+            attribute, module = stack.pop(), stack.pop()
+            stack.append(_global(module, attribute))
         elif name == "MARK":
             stack.append(_Mark)
         elif name == "TUPLE":
@@ -214,32 +215,32 @@ def parse_pickle(data: bytes) -> View:
         elif name == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif name == "REDUCE":
-            arguments, maker = stack.pop(), stack.pop()
-            stack.append(maker(*arguments))
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(function(*arguments))
         elif name == "STOP":
             break
         elif name not in ("PROTO", "FRAME"):
             raise _refused(f"its description uses {name}, which no dense tensor needs")
-    if len(stack) != 1 or not isinstance(stack[0], View):
+    if len(stack) != 1 or not isinstance(stack[0], TensorView):
         raise _refused("it holds something else than one tensor")
     return stack[0]
 
 
-def _named(module: Any, name: Any) -> Any:
-    """What stands for a global name: a function of ours, or the dtype of a storage."""
-    maker = MAKERS.get((module, name))
-    if maker is not None:
-        return maker
+def _global(module: Any, name: Any) -> Any:
+    """The stand-in for a global: a function of this module, or the dtype of a storage."""
+    function = STAND_INS.get((module, name))
+    if function is not None:
+        return function
     if module == "torch" and name in STORAGES:
         return STORAGES[name]
     shown = f"{module}.{name}"[:80]
     raise _refused(f"its description names {shown}, and only dense tensors of plain number types are read")
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> View:
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> TensorView:
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise _refused("it is damaged")
-    return View(storage, offset, shape, strides)
+    return TensorView(storage, offset, shape, strides)
 
 
 def _parameter(tensor: Any, *_: Any) -> Any:
@@ -251,7 +252,7 @@ def _hooks(*arguments: Any) -> None:
         raise _refused("its hooks are not empty")
 
 
-MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
+STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("collections", "OrderedDict"): _hooks,
@@ -259,17 +260,17 @@ MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def _storage(reference: Any) -> Storage:
-    word, dtype, key, _, count = reference
-    if word != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
+    tag, dtype, key, _, length = reference
+    if tag != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
         raise _refused("it refers to something else than a storage")
-    return Storage(dtype, key, count)
+    return Storage(dtype, key, length)
 
 
 def write_tensor(x: Any) -> bytes:
-    """The file that `torch.save` would write of an array; `torch.load` reads it. RequestError for other values."""
-    array = np.ascontiguousarray(_as_stored(x))
-    kind = next((kind for kind, dtype in STORAGES.items() if dtype == array.dtype), None)
-    if kind is None:
+    """The file that `torch.save` would write of an array; `torch.load` reads it. RequestError for other dtypes."""
+    array = np.ascontiguousarray(_in_own_dtype(x))
+    storage = next((name for name, dtype in STORAGES.items() if dtype == array.dtype), None)
+    if storage is None:
         raise RequestError(f"A tensor cannot hold {array.dtype}; use float32, bfloat16 or int64.", "bad_tensor")
     shape = np.shape(x)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -277,7 +278,7 @@ def write_tensor(x: Any) -> bytes:
         [
             b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((",
             _text("storage"),
-            f"ctorch\n{kind}\n".encode(),
+            f"ctorch\n{storage}\n".encode(),
             _text("0"),
             _text("cpu"),
             _number(array.size),
@@ -292,18 +293,18 @@ def write_tensor(x: Any) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in parts.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # with no time: equal arrays, equal text
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # without a time: equal arrays, equal files
     return buffer.getvalue()
 
 
-def _as_stored(x: Any) -> np.ndarray:
-    """The array in its own dtype, bfloat16 of torch included."""
+def _in_own_dtype(x: Any) -> np.ndarray:
+    """The array as NumPy in its own dtype, torch's bfloat16 included."""
     array = to_numpy(x)
     return array.astype(ml_dtypes.bfloat16) if str(getattr(x, "dtype", "")).endswith("bfloat16") else array
 
 
-def _text(words: str) -> bytes:
-    return b"X" + len(words).to_bytes(4, "little") + words.encode()
+def _text(text: str) -> bytes:
+    return b"X" + len(text).to_bytes(4, "little") + text.encode()
 
 
 def _number(value: int) -> bytes:

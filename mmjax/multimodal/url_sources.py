@@ -1,4 +1,4 @@
-"""Media named by `data:` and `file:` URLs: what is in the URL itself, and what lies in the one allowed directory."""
+"""Reads media from `data:` URLs, and from `file:` URLs below the one allowed directory."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ from mmjax.types import RequestError
 
 
 class LocalFilesDisabled(RequestError, RuntimeError):
-    """A file: URL where the operator allows none. Also a RuntimeError, as which some callers expect it."""
+    """A file: URL where the operator allows none. Also a RuntimeError, which callers written for vLLM expect."""
 
 
 def scheme_of(url: object) -> str:
@@ -26,7 +26,7 @@ def scheme_of(url: object) -> str:
 
 
 def split_data_url(url: str) -> tuple[str, str]:
-    """`data:<type>;base64,<text>` -> (type, text). Only the first comma separates."""
+    """The (type, text) of `data:<type>;base64,<text>`. Only the first comma separates."""
     head, comma, text = url[len("data:") :].partition(",")
     if not comma:
         raise RequestError("A data URL needs a comma between its type and its data.", "bad_url")
@@ -39,7 +39,7 @@ def split_data_url(url: str) -> tuple[str, str]:
 
 
 def from_base64(text: str, limits: MediaLimits = DEFAULT) -> bytes:
-    """Strict standard base64. RequestError for other characters, bad padding, nothing, or too much."""
+    """Decode strict standard base64. RequestError for other characters, bad padding, no data, or too much."""
     if limits.source_bytes and len(text) // 4 * 3 > limits.source_bytes + 2:
         raise RequestError(
             f"The base64 data hold more than the {limits.source_bytes} bytes that are decoded. Send a smaller file, or "
@@ -56,7 +56,7 @@ def from_base64(text: str, limits: MediaLimits = DEFAULT) -> bytes:
 
 
 def allowed_directory(path: str | os.PathLike[str]) -> Path | None:
-    """The real directory behind `allowed_local_media_path`; None when it is empty. RequestError if there is none."""
+    """`allowed_local_media_path` with links resolved; None when it is empty. RequestError if it is not a directory."""
     if not str(path):
         return None
     real = Path(path).resolve()
@@ -67,10 +67,10 @@ def allowed_directory(path: str | os.PathLike[str]) -> Path | None:
 
 
 def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT) -> bytes:
-    """The content of a file below `allowed`, a real directory. Neither `..` nor links lead out of it.
+    """The content of a file below `allowed`, a resolved directory. Neither `..` nor links lead out of it.
 
-    RequestError: no allowed directory, a place outside of it, anything but a regular file, an unreadable or too large
-    one.
+    RequestError where no directory is allowed, for paths outside of it, and for files that are not regular, cannot be
+    read or are too large.
     """
     if allowed is None:
         raise LocalFilesDisabled("Cannot load local files without `--allowed-local-media-path`.", "forbidden_url")
@@ -87,19 +87,19 @@ def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT)
         real = Path(path).resolve()
         if not real.is_relative_to(allowed):
             raise outside
-        # a pipe must not block, and the name must not have become a link meanwhile
+        # a pipe must not block, and a link that has replaced the file meanwhile must not be followed
         handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RequestError):
             raise
         raise unreadable from error
     try:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise RequestError(f"The file {path} is not a regular file.", "bad_path")
-        if not _opened(handle).is_relative_to(allowed):
+        if not _real_path(handle).is_relative_to(allowed):
             raise outside
-        limit = limits.source_bytes or about.st_size
+        limit = limits.source_bytes or status.st_size
         with open(handle, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:
@@ -113,6 +113,6 @@ def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT)
     return data
 
 
-def _opened(handle: int) -> Path:
-    """Where the opened file really lies: a directory on the way may have become a link after it was looked at."""
+def _real_path(handle: int) -> Path:
+    """The path of an open file: a directory on the way may have become a link after it was resolved."""
     return Path(os.readlink(f"/proc/self/fd/{handle}"))

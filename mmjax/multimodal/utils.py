@@ -1,4 +1,4 @@
-"""Shorthands for single media under the names that scripts for vLLM import: fetch one, or write one as base64."""
+"""Shorthands for single items under the names that scripts for vLLM import: fetch one, or encode one as base64."""
 
 import mimetypes
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from mmjax.multimodal.media import AudioMediaIO, ImageMediaIO, MediaConnector, V
 Options = Mapping[str, Any] | None
 
 
-def _connector(kind: str, options: Options) -> MediaConnector:
-    return MediaConnector(media_io_kwargs={kind: options} if options else None)
+def _connector(modality: str, options: Options) -> MediaConnector:
+    return MediaConnector(media_io_kwargs={modality: options} if options else None)
 
 
 def fetch_image(image_url: str, image_io_kwargs: Options = None) -> Image.Image:
@@ -61,7 +61,7 @@ def encode_video_url(frames: Any, *, format: str = "JPEG") -> str:
     return _data_url("video", format, encode_video_base64(frames, format=format))
 
 
-def _data_url(kind: str, format: str, text: str) -> str:
+def _data_url(modality: str, format: str, text: str) -> str:
     known = mimetypes.types_map.get(f".{format.lower()}", "")
-    media_type = known if known.startswith(f"{kind}/") else f"{kind}/{format.lower()}"
+    media_type = known if known.startswith(f"{modality}/") else f"{modality}/{format.lower()}"
     return f"data:{media_type};base64,{text}"

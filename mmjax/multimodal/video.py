@@ -1,4 +1,4 @@
-"""Videos to frames: lists of images, arrays of either layout, and files with the two published rules of sampling."""
+"""Converts videos to frames: lists of images, arrays of either layout, and files, of which frames are sampled."""
 
 import dataclasses
 import logging
@@ -21,14 +21,14 @@ from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("opencv", "opencv_dynamic")  # names of sampling rules; both decode with ffmpeg
-LEAST, LARGEST = 1e-6, 2**31 - 1  # of any rate, count or frame number
-LONGEST_FILTER = 100_000  # characters; an argument of a program may have 128 KiB
+BACKENDS = ("opencv", "opencv_dynamic")  # vLLM's names of two sampling rules; both decode with ffmpeg
+LEAST, LARGEST = 1e-6, 2**31 - 1  # of any rate, count or frame index
+MAX_FILTER_CHARS = 100_000  # an argument of a program may have 128 KiB
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """Frames uint8 [T, H, W, 3] and what is known of their source: total_num_frames, fps, duration (s), video_backend,
+    """Frames uint8 [T, H, W, 3] and metadata of their source: total_num_frames, fps, duration (s), video_backend,
     frames_indices, do_sample_frames. Metadata is empty when the caller gave none."""
 
     frames: np.ndarray
@@ -36,16 +36,16 @@ class Video:
 
 
 def decode(media: Any, *, background: image.Color = image.WHITE, limits: MediaLimits = DEFAULT) -> Video:
-    """What a caller may pass as one video: a list of PIL images or 3-D arrays, a 4-D array, or (those, metadata)."""
+    """A video as callers may pass it: a list of PIL images or 3-D arrays, a 4-D array, or (one of these, metadata)."""
     frames, metadata = media if isinstance(media, tuple) and len(media) == 2 else (media, {})
     if not isinstance(metadata, Mapping):
         raise RequestError(f"Video metadata must be a dictionary, got {type(metadata).__name__}.", "bad_media")
-    stacked = _frames(frames, background, limits)
-    return Video(stacked, _checked(metadata, len(stacked)))
+    array = _to_array(frames, background, limits)
+    return Video(array, _check_metadata(metadata, len(array)))
 
 
-def _frames(frames: Any, background: image.Color, limits: MediaLimits) -> np.ndarray:
-    """uint8 [T, H, W, 3]."""
+def _to_array(frames: Any, background: image.Color, limits: MediaLimits) -> np.ndarray:
+    """Frames of any form as uint8 [T, H, W, 3]."""
     if is_array(frames):
         array = to_numpy(frames)
         if array.ndim != 4:
@@ -63,57 +63,61 @@ def _frames(frames: Any, background: image.Color, limits: MediaLimits) -> np.nda
         )
     if all(is_array(frame) for frame in frames):
         arrays = [to_numpy(frame) for frame in frames]
-        _same_size([array.shape for array in arrays])
+        _check_same_size([array.shape for array in arrays])
         if arrays[0].ndim == 3:
             return image.frames_from_array(np.stack(arrays), "video", background=background)
-    pictures = [np.asarray(image.decode(frame, background=background, limits=limits)) for frame in frames]
-    _same_size([picture.shape for picture in pictures])
-    return np.stack(pictures)
+    images = [np.asarray(image.decode(frame, background=background, limits=limits)) for frame in frames]
+    return _stack(images)
 
 
-def _checked(metadata: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Metadata whose known values are what processors may rely on: positive rates, one frame number for each frame."""
-    made = dict(metadata)
+def _check_metadata(metadata: Mapping[str, Any], num_frames: int) -> dict[str, Any]:
+    """The metadata, with what processors rely on checked: positive rates, and one index for each frame."""
+    checked = dict(metadata)
     for name in ("fps", "duration", "total_num_frames"):
-        value = made.get(name)
+        value = checked.get(name)
         least = 0 if name == "duration" else LEAST
         if value is not None and not (_is_number(value) and least <= value <= LARGEST):
             raise RequestError(f"Video metadata: {name} must be a positive number, got {value!r}.", "bad_media")
-    indices = made.get("frames_indices")
+    indices = checked.get("frames_indices")
     if indices is not None:
         try:
             given = to_numpy(indices).tolist() if is_array(indices) else indices
-            made["frames_indices"] = [operator.index(index) for index in given]
+            checked["frames_indices"] = found = [operator.index(index) for index in given]
         except TypeError as error:
             raise RequestError("Video metadata: frames_indices must be a list of integers.", "bad_media") from error
-        numbers_of = made["frames_indices"]
-        if len(numbers_of) != count or min(numbers_of) < 0 or max(numbers_of) > LARGEST:
+        if len(found) != num_frames or min(found) < 0 or max(found) > LARGEST:
             raise RequestError(
-                f"Video metadata: frames_indices must number each of the {count} frames that are given, from 0 up.",
+                f"Video metadata: frames_indices must number each of the {num_frames} frames that are given, from 0 "
+                "up.",
                 "bad_media",
             )
-    return made
+    return checked
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _same_size(shapes: list[tuple[int, ...]]) -> None:
+def _check_same_size(shapes: list[tuple[int, ...]]) -> None:
     if len(set(shapes)) > 1:
         raise RequestError(
             f"All frames of a video must have the same size, got {sorted(set(shapes))[:4]}.", "bad_media"
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Which frames of a video file are wanted.
+def _stack(frames: list[np.ndarray]) -> np.ndarray:
+    _check_same_size([frame.shape for frame in frames])
+    return np.stack(frames)
 
-    `opencv`: at most `num_frames` (-1: all), evenly spread, and with `fps` above 0 at most that many per second.
-    `opencv_dynamic`: `fps` per second (default 2), of clips longer than `max_duration` seconds that many in all.
-    `frame_recovery`: a frame that cannot be decoded is replaced by the next that can, before the next wanted one, and
-    at the end of a damaged stream by the last that can. RequestError for unusable values.
+
+@dataclasses.dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video file to take. RequestError for unusable values.
+
+    video_backend "opencv": at most num_frames (-1: all), evenly spread, and with fps above 0 at most that many per
+    second. "opencv_dynamic": fps frames per second (default 2); of videos longer than max_duration seconds as many as
+    of one that long. frame_recovery: a frame that cannot be decoded is replaced by the next one that can, unless that
+    comes after the next sampled frame; at the end of a damaged stream, by the last one that can.
     """
 
     num_frames: int = 32
@@ -139,7 +143,7 @@ class Sampling:
             raise _bad_option("opencv_dynamic needs fps and max_duration above 0.")
 
     def indices(self, total: int, rate: float) -> list[int]:
-        """Numbers of the wanted frames, ascending, of `total` at `rate` per second."""
+        """The indices of the sampled frames, ascending, out of `total` at `rate` per second."""
         if self.video_backend == "opencv":
             return uniform_indices(total, rate, self.num_frames, -1 if self.fps is None else self.fps)
         return timed_indices(total, rate, 2 if self.fps is None else self.fps, self.max_duration)
@@ -159,7 +163,7 @@ def uniform_indices(total: int, rate: float, num_frames: int, fps: float) -> lis
 
 
 def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> list[int]:
-    """A frame every 1/fps seconds; of clips longer than `max_duration`, that many evenly spread, the end included."""
+    """A frame every 1/fps seconds. Of videos longer than max_duration, as many as of one that long, evenly spread."""
     if rate <= 0:
         raise RequestError("Could not open video stream: its frame rate is unknown.", "bad_media")
     last, duration = total - 1, total / rate
@@ -175,9 +179,9 @@ def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> l
     return sorted(set(indices)) or [0]
 
 
-def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: MediaLimits = DEFAULT) -> Video:
-    """Decode a video file, keeping only the sampled frames. Frames that cannot be decoded or recovered are left out,
-    with a warning. RequestError for a file without any, and for more than the limits allow."""
+def load(source: bytes | Path, sampling: FrameSampling = FrameSampling(), *, limits: MediaLimits = DEFAULT) -> Video:
+    """Decode the sampled frames of a video file. Those that cannot be decoded or replaced are left out, with a warning.
+    RequestError for a file without frames, and for more than the limits allow."""
     with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
         try:
             stream = ffmpeg.probe_video(file)
@@ -186,38 +190,38 @@ def load(source: bytes | Path, sampling: Sampling = Sampling(), *, limits: Media
             found, total, rate = _sample(file, stream, sampling, limits)
         except (subprocess.SubprocessError, OSError) as error:
             raise RequestError("Could not open video stream.", "bad_media") from error
-    kept = sorted(found)
+    indices = sorted(found)
     return Video(
-        _stack([found[index] for index in kept]),
+        _stack([found[index] for index in indices]),
         {
             "total_num_frames": total,
             "duration": total / rate if rate else 0,
             "video_backend": sampling.video_backend,
-            "frames_indices": kept,
-            "do_sample_frames": len(kept) == total,
+            "frames_indices": indices,
+            "do_sample_frames": len(indices) == total,
         }
         | ({"fps": rate} if rate else {}),
     )
 
 
 def _sample(
-    file: Path, stream: ffmpeg.Stream, sampling: Sampling, limits: MediaLimits
+    file: Path, stream: ffmpeg.VideoStream, sampling: FrameSampling, limits: MediaLimits
 ) -> tuple[dict[int, np.ndarray], int, float]:
-    """(frame by its number, frames of the stream, frames per second)."""
+    """(frames by index, frames in the stream, frames per second)."""
     wanted = sampling.indices(stream.frames, stream.rate)
-    _check_amount(len(wanted), stream.frame_bytes, limits)
+    _check_num_frames(len(wanted), stream.frame_bytes, limits)
     found = _read(file, stream, wanted, limits)
     missing = [index for index in wanted if index not in found]
-    stamps = stream.stamps
-    if missing and stamps and not ffmpeg.is_damaged(file):  # those packets hold no frame of their own
-        stamps = ffmpeg.decodable(file)
-        stream = stream._replace(frames=len(stamps), stamps=stamps)
-        wanted = sampling.indices(stream.frames, stream.rate) if stamps else []
+    timestamps = stream.timestamps
+    if missing and timestamps and not ffmpeg.is_damaged(file):  # some packets hold no frame of their own
+        timestamps = ffmpeg.decodable_timestamps(file)
+        stream = stream._replace(frames=len(timestamps), timestamps=timestamps)
+        wanted = sampling.indices(stream.frames, stream.rate) if timestamps else []
         found = _read(file, stream, wanted, limits)
-    elif missing and stamps and sampling.frame_recovery:
-        number = {stamp: index for index, stamp in enumerate(stamps)}
-        good = [number[stamp] for stamp in ffmpeg.decodable(file) if stamp in number]
-        found |= _read(file, stream, replacements(wanted, missing, good), limits)
+    elif missing and timestamps and sampling.frame_recovery:
+        index_of = {timestamp: index for index, timestamp in enumerate(timestamps)}
+        decodable = [index_of[each] for each in ffmpeg.decodable_timestamps(file) if each in index_of]
+        found |= _read(file, stream, replacements(wanted, missing, decodable), limits)
     if not found:
         raise RequestError("Could not open video stream: no frame could be decoded.", "bad_media")
     if len(found) < len(wanted):
@@ -225,28 +229,28 @@ def _sample(
     return found, stream.frames, stream.rate
 
 
-def replacements(wanted: list[int], missing: list[int], good: list[int]) -> list[int]:
-    """Frames to take for the `missing` ones of those `wanted`, out of the `good` ones; all ascending.
+def replacements(wanted: list[int], missing: list[int], decodable: list[int]) -> list[int]:
+    """Indices of the frames that replace the missing ones of those wanted, out of the decodable ones; all ascending.
 
-    The first good frame before the next wanted one; where no good frame follows at all, the last good one that comes
-    after every frame taken so far.
+    A missing frame is replaced by the first decodable one before the next wanted one; where no decodable frame follows
+    at all, by the last decodable one, provided that it comes after every frame taken so far.
     """
-    lost, taken = set(missing), []
-    last = -1  # the latest frame in the result
+    is_missing, replaced = set(missing), []
+    last = -1  # the last frame in the result
     for index, after in zip(wanted, [*wanted[1:], math.inf], strict=True):
-        if index not in lost:
+        if index not in is_missing:
             last = index
             continue
-        choices = [frame for frame in good if index < frame < after]
-        if not choices and (not good or good[-1] < index):
-            choices = [frame for frame in good[-1:] if frame > last]
+        choices = [frame for frame in decodable if index < frame < after]
+        if not choices and (not decodable or decodable[-1] < index):
+            choices = [frame for frame in decodable[-1:] if frame > last]
         if choices:
             last = choices[0]
-            taken.append(last)
-    return taken
+            replaced.append(last)
+    return replaced
 
 
-def _check_amount(count: int, frame_bytes: int, limits: MediaLimits) -> None:
+def _check_num_frames(count: int, frame_bytes: int, limits: MediaLimits) -> None:
     if limits.video_frames and count > limits.video_frames:
         raise RequestError(
             f"{count} frames of this video are wanted, over the limit of {limits.video_frames}. Lower num_frames or "
@@ -261,32 +265,27 @@ def _check_amount(count: int, frame_bytes: int, limits: MediaLimits) -> None:
         )
 
 
-def _read(file: Path, stream: ffmpeg.Stream, wanted: list[int], limits: MediaLimits) -> dict[int, np.ndarray]:
-    """Frame by its number, as far as the wanted ones decode."""
+def _read(file: Path, stream: ffmpeg.VideoStream, wanted: list[int], limits: MediaLimits) -> dict[int, np.ndarray]:
+    """The frames with the wanted indices, by index, as far as they can be decoded."""
     if not wanted:
         return {}
-    stamps = stream.stamps
-    names = [stamps[index] for index in wanted] if stamps else wanted  # as the filter knows the frames
-    select: str | None = "+".join(f"eq({'pts' if stamps else 'n'},{name})" for name in names)
-    if len(wanted) == stream.frames or (select and len(select) > LONGEST_FILTER):
+    timestamps = stream.timestamps
+    keys = [timestamps[index] for index in wanted] if timestamps else wanted  # what the filter selects by
+    select: str | None = "+".join(f"eq({'pts' if timestamps else 'n'},{key})" for key in keys)
+    if len(wanted) == stream.frames or (select and len(select) > MAX_FILTER_CHARS):
         select = None
-    number = dict(zip(names, wanted, strict=True))
+    index_of = dict(zip(keys, wanted, strict=True))
     found: dict[int, np.ndarray] = {}
-    held = 0
-    with ffmpeg.Decoding(file, select) as decoding:
-        for count, (stamp, frame) in enumerate(decoding):
-            name = stamp if stamps else names[min(count, len(names) - 1)] if select else count
-            if name not in number:
+    num_bytes = 0
+    with ffmpeg.FrameDecoder(file, select) as decoder:
+        for count, (timestamp, frame) in enumerate(decoder):
+            key = timestamp if timestamps else keys[min(count, len(keys) - 1)] if select else count
+            if key not in index_of:
                 continue
-            found[number[name]] = frame
-            held += frame.nbytes
-            if limits.video_bytes and held > limits.video_bytes:  # the stream said less
-                _check_amount(len(found) + 1, frame.nbytes, limits)
+            found[index_of[key]] = frame
+            num_bytes += frame.nbytes
+            if limits.video_bytes and num_bytes > limits.video_bytes:  # frames are larger than the stream's header says
+                _check_num_frames(len(found) + 1, frame.nbytes, limits)
             if len(found) == len(wanted):
                 break
     return found
-
-
-def _stack(frames: list[np.ndarray]) -> np.ndarray:
-    _same_size([frame.shape for frame in frames])
-    return np.stack(frames)

@@ -1,1 +1,1 @@
-"""What the device computed becomes what users read."""
+"""Turns what the device computed into the outputs of requests."""

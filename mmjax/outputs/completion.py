@@ -1,23 +1,36 @@
-"""Tokens from the device become an answer: when it ends, its text, its log-probabilities."""
+"""The output of one sequence of text: its tokens, its text, its log-probabilities, and where it ends."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import numpy as np
 
 from mmjax.engine.output_processor import LogprobsChunk, PromptChunk, StepResult
 from mmjax.engine.sequence import Sequence
 from mmjax.outputs.detokenizer import Detokenizer
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import CompletionOutput, Logprob
 
 
-class CompletionState:
-    """One of a request's answers. `eos`: the end-of-sequence token, whose stop has no reason to tell."""
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What one output of a request has gained since its last delta. The last one has a finish_reason."""
 
-    def __init__(self, seq: Sequence, tokenizer: Any, eos: int | None) -> None:
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class CompletionState:
+    """The `OutputProcessor` of a sequence of text. eos_id: the end-of-sequence token, which leaves stop_reason None."""
+
+    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, eos_id: int | None) -> None:
         self.seq = seq
-        self.eos = eos
+        self.eos_id = eos_id
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.cumulative_logprob = 0.0
@@ -26,53 +39,56 @@ class CompletionState:
         if seq.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * seq.prompt_len
         self._tokenizer = tokenizer
-        wants_text = tokenizer is not None and seq.params.detokenize
-        self._text = Detokenizer(tokenizer, seq.prompt.token_ids.tolist(), seq.params) if wants_text else None
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None and seq.params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer, seq.prompt.token_ids.tolist(), seq.params)
+        self._delta_start: tuple[int, int] | None = (0, 0)  # (characters, tokens) of all deltas; None after the last
 
     def take(self, result: StepResult, column: int, steps: int) -> None:
-        """Take the tokens that a dispatch has sampled."""
-        tokens = result.token_ids(column, steps)
-        self.append(tokens, None if self.logprobs is None else result.logprobs(column, tokens))
+        """Take the tokens that a dispatch has sampled, up to where the output ends."""
+        token_ids = result.token_ids(column, steps)
+        self._append(token_ids, None if self.logprobs is None else result.logprobs(column, token_ids))
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:
         """Take the log-probabilities of a chunk of the prompt."""
         assert self.prompt_logprobs is not None
-        report = result.prompt_logprobs(chunk)
+        logprobs = result.prompt_logprobs(chunk)
         for i in range(chunk.num_tokens):
-            self.prompt_logprobs[chunk.first + i] = self._entry(report, i, self.seq.params.prompt_logprobs or 0)
-
-    def append(self, tokens: np.ndarray, report: LogprobsChunk | None) -> None:
-        """Take the device's newest tokens i32[n], up to where the answer ends."""
-        seq, before = self.seq, self.seq.num_tokens
-        new, end = self._until_end(tokens.tolist())
-        seq.append_tokens(new)
-        if self._text is not None:
-            unseen = end is not None and end[0] == "stop" and not seq.params.include_stop_str_in_output
-            self._text.push(new[:-1] if unseen else new)
-            if self._text.stopped is not None:
-                seq.num_tokens = before + self._text.consumed
-                end = ("stop", self._text.stopped)
-        if report is not None and self.logprobs is not None:
-            for i in range(seq.num_tokens - before):
-                self.cumulative_logprob += float(report.logprobs[i])
-                self.logprobs.append(self._entry(report, i, seq.params.logprobs or 0))
-        if end is not None:
-            self.finish(*end)
+            self.prompt_logprobs[chunk.first + i] = self._entry(logprobs, i, self.seq.params.prompt_logprobs or 0)
 
     def finish(self, reason: str, stop: int | str | None) -> None:
-        """The answer is complete."""
+        """End the output, and release the text that was held back."""
         self.finish_reason = reason
         self.stop_reason = stop
-        if self._text is not None:
-            self._text.finish()
+        if self._detokenizer is not None:
+            self._detokenizer.finish()
 
     @property
     def text(self) -> str:
         """The text so far."""
-        return "" if self._text is None else self._text.text
+        return "" if self._detokenizer is None else self._detokenizer.text
+
+    def new_delta(self) -> Delta | None:
+        """What the output has gained since this was last called; None where it has gained nothing."""
+        if self._delta_start is None:
+            return None
+        text, seq, ended = self.text, self.seq, self.finish_reason is not None
+        end = len(text), seq.output_len
+        if end == self._delta_start and not ended:
+            return None
+        num_chars, num_tokens = self._delta_start
+        self._delta_start = None if ended else end
+        return Delta(
+            index=seq.index,
+            text=text[num_chars:],
+            token_ids=seq.output_ids[num_tokens:].tolist(),
+            logprobs=None if self.logprobs is None else self.logprobs[num_tokens : seq.output_len],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
 
     def output(self) -> CompletionOutput:
-        """The answer so far, as users see it."""
+        """The output so far."""
         return CompletionOutput(
             index=self.seq.index,
             text=self.text,
@@ -83,23 +99,41 @@ class CompletionState:
             stop_reason=self.stop_reason,
         )
 
-    def _until_end(self, tokens: list[int]) -> tuple[list[int], tuple[str, int | str | None] | None]:
-        """The tokens up to the one that ends the answer, and (finish reason, stop reason) if one does."""
-        seq, p = self.seq, self.seq.params
-        done = seq.output_len
-        tokens = tokens[: seq.max_tokens - done]
-        for i in range(max(0, p.min_tokens - done), len(tokens)):
-            token = tokens[i]
-            if token in seq.stop_ids:
-                return tokens[: i + 1], ("stop", None if token == self.eos and not p.ignore_eos else token)
-        return tokens, ("length", None) if done + len(tokens) == seq.max_tokens else None
+    def _append(self, token_ids: np.ndarray, logprobs: LogprobsChunk | None) -> None:
+        """Take sampled tokens i32[n] and their log-probabilities."""
+        seq, before = self.seq, self.seq.num_tokens
+        new_ids, end = self._until_end(token_ids.tolist())
+        seq.append_tokens(new_ids)
+        if self._detokenizer is not None:
+            hide_last = end is not None and end[0] == "stop" and not seq.params.include_stop_str_in_output
+            self._detokenizer.push(new_ids[:-1] if hide_last else new_ids)
+            if self._detokenizer.stopped is not None:
+                seq.num_tokens = before + self._detokenizer.consumed
+                end = ("stop", self._detokenizer.stopped)
+        if logprobs is not None and self.logprobs is not None:
+            for i in range(seq.num_tokens - before):
+                self.cumulative_logprob += float(logprobs.logprobs[i])
+                self.logprobs.append(self._entry(logprobs, i, seq.params.logprobs or 0))
+        if end is not None:
+            self.finish(*end)
 
-    def _entry(self, report: LogprobsChunk, i: int, count: int) -> dict[int, Logprob]:
-        """The sampled token and its `count` best rivals (all when -1), by id."""
-        count = report.top_ids.shape[1] if count == -1 else count
-        ids = [int(report.token_ids[i]), *report.top_ids[i, :count].tolist()]
-        values = [float(report.logprobs[i]), *report.top_logprobs[i, :count].tolist()]
-        ranks = [int(report.ranks[i]), *range(1, count + 1)]
+    def _until_end(self, token_ids: list[int]) -> tuple[list[int], tuple[str, int | str | None] | None]:
+        """The tokens up to the one that ends the output, and (finish reason, stop reason) if one does."""
+        seq, params = self.seq, self.seq.params
+        before = seq.output_len
+        token_ids = token_ids[: seq.max_tokens - before]
+        for i in range(max(0, params.min_tokens - before), len(token_ids)):
+            token = token_ids[i]
+            if token in seq.stop_ids:
+                return token_ids[: i + 1], ("stop", None if token == self.eos_id and not params.ignore_eos else token)
+        return token_ids, ("length", None) if before + len(token_ids) == seq.max_tokens else None
+
+    def _entry(self, logprobs: LogprobsChunk, i: int, count: int) -> dict[int, Logprob]:
+        """Token i and the `count` likeliest tokens at its position (all of them when -1), by id."""
+        count = logprobs.top_ids.shape[1] if count == -1 else count
+        ids = [int(logprobs.token_ids[i]), *logprobs.top_ids[i, :count].tolist()]
+        values = [float(logprobs.logprobs[i]), *logprobs.top_logprobs[i, :count].tolist()]
+        ranks = [int(logprobs.ranks[i]), *range(1, count + 1)]
         texts = [None if self._tokenizer is None else self._tokenizer.text_of(t) for t in ids]
         entry: dict[int, Logprob] = {}
         for token, value, rank, text in zip(ids, values, ranks, texts, strict=True):

@@ -1,4 +1,4 @@
-"""Prompts that want vectors: checked, run to their end, and pooled."""
+"""Embeddings of prompts: the parameters, and the state of a sequence that is pooled."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from mmjax.types import (
     ValidationError,
 )
 
-# what a prompt can be made into -> whether every token's hidden state is wanted, or the last one's
+# task -> whether the hidden state of every token is wanted, or only that of the last one
 TASKS = {"embed": False, "token_embed": True}
 
 
 def pooling_params(given: Any, count: int, task: str | None, width: int) -> list[PoolingParams]:
-    """One set of checked parameters per prompt. `task` fills in where the parameters name none.
+    """Checked parameters, one per prompt. given: None, parameters for all prompts, or a list of them. task: of
+    parameters that name none.
 
-    Raises RequestTypeError for another kind of object, RequestError for a wrong number of them or a wrong value.
+    RequestTypeError for other objects, RequestError for too few or too many parameters and for a wrong value.
     """
     given = PoolingParams() if given is None else given
     if not isinstance(given, PoolingParams | Sequence):
@@ -57,7 +58,7 @@ def pooling_params(given: Any, count: int, task: str | None, width: int) -> list
 
 
 def as_embeddings(outputs: Sequence[PoolingRequestOutput]) -> list[EmbeddingRequestOutput]:
-    """The same with plain lists of numbers."""
+    """The same outputs with lists of floats in place of arrays."""
     return [
         EmbeddingRequestOutput(
             request_id=output.request_id,
@@ -71,33 +72,30 @@ def as_embeddings(outputs: Sequence[PoolingRequestOutput]) -> list[EmbeddingRequ
 
 
 class PoolingState:
-    """The hidden states of a prompt's last token, or with `all_tokens` of every token, as the device hands them over.
+    """The `OutputProcessor` of a prompt that is pooled. It takes the hidden state of the last token, or of every token
+    where the sequence has `needs_all_tokens`."""
 
-    An `OutputProcessor` beside `CompletionState`, for engines that pool.
-    """
-
-    def __init__(self, seq: EngineSequence, *, all_tokens: bool) -> None:
+    def __init__(self, seq: EngineSequence) -> None:
         self.seq = seq
-        self.all_tokens = all_tokens
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self._parts: list[np.ndarray] = []
+        self._hidden: list[np.ndarray] = []
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:
         """Take the hidden states of a chunk of the prompt."""
-        self._parts.append(result.prompt_hidden(chunk))
+        self._hidden.append(result.prompt_hidden(chunk))
 
     def take(self, result: StepResult, column: int, steps: int) -> None:
-        """The prompt has run to its end: take the last hidden state, unless there are those of all tokens."""
-        if not self.all_tokens:
-            self._parts.append(result.last_hidden(column))
+        """Take the hidden state at the end of the prompt, unless those of all tokens are here already."""
+        if not self.seq.needs_all_tokens:
+            self._hidden.append(result.last_hidden(column))
         self.finish("stop", None)
 
     def finish(self, reason: str, stop: int | str | None) -> None:
-        """All of the prompt has run, or none of it will."""
+        """The whole prompt has run, or its request was aborted."""
         self.finish_reason, self.stop_reason = reason, stop
 
     @property
     def hidden(self) -> np.ndarray:
-        """f32[T, D], T = 1 unless `all_tokens`."""
-        return np.concatenate(self._parts)
+        """f32[T, D]; T = 1 unless the sequence has `needs_all_tokens`."""
+        return np.concatenate(self._hidden)

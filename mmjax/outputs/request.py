@@ -1,24 +1,25 @@
-"""Requests on their way through the engine: one, and a batch of them."""
+"""A request in an engine: its sequences, the states that make their outputs, and its times."""
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from mmjax.engine.engine import Engine
 from mmjax.engine.loaded_model import LoadedModel
 from mmjax.engine.logits import LogitsProcessor
 from mmjax.engine.logits.bias import LogitsBias
-from mmjax.engine.logits.structured_output import StructuredOutput
+from mmjax.engine.logits.structured_output import CompiledGrammar, StructuredOutput
 from mmjax.engine.logits.timestamp_rules import TimestampRules
 from mmjax.engine.output_processor import OutputProcessor
 from mmjax.engine.sequence import EnginePrompt, MediaSpan
 from mmjax.engine.sequence import Sequence as EngineSequence
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.inputs.prompt_embeds import NO_TOKEN
-from mmjax.outputs.completion import CompletionState
+from mmjax.outputs.completion import CompletionState, Delta
 from mmjax.outputs.pooling import TASKS, PoolingState
 from mmjax.types import (
     PoolingOutput,
@@ -30,22 +31,36 @@ from mmjax.types import (
     SamplingParams,
 )
 
-TINY = 1e-12  # a vector shorter than this has no direction
+Output = TypeVar("Output")
+
+MIN_NORM = 1e-12  # vectors shorter than this are not normalized
+NO_SAMPLING = SamplingParams(temperature=0, max_tokens=1, detokenize=False)  # a pooled sequence ends with its prompt
 
 
-class EngineRequest:
-    """A rendered prompt in the engine: what is made of it, on the least busy one, and its times."""
+class EngineRequest(abc.ABC, Generic[Output]):
+    """A request that runs in the least busy engine. Made and used on the thread that steps the engines."""
 
     states: Sequence[OutputProcessor]
 
-    def __init__(self, model: LoadedModel, request_id: str, engine_input: EngineInput) -> None:
-        self.request_id = request_id
+    def __init__(self, model: LoadedModel, engine_input: EngineInput, states: Sequence[OutputProcessor]) -> None:
+        self.request_id = next(model.request_ids)
         self.engine_input = engine_input
-        self.engine: Engine = min(model.engines, key=lambda e: e.num_unfinished)
+        self.states = states
+        self.engine = model.least_busy_engine()
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        for state in states:
+            self.engine.add(state)
+
+    @abc.abstractmethod
+    def output(self) -> Output:
+        """The request's output so far, as users see it."""
+
+    def new_deltas(self) -> list[Delta]:
+        """What the outputs have gained since this was last called."""
+        return []
 
     def abort(self) -> None:
-        """End the request; its pages are free at once."""
+        """End the request; its blocks are freed at once."""
         self.engine.abort(self.states)
 
     @property
@@ -53,7 +68,7 @@ class EngineRequest:
         return all(state.finish_reason is not None for state in self.states)
 
     def record_times(self, state: OutputProcessor) -> None:
-        """Note the time at which one of the answers changed."""
+        """Note the time at which one of the outputs changed."""
         now, metrics = time.monotonic(), self.metrics
         if metrics.first_token_time is None and state.seq.output_len:
             metrics.first_token_time = now
@@ -63,113 +78,140 @@ class EngineRequest:
             metrics.finished_time = now
 
 
-class GenerateRequest(EngineRequest):
-    """One request for text."""
+class GenerateRequest(EngineRequest[RequestOutput]):
+    """A request for text. grammar: what `LoadedModel.compile_grammar` made of its parameters; compiled here, on the
+    engine's thread, if it is missing. RequestError for parameters that do not fit the prompt or the model."""
 
-    def __init__(self, model: LoadedModel, request_id: str, engine_input: EngineInput, params: SamplingParams) -> None:
-        super().__init__(model, request_id, engine_input)
-        stops = () if params.ignore_eos else model.eos_ids
-        asked = [token for token in params.stop_token_ids or () if 0 <= token < model.vocab_size]  # others never come
-        stops = tuple(dict.fromkeys([*stops, *asked]))
-        if len(stops) > model.buckets.max_stop_ids:
-            raise RequestError(
-                f"stop_token_ids: {len(stops)} stop tokens (the model's own included) were asked for, "
-                f"at most {model.buckets.max_stop_ids} are supported.",
-                "too_many_stop_tokens",
-            )
-        if engine_input.is_embeds and params.prompt_logprobs is not None:
-            raise RequestError("prompt_logprobs are of tokens, and this prompt is embeddings.", "no_prompt_tokens")
-        prompt = engine_prompt(engine_input, model.spec.is_encoder_decoder)
-        plain = LogitsBias(params, model.vocab_size, model.tokenizer)
-        kept: list[LogitsProcessor] = [plain] * params.n
-        if params.structured_outputs is not None:  # a grammar follows one answer
-            rules = model.grammar_compiler.compile(params.structured_outputs)
-            kept = [StructuredOutput(model.grammar_compiler, rules, plain) for _ in range(params.n)]
-        elif engine_input.timestamps is not None:
-            kept = [TimestampRules(engine_input.timestamps, model.vocab_size, plain)] * params.n
-        seed = params.seed if params.seed is not None else model.next_seed()
-        eos = model.eos_ids[0] if model.eos_ids else None
-        self.states: list[CompletionState] = []
-        for index in range(params.n):
-            seq = EngineSequence(
-                index,
-                prompt,
-                params,
-                seed=seed + index,
-                stop_ids=stops,
-                max_model_len=model.max_model_len,
-                logits_processor=kept[index],
-            )
-            state = CompletionState(seq, model.tokenizer, eos)
-            self.states.append(state)
-            self.engine.add(state)
+    states: Sequence[CompletionState]
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        engine_input: EngineInput,
+        params: SamplingParams,
+        grammar: CompiledGrammar | None = None,
+    ) -> None:
+        super().__init__(model, engine_input, _completion_states(model, engine_input, params, grammar))
 
     def output(self) -> RequestOutput:
-        """The request's answers so far."""
-        r, first = self.engine_input, self.states[0]
+        """The request's outputs so far."""
+        prompt, first = self.engine_input, self.states[0]
+        encoder_ids = prompt.encoder_token_ids
         return RequestOutput(
             request_id=self.request_id,
-            prompt=r.prompt,
-            prompt_token_ids=r.token_ids.tolist(),
+            prompt=prompt.prompt,
+            prompt_token_ids=prompt.token_ids.tolist(),
             prompt_logprobs=first.prompt_logprobs,
             outputs=[state.output() for state in self.states],
             finished=self.finished,
             metrics=self.metrics,
-            encoder_prompt=r.encoder_prompt,
-            encoder_prompt_token_ids=None if r.encoder_token_ids is None else r.encoder_token_ids.tolist(),
+            encoder_prompt=prompt.encoder_prompt,
+            encoder_prompt_token_ids=None if encoder_ids is None else encoder_ids.tolist(),
             num_cached_tokens=first.seq.num_cached_tokens,
         )
 
-
-def engine_prompt(engine_input: EngineInput, cross: bool) -> EnginePrompt:
-    """A rendered prompt in the engine's own words."""
-    items = engine_input.items
-    spans = (
-        ()
-        if cross
-        else tuple(
-            MediaSpan(span.start, span.length, entry.item_hash, entry.item, span.embed_offset)
-            for span, entry in zip(engine_input.spans, items, strict=True)
-        )
-    )
-    audio = tuple((entry.item_hash, entry.item) for entry in items) if cross else ()
-    salt = (engine_input.cache_salt or "").encode() + b"".join(
-        b"|" + entry.item_hash.encode() for entry in items if cross
-    )
-    tokens = np.full_like(engine_input.token_ids, NO_TOKEN) if engine_input.is_embeds else engine_input.token_ids
-    return EnginePrompt(tokens, engine_input.rope_positions, engine_input.rope_delta, spans, audio, salt)
+    def new_deltas(self) -> list[Delta]:
+        """What the outputs have gained since this was last called."""
+        return [delta for state in self.states if (delta := state.new_delta()) is not None]
 
 
-class PoolingRequest(EngineRequest):
-    """One prompt in an engine that pools."""
+class PoolingRequest(EngineRequest[PoolingRequestOutput]):
+    """A request for an embedding, in an engine that pools."""
 
-    def __init__(self, model: LoadedModel, request_id: str, engine_input: EngineInput, params: PoolingParams) -> None:
-        super().__init__(model, request_id, engine_input)
+    def __init__(self, model: LoadedModel, engine_input: EngineInput, params: PoolingParams) -> None:
         self.params = params
-        none = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        seq = EngineSequence(
-            0,
-            engine_prompt(engine_input, model.spec.is_encoder_decoder),
-            none,
-            seed=0,
-            stop_ids=(),
-            max_model_len=model.max_model_len,
-            logits_processor=LogitsBias(none, model.vocab_size, model.tokenizer),
-            needs_all_tokens=TASKS[params.task or "embed"],
+        self.state = PoolingState(
+            EngineSequence(
+                0,
+                engine_prompt(engine_input, encoder_decoder=model.spec.is_encoder_decoder),
+                NO_SAMPLING,
+                max_model_len=model.max_model_len,
+                needs_all_tokens=TASKS[params.task or "embed"],
+            )
         )
-        self.pooled = PoolingState(seq, all_tokens=seq.needs_all_tokens)
-        self.states = [self.pooled]
-        self.engine.add(self.pooled)
+        super().__init__(model, engine_input, [self.state])
 
     def output(self) -> PoolingRequestOutput:
-        """The vector [D], or one per token [T, D]: float32, cut to `dimensions`, of length 1 unless told otherwise."""
-        hidden = self.pooled.hidden[:, : self.params.dimensions]
+        """The vector [D], or one per token [T, D]: float32, cut to `dimensions`, of length 1 unless use_activation is
+        False."""
+        hidden = self.state.hidden[:, : self.params.dimensions]
         if self.params.use_activation in (None, True):
-            hidden = hidden / np.maximum(np.linalg.norm(hidden, axis=-1, keepdims=True), TINY)
+            hidden = hidden / np.maximum(np.linalg.norm(hidden, axis=-1, keepdims=True), MIN_NORM)
         return PoolingRequestOutput(
             request_id=self.request_id,
-            outputs=PoolingOutput(hidden if self.pooled.all_tokens else hidden[0]),
+            outputs=PoolingOutput(hidden if self.state.seq.needs_all_tokens else hidden[0]),
             prompt_token_ids=self.engine_input.token_ids.tolist(),
             finished=self.finished,
-            num_cached_tokens=self.pooled.seq.num_cached_tokens or 0,
+            num_cached_tokens=self.state.seq.num_cached_tokens or 0,
         )
+
+
+def engine_prompt(engine_input: EngineInput, *, encoder_decoder: bool) -> EnginePrompt:
+    """What the sequences of a request share. Media fill spans of the prompt; those of an encoder-decoder fill none, and
+    are read through cross attention."""
+    token_ids = np.full_like(engine_input.token_ids, NO_TOKEN) if engine_input.is_embeds else engine_input.token_ids
+    positions, delta = engine_input.rope_positions, engine_input.rope_delta
+    salt = (engine_input.cache_salt or "").encode()
+    if encoder_decoder:
+        items = tuple((entry.item_hash, entry.item) for entry in engine_input.items)
+        salt += b"".join(b"|" + item_hash.encode() for item_hash, _ in items)
+        return EnginePrompt(token_ids, positions, delta, encoder_items=items, cache_salt=salt)
+    spans = tuple(
+        MediaSpan(span.start, span.length, entry.item_hash, entry.item, span.embed_offset)
+        for span, entry in zip(engine_input.spans, engine_input.items, strict=True)
+    )
+    return EnginePrompt(token_ids, positions, delta, spans=spans, cache_salt=salt)
+
+
+def _completion_states(
+    model: LoadedModel, engine_input: EngineInput, params: SamplingParams, grammar: CompiledGrammar | None
+) -> list[CompletionState]:
+    """The states of the request's `n` outputs."""
+    stop_ids = _stop_ids(model, params)
+    if engine_input.is_embeds and params.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs are of tokens, and this prompt is embeddings.", "no_prompt_tokens")
+    prompt = engine_prompt(engine_input, encoder_decoder=model.spec.is_encoder_decoder)
+    logits_processors = _logits_processors(model, engine_input, params, grammar)
+    seed = params.seed if params.seed is not None else next(model.seeds)
+    eos_id = model.eos_ids[0] if model.eos_ids else None
+    states = []
+    for index, logits_processor in enumerate(logits_processors):
+        seq = EngineSequence(
+            index,
+            prompt,
+            params,
+            max_model_len=model.max_model_len,
+            seed=seed + index,
+            stop_ids=stop_ids,
+            logits_processor=logits_processor,
+            needs_all_tokens=params.prompt_logprobs is not None,
+        )
+        states.append(CompletionState(seq, model.tokenizer, eos_id))
+    return states
+
+
+def _stop_ids(model: LoadedModel, params: SamplingParams) -> tuple[int, ...]:
+    """The tokens that end a sequence: the model's own, and those of the request that are in the vocabulary."""
+    own = () if params.ignore_eos else model.eos_ids
+    requested = [token for token in params.stop_token_ids or () if 0 <= token < model.vocab_size]
+    stop_ids = tuple(dict.fromkeys([*own, *requested]))
+    if len(stop_ids) > model.buckets.max_stop_ids:
+        raise RequestError(
+            f"stop_token_ids: {len(stop_ids)} stop tokens (the model's own included) were asked for, "
+            f"at most {model.buckets.max_stop_ids} are supported.",
+            "too_many_stop_tokens",
+        )
+    return stop_ids
+
+
+def _logits_processors(
+    model: LoadedModel, engine_input: EngineInput, params: SamplingParams, grammar: CompiledGrammar | None
+) -> list[LogitsProcessor]:
+    """The constraints of each output. A grammar keeps a state per output; the others can be shared."""
+    bias = LogitsBias(params, model.vocab_size, model.tokenizer)
+    if params.structured_outputs is not None:
+        grammar = grammar or model.grammar_compiler.compile(params.structured_outputs)
+        return [StructuredOutput(model.grammar_compiler, grammar, bias) for _ in range(params.n)]
+    if engine_input.timestamps is not None:
+        return [TimestampRules(engine_input.timestamps, model.vocab_size, bias)] * params.n
+    return [bias] * params.n

@@ -5,7 +5,7 @@ one token per embedding row. NumPy only: nothing here may import jax.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from mmjax.types import RequestError
 
 ProcessorKwargs = Mapping[str, Any]
+Encode = Callable[..., list[int]]  # `Tokenizer.encode` with the options of a request as its defaults
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +90,7 @@ class ExpandedPrompt(NamedTuple):
 
 class Processor(Protocol):
     """The host side of a family. Constructed as `(config, files, tokenizer)`: config.json, the other parsed JSON files
-    by file name, and the tokenizer or None."""
+    by file name, and the tokenizer or None. Families inherit from it what they do not do in a way of their own."""
 
     mm_limits: Mapping[str, int | None]  # modality -> most items one prompt may hold (None: no bound)
     placeholder_text: Mapping[
@@ -99,6 +100,10 @@ class Processor(Protocol):
     accepted_kwargs: frozenset[str]  # processor kwargs that `item` understands
     embed_fields: Mapping[str, tuple[str, ...]]  # modality -> arrays in which embeddings come: the rows, then a size
     sampling_rate: int | None  # of the audio that `item` takes
+
+    def tokenize(self, text: str, encode: Encode) -> list[int]:
+        """Token ids of a prompt's text, placeholders not expanded."""
+        return encode(text)
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem: ...
 
@@ -110,6 +115,20 @@ class Processor(Protocol):
         """The item that embeddings of this size make, without its rows; the size of those that bring none is how many
         rows they are."""
         ...
+
+    @property
+    def num_mel_bins(self) -> int:
+        """Bins of the log-mel features that `from_mel` takes; 0 where a family takes none."""
+        return 0
+
+    def from_mel(self, mel: np.ndarray) -> MediaItem:
+        """The audio item of log-mel features float32 [bins, frames], in families whose `embed_fields` name them."""
+        raise NotImplementedError
+
+    @property
+    def audio_window_s(self) -> float | None:
+        """Seconds of audio in an item at most; None where any length fits."""
+        return None
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt: ...
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.processors import base
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, linear_positions
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 
-class Processor:
+class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`."""
 
     mm_limits: Mapping[str, int | None] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.processors import base
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -21,7 +22,7 @@ from mmjax.types import RequestError
 MAX_ASPECT = 1000  # the resized long edge is aspect * 336: bounds what one odd image can allocate
 
 
-class Processor:
+class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`."""
 
     mm_limits: Mapping[str, int | None] = {"image": None}

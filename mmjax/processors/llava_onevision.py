@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.multimodal.video import Video
+from mmjax.processors import base
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -85,7 +86,7 @@ def _neighbours(have: int, want: int) -> tuple[tuple[np.ndarray, np.ndarray], tu
     return (first, 1 - beyond), (np.minimum(first + 1, have - 1), beyond)
 
 
-class Processor:
+class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`.
 
     `vision_aspect_ratio` may be "anyres_max_N" (scaled down above N crops' worth of rows) or "pad": one crop only, the

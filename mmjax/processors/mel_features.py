@@ -4,26 +4,15 @@ Clips lie side by side, [bins, frames of all], with `audio_feature_lengths`, or 
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.processors.base import MediaItem
+from mmjax.processors.base import MediaItem, Processor
 from mmjax.types import RequestError
 
 FEATURES, LENGTHS = "input_audio_features", "audio_feature_lengths"
-
-
-@runtime_checkable
-class MelFeatureProcessor(Protocol):
-    """A processor that takes such features."""
-
-    num_mel_bins: int
-
-    def from_mel(self, mel: np.ndarray) -> MediaItem:
-        """float32 [bins, frames] -> an audio item."""
-        ...
 
 
 def split_clips(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -45,7 +34,7 @@ def split_clips(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{FEATURES: part, LENGTHS: length} for part, length in zip(parts, lengths, strict=True)]
 
 
-def media_item(processor: MelFeatureProcessor, index: int, fields: Mapping[str, Any]) -> MediaItem:
+def media_item(processor: Processor, index: int, fields: Mapping[str, Any]) -> MediaItem:
     """One clip, checked."""
     given, (length, *_) = fields[FEATURES], _lengths(fields[LENGTHS])
     fits = is_array(given) and given.ndim == 2 and given.shape[0] == processor.num_mel_bins and given.shape[1] >= length

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax.multimodal.video import Video
+from mmjax.processors import base
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -165,7 +166,7 @@ class SpelledPrompt:
         return out
 
 
-class Processor:
+class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`.
 
     `max_slice_nums`: most slices of an image. `use_image_id`: whether images are numbered.

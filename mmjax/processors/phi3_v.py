@@ -6,13 +6,15 @@ The view of the whole is that canvas made smaller in exact arithmetic, so the de
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mmjax.processors import base
 from mmjax.processors.base import (
+    Encode,
     ExpandedPrompt,
     MediaItem,
     PlaceholderSpan,
@@ -34,7 +36,7 @@ NEWLINE, DIVIDER = -1, -2  # picks that stand for the model's two learned separa
 TAG = re.compile(r"<\|image_(\d+)\|>")
 
 
-class Processor:
+class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`. `tokenize` writes tag k of the text as the token -1 - k."""
 
     mm_limits: Mapping[str, int | None] = {"image": None}
@@ -128,7 +130,7 @@ class Processor:
         first, second = parts[::-1] if self.global_first else parts
         return np.concatenate([first, np.array([DIVIDER], np.int32), second])
 
-    def tokenize(self, text: str, encode: Callable[..., list[int]]) -> list[int]:
+    def tokenize(self, text: str, encode: Encode) -> list[int]:
         """The text between two image tags is a text of its own and starts like one, in chats too (as published)."""
         first, *rest = TAG.split(text)
         if not rest:

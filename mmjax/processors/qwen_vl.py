@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from mmjax.multimodal.video import Video
-from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
+from mmjax.processors.base import (
+    ExpandedPrompt,
+    MediaItem,
+    PlaceholderSpan,
+    Processor,
+    ProcessorKwargs,
+    expand_placeholders,
+)
 from mmjax.processors.embed_items import grid_item
 from mmjax.processors.resize import LARGEST, LEAST_RATE, image_size, positive_int, resize
 from mmjax.tokenizer.tokenizer import Tokenizer
@@ -45,7 +52,7 @@ def smart_resize(height: int, width: int, factor: int, low: int, high: int, fram
     return new_h, new_w
 
 
-class QwenVLProcessor:
+class QwenVLProcessor(Processor):
     """What the families have in common. A family says its default areas, and may add features or change the order."""
 
     mm_limits: Mapping[str, int | None] = {"image": None, "video": None}

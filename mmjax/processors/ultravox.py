@@ -4,12 +4,12 @@ The first window is as long as its sound; those after it are filled up with zero
 not fill hold steps after its end, which hear it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from mmjax.processors.base import MediaItem, ProcessorKwargs
+from mmjax.processors.base import Encode, MediaItem, ProcessorKwargs
 from mmjax.processors.whisper_chunks import (
     CHUNK_STEPS,
     Features,
@@ -31,7 +31,7 @@ class Processor(WhisperClipProcessor):
         super().__init__(config, files, tokenizer)
         self.stack_factor: int = config["stack_factor"]
 
-    def tokenize(self, text: str, encode: Callable[..., list[int]]) -> list[int]:
+    def tokenize(self, text: str, encode: Encode) -> list[int]:
         """The text as it stands: prompts come from the template, which has begun them already."""
         return encode(text, add_special_tokens=False)
 

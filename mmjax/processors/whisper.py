@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.processors import base
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -21,7 +22,7 @@ from mmjax.types import RequestError
 log = logging.getLogger(__name__)
 
 
-class Processor:
+class Processor(base.Processor):
     """See `mmjax.processors.base.Processor`. An audio item has no rows: the decoder reads it by cross attention."""
 
     mm_limits: Mapping[str, int | None] = {"audio": 1}
@@ -48,6 +49,11 @@ class Processor:
                 f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
                 f"({self.encoder_length}) needs twice as many: the two files belong to different checkpoints"
             )
+
+    @property
+    def audio_window_s(self) -> float:
+        """Seconds of the encoder's window."""
+        return self.mel.samples / self.mel.rate
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """No row of the decoder's prompt."""

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, expand_placeholders, linear_positions
+from mmjax.processors.base import (
+    ExpandedPrompt,
+    MediaItem,
+    PlaceholderSpan,
+    Processor,
+    expand_placeholders,
+    linear_positions,
+)
 from mmjax.processors.embed_items import any_length_item
 from mmjax.processors.mel import LogMel
 from mmjax.tokenizer.tokenizer import Tokenizer
@@ -65,7 +72,7 @@ def concat_features(parts: list[Features]) -> Features:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-class WhisperClipProcessor:
+class WhisperClipProcessor(Processor):
     """What the processors of such families have in common. A family says what an item is made of, and its marker."""
 
     mm_limits: Mapping[str, int | None] = {"audio": None}

@@ -37,7 +37,8 @@ class RequestOutputKind(enum.Enum):
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(value) <= MAX_FLOAT:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not -MAX_FLOAT <= value <= MAX_FLOAT:
         raise ValidationError(f"{name} must be a finite number, got {value!r}.", parameter=name, value=value)
 
 

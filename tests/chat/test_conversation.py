@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from mmjax.chat.conversation import in_parts, in_strings, media_of, read, split
+from mmjax.chat.conversation import media_of, read_messages, split, with_parts, with_strings
 from mmjax.types import RequestError
 
 PHI = {"image": "<|image_{i}|>", "audio": "Audio {i}: <|audio|>", "video": "<video>"}
@@ -22,7 +22,10 @@ def strings(*messages: dict[str, Any], interleave: bool = False) -> list[str]:
     def placeholder(kind: str, number: int) -> str:
         return PHI[kind].replace("{i}", str(number))
 
-    return [message["content"] for message in in_strings(read(list(messages)), placeholder, interleave=interleave)]
+    return [
+        message["content"]
+        for message in with_strings(read_messages(list(messages)), placeholder, interleave=interleave)
+    ]
 
 
 VIDEO = {"type": "video_url", "video_url": {"url": "https://example.org/v"}}
@@ -73,7 +76,7 @@ def test_more_placeholders_than_media(text: str) -> None:
 
 
 def test_parts_for_templates_that_loop() -> None:
-    (message,) = in_parts(read([user("a", image(), AUDIO, "b", VIDEO)]))
+    (message,) = with_parts(read_messages([user("a", image(), AUDIO, "b", VIDEO)]))
     assert message["content"] == [
         {"type": "text", "text": "a"},
         {"type": "image"},
@@ -81,13 +84,15 @@ def test_parts_for_templates_that_loop() -> None:
         {"type": "text", "text": "b"},
         {"type": "video"},
     ]
-    plain, silent = in_parts(read([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]))
+    plain, silent = with_parts(
+        read_messages([{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}])
+    )
     assert plain["content"] == [{"type": "text", "text": "hi"}] and silent["content"] == []
 
 
 def test_media_in_the_order_of_the_conversation() -> None:
     messages = [{"role": "system", "content": [image("a")]}, user("x", AUDIO, image("b")), user(image("c"))]
-    assert [m.value[-1] for m in media_of(read(messages))] == ["a", "s", "b", "c"]
+    assert [m.value[-1] for m in media_of(read_messages(messages))] == ["a", "s", "b", "c"]
 
 
 def test_what_else_a_message_says() -> None:
@@ -97,7 +102,7 @@ def test_what_else_a_message_says() -> None:
         {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"},
         {"role": "tool", "tool_call_id": "1", "content": "3"},
     ]
-    first, second, third = in_parts(read(messages))
+    first, second, third = with_parts(read_messages(messages))
     assert first == {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "hi"}]}
     assert second["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": [1, 2]}}
     assert second["reasoning"] == second["reasoning_content"] == "hm" and third["tool_call_id"] == "1"
@@ -126,7 +131,7 @@ def test_what_else_a_message_says() -> None:
 )
 def test_broken_messages(messages: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        read(messages)
+        read_messages(messages)
 
 
 def test_one_conversation_or_many() -> None:

@@ -41,9 +41,9 @@ MEDIA: list[tuple[dict[str, Any], tuple[str, str, Any, str | None]]] = [
     ({"image_url": {"url": URL}}, ("image", "url", URL, None)),
     ({"image_url": None, "uuid": "u"}, ("image", "url", None, "u")),
     ({"type": "input_image", "image_url": URL}, ("image", "url", URL, None)),
-    ({"type": "image_pil", "image_pil": PICTURE}, ("image", "object", PICTURE, None)),
-    ({"image_pil": PICTURE, "uuid": "u"}, ("image", "object", PICTURE, "u")),
-    ({"type": "image_pil", "image_pil": None, "uuid": "u"}, ("image", "object", None, "u")),
+    ({"type": "image_pil", "image_pil": PICTURE}, ("image", "pil", PICTURE, None)),
+    ({"image_pil": PICTURE, "uuid": "u"}, ("image", "pil", PICTURE, "u")),
+    ({"type": "image_pil", "image_pil": None, "uuid": "u"}, ("image", "pil", None, "u")),
     ({"type": "image_embeds", "image_embeds": "QUJD"}, ("image", "embeds", "QUJD", None)),
     ({"type": "image_embeds", "image_embeds": ROWS}, ("image", "embeds", ROWS, None)),
     ({"type": "image_embeds", "image_embeds": None, "uuid": "u"}, ("image", "embeds", None, "u")),
@@ -111,8 +111,8 @@ def test_texts(part: Any, text: str | None) -> None:
 def test_media(part: dict[str, Any], expected: tuple[Any, ...]) -> None:
     found = read_part(part, "here")
     assert isinstance(found, MediaRef)
-    kind, form, value, uuid = expected
-    assert (found.modality, found.form, found.uuid) == (kind, form, uuid)
+    modality, source, value, uuid = expected
+    assert (found.modality, found.source, found.uuid) == (modality, source, uuid)
     assert found.value is value or found.value == value
 
 

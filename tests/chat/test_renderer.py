@@ -32,44 +32,29 @@ class Source:
         self.cancelled: list[str] = []
         self.together = threading.Barrier(2, timeout=30)
 
-    def _fetch(self, kind: str, url: str) -> str:
-        self.seen.append(f"{kind}:{url}")
+    def _fetch(self, modality: str, url: str) -> str:
+        self.seen.append(f"{modality}:{url}")
         if url == "meet":
             self.together.wait()
         if url.startswith("bad"):
             raise RequestError(f"cannot fetch {url}", "bad_url")
-        return f"{kind} at {url}"
+        return f"{modality} at {url}"
 
-    def fetch_image(self, image_url: str) -> Any:
-        return self._fetch("image", image_url)
+    def fetch(self, modality: str, url: str) -> Any:
+        return self._fetch(modality, url)
 
-    def fetch_audio(self, audio_url: str) -> Any:
-        return self._fetch("audio", audio_url)
-
-    def fetch_video(self, video_url: str) -> Any:
-        return self._fetch("video", video_url)
-
-    async def fetch_image_async(self, image_url: str) -> Any:
-        if image_url == "slow":
+    async def fetch_async(self, modality: str, url: str) -> Any:
+        if url == "slow":
             try:
                 await asyncio.sleep(600)
             except asyncio.CancelledError:
-                self.cancelled.append(image_url)
+                self.cancelled.append(url)
                 raise
         await asyncio.sleep(0)
-        return self._fetch("image", image_url)
+        return self._fetch(modality, url)
 
-    async def fetch_audio_async(self, audio_url: str) -> Any:
-        return self._fetch("audio", audio_url)
-
-    async def fetch_video_async(self, video_url: str) -> Any:
-        return self._fetch("video", video_url)
-
-    def fetch_image_embedding(self, data: str) -> Any:
-        return np.full((2, 4), len(data), np.float32)
-
-    def fetch_audio_embedding(self, data: str) -> Any:
-        return np.full((3, 4), len(data), np.float32)
+    def decode_embeds(self, modality: str, text: str) -> Any:
+        return np.full((2 if modality == "image" else 3, 4), len(text), np.float32)
 
 
 class AtOnce(concurrent.futures.Executor):
@@ -85,8 +70,8 @@ class AtOnce(concurrent.futures.Executor):
 
 
 def make(template: str | None = PRINT, *, source: Source | None = None, limit: int = 9, **options: Any) -> ChatRenderer:
-    def check(kind: str, count: int, embedded: int) -> None:
-        check_count(kind, count, limit, None)
+    def check(modality: str, count: int, num_embeds: int) -> None:
+        check_count(modality, count, limit, None)
 
     def connect(io_kwargs: Mapping[str, Any]) -> Source:
         asked.append(io_kwargs)
@@ -99,6 +84,16 @@ def make(template: str | None = PRINT, *, source: Source | None = None, limit: i
     )
     chat.asked = asked  # type: ignore[attr-defined]
     return chat
+
+
+def prompt_of(chat: ChatRenderer, messages: Any, options: ChatOptions) -> dict[str, Any]:
+    """The prompt of one conversation, its media fetched."""
+    return chat.fetch(chat.render(messages, options))
+
+
+async def prompt_of_async(chat: ChatRenderer, messages: Any, options: ChatOptions) -> dict[str, Any]:
+    """`prompt_of` on an event loop."""
+    return await chat.fetch_async(chat.render(messages, options))
 
 
 def image(url: str, **more: Any) -> dict[str, Any]:
@@ -152,7 +147,7 @@ def test_everything_a_prompt_needs() -> None:
     )
     options = ChatOptions(mm_processor_kwargs={"x": 1}, media_io_kwargs={"video": {"fps": 1}}, cache_salt="s")
     chat = make(source=source)
-    made = chat.prompt(messages, options)
+    made = prompt_of(chat, messages, options)
     data, names = made["multi_modal_data"], made["multi_modal_uuids"]
     assert made["prompt"].startswith("[user]<|image_1|>\n<v>\n<|image_2|>") and made["prompt"].endswith("\ntext")
     assert data["video"] == ["video at v"] and data["audio"] == ["audio at data:audio/wav;base64,QUJD"]
@@ -161,7 +156,7 @@ def test_everything_a_prompt_needs() -> None:
     assert names == {"image": ["A", "B", None, "E", "F"], "video": [None], "audio": [None]}
     assert (made["mm_processor_kwargs"], made["cache_salt"]) == ({"x": 1}, "s")
     assert chat.asked == [{"video": {"fps": 1}}] == [made["media_io_kwargs"]]  # type: ignore[attr-defined]
-    again = asyncio.run(chat.prompt_async(messages, options))
+    again = asyncio.run(prompt_of_async(chat, messages, options))
     assert again["prompt"] == made["prompt"] and again["multi_modal_uuids"] == names
     assert again["multi_modal_data"]["image"][:2] == data["image"][:2] and sorted(source.seen[:3]) == sorted(
         source.seen[3:]
@@ -169,20 +164,20 @@ def test_everything_a_prompt_needs() -> None:
 
 
 def test_media_are_fetched_together() -> None:
-    made = make(source=Source()).prompt(user(image("meet"), image("meet")), PLAIN)
+    made = prompt_of(make(source=Source()), user(image("meet"), image("meet")), PLAIN)
     assert made["multi_modal_data"]["image"] == ["image at meet"] * 2
 
 
 def test_text_alone_connects_nowhere() -> None:
     chat = make()
-    assert chat.prompt(user("a"), PLAIN)["multi_modal_data"] == {} and chat.asked == []  # type: ignore[attr-defined]
-    assert asyncio.run(chat.prompt_async(user("a"), PLAIN))["prompt"] == "[user]a"
+    assert prompt_of(chat, user("a"), PLAIN)["multi_modal_data"] == {} and chat.asked == []  # type: ignore[attr-defined]
+    assert asyncio.run(prompt_of_async(chat, user("a"), PLAIN))["prompt"] == "[user]a"
 
 
 def test_counts_are_checked_before_anything_is_fetched() -> None:
     source = Source()
     with pytest.raises(RequestError, match="At most 1 image"):
-        make(source=source, limit=1).prompt(user(image("a"), image("b")), PLAIN)
+        prompt_of(make(source=source, limit=1), user(image("a"), image("b")), PLAIN)
     assert source.seen == []
 
 
@@ -190,22 +185,22 @@ def test_the_first_failure_ends_the_request() -> None:
     chat = make()
     vars(chat)["_threads"] = AtOnce()  # both have failed when the first is asked for
     with pytest.raises(RequestError, match="cannot fetch bad1"):
-        chat.prompt(user(image("a"), image("bad1"), image("bad2")), PLAIN)
+        prompt_of(chat, user(image("a"), image("bad1"), image("bad2")), PLAIN)
     source = Source()
     with pytest.raises(RequestError, match="cannot fetch bad"):
-        asyncio.run(make(source=source).prompt_async(user(image("slow"), image("bad"), image("a")), PLAIN))
+        asyncio.run(prompt_of_async(make(source=source), user(image("slow"), image("bad"), image("a")), PLAIN))
     assert source.cancelled == ["slow"]
 
 
 def test_the_sound_of_videos() -> None:
     options = ChatOptions(mm_processor_kwargs={"use_audio_in_video": True})
     messages = user({"type": "video_url", "video_url": {"url": "v"}, "uuid": "V"}, "x")
-    made = make().prompt(messages, options)
+    made = prompt_of(make(), messages, options)
     assert made["multi_modal_data"] == {"video": ["video at v"], "audio": ["audio at v"]}
     assert made["multi_modal_uuids"] == {"video": ["V"], "audio": ["V"]} and made["prompt"] == "[user]<v>\nx"
     by_default = make(processor_kwargs={"use_audio_in_video": True})
-    assert set(by_default.prompt(messages, PLAIN)["multi_modal_data"]) == {"video", "audio"}
-    assert set(make().prompt(messages, PLAIN)["multi_modal_data"]) == {"video"}
+    assert set(prompt_of(by_default, messages, PLAIN)["multi_modal_data"]) == {"video", "audio"}
+    assert set(prompt_of(make(), messages, PLAIN)["multi_modal_data"]) == {"video"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmjax.chat import ChatTemplateResolutionError, StoredTemplates, load_template
-from mmjax.chat.sandbox import LONGEST, render
+from mmjax.chat.sandbox import MAX_OUTPUT, render
 from mmjax.chat.template import apply
 from mmjax.chat.templates import BASIC, CHATML, fallback
 from mmjax.tokenizer.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def test_where_templates_come_from() -> None:
 def test_reading_a_directory(tmp_path: Path, tiny_dir: Any) -> None:
     tokenizer = Tokenizer(tiny_dir("llava"))
     stored = StoredTemplates.read(tmp_path, tokenizer, "llava")
-    assert stored.special["bos_token"] == "<s>" and stored.special["pad_token"] == "<pad>"
+    assert stored.special_tokens["bos_token"] == "<s>" and stored.special_tokens["pad_token"] == "<pad>"
     assert stored.resolve(None, tools=False) == tokenizer.config["chat_template"] and stored.fallback is None
     tokenizer.config["chat_template"] = [
         {"name": "default", "template": "D{}"},
@@ -160,7 +160,7 @@ HOSTILE = {
     "mutation": ("{% set _ = messages.append(1) %}", "SecurityError"),
     "import": ("{% include '/etc/passwd' %}", "cannot be applied"),
     "namespace_dunder": ("{% set n = namespace() %}{% set n.__class__ = 1 %}", "SecurityError|not valid|Attribute"),
-    "long": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", f"more than {LONGEST}"),
+    "long": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", f"more than {MAX_OUTPUT}"),
     "product": ("{{ 'x' * 10**12 }}", "too large"),
     "power": ("{{ 10 ** (10 ** 8) }}", "too large"),
     "range": ("{{ range(10**9) | length }}", "Range too big"),

@@ -9,6 +9,7 @@ import pytest
 from engine_inputs import asking, greedy, ids, picture, text
 from mmjax import LLM, SamplingParams
 from mmjax.engine.programs import Decode, Prefill
+from mmjax.outputs.request import GenerateRequest
 from mmjax.types import RequestError
 
 MIXED = [
@@ -243,15 +244,15 @@ def test_whisper_shares_encoded_audio_between_answers(shared_llm) -> None:
 
 def test_abort_gives_everything_back(qwen: LLM) -> None:
     engine = qwen.model.engines[0]
-    run = qwen.start(qwen.model.input_processor.process(qwen.model.input_processor.parse(MIXED[1])), greedy(100))
+    request = GenerateRequest(qwen.model, qwen.model.process(MIXED[1]), greedy(100))
     for _ in range(4):
         engine.step()
     assert engine.block_pool.num_free < engine.block_pool.num_blocks - 1
-    run.abort()
+    request.abort()
     assert engine.block_pool.num_free == engine.block_pool.num_blocks - 1
     while engine.has_work:
         engine.step()
-    assert run.output().outputs[0].finish_reason == "abort"
+    assert request.output().outputs[0].finish_reason == "abort"
     assert ids(qwen.generate(MIXED[1], greedy(), use_tqdm=False))
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from input_processors import load_processor, make_input_processor
-from mmjax.inputs.input_processor import MAX_CONCURRENT, EngineInput, InputConfig, InputProcessor
+from mmjax.inputs.input_processor import MAX_CONCURRENT, EngineInput, InputConfig, InputProcessor, ProcessingError
 from mmjax.inputs.processor_cache import ProcessorCache
 from mmjax.processors.base import MediaItem
 from mmjax.types import RequestError, ValidationError
@@ -64,7 +64,7 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(
     qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread more would keep the one that feeds the device from running; who waits is not forgotten."""
-    inside, most, plain = [0], [0], qwen._tokens
+    inside, most, plain = [0], [0], qwen._tokenize
 
     def slowly(*arguments: Any) -> Any:
         inside[0] += 1
@@ -73,7 +73,7 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(
         inside[0] -= 1
         return plain(*arguments)
 
-    monkeypatch.setattr(qwen, "_tokens", slowly)
+    monkeypatch.setattr(qwen, "_tokenize", slowly)
     with concurrent.futures.ThreadPoolExecutor(4 * MAX_CONCURRENT) as pool:
         made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * MAX_CONCURRENT)))
     assert most == [MAX_CONCURRENT] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * MAX_CONCURRENT)]
@@ -275,9 +275,9 @@ def test_failures_of_a_processor_do_not_show_the_media(qwen: InputProcessor, mon
         raise KeyError("secret pixels")
 
     monkeypatch.setattr(qwen.processor, "process_item", fail)
-    with pytest.raises(RequestError, match=r"Failed to apply .*qwen2_vl on image item 0 \(KeyError\)") as caught:
+    with pytest.raises(ProcessingError, match=r"Failed to apply .*qwen2_vl on image item 0 \(KeyError\)") as caught:
         render(qwen, image_prompt(RED))
-    assert "secret" not in str(caught.value) and caught.value.code == "processing_failed"
+    assert "secret" not in str(caught.value) and not isinstance(caught.value, RequestError)
 
 
 def test_whisper(tiny_dir: Make) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mmjax.multimodal.cache import MediaCache
 from mmjax.multimodal.media import MediaConnector
-from mmjax.multimodal.network import Policy
+from mmjax.multimodal.network import FetchPolicy
 from mmjax.types import RequestError, ValidationError
 from web import OPEN, PIXELS, Site, connector, png, redirect
 
@@ -34,7 +34,7 @@ def test_a_url_is_fetched_once(site: Site, folder: Path) -> None:
 
 
 def test_off_unless_asked_for(site: Site) -> None:
-    assert connector().kept is None
+    assert connector().cache is None
     for _ in range(2):
         connector().fetch_image(site.url("/a.png"))
     assert len(site.seen) == 2
@@ -57,11 +57,11 @@ def test_rules_hold_for_what_is_kept(site: Site, folder: Path) -> None:
         connector().fetch_image(site.url(path))
     asked = len(site.seen)
     for path, policy, words in (
-        ("/a.png", Policy(frozenset({"other.example"}), block_private=False, attempts=1), "allowed domains"),
-        ("/there", Policy(frozenset({"127.0.0.1"}), block_private=False, attempts=1), "allowed domains"),
-        ("/here", Policy(redirects=False, block_private=False, attempts=1), "redirects"),
-        ("/a.png", Policy(attempts=1), "private networks"),
-        ("/a.png", Policy(block_private=False, attempts=1, max_bytes=20), "larger than"),
+        ("/a.png", FetchPolicy(frozenset({"other.example"}), block_private=False, attempts=1), "allowed domains"),
+        ("/there", FetchPolicy(frozenset({"127.0.0.1"}), block_private=False, attempts=1), "allowed domains"),
+        ("/here", FetchPolicy(redirects=False, block_private=False, attempts=1), "redirects"),
+        ("/a.png", FetchPolicy(attempts=1), "private networks"),
+        ("/a.png", FetchPolicy(block_private=False, attempts=1, max_bytes=20), "larger than"),
     ):
         with pytest.raises(RequestError, match=words):
             connector(policy).fetch_image(site.url(path))
@@ -106,7 +106,7 @@ def test_what_is_old_or_damaged_is_not_used(tmp_path: Path) -> None:
 def test_links_and_folders_are_not_followed(tmp_path: Path) -> None:
     cache, real = MediaCache(tmp_path / "kept"), MediaCache(tmp_path / "real")
     real.put(URL, OPEN, b"data")
-    cache.folder.mkdir()
+    cache.directory.mkdir()
     cache._path(URL, OPEN).symlink_to(real._path(URL, OPEN))
     assert cache.get(URL, OPEN) is None
     cache.put(URL, OPEN, b"new")
@@ -132,4 +132,4 @@ def test_a_folder_that_cannot_be_written(
         MediaConnector()
     monkeypatch.setenv("VLLM_MEDIA_CACHE_TTL_HOURS", "0.5")
     monkeypatch.setenv("MMJAX_MEDIA_CACHE_MAX_SIZE_MB", "1")
-    assert MediaConnector().kept == MediaCache(tmp_path / "kept", 1 << 20, 1800.0)
+    assert MediaConnector().cache == MediaCache(tmp_path / "kept", 1 << 20, 1800.0)

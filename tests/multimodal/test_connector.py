@@ -12,7 +12,7 @@ from PIL import Image
 from mmjax.multimodal import network, url_sources
 from mmjax.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector, VideoMediaIO
 from mmjax.multimodal.media_limits import MediaLimits
-from mmjax.multimodal.network import Policy
+from mmjax.multimodal.network import FetchPolicy
 from mmjax.types import RequestError, ValidationError
 from web import PIXELS, Site, connector, fetched, png, refused, text, wav
 
@@ -56,7 +56,7 @@ def test_data_urls() -> None:
     ],
 )
 def test_urls_that_mean_nothing(url: Any, words: str) -> None:
-    error = refused(url, Policy(attempts=1))
+    error = refused(url, FetchPolicy(attempts=1))
     assert words in str(error), error
 
 
@@ -255,8 +255,8 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_VIDEO_LOADER_BACKEND", "opencv_dynamic")
     made = MediaConnector()
     assert made.timeouts == {"image": 5, "video": 60, "audio": 7.5}
-    assert made.policy == Policy(attempts=5, max_bytes=2 << 20)
-    assert made.videos.sampling.video_backend == "opencv_dynamic"
+    assert made.policy == FetchPolicy(attempts=5, max_bytes=2 << 20)
+    assert made.video_io.sampling.video_backend == "opencv_dynamic"
 
 
 @pytest.mark.parametrize(

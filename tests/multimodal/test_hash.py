@@ -144,7 +144,7 @@ def test_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
         key(PIXELS)
 
 
-def test_views_are_hashed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hash_module, "PIECE", 8)
+def test_views_are_hashed_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hash_module, "MAX_COPY_BYTES", 8)
     for view in (PIXELS[::-1, ::2], np.broadcast_to(PIXELS[:1], (5, 6, 3)), np.asfortranarray(PIXELS)):
         assert key(view) == key(view.copy(order="C"))

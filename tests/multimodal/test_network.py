@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmjax.multimodal import network
 from mmjax.multimodal.media import MediaConnector
-from mmjax.multimodal.network import FetchTimeout, Policy
+from mmjax.multimodal.network import FetchPolicy, FetchTimeout
 from mmjax.types import RequestError
 from web import PIXELS, Site, body, connector, fetched, packed, png, redirect, refused, text, trickle, wav
 
@@ -93,10 +93,10 @@ def test_server_errors_are_tried_again(site: Site, monkeypatch: pytest.MonkeyPat
         await really(0)
 
     monkeypatch.setattr(network.asyncio, "sleep", sleep)
-    assert fetched(site.url("/flaky"), Policy(block_private=False)).shape == (6, 9, 3)
+    assert fetched(site.url("/flaky"), FetchPolicy(block_private=False)).shape == (6, 9, 3)
     assert slept == [1]
     site.pages["/down"] = 500
-    error = refused(site.url("/down"), Policy(block_private=False))
+    error = refused(site.url("/down"), FetchPolicy(block_private=False))
     assert error.code == "fetch_status" and slept == [1, 1, 4]
     assert sum(path == "/down" for path, _ in site.seen) == 3
 
@@ -118,7 +118,7 @@ def test_nobody_there() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert "Cannot connect" in str(refused(f"http://127.0.0.1:{port}/"))
-    assert "cannot be resolved" in str(refused("http://nobody.invalid/", Policy(attempts=1)))
+    assert "cannot be resolved" in str(refused("http://nobody.invalid/", FetchPolicy(attempts=1)))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_nobody_there() -> None:
 )
 def test_size_limit(site: Site, make: Callable[[int], Any]) -> None:
     site.pages["/big"] = make(3_000_000)
-    error = refused(site.url("/big"), Policy(block_private=False, attempts=1, max_bytes=1_000_000))
+    error = refused(site.url("/big"), FetchPolicy(block_private=False, attempts=1, max_bytes=1_000_000))
     assert error.code == "media_too_large" and "MMJAX_MAX_MEDIA_DOWNLOAD_SIZE_MB" in str(error)
 
 
@@ -188,7 +188,7 @@ def test_redirects_may_be_switched_off(site: Site, monkeypatch: pytest.MonkeyPat
 )
 def test_redirects_are_judged(site: Site, place: str, words: str) -> None:
     site.pages["/loop"] = redirect(place)
-    policy = Policy(domains=frozenset({"127.0.0.1"}), attempts=1)
+    policy = FetchPolicy(domains=frozenset({"127.0.0.1"}), attempts=1)
     assert words in str(refused(site.url("/loop"), policy))
 
 
@@ -209,18 +209,18 @@ def test_redirects_are_judged(site: Site, place: str, words: str) -> None:
     ],
 )
 def test_domains_are_matched_exactly(url: str) -> None:
-    error = refused(url, Policy(domains=frozenset({"good.test"}), attempts=1))
+    error = refused(url, FetchPolicy(domains=frozenset({"good.test"}), attempts=1))
     assert error.code in ("forbidden_url", "bad_url")
 
 
 @pytest.mark.parametrize("url", ["http://GOOD.test/", "https://good.test:8443/x", "http://user@good.test/"])
 def test_allowed_domains(url: str) -> None:
-    assert network.parse(url, Policy(domains=frozenset({"good.test"}))).host == "good.test"
+    assert network.parse(url, FetchPolicy(domains=frozenset({"good.test"}))).host == "good.test"
 
 
 def test_domains_in_other_letters() -> None:
     for domain in ("bücher.test", "xn--bcher-kva.test"):
-        policy = Policy.from_env(["other.test", domain], 0)
+        policy = FetchPolicy.from_env(["other.test", domain], 0)
         assert network.parse("http://b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.test/", policy)
 
 
@@ -246,14 +246,14 @@ def test_public_addresses(address: str) -> None:
     "host", ["127.0.0.1", "localhost", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "[::1]", "[::ffff:127.0.0.1]"]
 )
 def test_private_hosts_in_every_spelling(site: Site, host: str) -> None:
-    error = refused(site.url("/a.png", host), Policy(attempts=1))
+    error = refused(site.url("/a.png", host), FetchPolicy(attempts=1))
     assert error.code in ("forbidden_url", "fetch_failed", "bad_url") and not site.seen
 
 
 def test_private_addresses_are_blocked_unless_named(site: Site) -> None:
-    error = refused(site.url("/a.png"), Policy(attempts=1))
+    error = refused(site.url("/a.png"), FetchPolicy(attempts=1))
     assert "--allowed-media-domains" in str(error) and "MMJAX_MEDIA_EGRESS_BLOCK_PRIVATE=0" in str(error)
-    named = Policy(domains=frozenset({"127.0.0.1"}), attempts=1)
+    named = FetchPolicy(domains=frozenset({"127.0.0.1"}), attempts=1)
     np.testing.assert_array_equal(fetched(site.url("/a.png"), named), PIXELS)
 
 
@@ -279,9 +279,9 @@ def test_a_name_that_changes_its_address(site: Site, monkeypatch: pytest.MonkeyP
     """The name is resolved once for each connection, and that answer is both judged and used."""
     resolver = Resolver(evil_test=[["127.0.0.1"], ["10.0.0.1"]])
     monkeypatch.setattr(network, "resolve", resolver)
-    np.testing.assert_array_equal(fetched(site.url("/a.png", "evil.test"), Policy(attempts=1)), PIXELS)
+    np.testing.assert_array_equal(fetched(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1)), PIXELS)
     assert resolver.asked == ["evil.test"] and site.seen[0][1]["Host"] == f"evil.test:{site.port}"
-    error = refused(site.url("/a.png", "evil.test"), Policy(attempts=1))
+    error = refused(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1))
     assert error.code == "forbidden_url" and len(site.seen) == 1
 
 
@@ -289,7 +289,7 @@ def test_redirects_to_private_addresses(site: Site, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(network, "resolve", Resolver(public_test=[["127.0.0.1"]], inside_test=[["10.0.0.1"]]))
     for place in ("http://inside.test/", "http://169.254.169.254/latest/meta-data/", "//10.0.0.1/x"):
         site.pages["/moved"] = redirect(place)
-        error = refused(site.url("/moved", "public.test"), Policy(attempts=1))
+        error = refused(site.url("/moved", "public.test"), FetchPolicy(attempts=1))
         assert error.code == "forbidden_url" and "no public address" in str(error)
 
 
@@ -297,7 +297,7 @@ def test_only_the_public_ones_of_several_addresses(
     site: Site, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None
 ) -> None:
     monkeypatch.setattr(network, "resolve", Resolver(mixed_test=[["10.0.0.1", "127.0.0.1", "169.254.169.254"]]))
-    np.testing.assert_array_equal(fetched(site.url("/a.png", "mixed.test"), Policy(attempts=1)), PIXELS)
+    np.testing.assert_array_equal(fetched(site.url("/a.png", "mixed.test"), FetchPolicy(attempts=1)), PIXELS)
 
 
 def test_no_cookies_and_no_credentials_travel(
@@ -312,7 +312,7 @@ def test_no_cookies_and_no_credentials_travel(
         request.end_headers()
 
     site.pages["/bait"] = bait
-    fetched(site.url("/bait", "user:secret@one.test"), Policy(attempts=1))
+    fetched(site.url("/bait", "user:secret@one.test"), FetchPolicy(attempts=1))
     assert "Authorization" in site.seen[0][1]
     assert not {"Authorization", "Cookie", "Referer"} & set(site.seen[1][1])
 
@@ -321,7 +321,7 @@ def test_proxies_of_the_environment(site: Site, monkeypatch: pytest.MonkeyPatch)
     """Where addresses are judged, no proxy may hide them; elsewhere it is used."""
     monkeypatch.setenv("http_proxy", site.url(""))
     monkeypatch.setenv("no_proxy", "")
-    assert "no public address" in str(refused("http://10.0.0.1/a.png", Policy(attempts=1)))
+    assert "no public address" in str(refused("http://10.0.0.1/a.png", FetchPolicy(attempts=1)))
     assert not site.seen
     site.pages["http://far.test/a.png"] = png()
     np.testing.assert_array_equal(fetched("http://far.test/a.png"), PIXELS)

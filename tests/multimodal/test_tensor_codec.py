@@ -155,7 +155,7 @@ HARM: dict[str, bytes] = {
     "nothing": b"",
     "noise": bytes(range(256)),
     "a bare pickle": pickle.dumps([1, 2]),
-    "torch before 1.6": tensor_codec.LEGACY + b"rest",
+    "torch before 1.6": tensor_codec.LEGACY_MAGIC + b"rest",
     "an empty archive": archive({}),
     "an archive of something else": archive({"a.txt": b"a"}),
     "cut short": GOOD[: len(GOOD) // 2],

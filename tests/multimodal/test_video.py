@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmjax.multimodal import video
 from mmjax.multimodal.media_limits import MediaLimits
-from mmjax.multimodal.video import Sampling
+from mmjax.multimodal.video import FrameSampling
 from mmjax.types import RequestError
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), np.uint8)
@@ -102,7 +102,7 @@ def shades(decoded: video.Video) -> list[int]:
 
 @pytest.mark.parametrize("as_bytes", [True, False])
 def test_file_uniform(clip: Path, as_bytes: bool) -> None:
-    decoded = video.load(clip.read_bytes() if as_bytes else clip, Sampling(num_frames=8))
+    decoded = video.load(clip.read_bytes() if as_bytes else clip, FrameSampling(num_frames=8))
     assert decoded.frames.shape == (8, 48, 64, 3)
     assert decoded.metadata == {
         "total_num_frames": 26, "fps": 10.0, "duration": 2.6, "video_backend": "opencv",
@@ -112,9 +112,9 @@ def test_file_uniform(clip: Path, as_bytes: bool) -> None:
 
 
 def test_file_whole_and_dynamic(clip: Path) -> None:
-    whole = video.load(clip, Sampling(num_frames=-1))
+    whole = video.load(clip, FrameSampling(num_frames=-1))
     assert shades(whole) == list(range(26)) and whole.metadata["do_sample_frames"] is True
-    timed = video.load(clip, Sampling(video_backend="opencv_dynamic", fps=4))
+    timed = video.load(clip, FrameSampling(video_backend="opencv_dynamic", fps=4))
     assert shades(timed) == timed.metadata["frames_indices"] == [0, 3, 5, 8, 10, 13, 15, 18, 20, 23]
 
 
@@ -135,7 +135,7 @@ def test_file_whole_and_dynamic(clip: Path) -> None:
 )
 def test_sampling_options_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
-        Sampling(**options)
+        FrameSampling(**options)
     assert words in str(caught.value)
 
 
@@ -147,8 +147,8 @@ def test_limits(clip: Path, limits: MediaLimits) -> None:
 
 
 def test_more_frames_than_fit_a_filter(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "LONGEST_FILTER", 10)
-    assert shades(video.load(clip, Sampling(num_frames=8))) == [0, 3, 7, 10, 14, 17, 21, 25]
+    monkeypatch.setattr(video, "MAX_FILTER_CHARS", 10)
+    assert shades(video.load(clip, FrameSampling(num_frames=8))) == [0, 3, 7, 10, 14, 17, 21, 25]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +191,7 @@ def test_frame_recovery(
     recovered: list[int],
 ) -> None:
     file = make_damaged(*broken)
-    plain, mended = (video.load(file, Sampling(num_frames=8, frame_recovery=mend)) for mend in (False, True))
+    plain, mended = (video.load(file, FrameSampling(num_frames=8, frame_recovery=mend)) for mend in (False, True))
     assert plain.metadata["frames_indices"] == shades(plain) == without
     assert mended.metadata["frames_indices"] == shades(mended) == recovered
     assert mended.metadata["total_num_frames"] == 26 and mended.metadata["do_sample_frames"] is False
@@ -200,7 +200,7 @@ def test_frame_recovery(
 
 def test_nothing_to_recover(make_damaged: Callable[..., Path]) -> None:
     with pytest.raises(RequestError, match="Could not open video stream"):
-        video.load(make_damaged(*range(26)), Sampling(frame_recovery=True))
+        video.load(make_damaged(*range(26)), FrameSampling(frame_recovery=True))
 
 
 def test_choice_of_replacements() -> None:
@@ -216,7 +216,7 @@ def test_containers(kind: str, tmp_path: Path) -> None:
     codec = {"avi": "mpeg4", "webm": "libvpx"}.get(kind, "libx264")
     quality = ["-q:v", "1"] if kind == "avi" else ["-b:v", "2M"]
     file = write(tmp_path / f"clip.{kind}", ["-c:v", codec, *quality, "-pix_fmt", "yuv420p"])
-    decoded = video.load(file, Sampling(num_frames=8))
+    decoded = video.load(file, FrameSampling(num_frames=8))
     assert decoded.metadata["frames_indices"] == [0, 3, 7, 10, 14, 17, 21, 25]
     assert np.abs(np.subtract(shades(decoded), decoded.metadata["frames_indices"])).max() <= 1
     assert decoded.metadata["fps"] == pytest.approx(10, abs=0.1)
@@ -227,19 +227,19 @@ def test_rotation(clip: Path, tmp_path: Path, turn: int) -> None:
     file = tmp_path / "turned.mp4"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-display_rotation", str(turn), "-i", str(clip)]
     subprocess.run([*command, "-c", "copy", str(file)], check=True)
-    decoded = video.load(file, Sampling(num_frames=2))
+    decoded = video.load(file, FrameSampling(num_frames=2))
     assert decoded.frames.shape == ((2, 48, 64, 3) if turn == 180 else (2, 64, 48, 3))
 
 
 def test_rate_is_exact(tmp_path: Path) -> None:
     file = write(tmp_path / "clip.mp4", ["-c:v", "libx264", "-pix_fmt", "yuv420p"], rate="30000/1001")
-    assert video.load(file, Sampling(num_frames=1)).metadata["fps"] == 30000 / 1001
+    assert video.load(file, FrameSampling(num_frames=1)).metadata["fps"] == 30000 / 1001
 
 
 def test_truncated_stream(tmp_path: Path, clip: Path) -> None:
     file = write(tmp_path / "clip.mkv", ["-c:v", "libx264", "-crf", "1", "-pix_fmt", "yuv420p", "-bf", "0"])
     data = file.read_bytes()
-    decoded = video.load(data[: len(data) * 2 // 3], Sampling(num_frames=8, frame_recovery=True))
+    decoded = video.load(data[: len(data) * 2 // 3], FrameSampling(num_frames=8, frame_recovery=True))
     indices = decoded.metadata["frames_indices"]
     assert len(indices) > 1 and shades(decoded) == indices == sorted(set(indices))
 
@@ -256,5 +256,5 @@ def test_sound_alone_is_no_video(shared: Path) -> None:
 
 
 def test_real_file(shared: Path) -> None:
-    decoded = video.load(shared / "media/video/bunny_2s_320.mp4", Sampling(num_frames=4))
+    decoded = video.load(shared / "media/video/bunny_2s_320.mp4", FrameSampling(num_frames=4))
     assert decoded.frames.shape == (4, 180, 320, 3) and decoded.metadata["frames_indices"] == [0, 16, 32, 49]

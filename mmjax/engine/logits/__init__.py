@@ -1,4 +1,4 @@
-"""What a request forbids and prefers, as a row of numbers added to its logits."""
+"""What a request forbids and prefers, as a row of biases added to its logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 class LogitsProcessor(Protocol):
     """The constraints of one sequence.
 
-    dynamic: the row changes as tokens come, so it is asked for before each one. first_timestamp: the first timestamp
-    token, all from it on being such; 0 = no token is one.
+    dynamic: the bias depends on the tokens so far, so it is asked for before each one. first_timestamp: the id from
+    which all tokens are timestamps; 0 where none is.
     """
 
     @property
@@ -22,5 +22,17 @@ class LogitsProcessor(Protocol):
     def first_timestamp(self) -> int: ...
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """f32[V] to add to the logits of the token after `output_ids`, not to be written to; None = nothing ever."""
+        """f32[V] to add to the logits of the token after `output_ids`; callers must not write to it. None: no token is
+        ever biased."""
         ...
+
+
+class NoConstraints:
+    """A `LogitsProcessor` that leaves the logits alone."""
+
+    dynamic = False
+    first_timestamp = 0
+
+    def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> None:
+        """None: no token is ever biased."""
+        return None

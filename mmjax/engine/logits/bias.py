@@ -1,4 +1,4 @@
-"""The bias row of a request: logit_bias, allowed_token_ids and bad_words as one f32[V] to add to the logits."""
+"""logit_bias, allowed_token_ids and bad_words of a request, as one row f32[V] to add to the logits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from mmjax.types import SamplingParams, ValidationError
 
 
 class TextEncoder(Protocol):
-    """The half of a tokenizer that bad words need."""
+    """What bad words need of a tokenizer."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
 
 class LogitsBias:
-    """What a request forbids and prefers, for a vocabulary of `vocab` logits.
+    """The biases of a request over a vocabulary of `vocab` logits; see `LogitsProcessor`.
 
-    `dynamic`: the row changes as tokens come (bad words of several tokens), so it has to be asked for before each one.
-    Raises ValidationError for bad words without a tokenizer, or whose tokens the model does not have. The other
-    parameters have passed SamplingParams.verify.
+    dynamic: there are bad words of several tokens, whose last token is forbidden after the others. Raises
+    ValidationError for bad words without a tokenizer, or whose tokens the model does not have. The other parameters
+    must have passed SamplingParams.verify.
     """
 
     first_timestamp = 0  # no token is a timestamp
@@ -35,7 +35,8 @@ class LogitsBias:
             self._fixed = _fixed_row(params, vocab, [word[0] for word in words if len(word) == 1])
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """f32[V] to add to the logits of the token after `output_ids`, not to be written to; None = nothing ever."""
+        """f32[V] to add to the logits of the token after `output_ids`; callers must not write to it. None: no token is
+        ever biased."""
         if self._fixed is None or not self.dynamic:
             return self._fixed
         longest = max(map(len, self._phrases)) - 1
@@ -61,10 +62,10 @@ def _fixed_row(params: SamplingParams, vocab: int, banned: Sequence[int]) -> np.
 
 
 def _bad_word_ids(words: Sequence[str], vocab: int, tokenizer: TextEncoder | None) -> list[tuple[int, ...]]:
-    """Each word as it is tokenised at the start of a text and, where that differs, after a space.
+    """The token ids of each word at the start of a text and, where they differ, after a space.
 
-    The second form counts if its first token differs from the first form's and both are equally long: otherwise the
-    space is a token of its own, which must not be banned with the word.
+    The latter are taken only if they are as many and begin with another token: otherwise the space is a token of its
+    own, which must not be banned with the word.
     """
     if words and tokenizer is None:
         raise ValidationError("bad_words need a tokenizer.", parameter="bad_words", value=words)

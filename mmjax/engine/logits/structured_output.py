@@ -1,6 +1,6 @@
-"""Structured output: which tokens may come next so that the answer keeps to a JSON schema, a regex or a choice.
+"""Structured output: which tokens may come next so that the output conforms to a JSON schema, a regex or a choice.
 
-The grammar is followed by llguidance, an optional dependency: `pip install 'mmjax[structured]'`.
+llguidance follows the grammar. It is an optional dependency: `pip install 'mmjax[structured]'`.
 """
 
 from __future__ import annotations
@@ -9,58 +9,61 @@ import dataclasses
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmjax.engine.logits.bias import LogitsBias
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, TooDeepError, ValidationError
 
-KINDS = ("json", "json_object", "regex", "choice", "grammar")
-MAX_SIZE = 1 << 20  # characters of a grammar
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
+MAX_GRAMMAR_CHARS = 1 << 20
 # Between the tokens of JSON: one blank, or a new line with its indentation. Small models write blanks without end.
-SPACE = r"[\x20\t]|\r?\n[\x20\t]{0,32}"
+JSON_WHITESPACE = r"[\x20\t]|\r?\n[\x20\t]{0,32}"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A constraint, read and compiled; each answer follows a copy of `matcher`."""
+    """A compiled constraint. Every sequence follows a copy of the matcher."""
 
-    def __init__(self, matcher: Any) -> None:
-        self.matcher = matcher
+    matcher: LLMatcher
 
 
 class GrammarCompiler:
-    """The tokens as llguidance wants them; made on first use, which takes about a second for 150 000 tokens."""
+    """Compiles constraints for one vocabulary, which it reads on first use: about a second for 150 000 tokens."""
 
-    def __init__(self, tokenizer: Any, vocab: int, eos: Sequence[int]) -> None:
-        self.tokenizer, self.vocab, self.eos = tokenizer, vocab, list(eos)
-        self._made: Any = None
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self.tokenizer, self.vocab_size, self.eos_ids = tokenizer, vocab_size, list(eos_ids)
+        self._vocabulary: LLTokenizer | None = None
         self._lock = threading.Lock()
 
     def compile(self, structured: Any) -> CompiledGrammar:
-        """Compile a constraint, which may take long; Rules are passed on. The interpreter is free meanwhile.
+        """Compile a constraint as `SamplingParams.structured_outputs` has it.
 
-        RequestError for a constraint that cannot be, or no llguidance.
+        That may take seconds, most of them without Python's lock. RequestError for a constraint that cannot be
+        compiled, and where llguidance is not installed.
         """
-        if isinstance(structured, CompiledGrammar):
-            return structured
         try:
             import llguidance
         except ImportError:
             raise RequestError(
                 "structured_outputs need llguidance: pip install 'mmjax[structured]'.", "structured_unavailable"
             ) from None
-        if self.tokenizer is None or not self.eos:
+        if self.tokenizer is None or not self.eos_ids:
             raise RequestError("structured_outputs need a tokenizer with an end-of-sequence token.", "no_tokenizer")
         with self._lock:
-            if self._made is None:
+            if self._vocabulary is None:
                 text = (self.tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8")
-                self._made = llguidance.LLTokenizer(text, n_vocab=self.vocab, eos_token=self.eos)
+                self._vocabulary = llguidance.LLTokenizer(text, n_vocab=self.vocab_size, eos_token=self.eos_ids)
         try:
             grammar = _grammar(llguidance.LLMatcher, structured)
         except RecursionError as error:
             raise TooDeepError from error
-        matcher = llguidance.LLMatcher(self._made, grammar, log_level=0)
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise ValidationError(
                 f"This constraint cannot be followed: {matcher.get_error().splitlines()[0]}",
@@ -70,77 +73,83 @@ class GrammarCompiler:
 
 
 class StructuredOutput:
-    """The constraints of one answer that keeps to a grammar, on top of the request's others. See `Constraints`."""
+    """The constraints of a sequence that follows a grammar, added to the request's others; see `LogitsProcessor`."""
 
     dynamic = True
     first_timestamp = 0
 
-    def __init__(self, vocabulary: GrammarCompiler, rules: CompiledGrammar, others: LogitsBias) -> None:
-        self._matcher = rules.matcher.deep_copy()
+    def __init__(self, compiler: GrammarCompiler, grammar: CompiledGrammar, others: LogitsBias) -> None:
+        self._matcher = grammar.matcher.deep_copy()
         self._others = others
-        self._vocab, self._eos = vocabulary.vocab, [t for t in vocabulary.eos if t < vocabulary.vocab]
-        self._mask = np.zeros(-(-vocabulary.vocab // 32), np.int32)
-        self._address = self._mask.ctypes.data
-        self._taken = 0
+        self._vocab_size = compiler.vocab_size
+        self._eos_ids = [token for token in compiler.eos_ids if token < compiler.vocab_size]
+        self._mask = np.zeros(-(-compiler.vocab_size // 32), np.int32)
+        self._mask_pointer = self._mask.ctypes.data
+        self._num_consumed = 0
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """f32[V] to add to the logits of the token after `output_ids`, which only ever grow."""
-        new = [int(token) for token in output_ids[self._taken :]]
-        self._taken = len(output_ids)
-        if new and not self._matcher.is_stopped():
-            self._matcher.consume_tokens(new)
+        """f32[V] to add to the logits of the token after `output_ids`, which must only grow from call to call."""
+        new_ids = [int(token) for token in output_ids[self._num_consumed :]]
+        self._num_consumed = len(output_ids)
+        if new_ids and not self._matcher.is_stopped():
+            self._matcher.consume_tokens(new_ids)
         if self._matcher.is_stopped():
             self._mask[:] = 0
         else:
-            self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
-        allowed = np.unpackbits(self._mask.view(np.uint8), count=self._vocab, bitorder="little").view(bool)
+            self._matcher.unsafe_compute_mask_ptr(self._mask_pointer, self._mask.nbytes)
+        allowed = np.unpackbits(self._mask.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
         if not allowed.any():  # the grammar has ended
-            allowed[self._eos] = True
+            allowed[self._eos_ids] = True
         row = np.where(allowed, np.float32(0), np.float32(-np.inf))
         others = self._others.bias_row(output_ids)
         both = row if others is None else row + others
         return both if np.isfinite(both).any() else row
 
 
-def _grammar(matcher: Any, structured: Any) -> str:
-    """One of KINDS in llguidance's form. ValidationError for none, several, or one that cannot be read.
+def _grammar(matcher: type[LLMatcher], structured: Any) -> str:
+    """One of CONSTRAINTS as a grammar of llguidance. ValidationError for none, several, or one that cannot be read.
 
-    `disable_any_whitespace`: JSON without blanks and line breaks between its tokens, which else are few (SPACE).
+    disable_any_whitespace: JSON without any blank or line break between its tokens; otherwise JSON_WHITESPACE is
+    allowed there.
     """
     if dataclasses.is_dataclass(structured) and not isinstance(structured, type):
         structured = dataclasses.asdict(structured)
     if not isinstance(structured, Mapping):
-        raise _wrong(f"must be a dictionary with one of {', '.join(KINDS)}, got {type(structured).__name__}")
-    given = {name: structured[name] for name in KINDS if structured.get(name) not in (None, False)}
+        raise _invalid(f"must be a dictionary with one of {', '.join(CONSTRAINTS)}, got {type(structured).__name__}")
+    given = {name: structured[name] for name in CONSTRAINTS if structured.get(name) not in (None, False)}
     if len(given) != 1:
-        raise _wrong(f"must hold exactly one of {', '.join(KINDS)}, got {', '.join(given) or 'none'}")
-    [(kind, value)] = given.items()
-    if len(str(value)) > MAX_SIZE:
-        raise _wrong(f"is longer than {MAX_SIZE} characters")
+        raise _invalid(f"must hold exactly one of {', '.join(CONSTRAINTS)}, got {', '.join(given) or 'none'}")
+    [(name, value)] = given.items()
+    if len(str(value)) > MAX_GRAMMAR_CHARS:
+        raise _invalid(f"is longer than {MAX_GRAMMAR_CHARS} characters")
     try:
-        if kind in ("json", "json_object"):
-            schema = {"type": "object"} if kind == "json_object" else value
+        if name in ("json", "json_object"):
+            schema = {"type": "object"} if name == "json_object" else value
             schema = json.loads(schema) if isinstance(schema, str) else schema
             dense = bool(structured.get("disable_any_whitespace", False))
-            spaced = {"whitespace_flexible": not dense, **({} if dense else {"whitespace_pattern": SPACE})}
-            return str(matcher.grammar_from_json_schema(schema, defaults=spaced))
-        if kind == "regex":
-            return str(matcher.grammar_from_regex(value))
-        if kind == "grammar":
-            return str(matcher.grammar_from_lark(value))
+            return matcher.grammar_from_json_schema(
+                schema,
+                defaults={"whitespace_flexible": False}
+                if dense
+                else {"whitespace_flexible": True, "whitespace_pattern": JSON_WHITESPACE},
+            )
+        if name == "regex":
+            return matcher.grammar_from_regex(value)
+        if name == "grammar":
+            return matcher.grammar_from_lark(value)
         if (
             not isinstance(value, (list, tuple))
             or not value
             or not all(isinstance(choice, str) and choice for choice in value)
         ):
-            raise _wrong("choice must be a list of strings that are not empty")
-        options = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
-        return str(matcher.grammar_from_lark(f"start: {options}"))
+            raise _invalid("choice must be a list of strings that are not empty")
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
+        return matcher.grammar_from_lark(f"start: {choices}")
     except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ValidationError):
             raise
-        raise _wrong(f"{kind} cannot be read: {error}") from error
+        raise _invalid(f"{name} cannot be read: {error}") from error
 
 
-def _wrong(words: str) -> ValidationError:
-    return ValidationError(f"structured_outputs {words}.", parameter="structured_outputs")
+def _invalid(message: str) -> ValidationError:
+    return ValidationError(f"structured_outputs {message}.", parameter="structured_outputs")

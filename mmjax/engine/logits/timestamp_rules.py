@@ -1,7 +1,7 @@
-"""Transcripts with times: timestamp tokens stand in pairs around what is said, and never run backwards.
+"""Transcripts with timestamps: timestamp tokens stand in pairs around text, and never decrease.
 
-The rules are those that Whisper was published with. One of them, that a time comes next where all times together are
-likelier than any other token, is the sampler's; see `mmjax.engine.sampler`.
+The rules are those that Whisper was published with. The sampler applies one of them: where all timestamps together are
+likelier than any other token, the next token is a timestamp; see `mmjax.engine.sampler`.
 """
 
 from __future__ import annotations
@@ -15,37 +15,35 @@ from mmjax.processors.base import TimestampTokens
 
 
 class TimestampRules:
-    """The constraints of an answer with timestamps, on top of the request's others. See `Constraints`.
-
-    `stamp`: the first of the timestamp tokens.
-    """
+    """The constraints of a transcript with timestamps, added to the request's others; see `LogitsProcessor`."""
 
     dynamic = True
 
-    def __init__(self, rules: TimestampTokens, vocab: int, others: LogitsBias) -> None:
-        self._rules, self._others = rules, others
-        self.first_timestamp = rules.first_id
-        words = np.zeros(vocab, bool)
-        words[: rules.first_id] = True
-        words[rules.no_timestamps_id] = False
-        self._words = np.where(words, np.float32(0), np.float32(-np.inf))
+    def __init__(self, tokens: TimestampTokens, vocab_size: int, others: LogitsBias) -> None:
+        self._tokens, self._others = tokens, others
+        self.first_timestamp = tokens.first_id
+        is_text = np.zeros(vocab_size, bool)
+        is_text[: tokens.first_id] = True
+        is_text[tokens.no_timestamps_id] = False
+        self._text_only = np.where(is_text, np.float32(0), np.float32(-np.inf))
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """f32[V] to add to the logits of the token after `output_ids`."""
-        rules = self._rules
-        said = [*rules.prefix_ids, *(int(token) for token in output_ids)]
-        stamped = [rules.first_id <= token <= rules.last_id for token in said]
-        latest = next((token for token in reversed(said) if rules.first_id <= token <= rules.last_id), rules.first_id)
-        row = self._words.copy()
-        if not said:  # a time opens the transcript
-            row[: rules.first_id] = -np.inf
-            row[rules.first_id : min(rules.last_id, rules.first_id + rules.max_initial_index) + 1] = 0
-        elif not stamped[-1]:  # what has been said took time
-            row[latest + any(stamped) : rules.last_id + 1] = 0
-        elif not all(stamped[-2:]):  # what was closed is followed by the next, or by nothing
-            row[: rules.first_id] = -np.inf
-            row[rules.eos_id] = 0
-            row[latest : rules.last_id + 1] = 0
+        tokens = self._tokens
+        transcript = [*tokens.prefix_ids, *(int(token) for token in output_ids)]
+        is_timestamp = [tokens.first_id <= token <= tokens.last_id for token in transcript]
+        timestamps = [token for token, timed in zip(transcript, is_timestamp, strict=True) if timed]
+        latest = timestamps[-1] if timestamps else tokens.first_id
+        row = self._text_only.copy()
+        if not transcript:  # a timestamp opens it
+            row[: tokens.first_id] = -np.inf
+            row[tokens.first_id : min(tokens.last_id, tokens.first_id + tokens.max_initial_index) + 1] = 0
+        elif not is_timestamp[-1]:  # a segment must end later than it began
+            row[latest + bool(timestamps) : tokens.last_id + 1] = 0
+        elif not all(is_timestamp[-2:]):  # a segment has ended: the next one begins, or the transcript ends
+            row[: tokens.first_id] = -np.inf
+            row[tokens.eos_id] = 0
+            row[latest : tokens.last_id + 1] = 0
         others = self._others.bias_row(output_ids)
         both = row if others is None else row + others
         return both if np.isfinite(both).any() else row

@@ -1,4 +1,4 @@
-"""Readers of encoded media and the connector that fetches them, under the names that scripts for vLLM import."""
+"""Decoders of media files and the connector that fetches them, under the names that scripts for vLLM import."""
 
 from mmjax.multimodal.media.audio import AudioEmbeddingMediaIO, AudioMediaIO
 from mmjax.multimodal.media.base import MediaIO, MediaWithBytes

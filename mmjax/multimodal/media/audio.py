@@ -1,4 +1,4 @@
-"""Encoded audio, and embeddings in its place."""
+"""Decodes and encodes audio files, and embeddings in their place."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from mmjax.types import RequestError
 
 
 class AudioMediaIO(MediaIO[tuple[np.ndarray, float]]):
-    """Reads sound files and the sound tracks of videos: (mono float32 [n], its sampling rate)."""
+    """Sound files and the sound tracks of videos, as (mono float32 [n], sampling rate)."""
 
     def __init__(self, *, limits: MediaLimits | None = None):
         self.limits = limits or MediaLimits.from_env()
@@ -30,7 +30,7 @@ class AudioMediaIO(MediaIO[tuple[np.ndarray, float]]):
         samples, rate = media
         array = np.asarray(samples)
         if array.ndim == 2 and array.shape[0] < array.shape[1]:
-            array = array.T  # files hold time first
+            array = array.T  # files have time first
         buffer = io.BytesIO()
         try:
             soundfile.write(buffer, array, int(rate), format=audio_format)
@@ -40,4 +40,4 @@ class AudioMediaIO(MediaIO[tuple[np.ndarray, float]]):
 
 
 class AudioEmbeddingMediaIO(ImageEmbeddingMediaIO):
-    """Reads embeddings of audio, in the same form as those of images."""
+    """Embeddings of audio, in the same form as those of images."""

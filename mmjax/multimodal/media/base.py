@@ -1,4 +1,4 @@
-"""What every reader of encoded media can do."""
+"""The interface of all decoders of media files."""
 
 import abc
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 class MediaIO(abc.ABC, Generic[T]):
-    """Reads one modality from bytes, base64 text and files. RequestError for what cannot be read."""
+    """Decodes one modality from bytes, base64 text and files. RequestError for data that cannot be decoded."""
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ()  # keys of its part of media_io_kwargs
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # keys that media_io_kwargs may have for the modality
     limits: MediaLimits
 
     @classmethod
     def merge_kwargs(
         cls, default_kwargs: Mapping[str, Any] | None, runtime_kwargs: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """Options of the operator, overridden by those of a request."""
+        """The operator's options, overridden by those of a request."""
         return {**(default_kwargs or {}), **(runtime_kwargs or {})}
 
     @abc.abstractmethod
@@ -33,11 +33,11 @@ class MediaIO(abc.ABC, Generic[T]):
         """Decode a whole file."""
 
     def load_base64(self, media_type: str, data: str) -> T:
-        """Decode a file written in base64; `media_type` is what the sender calls it."""
+        """Decode a file in base64. media_type: of the data: URL that held it."""
         return self.load_bytes(url_sources.from_base64(data, self.limits))
 
     def load_file(self, filepath: str | Path) -> T:
-        """Decode a file of the local machine. For paths of strangers there is `MediaConnector` with its rules."""
+        """Decode a local file. Paths out of requests must go through `MediaConnector`, which restricts them."""
         limit = self.limits.source_bytes
         try:
             with open(filepath, "rb") as file:

@@ -1,4 +1,4 @@
-"""Encoded images, and embeddings in their place."""
+"""Decodes and encodes image files, and embeddings in their place."""
 
 import base64
 import io
@@ -14,8 +14,8 @@ from mmjax.types import RequestError
 
 
 class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
-    """Reads image files. `image_mode`: mode of the result. `rgba_background_color`: what shows where the image is
-    transparent. RequestError for values that these cannot have."""
+    """Image files. image_mode: mode of the decoded image. rgba_background_color: the color behind transparent images.
+    RequestError for invalid values of either."""
 
     OPTIONS = ("image_mode", "rgba_background_color")
 
@@ -31,24 +31,24 @@ class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
         self.limits = limits or MediaLimits.from_env()
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        """Decode an image file: upright, in the wanted mode, the first frame of an animation."""
-        made = image.load(bytes(data), mode=self.image_mode, background=self.background, limits=self.limits)
-        return MediaWithBytes(made, data)
+        """Decode an image file: upright, in `image_mode`; of an animation the first frame."""
+        decoded = image.load(bytes(data), mode=self.image_mode, background=self.background, limits=self.limits)
+        return MediaWithBytes(decoded, data)
 
     def encode_base64(self, media: Image.Image, *, image_format: str = "PNG") -> str:
         """The image as a file in base64."""
         buffer = io.BytesIO()
-        picture = image.convert_image_mode(media, self.image_mode, background=self.background)
+        converted = image.convert_image_mode(media, self.image_mode, background=self.background)
         try:
-            picture.save(buffer, image_format)
+            converted.save(buffer, image_format)
         except (KeyError, OSError, ValueError) as error:
-            words = f"Cannot write a {self.image_mode} image as {image_format}."
-            raise RequestError(words, "bad_media_kwargs") from error
+            message = f"Cannot write a {self.image_mode} image as {image_format}."
+            raise RequestError(message, "bad_media_kwargs") from error
         return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 class ImageEmbeddingMediaIO(MediaIO[np.ndarray]):
-    """Reads embeddings: what `torch.save` or `numpy.save` write of one tensor, without running any of it."""
+    """Embeddings: files of one tensor that `torch.save` or `numpy.save` has written, none of which is executed."""
 
     def __init__(self, *, limits: MediaLimits | None = None):
         self.limits = limits or MediaLimits.from_env()
@@ -58,7 +58,7 @@ class ImageEmbeddingMediaIO(MediaIO[np.ndarray]):
         return tensor_codec.read_tensor(data, self.limits)
 
     def load_base64(self, media_type: str, data: str) -> np.ndarray:
-        """Decode a tensor file written in base64."""
+        """Decode a tensor file in base64."""
         return tensor_codec.base642tensor(data, limits=self.limits)
 
     def encode_base64(self, media: Any) -> str:

@@ -1,4 +1,4 @@
-"""Encoded videos, and sequences of JPEG images that stand for one."""
+"""Decodes and encodes video files, and sequences of JPEG images in their place."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,8 @@ Frames = tuple[np.ndarray, dict[str, Any]]
 
 
 class VideoMediaIO(MediaIO[Frames]):
-    """Reads videos: (frames uint8 [T, H, W, 3], metadata). The options are those of
-    `mmjax.multimodal.video.Sampling`, which refuses values that they cannot have."""
+    """Video files, as (frames uint8 [T, H, W, 3], metadata). The options are those of
+    `mmjax.multimodal.video.FrameSampling`. RequestError for invalid values."""
 
     OPTIONS = ("num_frames", "fps", "max_duration", "frame_recovery", "video_backend")
 
@@ -35,7 +35,7 @@ class VideoMediaIO(MediaIO[Frames]):
     ):
         self.limits = limits or MediaLimits.from_env()
         self.image_io = image_io or ImageMediaIO(limits=self.limits)
-        self.sampling = video.Sampling(
+        self.sampling = video.FrameSampling(
             num_frames, fps, max_duration, video_backend or env("VIDEO_LOADER_BACKEND", "opencv"), frame_recovery
         )
 
@@ -43,21 +43,22 @@ class VideoMediaIO(MediaIO[Frames]):
     def merge_kwargs(
         cls, default_kwargs: Mapping[str, Any] | None, runtime_kwargs: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """As for other media, but of `num_frames` and `fps` one in a request does away with a default of the other."""
-        defaults, asked = dict(default_kwargs or {}), dict(runtime_kwargs or {})
-        if "num_frames" in asked and "fps" not in asked:
+        """The operator's options, overridden by those of a request. If a request sets only one of num_frames and fps,
+        the operator's value of the other is dropped."""
+        defaults, given = dict(default_kwargs or {}), dict(runtime_kwargs or {})
+        if "num_frames" in given and "fps" not in given:
             defaults.pop("fps", None)
-        if "fps" in asked and "num_frames" not in asked:
+        if "fps" in given and "num_frames" not in given:
             defaults.pop("num_frames", None)
-        return {**defaults, **asked}
+        return {**defaults, **given}
 
     def load_bytes(self, data: bytes) -> Frames:
         """Decode the sampled frames of a video file."""
-        made = video.load(bytes(data), self.sampling, limits=self.limits)
-        return made.frames, dict(made.metadata)
+        decoded = video.load(bytes(data), self.sampling, limits=self.limits)
+        return decoded.frames, dict(decoded.metadata)
 
     def load_base64(self, media_type: str, data: str) -> Frames:
-        """Decode a video file written in base64; of type video/jpeg, JPEG files in base64 between commas."""
+        """Decode a video file in base64; if media_type is video/jpeg, JPEG files in base64 between commas."""
         if media_type.lower() != "video/jpeg":
             return super().load_base64(media_type, data)
         count, limit = self.sampling.num_frames, self.limits.video_frames
@@ -65,22 +66,21 @@ class VideoMediaIO(MediaIO[Frames]):
         parts = parts[:count] if count > 0 else parts
         if limit and len(parts) > limit:
             raise RequestError(f"The video has {len(parts)} frames, over the limit of {limit}.", "media_too_large")
-        pictures, held = [], 0
+        frames, num_bytes = [], 0
         for part in parts:
-            load = self.image_io.load_bytes(url_sources.from_base64(part, self.limits)).media
-            pictures.append(np.asarray(image.convert_image_mode(load, "RGB")))
-            held += pictures[-1].nbytes
-            if self.limits.video_bytes and held > self.limits.video_bytes:
-                words = f"The frames of the video need more than {self.limits.video_bytes} bytes. Send fewer."
-                raise RequestError(words, "media_too_large")
-        made = video.decode(pictures, limits=self.limits)
+            frame = self.image_io.load_bytes(url_sources.from_base64(part, self.limits)).media
+            frames.append(np.asarray(image.convert_image_mode(frame, "RGB")))
+            num_bytes += frames[-1].nbytes
+            if self.limits.video_bytes and num_bytes > self.limits.video_bytes:
+                message = f"The frames of the video need more than {self.limits.video_bytes} bytes. Send fewer."
+                raise RequestError(message, "media_too_large")
         rate = float(max(self.sampling.fps or 0, 0)) or 1.0
-        return made.frames, {
-            "total_num_frames": len(pictures),
+        return video.decode(frames, limits=self.limits).frames, {
+            "total_num_frames": len(frames),
             "fps": rate,
-            "duration": len(pictures) / rate,
+            "duration": len(frames) / rate,
             "video_backend": "jpeg_sequence",
-            "frames_indices": list(range(len(pictures))),
+            "frames_indices": list(range(len(frames))),
             "do_sample_frames": False,
         }
 
@@ -88,6 +88,5 @@ class VideoMediaIO(MediaIO[Frames]):
         """Frames as JPEG files in base64 between commas."""
         if video_format != "JPEG":
             raise RequestError("Only JPEG is supported as video_format.", "bad_media_kwargs")
-        frames = video.decode(media, limits=self.limits).frames
-        pictures = map(Image.fromarray, frames)
-        return ",".join(self.image_io.encode_base64(picture, image_format="JPEG") for picture in pictures)
+        frames = map(Image.fromarray, video.decode(media, limits=self.limits).frames)
+        return ",".join(self.image_io.encode_base64(frame, image_format="JPEG") for frame in frames)
