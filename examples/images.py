@@ -16,9 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="directory or hub id, such as Qwen/Qwen2-VL-2B-Instruct")
     parser.add_argument("question")
-    parser.add_argument("images", nargs="+", help="image files, in the order in which the question speaks of them")
+    parser.add_argument("images", nargs="+", help="image files, in the order in which the question refers to them")
     parser.add_argument(
-        "--template", choices=TEMPLATES, default="qwen2_vl", help="how the model was taught to be asked"
+        "--template", choices=TEMPLATES, default="qwen2_vl", help="prompt format that the model was trained with"
     )
     parser.add_argument("--max-tokens", type=int, default=128)
     arguments = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-The weights are random, so the answers mean nothing: it shows that the way from prompt to tokens works here.
+The weights are random, so the answers mean nothing; it shows that everything from prompt to tokens works here.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def make_checkpoint(family: str, folder: Path) -> Path:
 
 
 def prompts(family: str) -> dict[str, Any]:
-    """What each model is asked. `<image>` stands for whatever the model itself writes there."""
+    """The prompts for each model. `<image>` stands for the model's own placeholder."""
     rng = np.random.default_rng(0)
     if family == "whisper":
         time_s = np.arange(16_000 * 3) / 16_000

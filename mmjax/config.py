@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mmjax.types import UNLIMITED, ValidationError, read_limit
@@ -16,6 +17,46 @@ DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16
 MAX_NUM_BATCHED_TOKENS = {"cpu": 1024, "gpu": 8192, "tpu": 4096}
 MAX_NUM_SEQS = {"cpu": 32, "gpu": 256, "tpu": 128}
 BLOCK_SIZES = {"cpu": 64, "gpu": 64, "tpu": 64}
+
+VARIABLES: Mapping[str, str] = MappingProxyType(
+    {
+        "CACHE_ROOT": "directory for what can be made again",
+        "COMPILATION_CACHE": "directory of compiled programs; `0` keeps none",
+        "PROGRESS": "`0` hides the progress bars of loading",
+        "API_KEY": "key that opens the server where `--api-key` gives none",
+        "HTTP_TIMEOUT_KEEP_ALIVE": "seconds that the server keeps an idle connection open",
+        "SERVER_DEV_MODE": "`1` adds routes that empty the caches",
+        "MAX_AUDIO_CLIP_FILESIZE_MB": "MB of a sound file that is uploaded for transcription",
+        "MAX_COMPLETION_PROMPTS": "prompts in one request to the server; 0 is no limit",
+        "MAX_STOP_STRINGS": "strings in `stop` of one request to the server; 0 is no limit",
+        "MAX_N_SEQUENCES": "largest `n`, the number of answers to one prompt",
+        "IMAGE_FETCH_TIMEOUT": "seconds for the first attempt to fetch an image; each further attempt gets four times "
+        "as many",
+        "VIDEO_FETCH_TIMEOUT": "the same for a video",
+        "AUDIO_FETCH_TIMEOUT": "the same for audio",
+        "MEDIA_FETCH_MAX_RETRIES": "attempts to fetch a medium, the first included",
+        "MEDIA_URL_ALLOW_REDIRECTS": "`0` follows no redirects",
+        "MEDIA_EGRESS_BLOCK_PRIVATE": "`0` also fetches from private addresses, and uses proxies; "
+        "a host named in `--allowed-media-domains` may always be private",
+        "MEDIA_CACHE": "directory that keeps fetched media; unset keeps none",
+        "MEDIA_CACHE_MAX_SIZE_MB": "MiB of that directory, beyond which the least recently used go; 0 is no limit",
+        "MEDIA_CACHE_TTL_HOURS": "hours after which kept media are fetched again; 0 is no limit",
+        "MEDIA_CONNECTOR": "name of the connector that fetches media",
+        "MEDIA_LOADING_THREAD_COUNT": "threads that decode fetched media",
+        "VIDEO_LOADER_BACKEND": "how frames of a video are sampled: `opencv` or `opencv_dynamic`",
+        "MAX_MEDIA_DOWNLOAD_SIZE_MB": "MiB of one encoded medium; 0 is no limit, here and in the limits below",
+        "MAX_IMAGE_PIXELS": "pixels of an image",
+        "MAX_AUDIO_DECODE_DURATION_S": "seconds of a sound file",
+        "MAX_AUDIO_DECODE_BYTES": "bytes of decoded audio",
+        "MAX_VIDEO_FRAMES": "sampled frames of a video",
+        "MAX_VIDEO_DECODE_BYTES": "bytes of a decoded video",
+        "MAX_EMBED_DECODE_BYTES": "bytes of a tensor sent in base64",
+        "MM_HASHER_ALGORITHM": "hash that identifies media: `sha256` or `sha512`; `blake3` is read as `sha256`",
+        "ASSETS_CACHE": "directory for sample media that are written to files",
+    }
+)
+"""Every environment variable, without its prefix, and what it sets. The reference in the documentation is this table;
+defaults stand where a variable is read."""
 
 
 def env(name: str, default: str) -> str:

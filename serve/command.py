@@ -22,34 +22,74 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The server's own flags; those of the engine are added beside them."""
     group = parser.add_argument_group("server")
     yes = argparse.BooleanOptionalAction
-    group.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")
-    group.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    group.add_argument("--uds", help="listen on this Unix socket instead")
-    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names of the model; the first is told")
-    group.add_argument("--api-key", nargs="+", metavar="KEY", help="keys that open the server (or MMJAX_API_KEY)")
-    group.add_argument("--response-role", default="assistant", help="role of answers (default: assistant)")
-    group.add_argument("--chat-template-content-format", choices=("auto", "string", "openai"), default="auto")
-    group.add_argument("--default-chat-template-kwargs", type=_json, metavar="JSON", default={})
-    group.add_argument("--trust-request-chat-template", action=yes, default=False)
-    group.add_argument("--tool-call-parser", choices=("hermes", "none"), default="hermes", help="how calls are written")
-    group.add_argument("--enable-auto-tool-choice", action=yes, help="accepted; tools are on when sent")
-    group.add_argument("--enable-prompt-tokens-details", action=yes, default=False, help="usage tells cached tokens")
-    group.add_argument("--enable-force-include-usage", action=yes, default=False, help="streams end with their usage")
-    group.add_argument("--enable-request-id-headers", action=yes, default=False, help="answers carry X-Request-Id")
-    group.add_argument("--max-queue", type=int, default=1024, help="requests under way at once; more get 429")
-    group.add_argument("--max-body-mb", type=float, default=256.0, help="largest request in MiB; larger get 413")
+    group.add_argument("--host", default="0.0.0.0", help="address to listen on")
+    group.add_argument("--port", type=int, default=8000, help="port to listen on")
+    group.add_argument("--uds", help="Unix socket to listen on instead")
+    group.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME",
+        help="names of the model, the first of which answers carry; unset: the name it was given",
+    )  # fmt: skip
+    group.add_argument("--api-key", nargs="+", metavar="KEY", help="keys, one of which requests must carry")
+    group.add_argument("--response-role", default="assistant", help="role of answers")
+    group.add_argument(
+        "--chat-template-content-format", choices=("auto", "string", "openai"), default="auto",
+        help="whether the template takes message contents as a string or as parts; `auto` reads it off the template",
+    )  # fmt: skip
+    group.add_argument(
+        "--default-chat-template-kwargs", type=_json, metavar="JSON", default={},
+        help="variables of the chat template; those of a request win",
+    )  # fmt: skip
+    group.add_argument(
+        "--trust-request-chat-template", action=yes, default=False, help="accept chat templates in requests"
+    )
+    group.add_argument(
+        "--tool-call-parser", choices=("hermes", "none"), default="hermes",
+        help="format of tool calls in answers; `none` leaves them in the text",
+    )  # fmt: skip
+    group.add_argument(
+        "--enable-auto-tool-choice", action=yes, help="accepted; tools are used whenever a request has some"
+    )
+    group.add_argument(
+        "--enable-prompt-tokens-details", action=yes, default=False, help="usage says how much of the prompt was cached"
+    )
+    group.add_argument(
+        "--enable-force-include-usage", action=yes, default=False, help="every stream ends with its usage"
+    )
+    group.add_argument(
+        "--enable-request-id-headers", action=yes, default=False,
+        help="responses carry X-Request-Id: the client's own, or one made here",
+    )  # fmt: skip
+    group.add_argument("--max-queue", type=int, default=1024, help="requests in progress at once; more get 429")
+    group.add_argument("--max-body-mb", type=float, default=256.0, help="MiB of one request; larger ones get 413")
     group.add_argument("--drain-timeout", type=int, default=30, help="seconds that a stop waits for running requests")
-    group.add_argument("--allowed-origins", type=_words, nargs="+", metavar="ORIGIN", default=[["*"]])
-    group.add_argument("--allowed-methods", type=_words, nargs="+", metavar="METHOD", default=[["*"]])
-    group.add_argument("--allowed-headers", type=_words, nargs="+", metavar="HEADER", default=[["*"]])
-    group.add_argument("--allow-credentials", action=yes, default=False)
+    _add_http_flags(group)
+
+
+def _add_http_flags(group: argparse._ArgumentGroup) -> None:
+    """Browsers on other sites, proxies, TLS, logging."""
+    yes = argparse.BooleanOptionalAction
+    group.add_argument(
+        "--allowed-origins", type=_words, nargs="+", metavar="ORIGIN", default=[["*"]],
+        help="sites whose pages may call the server",
+    )  # fmt: skip
+    group.add_argument(
+        "--allowed-methods", type=_words, nargs="+", metavar="METHOD", default=[["*"]],
+        help="methods that such pages may use",
+    )  # fmt: skip
+    group.add_argument(
+        "--allowed-headers", type=_words, nargs="+", metavar="HEADER", default=[["*"]],
+        help="headers that such pages may send",
+    )  # fmt: skip
+    group.add_argument("--allow-credentials", action=yes, default=False, help="whether such pages may send cookies")
     group.add_argument("--root-path", default="", help="path prefix that a proxy strips")
-    group.add_argument("--ssl-keyfile")
-    group.add_argument("--ssl-certfile")
-    group.add_argument("--ssl-ca-certs")
-    group.add_argument("--ssl-cert-reqs", type=int, default=0)
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="private key, for https")
+    group.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="certificates that sign those of clients")
+    group.add_argument(
+        "--ssl-cert-reqs", type=int, default=0, help="certificates of clients: 0 none, 1 optional, 2 required"
+    )
     levels = ("critical", "error", "warning", "info", "debug", "trace")
-    group.add_argument("--uvicorn-log-level", choices=levels, default="info")
+    group.add_argument("--uvicorn-log-level", choices=levels, default="info", help="what the server logs")
 
 
 def _words(text: str) -> list[str]:

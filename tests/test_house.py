@@ -16,7 +16,7 @@ from mmjax.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"mmjax": "mmjax", "converters": "mmjax.converters", "kernels": "mmjax.kernels", "serve": "mmjax.serve"}
-OUTSIDE = ("tests", "benchmarks", "examples")
+OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 
 # From the ground up. A room imports from itself and from the floors below, never from its own floor or above.
 FLOORS = (

@@ -24,7 +24,7 @@ from test_house import ROOMS, ROOT, dotted, imports, sources
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Never imported by name: starlette reads forms with it.
 BEHIND_OTHERS = {"python-multipart"}
-TOP_LEVEL = {"mmjax", "converters", "kernels", "serve", "tests", "benchmarks", "examples"}
+TOP_LEVEL = {"mmjax", "converters", "kernels", "serve", "tests", "benchmarks", "examples", "docs"}
 
 # Imports every room, and says from which file each came.
 PROBE = """

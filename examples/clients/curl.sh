@@ -15,7 +15,7 @@ post() { # ROUTE, with the JSON on standard input
   echo
 }
 
-echo "== health, the model's name, what is under way"
+echo "== health, the model's name, requests in progress"
 "${ask[@]}" "$address/health"
 "${ask[@]}" "$address/v1/models"
 echo
@@ -90,7 +90,7 @@ JSON
 echo "== figures for Prometheus"
 "${ask[@]}" "$address/metrics" | grep '^vllm:generation_tokens_total'
 
-echo "== what is wrong is said with a status and a message"
+echo "== an error: a status and a message that says what to change"
 "${ask[@]}" "$address/v1/chat/completions" --header "Content-Type: application/json" \
   --data '{"messages": [{"role": "user", "content": "Hello"}], "temperature": -1}' || true
 echo

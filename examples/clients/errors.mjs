@@ -1,4 +1,4 @@
-// What goes wrong arrives as the package's own exceptions, with the server's words.
+// Errors arrive as the package's own exceptions, with the server's words.
 //
 //   npm install --no-save openai
 //   OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none node errors.mjs
@@ -11,8 +11,8 @@ const broken = { type: "image_url", image_url: { url: "data:image/png;base64,AAA
 
 const wrong = {
   "no such model": { model: "another", messages },
-  "a value that cannot be": { model, messages, temperature: -1 },
-  "a picture that is none": { model, messages: [{ role: "user", content: [broken] }] },
+  "an impossible value": { model, messages, temperature: -1 },
+  "not a picture": { model, messages: [{ role: "user", content: [broken] }] },
   "more than the context": { model, messages, max_tokens: 1_000_000 },
 };
 
@@ -20,7 +20,7 @@ for (const [what, body] of Object.entries(wrong)) {
   for (const stream of [false, true]) {
     try {
       await client.chat.completions.create({ ...body, stream });
-      throw new Error(`${what}: answered all the same`);
+      throw new Error(`${what}: answered nevertheless`);
     } catch (error) {
       if (!(error instanceof OpenAI.APIError)) throw error;
       console.log(`${what}: ${error.constructor.name} (status ${error.status}, param ${error.param}): ${error.message}`);
@@ -30,7 +30,7 @@ for (const [what, body] of Object.entries(wrong)) {
 
 try {
   await new OpenAI({ apiKey: "surely-another", maxRetries: 0 }).models.list();
-  console.log("a wrong key: this server takes any");
+  console.log("a wrong key: this server accepts any");
 } catch (error) {
   if (!(error instanceof OpenAI.AuthenticationError)) throw error;
   console.log(`a wrong key: ${error.constructor.name} (status ${error.status})`);

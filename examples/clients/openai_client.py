@@ -1,4 +1,4 @@
-"""The openai package for Python against mmjax: an answer, a stream, a picture, an answer of a given form, a tool call.
+"""The openai package for Python against mmjax: an answer, a stream, a picture, an answer held to a schema, a tool call.
 
     pip install openai
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none python examples/clients/openai_client.py [PICTURE]
@@ -82,13 +82,13 @@ def talk(client: OpenAI, model: str, picture: Path | None) -> None:
 
 
 def fill_in(client: OpenAI, model: str) -> None:
-    """Answers that must have a form. The server needs mmjax[structured] for these."""
+    """Answers held to a schema, and a tool call. The server needs mmjax[structured] for these."""
     try:
         parsed = client.chat.completions.parse(
             model=model, messages=[{"role": "user", "content": "A red square?"}], response_format=Verdict, max_tokens=64
         )
         print("parsed:", parsed.choices[0].message.parsed)
-    except LengthFinishReasonError:  # as with OpenAI: JSON that max_tokens cuts short is none
+    except LengthFinishReasonError:  # as with OpenAI: JSON that max_tokens cuts short is not valid
         print("parsed: cut short")
 
     called = client.chat.completions.create(

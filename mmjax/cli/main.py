@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mmjax
-from mmjax.cli import chat, flags
+from mmjax.cli import flags
 
 MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in MODEL_COMMANDS:
             arguments = _model_command(words[0], words[1:])
         else:
-            parser = _parser()
+            parser = top_parser()
             try:
                 arguments = parser.parse_args(flags.fold(words))
             except flags.FlagError as error:
@@ -38,15 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
-    """The flags of a command that has its own, those of the engine, and those in a file that `--config` names."""
-    _, add_flags, command = MODEL_COMMANDS[name]
+def model_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a command in MODEL_COMMANDS: its own flags and those of the engine."""
+    _, add_flags, _ = MODEL_COMMANDS[name]
     parser = argparse.ArgumentParser(f"mmjax {name}", allow_abbrev=False)
     parser.add_argument("model", nargs="?", help="model directory, hub id, or `demo`")
     parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML with flags: `max-model-len: 4096`; those given here win")
     add_flags(parser)
     flags.add_engine_flags(parser)
+    return parser
+
+
+def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
+    """The parsed flags of such a command, with those in a file that `--config` names."""
+    parser = model_parser(name)
     try:
         arguments = parser.parse_args(flags.fold(flags.from_file(words), MAPPINGS))
     except flags.FlagError as error:
@@ -54,11 +60,12 @@ def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
     arguments.model = arguments.model or arguments.named_model
     if arguments.model is None:
         parser.error("which model? Name a directory, a hub id, or `demo`")
-    arguments.command = command
+    arguments.command = MODEL_COMMANDS[name][2]
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def top_parser() -> argparse.ArgumentParser:
+    """The parser of all commands but those in MODEL_COMMANDS, which it only names."""
     parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -70,11 +77,13 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
     convert.add_argument("source", help="model directory or hub id (safetensors)")
     convert.add_argument("destination", type=Path, help="directory to create")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype to write (default: as stored)"
+    )
     convert.set_defaults(command=_convert)
 
     inspect = commands.add_parser("inspect", help="say what a checkpoint directory holds, from its headers alone")
-    inspect.add_argument("directory", type=Path)
+    inspect.add_argument("directory", type=Path, help="checkpoint directory")
     inspect.set_defaults(command=_inspect)
 
     bench = commands.add_parser("bench", help="measure throughput or latency on made-up inputs")
@@ -136,11 +145,13 @@ def _run_batch(arguments: argparse.Namespace) -> None:
 
 
 def _chat_flags(parser: argparse.ArgumentParser) -> None:
+    from mmjax.cli import chat
 
     chat.add_flags(parser)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
+    from mmjax.cli import chat
 
     chat.run(arguments, flags.engine_kwargs(arguments))
 
@@ -155,20 +166,20 @@ MODEL_COMMANDS: dict[
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", nargs="?", help="about your own files")
+    parser.add_argument("question", nargs="?", help="question about your own files")
     for kind in ("image", "video", "audio"):
         parser.add_argument(
             f"--{kind}", type=Path, action="append", default=[], metavar="FILE", help=f"ask about your own {kind} file"
         )
-    parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="where to put what is drawn and recorded")
-    parser.add_argument("--seed", type=int, help="another number, another picture")
+    parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="directory for the files that it makes")
+    parser.add_argument("--seed", type=int, help="seed of what is drawn and of which recording is taken")
     parser.add_argument(
         "--eval",
         type=int,
         nargs="?",
         const=100,
         metavar="N",
-        help="measure every skill on N questions that training never saw (default: 100)",
+        help="measure every skill on N questions, 100 unless given, that training never saw",
     )
     parser.set_defaults(command=_demo)
 
@@ -183,12 +194,14 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
     parser.add_argument("model", help="model directory or hub id; random weights with --load-format dummy")
     group = parser.add_argument_group("workload")
-    group.add_argument("--prompts", "--batch", type=int, default=prompts, help=f"default: {prompts}")
+    group.add_argument("--prompts", "--batch", type=int, default=prompts, help=f"prompts at once (default: {prompts})")
     group.add_argument("--text", type=int, default=64, help="tokens of text per prompt, about (default: 64)")
     group.add_argument(
         "--image", type=_size, action="append", default=[], metavar="WxH", help="one more image per prompt"
     )
-    group.add_argument("--audio", type=float, default=0.0, metavar="SECONDS", help="audio per prompt")
+    group.add_argument(
+        "--audio", type=float, default=0.0, metavar="SECONDS", help="seconds of audio per prompt (default: 0)"
+    )
     group.add_argument("--output", type=int, default=64, help="tokens to generate per prompt (default: 64)")
     group.add_argument("--repeats", type=int, default=5, help="runs to take the median of, for latency (default: 5)")
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the report there")

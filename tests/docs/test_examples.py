@@ -1,0 +1,156 @@
+"""The examples of the documentation do what the pages say: each Python block runs, and prints what stands below it.
+
+"demo" is the model that ships with mmjax; published models are stood in for by tiny ones of their families. A page's
+`http://127.0.0.1:PORT` is the server that its `mmjax serve ... --port PORT` would start, and https://example.org a web
+server on the loopback address.
+"""
+
+import contextlib
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from mmjax.serve.app import create_app
+from mmjax.serve.context import ServerSettings
+from PIL import Image
+
+import mmjax
+from doc_blocks import PAGES, Notebook, blocks_of, commands_of, sections_of
+from listening import listening
+from mmjax import LLM, AsyncLLM, EngineArgs
+from mmjax.cli import flags
+from mmjax.cli.main import MAPPINGS, model_parser
+from mmjax.demo import DIRECTORY, show
+from prompts import rows_of
+from web import running
+
+RUN = ("multimodal_inputs.md", "getting_started.md", "README.md")
+ELSEWHERE = {("getting_started.md", "Vectors")}  # tests/models/test_phi3_v.py asks the same, of an engine that pools
+TINY = {
+    "openai/whisper-small": "whisper",
+    "llava-hf/llava-1.5-7b-hf": "llava",
+    "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
+}
+SMALL: dict[str, Any] = {  # as in tests/vllm_docs, so that the compilation cache serves both
+    "max_model_len": 512, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4,
+    "enforce_eager": True, "enable_mm_embeds": True,
+}  # fmt: skip
+
+
+def served_models(page: str) -> dict[int, str]:
+    """Port to model, of the servers that a page starts."""
+    found = {}
+    for command in commands_of(page) + re.findall(r"`(mmjax serve [^`]+)`", PAGES[page].read_text()):
+        if command.startswith("mmjax serve"):
+            given = model_parser("serve").parse_args(flags.fold(shlex.split(command)[2:], MAPPINGS))
+            found.setdefault(given.port, given.model)
+    return found
+
+
+class Engines:
+    """One engine per model, whatever else an example asks for: those of the first that opens it."""
+
+    def __init__(self, tiny_dir: Callable[[str], Path]) -> None:
+        self.tiny_dir = tiny_dir
+        self.made: dict[str, LLM] = {}
+
+    def open(self, model: str, **kwargs: Any) -> LLM:
+        """What stands for `LLM(model, **kwargs)`."""
+        EngineArgs(model, **kwargs)
+        if model not in self.made:
+            if model not in TINY:
+                self.made[model] = LLM(model, **kwargs)
+            else:
+                length = {"max_model_len": 64} if TINY[model] == "whisper" else {}
+                self.made[model] = LLM(str(self.tiny_dir(TINY[model])), **(kwargs | SMALL | length))
+        return self.made[model]
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_dir: Callable[[str], Path]) -> Iterator[Engines]:
+    if not (DIRECTORY / "model.safetensors").is_file():
+        pytest.skip("the demo model's weights are not here: examples/train_demo makes them")
+    yield Engines(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reader is: with the files that `mmjax demo` makes, and those that the pages say one has."""
+    home = tmp_path_factory.mktemp("reader")
+    show.make(home / "mmjax-demo", show.SEED)
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
+    subprocess.run([*ffmpeg, "-i", "clip.mp4", "-i", "sound.wav", "talking.mp4"], cwd=home / "mmjax-demo", check=True)
+    np.save(home / "image_rows.npy", np.zeros((4, 64), np.float32))
+    Image.new("RGB", (112, 84), "gray").save(home / "photo.jpg")
+    return home
+
+
+@pytest.fixture(scope="module")
+def notebooks(engines: Engines, folder: Path) -> Iterator[Callable[[str], Notebook]]:
+    """`notebooks(page)`: the page's examples, as far as they have run."""
+    made: dict[str, Notebook] = {}
+    with running() as site, pytest.MonkeyPatch.context() as patch:
+        site.pages = {f"/{file.name}": file.read_bytes() for file in (folder / "mmjax-demo").iterdir()}
+        patch.setenv("MMJAX_MEDIA_EGRESS_BLOCK_PRIVATE", "0")
+        patch.setattr(mmjax, "LLM", engines.open)
+        patch.chdir(folder)
+        encode_picture(engines, folder)
+
+        @contextlib.contextmanager
+        def serve(page: str, code: str) -> Iterator[str]:
+            code = code.replace("https://example.org", site.url(""))
+            with contextlib.ExitStack() as stack:
+                for port, model in served_models(page).items():
+                    if (address := f"http://127.0.0.1:{port}") in code:
+                        code = code.replace(address, stack.enter_context(server(model, engines.open(model))))
+                yield code
+
+        def get(page: str) -> Notebook:
+            return made.setdefault(page, Notebook(page, lambda code: serve(page, code)))
+
+        yield get
+
+
+@contextlib.contextmanager
+def server(model: str, llm: LLM) -> Iterator[str]:
+    """The address of a server over an engine that must not be used otherwise meanwhile."""
+    engine = AsyncLLM(llm)
+    try:
+        with listening(create_app(engine, ServerSettings(names=(model,)))) as address:
+            yield address
+    finally:
+        engine.close()
+        del engine.llm  # FastAPI remembers the functions of every app, and they would keep the model with its programs
+
+
+def encode_picture(engines: Engines, folder: Path) -> None:
+    """mmjax-demo/picture.npz: what the demo model's own encoder makes of picture.png."""
+    setup = next(block for block in blocks_of("multimodal_inputs.md") if block.language == "python")
+    exec(setup.code, {})
+    llm = engines.made["demo"]
+    prompt = {"prompt": "<image>", "multi_modal_data": {"image": Image.open(folder / "mmjax-demo" / "picture.png")}}
+    [rows] = rows_of(llm, prompt)
+    processor = llm.model.input_processor
+    [entry] = processor.process(processor.parse(prompt)).items
+    np.savez(
+        folder / "mmjax-demo" / "picture.npz",
+        image_embeds=rows,
+        image_grid_thw=[(1, 2 * entry.item.grid[1], 2 * entry.item.grid[2])],
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "section"),
+    [(page, section) for page in RUN for section in sections_of(page) if (page, section) not in ELSEWHERE],
+    ids=lambda part: part,
+)
+def test_examples(page: str, section: str, notebooks: Callable[[str], Notebook]) -> None:
+    for block, printed in notebooks(page).run_to(section).items():
+        if block.output is not None:
+            assert printed == block.output, block.name
