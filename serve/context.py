@@ -137,12 +137,15 @@ async def _gone(request: Request) -> None:
 
 
 async def together(*work: Coroutine[Any, Any, Out]) -> list[Out]:
-    """All results in order; when one fails, the others are cancelled, and its fault is raised."""
+    """All results in order. When one fails, the others are cancelled, and its exception is raised."""
+    failure: Exception | None = None
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
-    except ExceptionGroup as faults:
-        raise faults.exceptions[0] from None
+    except ExceptionGroup as group_error:
+        failure = group_error.exceptions[0]
+    if failure is not None:  # raised out here, it keeps its own cause and has no other
+        raise failure
     return [task.result() for task in tasks]
 
 

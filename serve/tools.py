@@ -129,8 +129,9 @@ def schema_of(
             raise RequestError("tools: each must be {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
         functions[function["name"]] = function.get("parameters") or {"type": "object"}
     if isinstance(choice, dict):
-        name = (choice.get("function") or {}).get("name")
-        if name not in functions:
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in functions:
             raise RequestError(f"tool_choice: {name!r} is none of the tools, {', '.join(functions)}")
         return functions[name], name
     if choice != "required":

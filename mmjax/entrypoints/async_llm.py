@@ -34,7 +34,7 @@ class RequestStream(Generic[Output]):
     """A request as its caller sees it. The engine's thread runs it; its deltas and its end arrive on the caller's event
     loop.
 
-    output: None until the request has ended. closed: the caller has dropped it, or it could not be started.
+    output: None until the request has ended. closed: the caller has dropped it, or it has failed.
     """
 
     def __init__(self, start: Callable[[], EngineRequest[Output]], *, streaming: bool) -> None:
@@ -80,8 +80,9 @@ class RequestStream(Generic[Output]):
             self._request.record_times(state)
 
     def publish(self) -> bool:
-        """Send the caller what is new. Returns whether the request has ended."""
+        """Send the caller what is new. Returns whether the request has ended. Raises what went wrong with it."""
         assert self._request is not None
+        self._request.check()
         if self.streaming:
             for delta in self._request.new_deltas():
                 self._put(delta)
@@ -361,5 +362,11 @@ class AsyncLLM:
                 stream.record_times(state)
                 streams[stream] = None
         for stream in streams:
-            if stream.publish():
+            try:
+                ended = stream.publish()
+            except Exception as error:  # this request's own: the others go on
+                stream.closed = ended = True
+                stream.fail(error)
+                stream.abort()
+            if ended:
                 self._forget(stream)

@@ -79,6 +79,7 @@ class PoolingState:
         self.seq = seq
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
         self._hidden: list[np.ndarray] = []
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:
