@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import Response
 from fastapi.security import HTTPBearer
 from mmjax.serve import audio, chat, completions, embeddings, errors, openapi, responses, system_routes
 from mmjax.serve.context import ServerContext, ServerSettings
@@ -29,10 +28,6 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan)
     app.state.context = context
     errors.install(app)
-
-    @app.exception_handler(errors.ClientGone)
-    async def gone(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)
 
     # The gate asks for keys; this only tells clients so.
     keyed: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if settings.keys else []}

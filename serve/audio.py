@@ -56,7 +56,7 @@ class SpeechForm(Body):
     use_beam_search: Annotated[bool, say.As(Literal[False])] = False
 
     def check(self) -> None:
-        """ValueError for fields that do not go together, and for what is not to be had."""
+        """ValidationError for fields that do not go together, and for what is not to be had."""
         if self.response_format not in FORMATS:
             raise ValidationError(
                 f"Currently only support response_format: {', '.join(FORMATS)}.", parameter="response_format"
@@ -132,7 +132,7 @@ class AudioHandler:
         """The whole answer, or the stream of it."""
         work = await unless_gone(self.request, self._prepare())
         if self.body.stream:
-            return event_stream(self._events(work))
+            return event_stream(self._events(work), self.request.state.request_id)
         return self._write(await unless_gone(self.request, self._answer(work)))
 
     async def _prepare(self) -> Any:

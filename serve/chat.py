@@ -23,7 +23,7 @@ from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling
 from mmjax.serve.tools import CLOSE, MAX_CALLS, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
-from mmjax import CompletionOutput, Delta, RequestOutput, SamplingParams
+from mmjax import CompletionOutput, Delta, RequestError, RequestOutput, SamplingParams
 
 Json = dict[str, Any]
 PER_PROMPT = ("prompt_logprobs", "prompt_token_ids")
@@ -40,7 +40,7 @@ def router(context: ServerContext) -> APIRouter:
         conversation = ChatHandler(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, conversation.prepare())
-            return event_stream(conversation.events())
+            return event_stream(conversation.events(), request.state.request_id)
         return await as_json(await unless_gone(request, conversation.answer()))
 
     @routes.post("/v1/chat/completions/batch", response_model=None)
@@ -48,7 +48,7 @@ def router(context: ServerContext) -> APIRouter:
         """Answer several conversations; the choices of conversation i are numbered from i * n."""
         context.check_model(body.model)
         if not body.messages:
-            raise ValueError("messages: the list of conversations is empty")
+            raise RequestError("messages: the list of conversations is empty")
         context.check_prompts(len(body.messages))
         all_of_them = [ChatHandler(context, each, request.state.request_id) for each in body.each()]
         answers = await unless_gone(request, together(*(each.answer() for each in all_of_them)))
@@ -96,7 +96,7 @@ class ChatHandler:
         fields = body.fields()
         if self.schema is not None:
             if "structured_outputs" in fields:
-                raise ValueError("tool_choice and a response format cannot both say what the answer looks like")
+                raise RequestError("tool_choice and a response format cannot both say what the answer looks like")
             fields["structured_outputs"] = {"json": self.schema, "disable_any_whitespace": True}
         elif self._one_call():
             fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), CLOSE]

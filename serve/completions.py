@@ -22,7 +22,7 @@ from mmjax.serve.context import (
 from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import CompletionRequest, sampling, tokenization
 
-from mmjax import RequestOutput, SamplingParams
+from mmjax import RequestError, RequestOutput, SamplingParams
 
 Json = dict[str, Any]
 
@@ -38,7 +38,7 @@ def router(context: ServerContext) -> APIRouter:
         work = CompletionHandler(context, body, request.state.request_id)
         if body.stream:
             await unless_gone(request, work.prepare())
-            return event_stream(work.events())
+            return event_stream(work.events(), request.state.request_id)
         return await as_json(await unless_gone(request, work.answer()))
 
     return routes
@@ -59,7 +59,7 @@ class CompletionHandler:
         """(rendered prompts, sampling parameters). Whatever is wrong with the request is raised here."""
         engine, body, prompts = self.context.engine, self.body, self.body.prompts()
         if not prompts:
-            raise ValueError("prompt: the list is empty")
+            raise RequestError("prompt: the list is empty")
         self.context.check_prompts(len(prompts))
         self.context.check_stops(body.stop)
         options = tokenization(body.truncate_prompt_tokens)

@@ -16,7 +16,7 @@ from mmjax.serve import errors
 from mmjax.serve.metrics import Metrics
 
 from mmjax import AsyncLLM
-from mmjax.types import ValidationError
+from mmjax.types import RequestError, ValidationError
 
 Out = TypeVar("Out")
 
@@ -91,7 +91,7 @@ class ServerContext:
     def chat_options(self, asked: dict[str, Any]) -> dict[str, Any]:
         """The keywords of `AsyncLLM.prepare_chat`: what a request asks for, over what the operator chose."""
         if asked["chat_template"] is not None and not self.settings.template_from_requests:
-            raise ValueError(
+            raise RequestError(
                 "Chat template is passed with request, but the server does not trust those: start it with "
                 "`--trust-request-chat-template`."
             )
@@ -137,18 +137,23 @@ async def _gone(request: Request) -> None:
 
 
 async def together(*work: Coroutine[Any, Any, Out]) -> list[Out]:
-    """All results in order; when one fails, the others are cancelled, and its fault is raised."""
+    """All results in order. When one fails, the others are cancelled, and its exception is raised."""
+    failure: Exception | None = None
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
-    except ExceptionGroup as faults:
-        raise faults.exceptions[0] from None
+    except ExceptionGroup as group_error:
+        failure = group_error.exceptions[0]
+    if failure is not None:  # raised out here, it keeps its own cause and has no other
+        raise failure
     return [task.result() for task in tasks]
 
 
-def event_stream(events: AsyncGenerator[dict[str, Any], None], *, named: bool = False) -> StreamingResponse:
-    """Server-sent events, ended by [DONE]. What fails after the start is told as an event. `named`: each goes under its
-    type, and the last by itself says that it is."""
+def event_stream(
+    events: AsyncGenerator[dict[str, Any], None], request_id: str, *, named: bool = False
+) -> StreamingResponse:
+    """Server-sent events, ended by [DONE]. An error after the start becomes an event. `named`: each event goes under
+    its type, and the type of the last one says that it is the last."""
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -157,7 +162,7 @@ def event_stream(events: AsyncGenerator[dict[str, Any], None], *, named: bool = 
                     name = f"event: {event['type']}\n" if named else ""
                     yield f"{name}data: {json.dumps(event)}\n\n"
         except Exception as error:
-            yield f"data: {json.dumps(errors.describe(error)[1])}\n\n"
+            yield f"data: {json.dumps(errors.describe(error, request_id)[1])}\n\n"
         if not named:
             yield "data: [DONE]\n\n"
 

@@ -16,7 +16,7 @@ from mmjax.serve.openapi import As, Conversation
 from mmjax.serve.schema import ChatFields, tokenization
 from pydantic import ConfigDict, Field, model_validator
 
-from mmjax import PoolingParams, PoolingRequestOutput
+from mmjax import PoolingParams, PoolingRequestOutput, RequestError
 
 Json = dict[str, Any]
 MAX_INPUTS = 2048
@@ -94,9 +94,9 @@ async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[Poolin
             return [await engine.embed(engine_input, params)]
     prompts = body.prompts()
     if not prompts:
-        raise ValueError("input: the list is empty")
+        raise RequestError("input: the list is empty")
     if len(prompts) > MAX_INPUTS:
-        raise ValueError(f"input: {len(prompts)} texts in one request, at most {MAX_INPUTS}")
+        raise RequestError(f"input: {len(prompts)} texts in one request, at most {MAX_INPUTS}")
 
     async def one(prompt: Json) -> PoolingRequestOutput:
         return await engine.embed(await engine.prepare(prompt, options), params)

@@ -1,4 +1,8 @@
-"""Every way a request can go wrong, as OpenAI's clients expect to be told: {"error": {message, type, param, code}}."""
+"""Every way a request can go wrong, as OpenAI's clients expect to be told: {"error": {message, type, param, code}}.
+
+What a client does wrong is a RequestError, or an error of the schema's. Every other exception is a bug of the server's:
+it is logged with the request's id, and the client is told nothing but that id.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,13 @@ import logging
 import re
 from typing import Any
 
-import jinja2
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from mmjax import EngineDeadError
-from mmjax.types import RequestError, ValidationError
+from mmjax.types import RequestError, TooDeepError, ValidationError
 
 logger = logging.getLogger(__name__)
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -28,42 +31,48 @@ class TooBusy(Exception):
     """More requests are waiting than the operator allows."""
 
 
+class TooDeep(Exception):
+    """The body is nested too deeply. No ValueError: pydantic would make a fault of one field of it."""
+
+
 class ClientGone(Exception):
     """The client has closed the connection; nobody reads the answer."""
 
 
 def body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON of one error. Addresses of objects are nobody's business, and half a surrogate pair is no text."""
+    """The JSON of one error, without addresses of objects and without half surrogate pairs, which are no text."""
     message = ADDRESS.sub("", message).encode(errors="replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def describe(error: BaseException) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body) of whatever was raised."""
-    if isinstance(error, ValidationError):
-        return 400, body(str(error), "BadRequestError", 400, error.parameter)
-    if isinstance(error, NoSuchModel):
-        return 404, body(f"The model `{error}` does not exist.", "NotFoundError", 404, "model")
-    if isinstance(error, TooBusy):
-        return 429, body(str(error), "RateLimitError", 429)
-    if isinstance(error, NotImplementedError):  # what a client asks for, and nobody here does, is its own mistake
-        return 400, body(str(error), "NotImplementedError", 400)
-    if isinstance(error, RequestError) and error.code == "fetch_status":
-        return 422, body(str(error), "UnprocessableEntityError", 422)
+def describe(error: BaseException, request_id: str) -> tuple[int, dict[str, Any]]:
+    """(HTTP status, body) of whatever was raised. A bug of the server's is logged here."""
+    if isinstance(error, RequestError):
+        return _refusal(error)
     if isinstance(error, RequestValidationError):
         if any(fault["loc"][-1] == "file" for fault in error.errors()):  # a text where OpenAI's clients upload
             return 422, body(_first(error), "Unprocessable Entity", 422, "file")
         return 400, body(_first(error), "Bad Request", 400, _param(error))
-    if isinstance(error, (ValueError, TypeError, OverflowError, jinja2.TemplateError)):
-        return 400, body(str(error), "BadRequestError", 400)
-    if isinstance(error, RecursionError):
-        return 400, body("The request is nested too deeply.", "BadRequestError", 400)
+    if isinstance(error, TooDeep):
+        return _refusal(TooDeepError())
+    if isinstance(error, NoSuchModel):
+        return 404, body(f"The model `{error}` does not exist.", "NotFoundError", 404, "model")
+    if isinstance(error, TooBusy):
+        return 429, body(str(error), "RateLimitError", 429)
     if isinstance(error, EngineDeadError):
         return 503, body(str(error), "ServiceUnavailableError", 503)
     if isinstance(error, HTTPException):
         return error.status_code, body(str(error.detail), http.HTTPStatus(error.status_code).phrase, error.status_code)
-    logger.error("a request failed", exc_info=error)
-    return 500, body("Internal server error; its cause is in the server's log.", "InternalServerError", 500)
+    logger.error("request %s failed", request_id, exc_info=error)
+    words = f"Internal server error; its cause is in the server's log, under request {request_id}."
+    return 500, body(words, "InternalServerError", 500)
+
+
+def _refusal(error: RequestError) -> tuple[int, dict[str, Any]]:
+    if error.code == "fetch_status":
+        return 422, body(str(error), "UnprocessableEntityError", 422)
+    kind = "NotImplementedError" if isinstance(error, NotImplementedError) else "BadRequestError"
+    return 400, body(str(error), kind, 400, error.parameter if isinstance(error, ValidationError) else None)
 
 
 def _first(error: RequestValidationError) -> str:
@@ -81,16 +90,16 @@ def _param(error: RequestValidationError) -> str | None:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every exception with its description."""
+    """Answer the errors that routes are meant to raise. The gate in front of them answers all others."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
-        status, content = describe(error)
+    async def answer(request: Request, error: Exception) -> Response:
+        status, content = describe(error, request.state.request_id)
         headers = {"Retry-After": "1"} if status == 429 else dict(getattr(error, "headers", None) or {})
         return JSONResponse(content, status, headers)
 
-    kinds = (
-        ValueError, TypeError, OverflowError, jinja2.TemplateError, RequestValidationError, HTTPException, NoSuchModel,
-        TooBusy, NotImplementedError, RecursionError, EngineDeadError, Exception,
-    )  # fmt: skip
-    for kind in kinds:
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)
+
+    for kind in (RequestError, RequestValidationError, HTTPException, TooDeep, NoSuchModel, TooBusy, EngineDeadError):
         app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientGone, gone)

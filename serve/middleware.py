@@ -42,7 +42,7 @@ class RequestGate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         scope.setdefault("state", {})["request_id"] = given if _tellable(given) else uuid.uuid4().hex
-        status, begin = 500, time.monotonic()
+        status, begin = 0, time.monotonic()
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -59,6 +59,10 @@ class RequestGate:
                 await _answer(named, *refusal)
             else:
                 await self.app(scope, self._counted(receive), named)
+        except Exception as error:  # no route meant to raise it: a bug
+            described = errors.describe(error, scope["state"]["request_id"])
+            if not status:  # else the answer has begun, and breaks off
+                await _answer(named, *described)
         finally:
             self._log(scope, status, time.monotonic() - begin)
 

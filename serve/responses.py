@@ -30,7 +30,9 @@ def router(context: ServerContext) -> APIRouter:
         conversation = ChatHandler(context, body.chat(), request.state.request_id, details=True)
         if body.stream:
             await unless_gone(request, conversation.prepare())
-            return event_stream(_events(conversation, body), named=True)
+            return event_stream(
+                _events(conversation, body, request.state.request_id), request.state.request_id, named=True
+            )
         told = await unless_gone(request, conversation.answer())
         answer, [choice] = ResponseBuilder(_head(conversation, body)), told["choices"]
         for _ in answer.take(choice["message"], choice["logprobs"]):
@@ -48,7 +50,7 @@ def router(context: ServerContext) -> APIRouter:
     return routes
 
 
-async def _events(conversation: ChatHandler, body: ResponsesRequest) -> AsyncGenerator[Json, None]:
+async def _events(conversation: ChatHandler, body: ResponsesRequest, request_id: str) -> AsyncGenerator[Json, None]:
     """The chunks of a chat as typed events. What fails on the way is told by the last."""
     answer, reason = ResponseBuilder(_head(conversation, body)), None
     used: Json = {}
@@ -65,7 +67,7 @@ async def _events(conversation: ChatHandler, body: ResponsesRequest) -> AsyncGen
         for event in answer.end(reason, used):
             yield event
     except Exception as error:
-        yield answer.failed(errors.describe(error)[1]["error"]["message"])
+        yield answer.failed(errors.describe(error, request_id)[1]["error"]["message"])
 
 
 def _head(conversation: ChatHandler, body: ResponsesRequest) -> Json:

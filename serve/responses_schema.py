@@ -11,7 +11,7 @@ from mmjax.serve.schema import ChatFields, ChatRequest, GenerationFields, Stream
 from pydantic import Field, field_validator
 from pydantic import ValidationError as FormError
 
-from mmjax.types import ValidationError
+from mmjax.types import RequestError, ValidationError
 
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
@@ -137,7 +137,7 @@ def messages_of(given: str | list[Json], instructions: str | None) -> list[Json]
             raise ValidationError(f"input.{index}: {words}", parameter="input")
         try:
             READ[kind](item, messages)
-        except ValueError as error:
+        except RequestError as error:
             raise ValidationError(f"input.{index}: {error}", parameter="input") from None
     return messages
 
@@ -161,7 +161,7 @@ def _call_output(item: Json, messages: list[Json]) -> None:
 
 def _text(item: Json, name: str) -> str:
     if not isinstance(item.get(name), str):
-        raise ValueError(f"{name} must be a text")
+        raise RequestError(f"{name} must be a text")
     return str(item[name])
 
 
@@ -169,10 +169,10 @@ def _content(item: Json, name: str) -> str | list[Any]:
     """A text, or parts, which the chat reads."""
     content = item.get(name)
     if not isinstance(content, (str, list)):
-        raise ValueError(f"{name} must be a text or a list of parts")
+        raise RequestError(f"{name} must be a text or a list of parts")
     for part in content if isinstance(content, list) else ():
         if isinstance(part, dict) and part.get("file_id") is not None:
-            raise ValueError("file_id: no files are kept here; send the picture itself, as image_url")
+            raise RequestError("file_id: no files are kept here; send the picture itself, as image_url")
     return content
 
 

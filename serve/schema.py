@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from mmjax.serve import openapi as say
+from mmjax.serve.errors import TooDeep
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mmjax import SamplingParams
+from mmjax import RequestError, SamplingParams
 
 Json = dict[str, Any]
+MAX_DEPTH = 200  # lists and objects in each other; what walks through them by recursion needs up to 3 calls for each
+NESTS = frozenset({dict, list})
 MAX_TOKENIZED = 1 << 20  # characters or tokens in one request of the tokenizer, which is done before others go on
 Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -30,8 +33,22 @@ class RequestBody(BaseModel):
     def _unset(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        _check_depth(given)
         switches = {name for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
         return {name: value for name, value in given.items() if value is not None or name not in switches}
+
+
+def _check_depth(value: Any) -> None:
+    """TooDeep when more than MAX_DEPTH lists and objects lie in each other."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise TooDeep
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        # a million numbers are looked at by C alone, ten times as fast
+        nested = (members for members in inside if not NESTS.isdisjoint(map(type, members)))
+        level = [member for members in nested for member in members if type(member) in NESTS]
 
 
 class StreamOptions(RequestBody):
@@ -120,7 +137,7 @@ def _by_token(bias: Mapping[str, float]) -> dict[int, float]:
     try:
         return {int(token): value for token, value in bias.items()}
     except ValueError:
-        raise ValueError("logit_bias: the keys must be token ids") from None
+        raise RequestError("logit_bias: the keys must be token ids") from None
 
 
 def structure(structured: Json | None, response_format: Json | None) -> Json | None:
@@ -131,15 +148,15 @@ def structure(structured: Json | None, response_format: Json | None) -> Json | N
     if kind == "text":
         return structured
     if structured is not None:
-        raise ValueError("give response_format or structured_outputs, not both")
+        raise RequestError("give response_format or structured_outputs, not both")
     if kind == "json_object":
         return {"json_object": True}
     if kind == "json_schema":
         schema = response_format.get("json_schema")
         if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
-            raise ValueError("When using `json_schema` response format, `json_schema.schema` is required.")
+            raise RequestError("When using `json_schema` response format, `json_schema.schema` is required.")
         return {"json": schema["schema"]}
-    raise ValueError(f"response_format: unknown type {kind!r}; known are text, json_object, json_schema")
+    raise RequestError(f"response_format: unknown type {kind!r}; known are text, json_object, json_schema")
 
 
 class ChatFields(RequestBody):

@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from mmjax.serve.context import ServerContext, as_json, together, unless_gone
 from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
 
-from mmjax import EngineDeadError, RequestOutput, SamplingParams, __version__
+from mmjax import EngineDeadError, RequestError, RequestOutput, SamplingParams, __version__
 
 Json = dict[str, Any]
 PAGE = pathlib.Path(__file__).parent / "page" / "index.html"
@@ -133,7 +133,7 @@ def tokens_router(context: ServerContext) -> APIRouter:
         context.check_model(body.model)
         vocab = context.engine.llm.model.vocab_size
         if (largest := max(body.tokens, default=0)) >= vocab:
-            raise ValueError(f"Token id {largest} is out of vocabulary")
+            raise RequestError(f"Token id {largest} is out of vocabulary")
         return {"prompt": (await context.engine.texts([body.tokens]))[0]}
 
     return routes
@@ -173,10 +173,7 @@ def _known(fields: Mapping[str, Any]) -> Json:
     known = {field.name for field in dataclasses.fields(SamplingParams)} - {"output_kind"}
     for name in fields:
         if name not in known:
-            raise ValueError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(known))}")
-    bias = fields.get("logit_bias")
-    if isinstance(bias, Mapping):
-        return {**fields, "logit_bias": {int(token): value for token, value in bias.items()}}
+            raise RequestError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(known))}")
     return dict(fields)
 
 

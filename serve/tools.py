@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+from mmjax import RequestError
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_CALLS = 16  # in an answer that must be calls: without an end, some models find none
 
@@ -100,7 +102,7 @@ class ForcedToolCallParser:
     def _calls(self) -> list[ToolCall]:
         try:
             value = json.loads(self._held)
-        except ValueError:
+        except (ValueError, RecursionError):  # a model may write anything
             return []
         if self.name is not None:
             return [ToolCall(self.name, json.dumps(value, ensure_ascii=False))]
@@ -112,7 +114,7 @@ class ForcedToolCallParser:
 def schema_of(
     tools: list[dict[str, Any]], choice: str | dict[str, Any], most: int = MAX_CALLS
 ) -> tuple[dict[str, Any], str | None]:
-    """(JSON schema of the answer, name of the one function) that `tool_choice` insists on. ValueError for a bad one.
+    """(JSON schema of the answer, name of the one function) that `tool_choice` insists on. RequestError for a bad one.
 
     `most`: calls in one answer.
     """
@@ -124,15 +126,16 @@ def schema_of(
             or not isinstance(function, dict)
             or not isinstance(function.get("name"), str)
         ):
-            raise ValueError("tools: each must be {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
+            raise RequestError("tools: each must be {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
         functions[function["name"]] = function.get("parameters") or {"type": "object"}
     if isinstance(choice, dict):
-        name = (choice.get("function") or {}).get("name")
-        if name not in functions:
-            raise ValueError(f"tool_choice: {name!r} is none of the tools, {', '.join(functions)}")
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in functions:
+            raise RequestError(f"tool_choice: {name!r} is none of the tools, {', '.join(functions)}")
         return functions[name], name
     if choice != "required":
-        raise ValueError(f"tool_choice: {choice!r} is none of none, auto, required and a function")
+        raise RequestError(f"tool_choice: {choice!r} is none of none, auto, required and a function")
     calls = [
         {
             "type": "object",
@@ -149,7 +152,7 @@ def read_call(text: str) -> ToolCall | None:
     """The call that JSON text writes, if it does."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model may write anything
         return None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None

@@ -8,9 +8,9 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator
 
-from jinja2 import TemplateError, nodes
+from jinja2 import nodes
 
-from mmjax.chat.sandbox import environment
+from mmjax.chat.sandbox import UNPARSABLE, environment
 
 MESSAGES, MESSAGE, CONTENT = "messages", "message", "content"
 Referents = frozenset[str]
@@ -21,10 +21,9 @@ NOTHING: Referents = frozenset()
 def content_format(template: str) -> str:
     """ "openai" for a template that loops over message contents, else "string"; "string" if it cannot be parsed."""
     try:
-        tree = environment().parse(template)
-    except (TemplateError, RecursionError):
+        return "openai" if _TemplateAnalysis(environment().parse(template)).loops_over_content() else "string"
+    except UNPARSABLE:
         return "string"
-    return "openai" if _TemplateAnalysis(tree).loops_over_content() else "string"
 
 
 class _TemplateAnalysis:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmjax.chat.parts import MediaRef, read_part
-from mmjax.types import RequestError
+from mmjax.types import RequestError, RequestTypeError, TooDeepError
 
 COPIED_FIELDS = ("name", "tool_call_id")
 REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # templates read it under any of these names
@@ -23,22 +23,24 @@ class Message:
 
 
 def split(messages: Any) -> list[Any]:
-    """The conversations of a call: a list of messages is one, a list of lists are many. TypeError for other objects."""
+    """The conversations of a call: a list of messages is one, a list of lists are many. RequestTypeError for other
+    objects."""
     if not isinstance(messages, (list, tuple)):
-        raise TypeError(
+        raise RequestTypeError(
             "messages should be a list of messages (dictionaries with 'role' and 'content'), or a list of such lists; "
             f"got {type(messages).__name__}"
         )
     nested = [isinstance(entry, (list, tuple)) for entry in messages]
     if any(nested):
         if not all(nested):
-            raise TypeError("messages mixes messages and conversations: pass a list of either")
+            raise RequestTypeError("messages mixes messages and conversations: pass a list of either")
         return list(messages)
     return [messages] if messages else []
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """Check and read one conversation. TypeError for objects that are no messages, RequestError for incomplete ones."""
+    """Check and read one conversation. RequestTypeError for objects that are no messages, RequestError for incomplete
+    ones."""
     if not messages:
         raise RequestError("The conversation is empty: it needs at least one message.", "empty_conversation")
     return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -46,7 +48,9 @@ def read_messages(messages: Any) -> list[Message]:
 
 def _read_message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
-        raise TypeError(f"{where} should be a dictionary with 'role' and 'content', got {type(message).__name__}")
+        raise RequestTypeError(
+            f"{where} should be a dictionary with 'role' and 'content', got {type(message).__name__}"
+        )
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where}: 'role' must be a string such as 'user'.", "bad_message")
@@ -55,7 +59,9 @@ def _read_message(message: Any, where: str) -> Message:
     if isinstance(content, str):
         content = [content]
     if not isinstance(content, (list, tuple)):
-        raise TypeError(f"{where}: 'content' should be a string or a list of parts, got {type(content).__name__}")
+        raise RequestTypeError(
+            f"{where}: 'content' should be a string or a list of parts, got {type(content).__name__}"
+        )
     parts = [read_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     extra = {name: message[name] for name in COPIED_FIELDS if isinstance(message.get(name), str)}
     reasoning = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), None)
@@ -69,7 +75,7 @@ def _read_message(message: Any, where: str) -> Message:
 def _read_tool_calls(calls: Any, where: str) -> list[Any]:
     """Tool calls with their arguments parsed: clients send them as JSON text, templates print them themselves."""
     if not isinstance(calls, (list, tuple)):
-        raise TypeError(f"{where}: 'tool_calls' should be a list, got {type(calls).__name__}")
+        raise RequestTypeError(f"{where}: 'tool_calls' should be a list, got {type(calls).__name__}")
     parsed = []
     for index, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
@@ -81,6 +87,8 @@ def _read_tool_calls(calls: Any, where: str) -> list[Any]:
                 arguments = json.loads(arguments) if arguments else {}
             except (TypeError, ValueError) as error:
                 raise RequestError(f"{where}.tool_calls[{index}]: arguments are not valid JSON.", "bad_call") from error
+            except RecursionError as error:
+                raise TooDeepError from error
         parsed.append({**call, "function": {**function, "arguments": arguments}})
     return parsed
 

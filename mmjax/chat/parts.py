@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from PIL import Image
 
 from mmjax.multimodal.arrays import is_array
-from mmjax.types import RequestError
+from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class MediaRef:
 def read_part(part: Any, where: str) -> str | MediaRef | None:
     """A text, a media item, or None for a part without content. where: the part's name in errors.
 
-    TypeError for an object that is not a part, RequestError for a part that is incomplete or of an unknown type.
+    RequestTypeError for an object that is not a part, RequestError for a part that is incomplete or of an unknown type.
     """
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping):
-        raise TypeError(f"{where} should be a string or a dictionary with a 'type', got {type(part).__name__}")
+        raise RequestTypeError(f"{where} should be a string or a dictionary with a 'type', got {type(part).__name__}")
     name = part.get("type")
     uuid = _uuid(part.get("uuid"), where)
     if name is None:

@@ -15,7 +15,7 @@ from mmjax.chat.parts import MediaRef
 from mmjax.chat.template import StoredTemplates
 from mmjax.config import env_number
 from mmjax.multimodal.connector import Connect, IoKwargs
-from mmjax.types import RequestError
+from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +55,17 @@ class ChatOptions:
                 "bad_continuation",
             )
         if self.chat_template is not None and not isinstance(self.chat_template, str):
-            raise TypeError(f"chat_template should be a string, got {type(self.chat_template).__name__}")
+            raise RequestTypeError(f"chat_template should be a string, got {type(self.chat_template).__name__}")
         for name in ("chat_template_kwargs", "mm_processor_kwargs", "media_io_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Mapping):
-                raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
+                raise RequestTypeError(f"{name} should be a dictionary, got {type(value).__name__}")
         for name in ("tools", "documents"):
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in value):
-                raise TypeError(f"{name} should be a list of dictionaries")
+                raise RequestTypeError(f"{name} should be a list of dictionaries")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class ChatRenderer:
     def render(self, messages: Any, options: ChatOptions) -> RenderedChat:
         """Check and render one conversation. Whatever can be checked without its media is checked here.
 
-        TypeError for objects that are not messages. RequestError for faults in messages, options or the template.
+        RequestTypeError for objects that are not messages. RequestError for faults in messages, options or template.
         """
         read = conversation.read_messages(messages)
         media = self._with_sound_tracks(conversation.media_of(read), options)

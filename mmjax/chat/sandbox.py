@@ -15,8 +15,10 @@ from jinja2 import ext, meta, nodes, sandbox
 from jinja2.parser import Parser
 from jinja2.utils import Namespace
 
-from mmjax.types import RequestError
+from mmjax.types import RequestError, TooDeepError
 
+# what jinja2 raises of text that is no template, and Python of what jinja2 made of it
+UNPARSABLE = (jinja2.TemplateError, SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
 MAX_OUTPUT = 1 << 24  # characters that a template may print, and members of a product that it may compute
 
 
@@ -102,7 +104,7 @@ def _compiled(template: str) -> tuple[jinja2.Template, frozenset[str]]:
     env = environment()
     try:
         return env.from_string(template), frozenset(meta.find_undeclared_variables(env.parse(template)))
-    except (jinja2.TemplateError, RecursionError) as error:
+    except UNPARSABLE as error:
         line = f" on line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise RequestError(f"The chat template is not valid Jinja{line}: {error}", "bad_template") from error
 
@@ -117,7 +119,11 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     compiled, _ = _compiled(template)
     pieces, length = [], 0
     try:
-        for piece in compiled.generate(plain(values)):
+        given = plain(values)
+    except RecursionError as error:
+        raise TooDeepError from error
+    try:
+        for piece in compiled.generate(given):
             pieces.append(piece)
             length += len(piece)
             if length > MAX_OUTPUT:

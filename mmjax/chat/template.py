@@ -11,7 +11,7 @@ from typing import Any
 from mmjax.chat import sandbox
 from mmjax.chat.templates import TEMPLATES, fallback
 from mmjax.tokenizer.tokenizer import Tokenizer
-from mmjax.types import RequestError
+from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def load_template(given: str | os.PathLike[str] | None, stored: StoredTemplates)
         return None
     text = os.fspath(given)
     if not isinstance(text, str):
-        raise TypeError(f"chat_template should be a string or a path, got {type(given).__name__}")
+        raise RequestTypeError(f"chat_template should be a string or a path, got {type(given).__name__}")
     if any(character in text for character in JINJA_CHARS) or text in {*stored.processor, *stored.tokenizer}:
         return text
     try:

@@ -146,13 +146,15 @@ def _slots(block_ids: Sequence[int], size: int) -> np.ndarray:
     return (np.asarray(block_ids, np.int32)[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
 
 
-def build_logit_biases(buckets: BucketConfig, seqs: Sequence[Seq], vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows i32[S], biases f32[S, V]) of sequences whose constraints depend on their latest token."""
-    total = bucket(len(seqs), buckets.seq_buckets)
+def build_logit_biases(
+    buckets: BucketConfig, bias_rows: Mapping[int, np.ndarray | None], vocab: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows i32[S], biases f32[S, V]) of sequences whose constraints depend on their latest token: by row of the
+    sampling tables, what to add to the logits; None = nothing."""
+    total = bucket(len(bias_rows), buckets.seq_buckets)
     rows, biases = np.full(total, buckets.num_rows - 1, np.int32), np.zeros((total, vocab), np.float32)
-    for s, seq in enumerate(seqs):
-        assert seq.row is not None
-        rows[s], bias = seq.row, seq.logits_processor.bias_row(seq.output_ids.tolist())
+    for s, (row, bias) in enumerate(bias_rows.items()):
+        rows[s] = row
         if bias is not None:
             biases[s] = bias
     return rows, biases

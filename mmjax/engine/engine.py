@@ -9,6 +9,8 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+
 from mmjax.engine.batch_builder import (
     build_decode,
     build_embed_writes,
@@ -95,6 +97,7 @@ class Engine:
         self.stats = EngineStats()
         self._outputs: dict[int, OutputProcessor] = {}
         self._in_flight: deque[InFlightStep] = deque()
+        self._broken: dict[int, Exception] = {}  # by sequence: what its constraint raised while a step was built
 
     def add(self, output: OutputProcessor) -> None:
         """Queue the sequence whose output this processor makes."""
@@ -105,8 +108,12 @@ class Engine:
         """End sequences now; their blocks are freed at once."""
         for output in outputs:
             if not output.seq.finished:
-                output.finish("abort", None)
-                self._end(output)
+                try:
+                    output.finish("abort", None)
+                except Exception as error:
+                    self._fail(output, error)
+                else:
+                    self._end(output)
 
     @property
     def num_unfinished(self) -> int:
@@ -120,7 +127,7 @@ class Engine:
 
     def step(self) -> list[OutputProcessor]:
         """Dispatch what is scheduled, then read results while too many dispatches are in flight. Returns the outputs
-        that changed."""
+        that changed. A constraint or an output that raises ends its own sequence only."""
         begin, waited = time.perf_counter(), self.stats.wait_s
         was_idle = not self._in_flight
         try:
@@ -131,9 +138,10 @@ class Engine:
             self._dispatch(scheduled)
             if was_idle:
                 self.stats.idle_s += time.perf_counter() - begin
-        changed = []
+        changed = [self._fail(self._outputs[seq_id], error) for seq_id, error in self._broken.items()]
+        self._broken.clear()
         if scheduled is None and self._in_flight:
-            changed = self._collect(self._in_flight.popleft())
+            changed += self._collect(self._in_flight.popleft())
         while sum(not step.interleaved_decode for step in self._in_flight) >= MAX_IN_FLIGHT:
             changed += self._collect(self._in_flight.popleft())
         self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
@@ -200,8 +208,10 @@ class Engine:
     def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> InFlightStep:
         changing = [seq for seq, _ in chosen if seq.logits_processor.dynamic]
         if changing:
-            biases = build_logit_biases(self.buckets, changing, self.spec.vocab_size)
-            self.device.run(self.runner.set_logit_biases, *biases)
+            biases = {row: self._bias_row(seq) for seq in changing if (row := seq.row) is not None}
+            self.device.run(
+                self.runner.set_logit_biases, *build_logit_biases(self.buckets, biases, self.spec.vocab_size)
+            )
         seqs, vector = build_decode(self.buckets, chosen, self.sampling_state, self.scheduler.block_tables)
         max_steps = max(steps for _, steps in chosen)
         output = self.device.run(self.runner.decode, seqs, vector, max_steps)
@@ -214,9 +224,17 @@ class Engine:
         counts = None
         if seq.has_penalties:
             counts = token_counts_row(seq.prompt.token_ids.tolist(), seq.output_ids.tolist(), self.spec.vocab_size)
-        bias = seq.logits_processor.bias_row(seq.output_ids.tolist())
+        bias = self._bias_row(seq)
         if seq.has_penalties or bias is not None:
             self.device.run(self.runner.set_sampling_row, seq.row, counts, bias)
+
+    def _bias_row(self, seq: Sequence) -> np.ndarray | None:
+        """f32[V] to add to the logits of a sequence's next token; None = nothing, also where its constraint raises."""
+        try:
+            return seq.logits_processor.bias_row(seq.output_ids.tolist())
+        except Exception as error:
+            self._broken[seq.seq_id] = error
+            return None
 
     # -- reading results ---------------------------------------------------------------------------------------------
 
@@ -229,21 +247,35 @@ class Engine:
         result = StepResult(step.output.result(), logprobs)
         result.wait()
         self.stats.wait_s += time.perf_counter() - begin
+        changed = []
         for chunk in step.prompt_chunks:
             if not chunk.seq.finished:
-                self._outputs[chunk.seq.seq_id].take_prompt(result, chunk)
-        changed = []
+                output = self._outputs[chunk.seq.seq_id]
+                try:
+                    output.take_prompt(result, chunk)
+                except Exception as error:
+                    changed.append(self._fail(output, error))
         for seq, column, steps in step.members:
             if seq.finished:
                 continue
             output, before = self._outputs[seq.seq_id], seq.num_tokens
-            output.take(result, column, steps)
+            try:
+                output.take(result, column, steps)
+            except Exception as error:
+                changed.append(self._fail(output, error))
+                continue
             self.stats.output_tokens += seq.num_tokens - before
             self.scheduler.cache_blocks(seq, seq.num_tokens - 1)
             if output.finish_reason is not None:
                 self._end(output)
             changed.append(output)
         return changed
+
+    def _fail(self, output: OutputProcessor, error: Exception) -> OutputProcessor:
+        """End a sequence whose output cannot be made. Its request reports the error."""
+        output.error, output.finish_reason = error, "abort"
+        self._end(output)
+        return output
 
     def _end(self, output: OutputProcessor) -> None:
         self.scheduler.finish(output.seq)

@@ -97,12 +97,14 @@ class StepResult:
 class OutputProcessor(Protocol):
     """Makes the output of one sequence from what the device computes for it. Only the engine's thread calls it.
 
-    finish_reason: None until the output is complete. stop_reason: the stop token or stop string that ended it.
+    finish_reason: None until the output is complete. stop_reason: the stop token or stop string that ended it. error:
+    set by the engine when the output could not be made.
     """
 
     seq: Sequence
     finish_reason: str | None
     stop_reason: int | str | None
+    error: Exception | None
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:
         """Take the results of a chunk of the prompt. Called only for sequences with `needs_all_tokens`."""

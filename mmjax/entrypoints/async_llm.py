@@ -34,7 +34,7 @@ class RequestStream(Generic[Output]):
     """A request as its caller sees it. The engine's thread runs it; its deltas and its end arrive on the caller's event
     loop.
 
-    output: None until the request has ended. closed: the caller has dropped it, or it could not be started.
+    output: None until the request has ended. closed: the caller has dropped it, or it has failed.
     """
 
     def __init__(self, start: Callable[[], EngineRequest[Output]], *, streaming: bool) -> None:
@@ -80,8 +80,9 @@ class RequestStream(Generic[Output]):
             self._request.record_times(state)
 
     def publish(self) -> bool:
-        """Send the caller what is new. Returns whether the request has ended."""
+        """Send the caller what is new. Returns whether the request has ended. Raises what went wrong with it."""
         assert self._request is not None
+        self._request.check()
         if self.streaming:
             for delta in self._request.new_deltas():
                 self._put(delta)
@@ -127,7 +128,7 @@ class AsyncLLM:
     # -- prompts -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
-        """Process one prompt as `LLM.generate` takes it. Raises TypeError or ValueError for what is wrong with it."""
+        """Process one prompt as `LLM.generate` takes it. Raises RequestError for what is wrong with it."""
         return await self._on_worker(self.model.process, prompt, tokenization_kwargs)
 
     async def prepare_chat(
@@ -163,7 +164,7 @@ class AsyncLLM:
     async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         """Check parameters, and compile the grammar they ask for on a worker thread, where it delays no other request.
 
-        TypeError or ValueError for parameters that cannot be served.
+        RequestError for parameters that cannot be served.
         """
         self.llm.verify(params)
         if params.structured_outputs is None:
@@ -361,5 +362,11 @@ class AsyncLLM:
                 stream.record_times(state)
                 streams[stream] = None
         for stream in streams:
-            if stream.publish():
+            try:
+                ended = stream.publish()
+            except Exception as error:  # this request's own: the others go on
+                stream.closed = ended = True
+                stream.fail(error)
+                stream.abort()
+            if ended:
                 self._forget(stream)

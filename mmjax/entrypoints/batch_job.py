@@ -59,7 +59,7 @@ class BatchJob(Generic[Output]):
         self._unprepared.append((i, prepare))
 
     def run(self) -> dict[int, Output]:
-        """Run all prompts to their ends: outputs by prompt number. Raises what a prompt's preparation raised."""
+        """Run all prompts to their ends: outputs by prompt number. Raises what went wrong with any of them."""
         while self._unprepared or self._prepared or self._running:
             self._start_prepared(wait=not self._running)
             for engine in self.engines:
@@ -67,6 +67,7 @@ class BatchJob(Generic[Output]):
                     i, request = self._running.get(state.seq.seq_id, (-1, None))
                     if request is None:
                         continue  # of an earlier call that was interrupted
+                    request.check()
                     request.record_times(state)
                     if request.finished and i not in self.outputs:
                         self._finish(i, request)

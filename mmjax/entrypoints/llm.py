@@ -24,6 +24,7 @@ from mmjax.types import (
     PoolingRequestOutput,
     RequestError,
     RequestOutput,
+    RequestTypeError,
     SamplingParams,
     ValidationError,
 )
@@ -133,8 +134,8 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """One vector per prompt, in their order: the final hidden state of the last token, of length 1.
 
-        Prompts are those of `generate`, media included. Raises as `generate` does, and ValueError unless the model was
-        loaded with runner="pooling".
+        Prompts are those of `generate`, media included. Raises as `generate` does, and RequestError unless the model
+        was loaded with runner="pooling".
         """
         self.check_pooling("embed")
         return as_embeddings(
@@ -170,15 +171,16 @@ class LLM:
         return self._run(list(map(self._prepare_pooling, process, params)), use_tqdm, priority)
 
     def check_pooling(self, method: str) -> None:
-        """ValueError unless the model was loaded to pool."""
+        """RequestError unless the model was loaded to pool."""
         if not self.args.pooling:
-            raise ValueError(
+            raise RequestError(
                 f"LLM.{method}() is only supported for pooling models. Try passing `--runner pooling` to use the model "
-                "as a pooling model."
+                "as a pooling model.",
+                "wrong_runner",
             )
 
     def pooling_params(self, given: Any, count: int, task: str | None = None) -> list[PoolingParams]:
-        """Checked parameters, one per prompt. TypeError or ValueError for those this model cannot serve."""
+        """Checked parameters, one per prompt. RequestError for those this model cannot serve."""
         return pooling_params(given, count, task, self.model.spec.hidden_size)
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -222,10 +224,12 @@ class LLM:
         return [outputs[i] for i in range(count)]
 
     def _check_lengths(self, count: int, *, lora_request: Any = None, priority: Sequence[int] | None = None) -> None:
-        """ValueError for lists that do not match the prompts, and for LoRA adapters."""
+        """RequestError for lists that do not match the prompts, and for LoRA adapters."""
         for name, values in (("lora_request", lora_request), ("priority", priority)):
             if isinstance(values, Sequence) and len(values) != count:
-                raise ValueError(f"The lengths of prompts ({count}) and {name} ({len(values)}) must be the same.")
+                raise RequestError(
+                    f"The lengths of prompts ({count}) and {name} ({len(values)}) must be the same.", "length_mismatch"
+                )
         if lora_request is not None:
             raise RequestError("LoRA is not supported: pass lora_request=None.", "lora_unsupported")
 
@@ -240,20 +244,23 @@ class LLM:
         else:
             params = list(given)
             if len(params) != count:
-                raise ValueError(f"The lengths of prompts ({count}) and params ({len(params)}) must be the same.")
+                raise RequestError(
+                    f"The lengths of prompts ({count}) and params ({len(params)}) must be the same.", "length_mismatch"
+                )
         for p in {id(p): p for p in params}.values():
             self.verify(p)
         return params
 
     def verify(self, params: Any) -> None:
-        """TypeError or ValueError for sampling parameters that this model cannot serve."""
+        """RequestError for sampling parameters that this model cannot serve."""
         if self.args.pooling:
-            raise ValueError(
+            raise RequestError(
                 "LLM.generate() is only supported for generative models. Try passing `--runner generate` to use the "
-                "model as a generative model."
+                "model as a generative model.",
+                "wrong_runner",
             )
         if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
+            raise RequestTypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
         params.verify(self.model.vocab_size, self.args.max_logprobs)
         if params.n > (most := env_number("MAX_N_SEQUENCES", MAX_N)):
             raise ValidationError(f"n must be at most {most:g}, got {params.n}.", parameter="n", value=params.n)
@@ -265,7 +272,7 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the model."""
         if self.model.tokenizer is None:
-            raise ValueError("Unable to get the tokenizer because skip_tokenizer_init is True")
+            raise RequestError("Unable to get the tokenizer because skip_tokenizer_init is True", "no_tokenizer")
         return self.model.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:

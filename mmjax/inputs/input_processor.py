@@ -19,7 +19,7 @@ from mmjax.inputs import parse, prompt_embeds
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.inputs.parse import MediaInput, ParsedPrompt
 from mmjax.inputs.processor_cache import ProcessorCache
-from mmjax.inputs.processor_kwargs import check_kwargs
+from mmjax.inputs.processor_kwargs import check_kwargs, given_kwargs
 from mmjax.multimodal import audio, image, size_check, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
@@ -31,10 +31,16 @@ from mmjax.processors.base import (
     TimestampTokens,
     linear_positions,
 )
+from mmjax.processors.resize import image_size
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
 log = logging.getLogger(__name__)
+
+
+class ProcessingError(RuntimeError):
+    """A processor has failed on an item that nobody found anything wrong with. That is a bug, and no RequestError."""
+
 
 TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
 
@@ -346,7 +352,7 @@ class InputProcessor:
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning("mm_processor_kwargs: %r is not used by this model and dropped", name)
-        return {name: value for name, value in merged.items() if name in self.processor.accepted_kwargs}
+        return {name: value for name, value in given_kwargs(merged).items() if name in self.processor.accepted_kwargs}
 
     def _item(self, modality: str, index: int, media: MediaInput, options: _MediaOptions) -> HashedItem:
         data = media.data
@@ -378,13 +384,7 @@ class InputProcessor:
 
     def _check_item(self, modality: str, index: int, item: MediaItem) -> None:
         """RequestError for an item too large for the engine."""
-        if self.config.max_item_embeds is not None and item.num_embeds > self.config.max_item_embeds:
-            raise RequestError(
-                f"The {modality} item at index {index} with length {item.num_embeds} exceeds the pre-allocated "
-                f"encoder cache size {self.config.max_item_embeds}. Reduce the input resolution, or raise "
-                f"`max_num_batched_tokens` to at least {item.num_embeds}.",
-                "item_too_large",
-            )
+        self._check_num_embeds(modality, index, item.num_embeds)
         max_inputs = self.config.max_item_inputs.get(modality, item.num_inputs)
         if item.num_inputs > max_inputs:
             raise RequestError(
@@ -393,22 +393,50 @@ class InputProcessor:
                 "item_too_large",
             )
 
+    def _check_num_embeds(self, modality: str, index: int, count: int) -> None:
+        """RequestError for an item with more embeddings than the encoder cache holds."""
+        if self.config.max_item_embeds is not None and count > self.config.max_item_embeds:
+            raise RequestError(
+                f"The {modality} item at index {index} with length {count} exceeds the pre-allocated "
+                f"encoder cache size {self.config.max_item_embeds}. Reduce the input resolution, or raise "
+                f"`max_num_batched_tokens` to at least {count}.",
+                "item_too_large",
+            )
+
+    def _min_num_embeds(self, modality: str, media: Any, kwargs: Mapping[str, Any]) -> int:
+        """A lower bound of an item's embeddings, known before it is resized: `min_pixels` can ask for an image of
+        billions of pixels, on which a processor would spend minutes."""
+        assert self.processor is not None
+        if modality == "image":
+            return self.processor.num_embeds(modality, image_size(media), kwargs)
+        if modality == "video":  # half of one frame's, because a limit on all frames together may shrink each of them
+            return self.processor.num_embeds(modality, (1, *media.frames.shape[1:3]), kwargs) // 2
+        return 0
+
     def _process_item(self, modality: str, index: int, data: Any, options: _MediaOptions) -> MediaItem:
-        """Decode and process one item. RequestError for whatever fails, in words that quote nothing of the item."""
+        """Decode and process one item. RequestError for an item that cannot be decoded or processed, ProcessingError
+        for any other failure; neither message quotes anything of the item."""
         assert self.processor is not None
         kwargs = options.processor_kwargs
         try:
             if isinstance(data, EmbedsInput):
                 assert self.embeds is not None, "parsing has refused embeddings that are not enabled"
                 return self.embeds.to_media_item(modality, index, data, kwargs)
-            return self.processor.process_item(modality, self._decode(modality, data, options.background), kwargs)
+            media = self._decode(modality, data, options.background)
+            self._check_num_embeds(modality, index, self._min_num_embeds(modality, media, kwargs))
+            return self.processor.process_item(modality, media, kwargs)
         except RequestError:
             raise
-        except Exception as error:
+        except MemoryError as error:
             raise RequestError(
+                f"The {modality} item at index {index} needs more memory than there is. Reduce its resolution, length "
+                "or number of frames.",
+                "item_too_large",
+            ) from error
+        except Exception as error:
+            raise ProcessingError(
                 f"Failed to apply {type(self.processor).__module__} on {modality} item {index} "
-                f"({type(error).__name__}).",
-                "processing_failed",
+                f"({type(error).__name__})."
             ) from error
 
     def _decode(self, modality: str, data: Any, background: image.Color) -> Any:

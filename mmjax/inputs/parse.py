@@ -1,6 +1,7 @@
 """Checks the form of prompts, before any work is done.
 
-TypeError for objects of the wrong type, RequestError for wrong values. Media are split into items, but neither decoded
+RequestTypeError for objects of the wrong type, RequestError for wrong values. Media are split into items, but neither
+decoded
 nor hashed.
 """
 
@@ -16,7 +17,7 @@ from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.inputs.prompt_embeds import read_prompt_embeds
 from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
-from mmjax.types import MODALITIES, UNLIMITED, RequestError, read_limit
+from mmjax.types import MODALITIES, UNLIMITED, RequestError, RequestTypeError, read_limit
 
 MAX_ITEMS = 1 << 16  # in one array: a broadcast array can have a shape far beyond memory
 
@@ -64,7 +65,7 @@ def parse_prompt(
     embeds: MediaEmbedsReader | None = None,
     prompt_embeds_dim: int | None = None,
 ) -> ParsedPrompt:
-    """Check the form of one prompt. TypeError for an object of the wrong type, RequestError for wrong media or values.
+    """Check the form of one prompt. RequestTypeError for an object of the wrong type, RequestError for wrong values.
 
     embeds: reads embeddings in place of media; None refuses them. prompt_embeds_dim: width of embeddings in place of a
     whole prompt; None refuses them.
@@ -73,7 +74,7 @@ def parse_prompt(
         return _parse_embeds(prompt, prompt_embeds_dim)
     if isinstance(prompt, Mapping) and "encoder_prompt" in prompt:
         if not encoder_decoder:
-            raise TypeError("Cannot pass encoder-decoder prompt to decoder-only models")
+            raise RequestTypeError("Cannot pass encoder-decoder prompt to decoder-only models")
         return _parse_explicit(prompt, embeds)
     return _parse_single(prompt, encoder_decoder, embeds)
 
@@ -81,10 +82,10 @@ def parse_prompt(
 def _parse_explicit(prompt: Mapping[str, Any], embeds: MediaEmbedsReader | None) -> ParsedPrompt:
     """An encoder prompt and a decoder prompt."""
     if "decoder_prompt" not in prompt:
-        raise TypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
+        raise RequestTypeError("An encoder-decoder prompt needs the key `decoder_prompt`; its value may be None")
     encoder, decoder = _parse_single(prompt["encoder_prompt"], True, embeds), prompt["decoder_prompt"]
     if isinstance(decoder, Mapping) and decoder.get("multi_modal_data"):
-        raise TypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
+        raise RequestTypeError("Cannot pass multi-modal inputs to decoder prompt: they belong to `encoder_prompt`")
     parsed = ParsedPrompt(text="") if decoder is None else _parse_single(decoder, True, embeds)
     return dataclasses.replace(
         encoder,
@@ -109,7 +110,7 @@ def _parse_embeds(prompt: Mapping[str, Any], width: int | None) -> ParsedPrompt:
         )
     text = prompt.get("prompt")
     if text is not None and not isinstance(text, str):
-        raise TypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
+        raise RequestTypeError(f"`prompt` beside `prompt_embeds` should be a string, got {type(text).__name__}")
     return ParsedPrompt(
         text=text,
         prompt_embeds=read_prompt_embeds(prompt["prompt_embeds"], width),
@@ -126,20 +127,20 @@ def _parse_single(prompt: Any, encoder_decoder: bool, embeds: MediaEmbedsReader 
         raise _not_a_prompt(prompt)
     text, tokens = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if prompt.get("prompt_embeds") is not None:
-        raise TypeError("Cannot pass embeddings prompt to encoder-decoder models")
+        raise RequestTypeError("Cannot pass embeddings prompt to encoder-decoder models")
     if tokens is None and text is None:
-        raise TypeError(
+        raise RequestTypeError(
             "Prompt dictionary must contain text, tokens, or embeddings: "
             "`prompt`, `prompt_token_ids` or `prompt_embeds`"
         )
     if text is not None and not isinstance(text, str):
-        raise TypeError(
+        raise RequestTypeError(
             f"Prompt should be a string, list of tokens, or dictionary; `prompt` is a {type(text).__name__}"
         )
     kwargs, io_kwargs = (prompt.get(name) or {} for name in ("mm_processor_kwargs", "media_io_kwargs"))
     for name, value in (("mm_processor_kwargs", kwargs), ("media_io_kwargs", io_kwargs)):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{name} should be a dictionary, got {type(value).__name__}")
+            raise RequestTypeError(f"{name} should be a dictionary, got {type(value).__name__}")
     return ParsedPrompt(
         text=text,
         token_ids=None if tokens is None else _token_ids(tokens),
@@ -152,7 +153,7 @@ def _parse_single(prompt: Any, encoder_decoder: bool, embeds: MediaEmbedsReader 
 
 def _token_ids(tokens: Any) -> tuple[int, ...]:
     if not _is_list(tokens) or not all(map(_is_int, tokens)):
-        raise TypeError("Token prompt should be a list of integers")
+        raise RequestTypeError("Token prompt should be a list of integers")
     return tuple(map(int, tokens))
 
 
@@ -164,8 +165,8 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _not_a_prompt(prompt: Any) -> TypeError:
-    return TypeError(f"Prompt should be a string, list of tokens, or dictionary, got {type(prompt).__name__}")
+def _not_a_prompt(prompt: Any) -> RequestTypeError:
+    return RequestTypeError(f"Prompt should be a string, list of tokens, or dictionary, got {type(prompt).__name__}")
 
 
 def _salt(salt: Any) -> str | None:
@@ -185,7 +186,7 @@ def parse_media(
     data, uuids = data or {}, uuids or {}
     for name, value in (("multi_modal_data", data), ("multi_modal_uuids", uuids)):
         if not isinstance(value, Mapping):
-            raise TypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
+            raise RequestTypeError(f"{name} should be a dictionary by modality, got {type(value).__name__}")
         for modality in value:
             if modality not in MODALITIES:
                 raise RequestError(

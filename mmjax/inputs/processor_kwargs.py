@@ -1,10 +1,10 @@
 """Checks `mm_processor_kwargs`."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.processors.base import Processor
+from mmjax.multimodal.video import MAX_NUMBER, MIN_RATE
+from mmjax.processors.base import Processor, positive_int
 from mmjax.types import RequestError
 
 POSITIVE_INTS = frozenset({"min_pixels", "max_pixels", "num_frames", "num_crops", "max_slice_nums"})
@@ -19,6 +19,15 @@ NESTED = frozenset({"size", "images_kwargs", "videos_kwargs"})
 TYPICAL_SIZES = {"image": (896, 896), "video": (2, 896, 896), "audio": (16_000,)}
 
 
+def given_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given: None stands for one that is not, at any depth."""
+    return {
+        name: given_kwargs(value) if isinstance(value, Mapping) else value
+        for name, value in kwargs.items()
+        if value is not None
+    }
+
+
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
     """RequestError for a value that no family accepts. None counts as not given."""
     for name, value in kwargs.items():
@@ -28,12 +37,12 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
             if not isinstance(value, Mapping):
                 raise _invalid(name, "a dictionary", value)
             check_kwargs(value)
-        elif name in POSITIVE_INTS and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise _invalid(name, "a positive integer", value)
+        elif name in POSITIVE_INTS:
+            positive_int(kwargs, name)
         elif name in BOOLS and not isinstance(value, bool):
             raise _invalid(name, "true or false", value)
         elif name == "fps" and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not MIN_RATE <= value <= MAX_NUMBER
         ):
             raise _invalid(name, "a positive number", value)
 

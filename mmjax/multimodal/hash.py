@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from mmjax.config import env
 from mmjax.multimodal.arrays import is_array, to_numpy
-from mmjax.multimodal.image import exif_of, read
+from mmjax.multimodal.image import DECODE_ERRORS, exif_of, read
 from mmjax.types import RequestError
 
 MAX_COPY_BYTES = 1 << 24
@@ -124,7 +124,7 @@ def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:
     try:
         read(image)
         pixels = image.tobytes()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except DECODE_ERRORS as error:
         raise RequestError("Failed to load image: the file is truncated or damaged.", "bad_media") from error
     palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
     _count(digest, b"P", 6)

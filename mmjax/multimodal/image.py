@@ -5,7 +5,6 @@ import functools
 import io
 import logging
 import re
-import struct
 import threading
 import warnings
 from collections.abc import Mapping
@@ -29,7 +28,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")  #
 MODES = ("RGB", "RGBA", "L", "LA")  # values of image_mode
 SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, MemoryError, Image.DecompressionBombError)
+# a damaged file makes Pillow raise whatever its plugins run into, such as RuntimeError (AVIF) and AssertionError (PNG)
+DECODE_ERRORS = Exception
 
 _load_lock = threading.Lock()  # the same lazily opened image may be in several prompts of a batch
 
@@ -109,6 +109,8 @@ def _open(source: bytes, limits: MediaLimits) -> Image.Image:
         pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(io.BytesIO(source), formats=_formats())
+        except DECODE_ERRORS as error:
+            raise _failed(error) from error
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
 
@@ -276,5 +278,5 @@ def _too_large(shape: tuple[int, ...] | None, limits: MediaLimits) -> RequestErr
 
 
 def _failed(reason: object) -> RequestError:
-    message = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(reason))  # no memory addresses in messages
+    message = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the data", str(reason) or type(reason).__name__)  # no addresses
     return RequestError(f"Failed to load image: {message}", "bad_media")

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from mmjax.types import RequestError
 log = logging.getLogger(__name__)
 
 BACKENDS = ("opencv", "opencv_dynamic")  # vLLM's names of two sampling rules; both decode with ffmpeg
+MAX_NUMBER = 2**31 - 1  # of any size, count, area, rate or frame index
+MIN_RATE = 1e-6  # frames a second; with fewer, times leave the range of positions
 MAX_FILTER_CHARS = 100_000  # an argument of a program may have 128 KiB
 
 
@@ -73,17 +76,17 @@ def _check_metadata(metadata: Mapping[str, Any], num_frames: int) -> dict[str, A
     checked = dict(metadata)
     for name in ("fps", "duration", "total_num_frames"):
         value = checked.get(name)
-        least = 0 if name == "duration" else math.ulp(0.0)
-        if value is not None and not (_is_number(value) and least <= value < math.inf):
+        least = 0 if name == "duration" else MIN_RATE
+        if value is not None and not (_is_number(value) and least <= value <= MAX_NUMBER):
             raise RequestError(f"Video metadata: {name} must be a positive number, got {value!r}.", "bad_media")
     indices = checked.get("frames_indices")
     if indices is not None:
         try:
             given = to_numpy(indices).tolist() if is_array(indices) else indices
-            checked["frames_indices"] = [operator.index(index) for index in given]
+            checked["frames_indices"] = found = [operator.index(index) for index in given]
         except TypeError as error:
             raise RequestError("Video metadata: frames_indices must be a list of integers.", "bad_media") from error
-        if len(checked["frames_indices"]) != num_frames or min(checked["frames_indices"]) < 0:
+        if len(found) != num_frames or min(found) < 0 or max(found) > MAX_NUMBER:
             raise RequestError(
                 f"Video metadata: frames_indices must number each of the {num_frames} frames that are given, from 0 "
                 "up.",
@@ -131,7 +134,7 @@ class FrameSampling:
         if isinstance(count, bool) or not isinstance(count, int) or count < -1 or count == 0:
             raise _bad_option(f"num_frames must be greater than 0 or -1, got {count!r}.")
         for name, value in (("fps", -1 if self.fps is None else self.fps), ("max_duration", self.max_duration)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
                 raise _bad_option(f"{name} must be a finite number, got {value!r}.")
         if not isinstance(self.frame_recovery, bool):
             raise _bad_option(f"frame_recovery must be true or false, got {self.frame_recovery!r}.")
@@ -155,7 +158,7 @@ def uniform_indices(total: int, rate: float, num_frames: int, fps: float) -> lis
     """Evenly spaced frames, first and last included; bounded by `num_frames` and by `fps` per second where positive."""
     count = min(num_frames, total) if num_frames > 0 else total
     if fps > 0:
-        count = min(count, math.floor((total / rate if rate else 0) * fps))
+        count = math.floor(min(count, (total / rate if rate else 0) * fps))
     count = max(1, count)
     return list(range(total)) if count == total else np.linspace(0, total - 1, count).astype(int).tolist()
 
@@ -165,12 +168,14 @@ def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> l
     if rate <= 0:
         raise RequestError("Could not open video stream: its frame rate is unknown.", "bad_media")
     last, duration = total - 1, total / rate
-    if duration <= max_duration:
+    if duration <= max_duration and fps >= rate:  # however many are asked for, there are no more
+        indices = list(range(total))
+    elif duration <= max_duration:
         indices = [min(last, math.ceil(i * rate / fps)) for i in range(math.floor(duration * fps))]
     else:
-        count = int(max_duration * fps)
-        if count >= total:
+        if max_duration * fps >= total:
             return list(range(total))
+        count = int(max_duration * fps)
         indices = [min(last, math.ceil(t * rate)) for t in np.linspace(0, duration, count)]
     return sorted(set(indices)) or [0]
 

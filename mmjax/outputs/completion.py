@@ -33,6 +33,7 @@ class CompletionState:
         self.eos_id = eos_id
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, Logprob]] | None = None if seq.params.logprobs is None else []
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -15,6 +15,7 @@ from mmjax.types import (
     PoolingParams,
     PoolingRequestOutput,
     RequestError,
+    RequestTypeError,
     ValidationError,
 )
 
@@ -26,18 +27,20 @@ def pooling_params(given: Any, count: int, task: str | None, width: int) -> list
     """Checked parameters, one per prompt. given: None, parameters for all prompts, or a list of them. task: of
     parameters that name none.
 
-    TypeError for other objects, ValueError for too few or too many parameters and for a wrong value.
+    RequestTypeError for other objects, RequestError for too few or too many parameters and for a wrong value.
     """
     given = PoolingParams() if given is None else given
     if not isinstance(given, PoolingParams | Sequence):
-        raise TypeError(f"pooling_params should be PoolingParams, got {type(given).__name__}")
+        raise RequestTypeError(f"pooling_params should be PoolingParams, got {type(given).__name__}")
     each = [given] * count if isinstance(given, PoolingParams) else list(given)
     if len(each) != count:
-        raise ValueError(f"The lengths of prompts ({count}) and params ({len(each)}) must be the same.")
+        raise RequestError(
+            f"The lengths of prompts ({count}) and params ({len(each)}) must be the same.", "length_mismatch"
+        )
     out = []
     for params in each:
         if not isinstance(params, PoolingParams):
-            raise TypeError(f"pooling_params should be PoolingParams, got {type(params).__name__}")
+            raise RequestTypeError(f"pooling_params should be PoolingParams, got {type(params).__name__}")
         params = params.clone()
         if task is not None and params.task not in (None, task):
             raise RequestError(f"pooling_params asks for {params.task!r}, but the call is for {task!r}.", "bad_task")
@@ -76,6 +79,7 @@ class PoolingState:
         self.seq = seq
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: Exception | None = None
         self._hidden: list[np.ndarray] = []
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:

@@ -59,6 +59,12 @@ class EngineRequest(abc.ABC, Generic[Output]):
         """What the outputs have gained since this was last called."""
         return []
 
+    def check(self) -> None:
+        """Raise what kept the engine from making one of the outputs, if anything did."""
+        for state in self.states:
+            if state.error is not None:
+                raise state.error
+
     def abort(self) -> None:
         """End the request; its blocks are freed at once."""
         self.engine.abort(self.states)

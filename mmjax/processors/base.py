@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mmjax.multimodal.video import MAX_NUMBER
 from mmjax.types import RequestError
 
 ProcessorKwargs = Mapping[str, Any]
@@ -169,6 +170,8 @@ def positive_int(kwargs: Mapping[str, Any], name: str) -> int:
     value = kwargs[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"mm_processor_kwargs: {name} must be a positive integer, got {value!r}.", "bad_kwargs")
+    if value > MAX_NUMBER:
+        raise RequestError(f"mm_processor_kwargs: {name} must be at most {MAX_NUMBER}.", "bad_kwargs")
     return value
 
 

@@ -18,6 +18,9 @@ from mmjax.processors.base import (
 from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
+from mmjax.types import RequestError
+
+MAX_ASPECT = 1000  # the resized long edge is aspect * 336: bounds what one odd image can allocate
 
 
 def image_fields(image_size: int) -> tuple[FeatureField, ...]:
@@ -61,6 +64,12 @@ class Processor(base.Processor):
         """`image_fields`: the shortest edge is resized to the tower's image size, then the center is cropped."""
         height, width = image_size(media)
         short, long = sorted((height, width))
+        if long > MAX_ASPECT * short:
+            raise RequestError(
+                f"absolute aspect ratio must be at most {MAX_ASPECT}, got {long / short:g} ({width}x{height}). Crop or "
+                "pad the image.",
+                "aspect_ratio",
+            )
         other = int(self.shortest_edge * long / short)
         resized = resize(media, *((other, self.shortest_edge) if width <= height else (self.shortest_edge, other)))
         return MediaItem(

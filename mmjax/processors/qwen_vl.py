@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.multimodal.video import Video
+from mmjax.multimodal.video import MAX_NUMBER, MIN_RATE, Video
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -305,6 +305,6 @@ def frame_rate(video: Video, kwargs: ProcessorKwargs, default: float) -> float:
         if rate and metadata.get("total_num_frames") and metadata.get("frames_indices") is not None:
             rate = rate * len(metadata["frames_indices"]) / metadata["total_num_frames"]  # of the sampled frames
     rate = rate or default
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not MIN_RATE <= rate <= MAX_NUMBER:
         raise RequestError(f"mm_processor_kwargs: fps must be a positive number, got {rate!r}.", "bad_kwargs")
     return float(rate)

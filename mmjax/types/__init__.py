@@ -1,6 +1,6 @@
 """The public vocabulary of mmjax: prompts, parameters, outputs, errors. Imports neither jax nor transformers."""
 
-from mmjax.types.errors import RequestError, ValidationError, VLLMValidationError
+from mmjax.types.errors import RequestError, RequestTypeError, TooDeepError, ValidationError, VLLMValidationError
 from mmjax.types.limits import LIMIT_OPTIONS, MODALITIES, UNLIMITED, read_limit
 from mmjax.types.outputs import (
     FINISH_REASONS,
@@ -49,11 +49,13 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "RequestOutputKind",
+    "RequestTypeError",
     "SampleLogprobs",
     "SamplingParams",
     "SingletonPrompt",
     "TextPrompt",
     "TokensPrompt",
+    "TooDeepError",
     "VLLMValidationError",
     "ValidationError",
     "read_limit",

@@ -1,4 +1,4 @@
-"""The caller's faults. Anything else that is raised is a bug of ours and propagates."""
+"""What callers do wrong. Every other exception is a bug of ours, and is reported as one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class RequestError(ValueError):
-    """A request that can never succeed as it is written.
+    """A request that can never succeed as it is written. A server answers it with a status of 4xx.
 
     `code` is stable snake_case, for programs; the message is for people and says what to change.
     """
@@ -14,6 +14,20 @@ class RequestError(ValueError):
     def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(message)
         self.code = code
+
+
+class RequestTypeError(RequestError, TypeError):
+    """A value of the wrong type. Also a TypeError, as which callers expect it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "wrong_type")
+
+
+class TooDeepError(RequestError):
+    """Lists in lists, or objects in objects, so deep that nothing can be done with them."""
+
+    def __init__(self) -> None:
+        super().__init__("The request is nested too deeply.", "too_deep")
 
 
 class ValidationError(RequestError):

@@ -37,7 +37,8 @@ class RequestOutputKind(enum.Enum):
 
 
 def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not abs(float(value)) <= MAX_FLOAT:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not -MAX_FLOAT <= value <= MAX_FLOAT:
         raise ValidationError(f"{name} must be a finite number, got {value!r}.", parameter=name, value=value)
 
 
@@ -226,13 +227,17 @@ def _texts(name: str, value: Any) -> list[str]:
     return texts
 
 
-def _bias(given: Mapping[Any, Any]) -> dict[int, float]:
+def _bias(given: Any) -> dict[int, float]:
     """Integer keys (JSON writes them as strings) and values clamped to +-100."""
+    if not isinstance(given, Mapping):
+        raise ValidationError(
+            f"logit_bias must be a dictionary by token id, got {type(given).__name__}.", parameter="logit_bias"
+        )
     bias = {}
     for token, value in given.items():
         try:
             key = int(token)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValidationError(
                 f"logit_bias keys must be token ids, got {token!r}.", parameter="logit_bias", value=token
             ) from None

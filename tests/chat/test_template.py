@@ -155,6 +155,10 @@ def test_environment_is_that_of_published_templates(name: str) -> None:
 HOSTILE = {
     "raise_exception": ("{{ raise_exception('no system role') }}", "no system role"),
     "syntax": ("{% for %}", "not valid Jinja on line 1"),
+    "break": ("{% break %}", "not valid Jinja: 'break' outside loop"),
+    "blocks": ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "not valid Jinja: too many statically nested blocks"),
+    "digits": ("{{ " + "1" * 5000 + " }}", "not valid Jinja: Exceeds the limit"),
+    "depth": ("{{ " + "+".join("1" * 3000) + " }}", "not valid Jinja: maximum recursion depth exceeded"),
     "undefined_call": ("{{ nothing() }}", "nothing"),
     "internals": ("{{ ''.__class__.__mro__ }}", "unsafe|undefined|SecurityError"),
     "mutation": ("{% set _ = messages.append(1) %}", "SecurityError"),

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from input_processors import load_processor, make_input_processor
-from mmjax.inputs.input_processor import MAX_CONCURRENT, EngineInput, InputConfig, InputProcessor
+from mmjax.inputs.input_processor import MAX_CONCURRENT, EngineInput, InputConfig, InputProcessor, ProcessingError
 from mmjax.inputs.processor_cache import ProcessorCache
 from mmjax.processors.base import MediaItem
 from mmjax.types import RequestError, ValidationError
@@ -192,6 +192,26 @@ def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
         assert words in str(caught.value)
 
 
+def test_an_item_is_not_enlarged_beyond_the_encoder_budget(tiny_dir: Make) -> None:
+    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=4096)
+    huge = {"min_pixels": 2**31 - 1, "max_pixels": 2**31 - 1}
+    clip = {"prompt": "<video>", "multi_modal_data": {"video": np.zeros((8, 56, 56, 3), np.uint8)}}
+    begin = time.monotonic()
+    for prompt in (image_prompt(RED, mm_processor_kwargs=huge), {**clip, "mm_processor_kwargs": huge}):
+        with pytest.raises(RequestError, match="exceeds the pre-allocated encoder cache size 4096"):
+            render(renderer, prompt)
+    assert time.monotonic() - begin < 10
+    for name in huge:
+        with pytest.raises(RequestError, match=f"{name} must be at most"):
+            render(renderer, image_prompt(RED, mm_processor_kwargs={name: 10**400}))
+
+
+def test_an_option_that_is_none_is_not_given(qwen: InputProcessor) -> None:
+    plain = keys(render(qwen, image_prompt(RED)))
+    assert keys(render(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "size": {"a": None}}))) != plain
+    assert keys(render(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "min_pixels": None}))) == plain
+
+
 def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
     def counts(picture: Image.Image) -> tuple[int, int]:
         render(qwen, image_prompt(picture))
@@ -275,9 +295,9 @@ def test_failures_of_a_processor_do_not_show_the_media(qwen: InputProcessor, mon
         raise KeyError("secret pixels")
 
     monkeypatch.setattr(qwen.processor, "process_item", fail)
-    with pytest.raises(RequestError, match=r"Failed to apply .*qwen2_vl on image item 0 \(KeyError\)") as caught:
+    with pytest.raises(ProcessingError, match=r"Failed to apply .*qwen2_vl on image item 0 \(KeyError\)") as caught:
         render(qwen, image_prompt(RED))
-    assert "secret" not in str(caught.value) and caught.value.code == "processing_failed"
+    assert "secret" not in str(caught.value) and not isinstance(caught.value, RequestError)
 
 
 def test_whisper(tiny_dir: Make) -> None:

@@ -1,8 +1,10 @@
 """Videos: forms of frames, sampling rules, and files written here by the bundled ffmpeg."""
 
 import json
+import math
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,13 @@ def test_sampling_edges() -> None:
     assert video.uniform_indices(5, 0, -1, -1) == [0, 1, 2, 3, 4]
     assert video.uniform_indices(5, 0, 32, 2) == [0]  # no rate, no duration
     assert video.timed_indices(1, 30, 2, 300) == [0]
+    for fps in (1e9, 1e308, sys.float_info.max):  # no list is made of as many
+        assert video.timed_indices(90, 30, fps, 300) == video.timed_indices(90, 30, fps, 2) == list(range(90))
+        assert video.uniform_indices(90, 30, -1, fps) == list(range(90))
+    assert video.timed_indices(90, 30, 31, 300) == video.timed_indices(90, 30, 30, 300) == list(range(90))
+    for wrong in ({"fps": 10**400}, {"max_duration": 10**400}, {"fps": math.inf}):
+        with pytest.raises(RequestError, match="must be a finite number"):
+            FrameSampling(**wrong)
 
 
 def write(file: Path, options: list[str], rate: str = "10") -> Path:

@@ -83,6 +83,13 @@ def test_qwen_positions_of_text_are_ordinary(qwen: Processor) -> None:
     assert delta == 0 and positions.dtype == np.int32
 
 
+def test_llava_refuses_what_would_become_huge(tiny_dir: Callable[[str], Path]) -> None:
+    llava = load_processor("llava", tiny_dir("llava"))[0]
+    for size in ((1, 1001), (1001, 1)):
+        with pytest.raises(RequestError, match="aspect ratio must be at most 1000"):
+            llava.process_item("image", np.zeros((*size, 3), np.uint8), {})
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 3), (20, 4000), (4000, 20), (55, 57)])
 def test_qwen_odd_sizes(qwen: Processor, size: tuple[int, int]) -> None:
     item = qwen.process_item("image", np.zeros((*size, 3), np.uint8), {})

@@ -52,6 +52,9 @@ def test_generate(client: TestClient, served: AsyncLLM) -> None:
         {"prompts": ["the", {"prompt_token_ids": [10**8]}]},
         {"prompts": "the", "sampling_params": {"temprature": 1}},
         {"prompts": "the", "sampling_params": {"stop_token_ids": list(range(500))}},
+        {"prompts": "the", "sampling_params": {"logit_bias": [1]}},
+        {"prompts": "the", "sampling_params": {"logit_bias": {"x": 1}}},
+        {"prompts": "the", "sampling_params": {"temperature": 10**400}},
         {"prompts": ["the"] * 1025},
         {},
     ],
@@ -119,6 +122,10 @@ def test_the_tokenizer_has_limits(client: TestClient) -> None:
     assert client.post("/detokenize", json={"tokens": [1] * (1 << 20 | 1)}).status_code == 400
 
 
+def _nested(depth: int) -> Any:
+    return {"a": _nested(depth - 1)} if depth else 1
+
+
 def test_depth_is_refused(client: TestClient) -> None:
     deep = "[" * 5000 + "]" * 5000
     call = {"function": {"name": "f", "arguments": deep}}
@@ -127,7 +134,8 @@ def test_depth_is_refused(client: TestClient) -> None:
         "/v1/completions": f'{{"prompt": {deep}}}',
         "/generate": f'{{"prompts": {{"prompt": "a", "multi_modal_data": {{"image": {deep}}}}}}}',
     }
-    for path, body in bodies.items():
+    level = json.dumps({"prompt": "a", "messages": [{"role": "user", "content": "a"}], "documents": [_nested(250)]})
+    for path, body in [*bodies.items(), *((path, level) for path in ("/v1/chat/completions", "/tokenize"))]:
         response = client.post(path, content=body, headers={"content-type": "application/json"})
         assert response.status_code == 400 and response.json()["error"]["message"], path
     assert client.post("/v1/completions", json={"prompt": "the", "max_tokens": 1}).status_code == 200

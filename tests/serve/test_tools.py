@@ -121,3 +121,17 @@ def test_one_call_at_a_time(client: TestClient, stream: bool) -> None:
             calls = last[0]["message"]["tool_calls"]
         assert [made["function"]["name"] for made in calls] == ["now"] * count
         assert last[-1]["finish_reason"] == "tool_calls" and last[-1]["stop_reason"] is None
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"function": "f"}, {"function": ["f"]}, {"function": {"name": ["f"]}}, {"name": "f"}]
+)
+def test_a_choice_of_no_function_is_refused(client: TestClient, named: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "tools": [tool],
+        "tool_choice": {"type": "function", **named},
+    }
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and "is none of the tools, f" in response.json()["error"]["message"]

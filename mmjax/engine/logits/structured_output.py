@@ -15,7 +15,7 @@ import numpy as np
 
 from mmjax.engine.logits.bias import LogitsBias
 from mmjax.tokenizer.tokenizer import Tokenizer
-from mmjax.types import RequestError, ValidationError
+from mmjax.types import RequestError, TooDeepError, ValidationError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -59,7 +59,11 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 text = (self.tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8")
                 self._vocabulary = llguidance.LLTokenizer(text, n_vocab=self.vocab_size, eos_token=self.eos_ids)
-        matcher = llguidance.LLMatcher(self._vocabulary, _grammar(llguidance.LLMatcher, structured), log_level=0)
+        try:
+            grammar = _grammar(llguidance.LLMatcher, structured)
+        except RecursionError as error:
+            raise TooDeepError from error
+        matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise ValidationError(
                 f"This constraint cannot be followed: {matcher.get_error().splitlines()[0]}",
@@ -141,7 +145,7 @@ def _grammar(matcher: type[LLMatcher], structured: Any) -> str:
             raise _invalid("choice must be a list of strings that are not empty")
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in value)
         return matcher.grammar_from_lark(f"start: {choices}")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, ValidationError):
             raise
         raise _invalid(f"{name} cannot be read: {error}") from error

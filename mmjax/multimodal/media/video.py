@@ -62,7 +62,7 @@ class VideoMediaIO(MediaIO[Frames]):
         if media_type.lower() != "video/jpeg":
             return super().load_base64(media_type, data)
         count, limit = self.sampling.num_frames, self.limits.video_frames
-        parts = data.split(",", count) if count > 0 else data.split(",")
+        parts = data.split(",", min(count, len(data))) if count > 0 else data.split(",")
         parts = parts[:count] if count > 0 else parts
         if limit and len(parts) > limit:
             raise RequestError(f"The video has {len(parts)} frames, over the limit of {limit}.", "media_too_large")
