@@ -9,14 +9,14 @@ from typing import Any
 import jinja2
 import pytest
 from fastapi.testclient import TestClient
-from serving import events
 
+from api_server import sse_events
 from mmjax import AsyncLLM
 from mmjax.chat import ChatRenderer
 from mmjax.engine.logits.structured_output import StructuredOutput
 from mmjax.outputs.completion import CompletionState
 from mmjax.outputs.request import GenerateRequest, PoolingRequest
-from prompts import pil, sound_of, tone, url, user
+from prompts import base64_wav, image_url_part, random_chord, random_image, user_messages
 
 Json = dict[str, Any]
 Plant = Callable[[pytest.MonkeyPatch, AsyncLLM, Callable[..., Any]], None]
@@ -103,7 +103,7 @@ def in_route(patch: pytest.MonkeyPatch, engine: AsyncLLM, fail: Callable[..., An
 POISONED: Json = {**HELLO, "messages": [{"role": "user", "content": "poison"}]}
 SEEDED: Json = {**HELLO, "temperature": 1, "seed": POISON, "ignore_eos": True}
 PLANTED: dict[str, tuple[Plant, Json]] = {
-    "processor": (in_processor, {**HELLO, "messages": user(url(pil(1)), "What is this?")}),
+    "processor": (in_processor, {**HELLO, "messages": user_messages(image_url_part(random_image(1)), "What is this?")}),
     "template": (in_template, POISONED),
     "tokenizer": (in_tokenizer, POISONED),
     "start": (in_start, SEEDED),
@@ -142,7 +142,7 @@ def others(client: TestClient) -> Iterator[None]:
 
 
 def _texts(response: Any) -> list[str]:
-    return [choice["delta"].get("content", "") for event in events(response) for choice in event["choices"]]
+    return [choice["delta"].get("content", "") for event in sse_events(response) for choice in event["choices"]]
 
 
 def failing(error: type[Exception]) -> Callable[..., Any]:
@@ -194,7 +194,7 @@ def test_a_bug_after_the_start_of_a_stream_is_its_last_event(
     plant(monkeypatch, served, failing(ValueError))
     name = f"bug-in-stream-{phase}"
     response = client.post("/v1/chat/completions", json={**body, "stream": True}, headers={"x-request-id": name})
-    last = events(response)[-1]
+    last = sse_events(response)[-1]
     assert last["error"]["code"] == 500
     check_told(json.dumps(last), name, ValueError, caplog)
     assert client.post("/v1/chat/completions", json=HELLO).status_code == 200
@@ -204,9 +204,9 @@ def test_a_bug_in_every_route(
     client: TestClient, speech_client: TestClient, vector_client: TestClient, served: AsyncLLM, listening: AsyncLLM,
     pooling: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    picture = url(pil(7))["image_url"]["url"]
+    picture = image_url_part(random_image(7))["image_url"]["url"]
     prompt = {"prompt": "What is <image>?", "multi_modal_data": {"image": picture}}
-    talk = user(url(pil(7)), "What is this?")
+    talk = user_messages(image_url_part(random_image(7)), "What is this?")
     inputs = [{"role": "user", "content": [{"type": "input_image", "image_url": picture}]}]
     sound = {"file": ("a.wav", b"RIFF")}
     asks: list[tuple[TestClient, str, Json]] = [
@@ -228,7 +228,7 @@ def test_a_bug_in_every_route(
 
 
 def sound_url() -> str:
-    return f"data:audio/wav;base64,{sound_of(tone(3, 0.3))}"
+    return f"data:audio/wav;base64,{base64_wav(random_chord(3, 0.3))}"
 
 
 def test_a_bug_in_a_stream_of_responses(
