@@ -21,6 +21,10 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "paged_decode": ("reference", "triton", "mosaic_tpu"),
         "paged_prefill": ("reference", "triton", "mosaic_tpu"),
         "segment_attention": ("reference", "triton", "mosaic_tpu", "cudnn"),
+        "fused_decode": ("reference", "triton"),
+        "merge_attn_states": ("reference", "triton"),
+        "skinny_matmul": ("reference", "triton"),
+        "add_rms_norm": ("reference", "triton"),
     }
 )
 """op -> the modules in its folder; each has `run` with the signature of the op (without `impl`)."""
@@ -30,8 +34,14 @@ DEFAULT: Mapping[str, str] = MappingProxyType({"cpu": "reference", "gpu": "trito
 
 @functools.cache
 def select(platform: str) -> Mapping[str, str]:
-    """op -> implementation for a platform. The choice is logged once per process. KeyError for an unknown platform."""
-    chosen = MappingProxyType({op: DEFAULT[platform] for op in IMPLEMENTATIONS})
+    """op -> implementation for a platform. The choice is logged once per process. KeyError for an unknown platform.
+
+    An op without an implementation of the platform's own has its reference there.
+    """
+    default = DEFAULT[platform]
+    chosen = MappingProxyType(
+        {op: default if default in known else "reference" for op, known in IMPLEMENTATIONS.items()}
+    )
     logger.info("kernels on %s: %s", platform, ", ".join(f"{op}={impl}" for op, impl in chosen.items()))
     return chosen
 

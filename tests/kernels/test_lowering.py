@@ -35,16 +35,68 @@ def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tu
     }
 
 
+def decode_step_programs() -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
+    """The ops of a decode step on a GPU: rows as wide as 2048, 2 kv heads of 8 queries."""
+    bf16, f32 = jnp.bfloat16, jnp.float32
+
+    def multiply(rows: Any, weight: Any, **options: Any) -> Any:
+        one_row = not isinstance(rows, jax.Array)
+        tile = kernels.tile_for(
+            1 if one_row else len(rows), weight.shape, head_dim=128 if isinstance(rows, kernels.AttnStates) else 0
+        )
+        assert tile is not None
+        return kernels.skinny_matmul(rows, weight, tile=tile, eps=1e-6, impl="triton", **options)
+
+    def qkv(parts: Any, norm: Any, weight: Any) -> Any:
+        return multiply(kernels.ResidualParts(parts, norm), weight, reserve=4)
+
+    def o(out: Any, lse: Any, weight: Any, into: Any) -> Any:
+        return multiply(kernels.AttnStates(out, lse), weight, into=into)
+
+    def attend(qkv: Any, cos: Any, sin: Any, squares: Any, bias: Any, *cache: Any) -> Any:
+        epilogue = kernels.QKVEpilogue(cos, sin, squares, bias, hidden_size=2048, eps=1e-6)
+        return kernels.fused_decode(qkv, epilogue, *cache, scale=0.1, impl="triton")
+
+    cache = (((128, 64, 2, 128), bf16),) * 2 + (((1, 8), I32), ((1,), I32), ((1,), I32), ((), I32))
+    return {
+        "qkv": (qkv, (((9, 2048), bf16), ((2048,), bf16), ((2048, 2560), bf16))),
+        "o": (o, (((16, 1, 2048), bf16), ((16, 1, 16), f32), ((2048, 2048), bf16), ((5, 2048), bf16))),
+        "gate_up": (qkv, (((5, 2048), bf16), ((2048,), bf16), ((2048, 2, 11008), bf16))),
+        "down": (multiply, (((256, 11008), bf16), ((11008, 2048), bf16))),
+        "attend": (
+            attend,
+            (((4, 1, 2, 10, 128), f32), ((1, 64), f32), ((1, 64), f32), ((4, 1), f32), ((2, 10, 128), bf16), *cache),
+        ),
+        "merge": (
+            lambda *states: kernels.merge_attn_states(kernels.AttnStates(*states), impl="triton"),
+            (((16, 4, 2048), bf16), ((16, 4, 16), f32)),
+        ),
+        "norm": (
+            functools.partial(kernels.add_rms_norm, eps=1e-6, impl="triton"),
+            (((4, 2048), bf16), ((4, 4, 2048), f32), ((2048,), bf16)),
+        ),
+    }
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["decode", "causal", "cross", "segments", "masked_keys"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_lowers(device: str, name: str) -> None:
-    function, shapes = programs(*DEVICES[device])[name]
+    text = lowered(device, *programs(*DEVICES[device])[name])
+    assert "tpu_custom_call" in text or "triton" in text
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "attend", "merge", "norm"])
+def test_decode_step_lowers(name: str) -> None:
+    assert "triton" in lowered("cuda", *decode_step_programs()[name])
+
+
+def lowered(device: str, function: Callable[..., Any], shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> str:
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     try:
         gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     except TypeError:  # before 0.11 a device has no platform
         gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu if device == "cuda" else None)):
-        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(device,)).as_text()
-    assert "tpu_custom_call" in text or "triton" in text
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=(device,)).as_text()

@@ -1,0 +1,48 @@
+"""The tile of each product, by what was fastest on an H100: see docs/performance.md."""
+
+from collections.abc import Iterator
+
+from .types import Tile
+
+PROGRAMS = 120
+"""Programs from which on nearly every one of 132 multiprocessors has work; K is split until there are so many."""
+MAX_ROWS = 256
+
+
+def tile_for(rows: int, shape: tuple[int, ...], *, head_dim: int = 0) -> Tile | None:
+    """How to tile the bfloat16 product of so many rows with a weight [K, N] or [K, 2, F]; None where XLA is as fast or
+    no tile divides the weight. head_dim: of attention states, where the row is merged from such."""
+    K, N = shape[0], shape[-1]
+    if rows > MAX_ROWS:
+        return None
+    for tile in _gated(rows) if len(shape) == 3 else _plain(rows, K, N):
+        whole_heads = not head_dim or (K // tile.split_k % head_dim == 0 and head_dim % tile.block_k == 0)
+        if N % tile.block_n == 0 and K % (tile.split_k * tile.block_k) == 0 and whole_heads:
+            return tile
+    return None
+
+
+def _gated(rows: int) -> Iterator[Tile]:
+    """Whole sums over K. For more than 64 rows cuBLAS, which shares what it reads between multiprocessors, is faster by
+    more than a kernel for silu and the product takes: 47 and 5 us against 53 (256 rows, 2048 x 2 x 11008)."""
+    if rows <= 16:
+        yield from (Tile(128, 32, 6), Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 4))
+    elif rows <= 64:
+        yield from (Tile(64, 64, 3, block_m=64), Tile(32, 64, 3, block_m=64), Tile(32, 32, 3, block_m=64))
+
+
+def _plain(rows: int, K: int, N: int) -> Iterator[Tile]:
+    few, deep = rows <= 16, K > 2 * N
+    block_m, block_n, block_k, num_stages, num_warps = (16 if few else 64), 64, 64, 4, 4
+    enough = PROGRAMS if rows <= 64 else 2 * PROGRAMS
+    if deep and few:
+        block_k, num_stages, enough = 32, 6, 2 * PROGRAMS
+    elif deep and rows > 64:
+        block_m, block_n, num_warps, enough = 128, 128, 8, PROGRAMS
+    for width in (block_n, 64, 32):
+        programs = -(-rows // block_m) * (N // width)
+        most = 8 if deep and few else 4
+        first = next((count for count in (1, 2, 4) if programs * count >= enough), most)
+        for split_k in (first, 4, 2, 1):
+            for depth in (block_k, 64, 32):
+                yield Tile(width, depth, num_stages, split_k, num_warps, block_m)
