@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
+from mmjax.nn import decode_step
 from mmjax.nn.attention import attend
 from mmjax.nn.layers import jit_layers
 from mmjax.nn.moe import Experts, MoeConfig
@@ -213,6 +214,8 @@ class Decoder(nnx.Module):
             width = x.shape[-1]
             x = jnp.where(is_media, media[:, :width], x)
         angles = self.c.rope.angles(batch.rope_positions)
+        if decode_step.can_run(self.c, x, kv_cache, batch):  # a step's tokens are never media
+            return decode_step.run(self.layers, self.c, self.norm[...], x, angles, kv_cache, batch)
         num_blocks = kv_cache.k.shape[0] // self.c.num_layers
         for i, layer in enumerate(jit_layers(self.layers, DecoderLayer.__call__)):
             with jax.named_scope(f"layer_{i}"):
