@@ -84,6 +84,14 @@ def env_flag(name: str, default: bool) -> bool:
     return text in ("1", "true")
 
 
+def xla_flag_is_set(name: str) -> bool:
+    """Whether XLA_FLAGS, or the file that it names, sets a flag."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("-"):
+        flags = Path(flags).read_text()
+    return f"--{name}" in (flag.partition("=")[0] for flag in flags.split())
+
+
 def cache_root() -> Path:
     """The directory for what can be made again."""
     return Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser()

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from mmjax import sharding
 from mmjax.batch import KVCache
 from mmjax.engine import sampler
+from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
 from mmjax.engine.programs import (
     Decode,
@@ -33,6 +34,7 @@ from mmjax.engine.programs import (
     StepOutput,
     WriteEmbeds,
 )
+from mmjax.engine.sampling_state import all_plain_greedy
 from mmjax.loader.params import ProgressBar
 from mmjax.loader.precision import Precision
 from mmjax.nn.attention import kv_cache_axes
@@ -43,13 +45,6 @@ logger = logging.getLogger(__name__)
 
 Array = jax.Array
 Compiled = Callable[..., Any]
-
-# XLA:CPU converts int8 weights to floats as a whole before it multiplies. By default it schedules for speed, which
-# keeps the copies of all layers at once, and hoists them out of loops.
-LOW_MEMORY_OPTIONS = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
-}
 
 
 class ModelRunner:
@@ -87,8 +82,10 @@ class ModelRunner:
             # there the loop has a fixed length (on an H100 both take the same 2.9 ms at batch 1).
             stops_early=platform == "cpu",
         )
-        quantized = any(isinstance(value, QuantizedArray) for value in self.params)
-        self.compiler_options: dict[str, Any] = LOW_MEMORY_OPTIONS if quantized and platform == "cpu" else {}
+        self.platform = platform
+        # Decode programs of their own for rows that ask for no sampling: without its branches a step has fewer kernels.
+        # Where the host waits for each step anyway, they would only be more to compile.
+        self.greedy_programs = platform == "gpu"
         self.state = self._initial_state(memory, precision.kv_dtype, platform)
 
     def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
@@ -129,7 +126,13 @@ class ModelRunner:
         if self.warm:
             self.compiles_after_warmup += 1
             logger.warning("compiling %s after warm-up", key)
-        return lowered.compile(compiler_options=self.compiler_options)
+        options = compiler_options(
+            self.platform,
+            decode=isinstance(key, Decode),
+            int8=any(isinstance(value, QuantizedArray) for value in self.params),
+            num_devices=self.mesh.size,
+        )
+        return lowered.compile(compiler_options=dict(options))
 
     def program_keys(self) -> list[ProgramKey]:
         """All programs, the slowest to compile first."""
@@ -142,7 +145,10 @@ class ModelRunner:
         if self.spec.pooling:
             return [*prefills, *encodes, *writes]
         loops = sorted({self._loop_steps(1), self._loop_steps(buckets.num_decode_steps)})
-        decodes = [Decode(seqs, steps) for seqs in reversed(buckets.seq_buckets) for steps in loops]
+        modes = (False, True) if self.greedy_programs else (False,)
+        decodes = [
+            Decode(seqs, steps, greedy) for seqs in reversed(buckets.seq_buckets) for steps in loops for greedy in modes
+        ]
         biases = [SetLogitBiases(rows) for rows in buckets.seq_buckets]
         logprobs = [PromptLogprobs(tokens) for tokens in buckets.token_buckets]
         return [*prefills, *decodes, *encodes, *writes, *biases, *logprobs, SetSamplingRow()]
@@ -170,7 +176,9 @@ class ModelRunner:
 
     def decode(self, seqs: int, vector: np.ndarray, max_steps: int) -> StepOutput:
         """Dispatch at most `max_steps` decode steps: sampled [>= max_steps, S], -1 where a row had stopped."""
-        self.state, output = self.program(Decode(seqs, self._loop_steps(max_steps)))(self.params, self.state, vector)
+        greedy = self.greedy_programs and all_plain_greedy(self.buckets.decode_layout(seqs).views(vector))
+        program = self.program(Decode(seqs, self._loop_steps(max_steps), greedy))
+        self.state, output = program(self.params, self.state, vector)
         return output
 
     def encode(self, name: str, num_inputs: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:

@@ -93,16 +93,24 @@ class StepFunctions:
         sampled = sampler.sample(
             logits, metadata, state.token_counts, state.logit_bias, num_logprobs=self.buckets.max_logprobs
         )
+        state = self._record(state, f, sampled.token_ids, active)
+        counts = sampler.count_tokens(state.token_counts, metadata, sampled.token_ids, active)
+        return dataclasses.replace(state, token_counts=counts), sampled
+
+    @jax.named_scope("sampler")
+    def _sample_greedy(
+        self, model: Any, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
+    ) -> tuple[DeviceState, Array]:
+        """`_sample` where no row asks for more than its likeliest token i32[S]."""
+        token_ids = sampler.greedy(jax.lax.with_sharding_constraint(model.logits(hidden), self.replicated))
+        return self._record(state, f, token_ids, active), token_ids
+
+    def _record(self, state: DeviceState, f: Mapping[str, Array], token_ids: Array, active: Array) -> DeviceState:
+        """Note the newest token of each active row, and whether it is a stop."""
         row = jnp.where(active, f["row"], self.buckets.num_rows - 1)
-        stopped = jnp.any(f["stop_ids"] == sampled.token_ids[:, None], axis=1)
-        return (
-            dataclasses.replace(
-                state,
-                last_token=state.last_token.at[row].set(sampled.token_ids),
-                stopped=state.stopped.at[row].set(stopped),
-                token_counts=sampler.count_tokens(state.token_counts, metadata, sampled.token_ids, active),
-            ),
-            sampled,
+        stopped = jnp.any(f["stop_ids"] == token_ids[:, None], axis=1)
+        return dataclasses.replace(
+            state, last_token=state.last_token.at[row].set(token_ids), stopped=state.stopped.at[row].set(stopped)
         )
 
     def prefill(
@@ -137,13 +145,14 @@ class StepFunctions:
         return state, StepOutput(sampled=sampled, hidden=hidden)
 
     def decode(
-        self, params: Params, state: DeviceState, vector: Array, *, seqs: int, steps: int
+        self, params: Params, state: DeviceState, vector: Array, *, seqs: int, steps: int, greedy: bool
     ) -> tuple[DeviceState, StepOutput]:
-        """Up to `steps` tokens for each of S sequences, fed back on the device; -1 where a row had stopped."""
-        buckets = self.buckets
-        f = buckets.decode_layout(seqs).unpack(vector)
+        """Up to `steps` tokens for each of S sequences, fed back on the device; -1 where a row had stopped.
+
+        greedy: no row asks for more than its likeliest token.
+        """
+        f = self.buckets.decode_layout(seqs).unpack(vector)
         model = self._model(params)
-        own = jnp.arange(seqs, dtype=jnp.int32)
         blank = self._blank(seqs, steps)
 
         def alive(step: Array, state: DeviceState) -> Array:
@@ -157,29 +166,18 @@ class StepFunctions:
         ) -> tuple[Array, DeviceState, sampler.SamplerOutput]:
             step, state, out = carry
             active = alive(step, state)
-            positions = f["positions"] + step
-            slots = (
-                f["block_table"][own, positions // buckets.block_size] * buckets.block_size
-                + positions % buckets.block_size
-            )
-            batch = Batch(
-                token_ids=state.last_token[f["row"]],
-                rope_positions=jnp.broadcast_to(positions + f["rope_delta"], (buckets.rope_axes, seqs)),
-                mm_index=jnp.full(seqs, -1, jnp.int32),
-                slot_mapping=jnp.where(active, slots, -1),
-                seq_index=own,
-                q_start=positions,
-                block_table=f["block_table"],
-                context_lens=jnp.where(active, positions + 1, 0),
-                cross_block_table=f["cross_block_table"],
-                cross_context_lens=jnp.where(active, f["cross_context_lens"], 0),
-            )
+            batch = self._decode_batch(f, state.last_token, step, active)
             hidden, kv_cache = model(batch, state.kv_cache, state.mm_embeds)
+            state = dataclasses.replace(state, kv_cache=kv_cache)
+            if greedy:
+                state, token_ids = self._sample_greedy(model, hidden, f, state, active)
+                new = jnp.where(active, token_ids, -1)
+                return step + 1, state, dataclasses.replace(out, token_ids=out.token_ids.at[step].set(new))
             now = dict(f) | {
                 "output_len": f["output_len"] + step,
                 "min_tokens_left": (f["min_tokens_left"] - step).clip(0),
             }
-            state, sampled = self._sample(model, hidden, now, dataclasses.replace(state, kv_cache=kv_cache), active)
+            state, sampled = self._sample(model, hidden, now, state, active)
             sampled = dataclasses.replace(sampled, token_ids=jnp.where(active, sampled.token_ids, -1))
             out = jax.tree.map(lambda all, new: all.at[step].set(new), out, sampled)
             return step + 1, state, out
@@ -190,6 +188,25 @@ class StepFunctions:
         else:
             _, state, out = jax.lax.fori_loop(0, steps, lambda _, carry: one(carry), start)
         return state, StepOutput(sampled=out)
+
+    def _decode_batch(self, f: Mapping[str, Array], last_token: Array, step: Array, active: Array) -> Batch:
+        """The newest token of each of S sequences, after `step` tokens of this loop. Rows that are not active
+        bool[S] neither write keys nor attend."""
+        own = jnp.arange(active.shape[0], dtype=jnp.int32)
+        positions, block_size = f["positions"] + step, self.buckets.block_size
+        slots = f["block_table"][own, positions // block_size] * block_size + positions % block_size
+        return Batch(
+            token_ids=last_token[f["row"]],
+            rope_positions=jnp.broadcast_to(positions + f["rope_delta"], (self.buckets.rope_axes, *own.shape)),
+            mm_index=jnp.full_like(own, -1),
+            slot_mapping=jnp.where(active, slots, -1),
+            seq_index=own,
+            q_start=positions,
+            block_table=f["block_table"],
+            context_lens=jnp.where(active, positions + 1, 0),
+            cross_block_table=f["cross_block_table"],
+            cross_context_lens=jnp.where(active, f["cross_context_lens"], 0),
+        )
 
     def _blank(self, seqs: int, k: int) -> sampler.SamplerOutput:
         top = self.buckets.max_logprobs
@@ -286,16 +303,18 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """A loop of `steps` decode steps for `seqs` sequences."""
+    """A loop of `steps` decode steps for `seqs` sequences; greedy: of which none asks for more than its likeliest
+    token."""
 
     seqs: int
     steps: int
+    greedy: bool = False
 
     def program(self, inputs: ProgramInputs) -> Program:
         functions = inputs.functions
         vector = inputs.array((functions.buckets.decode_layout(self.seqs).size,))
         return Program(
-            functools.partial(functions.decode, seqs=self.seqs, steps=self.steps),
+            functools.partial(functions.decode, seqs=self.seqs, steps=self.steps, greedy=self.greedy),
             (inputs.params, inputs.state, vector),
             (inputs.state_sharding, functions.replicated),
             donate=(1,),

@@ -123,6 +123,11 @@ def sample(
     return SamplerOutput(token, *logprobs)
 
 
+def greedy(logits: Array) -> Array:
+    """i32[S]: what `sample` chooses from f32[S, V] where no row asks for anything."""
+    return _argmax(logits)
+
+
 def prompt_logprobs(logits: Array, targets: Array, num_logprobs: int) -> PromptLogprobs:
     """The log-probabilities of targets i32[T] under logits f32[T, V].
 

@@ -29,6 +29,15 @@ SAMPLING_FIELDS: tuple[tuple[str, str], ...] = (
 LARGEST = np.iinfo(np.int32).max  # more than any vocabulary or length
 
 
+NOT_PLAIN = ("temperature", "has_penalties", "has_bias", "min_tokens_left", "want_logprobs")
+"""The fields of which any, where it is not zero, makes a row ask for more than its likeliest token."""
+
+
+def all_plain_greedy(f: Mapping[str, np.ndarray]) -> bool:
+    """Whether every row of a batch asks for its likeliest token and nothing else."""
+    return not any(f[name].any() for name in NOT_PLAIN)
+
+
 class SamplingState:
     """What the sampler must know of each running sequence, by table row, so that packing a step is a few gathers."""
 

@@ -1,0 +1,56 @@
+"""What a GPU does in a decode step, on the CPU: programs without sampling, and layers of fused kernels."""
+
+import pytest
+from mmjax.kernels import Tile
+
+from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
+from mmjax import LLM, SamplingParams
+from mmjax.engine.programs import Decode
+from mmjax.nn import decode_step
+
+PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1)), {"prompt_token_ids": [5, 6, 7]}]
+SAMPLED = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, seed=3, max_tokens=12, ignore_eos=True)
+
+
+def decodes(llm: LLM) -> list[Decode]:
+    return [key for key in llm.model.engines[0].runner._programs if isinstance(key, Decode)]
+
+
+def test_rows_that_ask_for_no_sampling_run_without_its_branches(make_llm, qwen: LLM) -> None:
+    llm = make_llm("qwen2_vl")
+    runner = llm.model.engines[0].runner
+    runner.greedy_programs = True
+    programs = len(runner.program_keys())
+    assert output_ids(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == output_ids(
+        qwen.generate(PROMPTS, greedy(), use_tqdm=False)
+    )
+    assert decodes(llm) and all(key.greedy for key in decodes(llm))
+    mixed = [greedy(12), SAMPLED, greedy(12)]
+    assert output_ids(llm.generate(PROMPTS, mixed, use_tqdm=False)) == output_ids(
+        qwen.generate(PROMPTS, mixed, use_tqdm=False)
+    )
+    assert any(not key.greedy for key in decodes(llm)), "one row that samples takes the batch with it"
+    assert set(runner._programs) <= set(runner.program_keys()), "a server would compile after warm-up"
+    runner.greedy_programs = False
+    assert programs > len(runner.program_keys())
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_layers_of_fused_kernels_give_the_same_tokens(make_llm, shared_llm, monkeypatch, family: str) -> None:
+    want = output_ids(shared_llm(family).generate(PROMPTS, greedy(), use_tqdm=False))
+    rows = []
+
+    def can_run(c, x, kv_cache, batch) -> bool:
+        decoding = batch.seq_index.shape[0] == x.shape[0]
+        rows.extend([len(x)] * decoding)
+        return decoding
+
+    def tile_for(rows: int, shape: tuple[int, ...], *, head_dim: int = 0) -> Tile:
+        return Tile(32, 16, 2, split_k=2 if len(shape) == 2 else 1)  # the tiny heads are none that the GPU would take
+
+    monkeypatch.setattr(decode_step, "can_run", can_run)
+    monkeypatch.setattr(decode_step, "tile_for", tile_for)
+    llm = make_llm(family)
+    assert output_ids(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == want
+    assert [output_ids(llm.generate(prompt, greedy(), use_tqdm=False))[0] for prompt in PROMPTS] == want
+    assert len(set(rows)) > 1 and 1 in rows, rows
