@@ -113,8 +113,12 @@ def test_distribution_after_every_truncation():
         assert_distributed(tokens, expected / expected.sum())
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("ties", [False, True])
-def test_truncation_equals_the_sorted_definition(ties):
+def test_truncation_equals_the_sorted_definition(ties, platform, monkeypatch):
+    bits = sampler.digit_bits(platform)
+    monkeypatch.setattr(sampler, "digit_bits", lambda _: bits)
+    weights = jax.jit(lambda *arrays: sampler._weights(*arrays))
     generator = np.random.default_rng(3)
     size, vocab = 64, 500
     logits = noise(size, vocab, 4)
@@ -138,6 +142,24 @@ def test_top_k_counts_exactly_without_ties():
     k = np.array([1, 2, 10, 777, 2999, 3000])
     got = np.asarray(weights(logits, rows_of(6, temperature=1, top_k=k))) > 0
     np.testing.assert_array_equal(got.sum(-1), k)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_wider_digits_find_the_same_thresholds(bits, monkeypatch):
+    values = noise(9, 700, 7)
+    values[0] = np.abs(values[0])
+    values[1, 5:] = -np.inf
+    values[2] = np.round(values[2])
+    values[3, :3] = np.finfo(np.float32).max
+    values[4, :3] = np.inf
+    counts = np.array([1, 5, 300, 3, 3, 9, 700, 699, 2], np.float32)
+    narrow = np.asarray(jax.jit(sampler._threshold)(values, np.float32(1), counts))
+    monkeypatch.setattr(sampler, "digit_bits", lambda _: bits)
+    wide = np.asarray(jax.jit(lambda *arrays: sampler._threshold(*arrays))(values, np.float32(1), counts))
+    np.testing.assert_array_equal(wide, narrow)
+    kept = np.asarray(jnp.sum(jnp.asarray(values) >= wide, axis=1))  # XLA flushes the thresholds next to zero
+    assert kept[2] >= 300, "ties are kept"
+    np.testing.assert_array_equal(np.delete(kept, 2), [1, 5, 3, 3, 9, 700, 699, 2])
 
 
 def test_negative_top_k_is_off():
