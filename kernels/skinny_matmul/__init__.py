@@ -1,6 +1,6 @@
 """The product of a few rows with a weight, bound by reading the weight, and what surrounds it in a decode step."""
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from ..attn_states import AttnStates
 from ..choose import implementation
@@ -12,7 +12,8 @@ __all__ = ["Product", "ResidualParts", "Tile", "skinny_matmul", "tile_for"]
 
 def skinny_matmul(
     x: Float[Array, "M K"] | AttnStates | ResidualParts,
-    weight: Float[Array, "K *pair N"],
+    weight: Shaped[Array, "K *pair N"],
+    scale: Float[Array, "*pair N"] | None = None,
     *,
     tile: Tile,
     eps: float = 0.0,
@@ -26,5 +27,7 @@ def skinny_matmul(
     the sum comes back as the first of 1 + reserve rows. A single row's product may go `into` rows 1..split_k of
     residual parts [1 + split_k, N], donated, in their dtype. `tile`: see `tile_for`. Raises NotImplementedError for
     what `impl` does not serve.
+
+    An int8 weight comes with the scale of each column.
     """
-    return implementation("skinny_matmul", impl)(x, weight, tile=tile, eps=eps, reserve=reserve, into=into)
+    return implementation("skinny_matmul", impl)(x, weight, scale, tile=tile, eps=eps, reserve=reserve, into=into)

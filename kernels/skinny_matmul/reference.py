@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from ..attn_states import AttnStates
 from ..merge_attn_states.reference import run as merge
@@ -11,7 +11,8 @@ from .types import Product, ResidualParts, Tile
 
 def run(
     x: Float[Array, "M K"] | AttnStates | ResidualParts,
-    weight: Float[Array, "K *pair N"],
+    weight: Shaped[Array, "K *pair N"],
+    scale: Float[Array, "*pair N"] | None = None,
     *,
     tile: Tile,
     eps: float,
@@ -33,7 +34,8 @@ def run(
         dtype = rows.dtype
     M, K = rows.shape
     wide = rows.astype(jnp.float32).reshape(M, tile.split_k, -1)
-    parts = weight.astype(jnp.float32).reshape(tile.split_k, K // tile.split_k, -1)
+    exact_weight = weight.astype(jnp.float32) * (1.0 if scale is None else scale.astype(jnp.float32))
+    parts = exact_weight.reshape(tile.split_k, K // tile.split_k, -1)
     sums = jnp.einsum("mpk,pkn->pmn", wide, parts, precision=jax.lax.Precision.HIGHEST)
     if weight.ndim == 3:
         gate, up = jnp.split((sums.sum(0) * norm).astype(dtype).astype(jnp.float32), 2, axis=1)

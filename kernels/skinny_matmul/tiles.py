@@ -9,13 +9,14 @@ PROGRAMS = 120
 MAX_ROWS = 256
 
 
-def tile_for(rows: int, shape: tuple[int, ...], *, head_dim: int = 0) -> Tile | None:
-    """How to tile the bfloat16 product of so many rows with a weight [K, N] or [K, 2, F]; None where XLA is as fast or
+def tile_for(rows: int, shape: tuple[int, ...], *, head_dim: int = 0, int8: bool = False) -> Tile | None:
+    """How to tile the product of so many bfloat16 rows with a weight [K, N] or [K, 2, F]; None where XLA is as fast or
     no tile divides the weight. head_dim: of attention states, where the row is merged from such."""
     K, N = shape[0], shape[-1]
-    if rows > MAX_ROWS:
+    if rows > (1 if int8 else MAX_ROWS):
         return None
-    for tile in _gated(rows) if len(shape) == 3 else _plain(rows, K, N):
+    gated = len(shape) == 3
+    for tile in _int8(gated, K, N) if int8 else _gated(rows) if gated else _plain(rows, K, N):
         whole_heads = not head_dim or (K // tile.split_k % head_dim == 0 and head_dim % tile.block_k == 0)
         if N % tile.block_n == 0 and K % (tile.split_k * tile.block_k) == 0 and whole_heads:
             return tile
@@ -29,6 +30,18 @@ def _gated(rows: int) -> Iterator[Tile]:
         yield from (Tile(128, 32, 6), Tile(64, 64, 4), Tile(32, 64, 4), Tile(32, 32, 4))
     elif rows <= 64:
         yield from (Tile(64, 64, 3, block_m=64), Tile(32, 64, 3, block_m=64), Tile(32, 32, 3, block_m=64))
+
+
+def _int8(gated: bool, K: int, N: int) -> Iterator[Tile]:
+    """One row. Reckoned, not measured yet: 16 KB or more on their way to each multiprocessor, and two programs or eight
+    warps on each, so that one computes while another waits."""
+    if gated:
+        yield from (Tile(64, 64, 4, 1, 8), Tile(64, 32, 4, 1, 4), Tile(32, 64, 4, 1, 4), Tile(32, 32, 4, 1, 4))
+        return
+    deep = K > 2 * N
+    for block_n in (64, 32):
+        for split_k in (8, 4, 2, 1) if deep else (4, 2, 1):
+            yield from (Tile(block_n, 64, 4, split_k), Tile(block_n, 32, 8, split_k))
 
 
 def _plain(rows: int, K: int, N: int) -> Iterator[Tile]:

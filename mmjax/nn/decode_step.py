@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from mmjax.batch import Batch, KVCache
 from mmjax.kernels import (
@@ -91,8 +91,8 @@ def _one_row(
     """A layer for one sequence. R is 1 + split_k of down: the parts of the residual that it takes and leaves."""
 
     def product(name: str, x: Float[Array, "one K"] | AttnStates | ResidualParts, **options: Any) -> Product:
-        weight = _matrix(getattr(layer, name), name)
-        return skinny_matmul(x, weight, tile=tiles[name], eps=layer.c.eps, **options)
+        weight, scale = _matrix(getattr(layer, name), name)
+        return skinny_matmul(x, weight, scale, tile=tiles[name], eps=layer.c.eps, **options)
 
     with jax.named_scope("attn"):
         qkv = product("qkv", ResidualParts(parts, layer.attn_norm[...]), reserve=tiles["o"].split_k)
@@ -138,10 +138,9 @@ def _tiles(layer: DecoderLayer, rows: int) -> dict[str, Tile | None]:
     """How to tile each product of a layer for so many rows, None where XLA is to do it."""
     tiles = {}
     for name in ("qkv", "o", "gate_up", "down"):
-        weight = getattr(layer, name)
+        matrix, scale = _matrix(getattr(layer, name), name)
         head_dim = layer.c.head_dim if name == "o" and rows == 1 else 0
-        int8 = isinstance(weight.stored, QuantizedArray)  # XLA reads it as fast as a kernel did
-        tiles[name] = None if int8 else tile_for(rows, _matrix(weight, name).shape, head_dim=head_dim)
+        tiles[name] = tile_for(rows, matrix.shape, head_dim=head_dim, int8=scale is not None)
     return tiles
 
 
@@ -152,17 +151,19 @@ def _product(
     weight: Weight = getattr(layer, name)
     tile = tiles[name]
     if tile is not None:
-        return skinny_matmul(x, _matrix(weight, name), tile=tile).out
+        return skinny_matmul(x, *_matrix(weight, name), tile=tile).out
     heads = (layer.c.num_kv_heads, layer.c.q_per_kv, layer.c.head_dim)
     return weight.einsum(spec, x.reshape(-1, *heads) if name == "o" else x)
 
 
-def _matrix(weight: Weight, name: str) -> Float[Array, "K *pair N"]:
-    """A weight of a layer as [K, N], or [D, 2, F] for gate_up."""
-    value: Array = weight[...]
+def _matrix(weight: Weight, name: str) -> tuple[Shaped[Array, "K *pair N"], Float[Array, "*pair N"] | None]:
+    """A weight of a layer as [K, N], or [D, 2, F] for gate_up; of int8 its scale beside it."""
+    stored = weight.stored
+    value, scale = (stored.values, stored.scale) if isinstance(stored, QuantizedArray) else (weight[...], None)
     if name == "gate_up":
-        return value
-    return value.reshape(value.shape[0], -1) if name == "qkv" else value.reshape(-1, value.shape[-1])
+        return value, None if scale is None else scale[0]
+    matrix = value.reshape(value.shape[0], -1) if name == "qkv" else value.reshape(-1, value.shape[-1])
+    return matrix, None if scale is None else scale.reshape(-1)
 
 
 def _attend(

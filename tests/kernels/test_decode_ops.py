@@ -114,6 +114,67 @@ def test_product_of_attention_in_splits_into_residual_parts(impl: str) -> None:
     assert_close(out[1:].sum(0, keepdims=True), merged(states) @ exact(weight), 8 * BF16)
 
 
+def int8(*shape: int) -> tuple[jax.Array, jax.Array, Array]:
+    """An int8 weight, the scale of each of its columns, and what both stand for."""
+    rng = np.random.default_rng(7)
+    values = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+    scale = bfloat16(rng.uniform(0.005, 0.02, shape[1:]))
+    return values, scale, exact(values.astype(jnp.float32)) * exact(scale)
+
+
+INT8 = {  # the last asks for more blocks ahead than there are
+    "blocks_ahead": Tile(64, 32, 2, split_k=2),
+    "whole": Tile(32, 64, 4, num_warps=8),
+    "past_the_end": Tile(64, 32, 3, split_k=4),
+}
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tile", INT8.values(), ids=INT8.keys())
+def test_int8_product(tile: Tile, impl: str) -> None:
+    x, (weight, scale, want) = normal(0, 1, WIDTH), int8(WIDTH, 128)
+    out = program("skinny_matmul", impl, tile=tile, eps=0.0, reserve=0, into=None)(x, weight, scale).out
+    assert out.dtype == jnp.float32 and out.shape[0] == tile.split_k
+    span = WIDTH // tile.split_k
+    parts = [exact(x)[:, i : i + span] @ want[i : i + span] for i in range(0, WIDTH, span)]
+    assert_close(out, np.stack(parts), 1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_int8_product_of_a_residual_in_parts(gated: bool, impl: str) -> None:
+    parts, norm_weight = normal(0, 9, WIDTH), normal(2, WIDTH)
+    weight, scale, want = int8(WIDTH, 2, 128) if gated else int8(WIDTH, 128)
+    tile = Tile(64, 32, 3, split_k=1 if gated else 4)
+    run = program("skinny_matmul", impl, tile=tile, eps=EPS, reserve=3, into=None)
+    out, residual, sum_squares = run(ResidualParts(parts, norm_weight), weight, scale)
+    total = exact(parts).sum(0, keepdims=True)
+    assert_close(residual[:1], total, BF16)
+    scaled = total * exact(norm_weight)
+    if gated:
+        gate, up = (scaled / rms(total) @ want[:, side] for side in range(2))
+        assert_close(out, gate / (1 + np.exp(-gate)) * up)
+        return
+    assert_close(out.sum(0), scaled @ want, 1e-5)
+    assert_close(sum_squares, (total.reshape(4, -1) ** 2).sum(1, keepdims=True), BF16)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_int8_product_of_attention_in_splits_into_residual_parts(impl: str) -> None:
+    states, residual, (weight, scale, want) = attn_states(4, 1), normal(2, 3, 128), int8(WIDTH, 128)
+    run = program("skinny_matmul", impl, tile=Tile(64, 64, 2, split_k=2), eps=0.0, reserve=0)
+    out = run(states, weight, scale, into=residual).out
+    assert (out[0] == residual[0]).all()
+    assert_close(out[1:].sum(0, keepdims=True), merged(states) @ want, 8 * BF16)
+
+
+def test_int8_product_refuses_more_rows() -> None:
+    weight, scale, _ = int8(WIDTH, 128)
+    with pytest.raises(NotImplementedError, match="int8 weights take one row"):
+        kernels.skinny_matmul(normal(0, 2, WIDTH), weight, scale, tile=Tile(64, 64, 2), impl="triton")
+    assert kernels.tile_for(2, weight.shape, int8=True) is None
+
+
 REFUSED = {
     "float32": ((1, 256), (256, 128), Tile(64, 64, 2), jnp.float32),
     "columns": ((1, 256), (256, 96), Tile(64, 64, 2), jnp.bfloat16),
@@ -129,15 +190,19 @@ def test_product_refuses(case: tuple[tuple[int, ...], tuple[int, ...], Tile, Any
         kernels.skinny_matmul(jnp.zeros(rows, dtype), jnp.zeros(shape, dtype), tile=tile, impl="triton")
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 16, 64, 256])
 @pytest.mark.parametrize("shape", [(2048, 2560), (2048, 2048), (2048, 2, 11008), (11008, 2048), (896, 1152), (72, 40)])
-def test_tiles_divide_what_they_are_for(rows: int, shape: tuple[int, ...]) -> None:
-    tile = kernels.tile_for(rows, shape, head_dim=128 if shape == (2048, 2048) and rows == 1 else 0)
+def test_tiles_divide_what_they_are_for(rows: int, shape: tuple[int, ...], int8: bool) -> None:
+    head_dim = 128 if shape == (2048, 2048) and rows == 1 else 0
+    tile = kernels.tile_for(rows, shape, head_dim=head_dim, int8=int8)
     if shape == (72, 40):
         assert tile is None
     if tile is not None:
         assert shape[-1] % tile.block_n == 0 and shape[0] % (tile.split_k * tile.block_k) == 0
         assert tile.split_k == 1 or len(shape) == 2
+    if int8:
+        assert (tile is not None) == (rows == 1 and shape != (72, 40)), tile
 
 
 # -- merge_attn_states, add_rms_norm ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from mmjax import kernels
 
 DEVICES = {"cuda": ("gpu", "triton"), "tpu": ("tpu", "mosaic_tpu")}
 I32 = jnp.int32
+DECODE_STEP = ("qkv", "o", "gate_up", "down", "attend", "merge", "norm")
 
 
 def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
@@ -37,32 +38,36 @@ def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tu
 
 def decode_step_programs() -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
     """The ops of a decode step on a GPU: rows as wide as 2048, 2 kv heads of 8 queries."""
-    bf16, f32 = jnp.bfloat16, jnp.float32
+    bf16, f32, i8 = jnp.bfloat16, jnp.float32, jnp.int8
 
-    def multiply(rows: Any, weight: Any, **options: Any) -> Any:
+    def multiply(rows: Any, weight: Any, scale: Any = None, **options: Any) -> Any:
         one_row = not isinstance(rows, jax.Array)
-        tile = kernels.tile_for(
-            1 if one_row else len(rows), weight.shape, head_dim=128 if isinstance(rows, kernels.AttnStates) else 0
-        )
+        head_dim = 128 if isinstance(rows, kernels.AttnStates) else 0
+        tile = kernels.tile_for(1 if one_row else len(rows), weight.shape, head_dim=head_dim, int8=scale is not None)
         assert tile is not None
-        return kernels.skinny_matmul(rows, weight, tile=tile, eps=1e-6, impl="triton", **options)
+        return kernels.skinny_matmul(rows, weight, scale, tile=tile, eps=1e-6, impl="triton", **options)
 
-    def qkv(parts: Any, norm: Any, weight: Any) -> Any:
-        return multiply(kernels.ResidualParts(parts, norm), weight, reserve=4)
+    def qkv(parts: Any, norm: Any, weight: Any, scale: Any = None) -> Any:
+        return multiply(kernels.ResidualParts(parts, norm), weight, scale, reserve=4)
 
-    def o(out: Any, lse: Any, weight: Any, into: Any) -> Any:
-        return multiply(kernels.AttnStates(out, lse), weight, into=into)
+    def o(out: Any, lse: Any, into: Any, weight: Any, scale: Any = None) -> Any:
+        return multiply(kernels.AttnStates(out, lse), weight, scale, into=into)
 
     def attend(qkv: Any, cos: Any, sin: Any, squares: Any, bias: Any, *cache: Any) -> Any:
         epilogue = kernels.QKVEpilogue(cos, sin, squares, bias, hidden_size=2048, eps=1e-6)
         return kernels.fused_decode(qkv, epilogue, *cache, scale=0.1, impl="triton")
 
     cache = (((128, 64, 2, 128), bf16),) * 2 + (((1, 8), I32), ((1,), I32), ((1,), I32), ((), I32))
+    states = ((16, 1, 2048), bf16), ((16, 1, 16), f32), ((5, 2048), bf16)
     return {
         "qkv": (qkv, (((9, 2048), bf16), ((2048,), bf16), ((2048, 2560), bf16))),
-        "o": (o, (((16, 1, 2048), bf16), ((16, 1, 16), f32), ((2048, 2048), bf16), ((5, 2048), bf16))),
+        "o": (o, (*states, ((2048, 2048), bf16))),
         "gate_up": (qkv, (((5, 2048), bf16), ((2048,), bf16), ((2048, 2, 11008), bf16))),
         "down": (multiply, (((256, 11008), bf16), ((11008, 2048), bf16))),
+        "qkv_int8": (qkv, (((9, 2048), bf16), ((2048,), bf16), ((2048, 2560), i8), ((2560,), bf16))),
+        "o_int8": (o, (*states, ((2048, 2048), i8), ((2048,), bf16))),
+        "gate_up_int8": (qkv, (((5, 2048), bf16), ((2048,), bf16), ((2048, 2, 11008), i8), ((2, 11008), bf16))),
+        "down_int8": (multiply, (((1, 11008), bf16), ((11008, 2048), i8), ((2048,), bf16))),
         "attend": (
             attend,
             (((4, 1, 2, 10, 128), f32), ((1, 64), f32), ((1, 64), f32), ((4, 1), f32), ((2, 10, 128), bf16), *cache),
@@ -87,7 +92,7 @@ def test_lowers(device: str, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("name", ["qkv", "o", "gate_up", "down", "attend", "merge", "norm"])
+@pytest.mark.parametrize("name", [*DECODE_STEP, *(f"{name}_int8" for name in DECODE_STEP[:4])])
 def test_decode_step_lowers(name: str) -> None:
     assert "triton" in lowered("cuda", *decode_step_programs()[name])
 
