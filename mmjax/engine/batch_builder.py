@@ -10,7 +10,7 @@ from mmjax.batch import bucket
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.encoder_cache import EncoderCache
 from mmjax.engine.output_processor import PromptChunk
-from mmjax.engine.sampling_state import SamplingState
+from mmjax.engine.sampling_state import PADDING, SamplingState
 from mmjax.engine.scheduler import ScheduledChunk, ScheduledEncode
 from mmjax.engine.sequence import Sequence as Seq
 from mmjax.processors.base import MediaItem
@@ -161,11 +161,11 @@ def build_logit_biases(
 
 
 def _pad_rows(f: Mapping[str, np.ndarray], buckets: BucketConfig) -> None:
-    """Parameters of padding rows: greedy, and written to the table row that no sequence has."""
+    """Padding rows: every parameter is off, and what they compute is written to the table row that no sequence has."""
     f["row"].fill(buckets.num_rows - 1)
     f["stop_ids"].fill(-1)
-    f["top_p"].fill(1)
-    f["repetition_penalty"].fill(1)
+    for name, off in PADDING:
+        f[name].fill(off)
 
 
 def _fill_rope_positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:

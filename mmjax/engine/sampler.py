@@ -44,13 +44,13 @@ PromptLogprobs = tuple[Array, Array, Array, Array]
 class SamplingMetadata:
     """The sampling parameters and state of the S rows of a step."""
 
-    temperature: Array  # f32[S]; 0 = greedy
+    temperature: Array  # f32[S]; this and the next six are fields of SamplingParams, and "off" is the same value
     top_k: Array  # i32[S]; 0 = off
-    top_p: Array  # f32[S]; 1 = off
-    min_p: Array  # f32[S]; 0 = off
-    presence_penalty: Array  # f32[S]; 0 = off
-    frequency_penalty: Array  # f32[S]; 0 = off
-    repetition_penalty: Array  # f32[S]; 1 = off
+    top_p: Array  # f32[S]
+    min_p: Array  # f32[S]
+    presence_penalty: Array  # f32[S]
+    frequency_penalty: Array  # f32[S]
+    repetition_penalty: Array  # f32[S]
     seed: Array  # i32[S, 2]; the low 64 bits of the request's seed, low word first
     output_len: Array  # i32[S]; how many output tokens the sequence already has
     row: Array  # i32[S]; the sequence's row of token_counts and logit_bias; padding has a row that no sequence has

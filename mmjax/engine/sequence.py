@@ -113,8 +113,7 @@ class Sequence:
     @property
     def has_penalties(self) -> bool:
         """Whether the sampler needs the counts of this sequence's tokens."""
-        p = self.params
-        return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+        return self.params.has_penalties
 
     def append_tokens(self, token_ids: list[int]) -> None:
         """Take the next output tokens."""
