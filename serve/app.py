@@ -32,11 +32,11 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     # The gate asks for keys; this only tells clients so.
     keyed: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if settings.keys else []}
     app.include_router(system_routes.router(context))
-    app.include_router(system_routes.models_router(context), responses=openapi.NO_SUCH_MODEL, **keyed)
+    app.include_router(system_routes.models_router(context), responses=openapi.MODEL_ERRORS, **keyed)
     if settings.development:
-        app.include_router(system_routes.development_router(context), responses=openapi.KEYLESS, **keyed)
+        app.include_router(system_routes.development_router(context), responses=openapi.UNAUTHORIZED, **keyed)
     for router in (system_routes.tokens_router, *_routers(engine)):
-        app.include_router(router(context), responses=openapi.REFUSALS, **keyed)
+        app.include_router(router(context), responses=openapi.GENERATION_ERRORS, **keyed)
     app.add_middleware(
         RequestGate,
         keys=settings.keys,

@@ -7,53 +7,57 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import PlainTextResponse, Response
-from mmjax.serve import openapi as say
 from mmjax.serve.context import ServerContext, event_stream, unless_gone, usage
-from mmjax.serve.schema import RequestBody as Body
-from mmjax.serve.schema import Seed, sampling
-from pydantic import ConfigDict, Field
+from mmjax.serve.openapi import TRANSCRIPT, PublishedAs, without_null
+from mmjax.serve.published_types import Upload
+from mmjax.serve.sampling_schema import OF_SPEECH, PositiveInt, sampling_fields
+from mmjax.serve.schema import RequestBody, sampling_params
+from pydantic import ConfigDict, Field, create_model
 
 from mmjax import RequestOutput, SamplingParams, Speech, SpeechTask, Transcript
 from mmjax.types import ValidationError
 
 Json = dict[str, Any]
-FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
-SAMPLED = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "include_stop_str_in_output",
-)  # fmt: skip
+TranscriptFormat = Literal["json", "text", "verbose_json", "srt", "vtt"]
+FORMATS = get_args(TranscriptFormat)
 
 
-class SpeechForm(Body):
-    """The fields of both routes. Unknown ones are ignored."""
+class SpeechForm(
+    create_model("SpeechSampling", __base__=RequestBody, **sampling_fields(OF_SPEECH, {"temperature": 0.0}))  # type: ignore[misc]
+):
+    """The form of both routes. Unknown fields are ignored."""
 
-    model_config = ConfigDict(json_schema_extra=say.without_null)
-    file: Annotated[UploadFile, say.Upload]
+    model_config = ConfigDict(json_schema_extra=without_null)
+    file: Annotated[UploadFile, Upload]
     model: str | None = None
+    """The name of the model; missing: the model that the server has."""
     language: str | None = None
+    """The language that is spoken, as its code; missing: the model detects it."""
     to_language: str | None = None
+    """The language of a translation: only `en`."""
     prompt: str = ""
-    response_format: Annotated[str, say.As(Literal["json", "text", "verbose_json", "srt", "vtt"])] = "json"
-    granularities: list[Literal["segment", "word"]] = Field(default=[], alias="timestamp_granularities[]")
+    """Text that precedes the recording."""
+    response_format: Annotated[str, PublishedAs(TranscriptFormat)] = "json"
+    """`verbose_json`, `srt` and `vtt` have timestamps."""
+    granularities: list[Literal["segment", "word"]] = Field(
+        default=[], alias="timestamp_granularities[]", description="Only `segment`, with `verbose_json`."
+    )
     stream: bool = False
+    """Send the text in chunks, as it is generated."""
     stream_include_usage: bool = False
+    """Send a last chunk with the usage."""
     stream_continuous_usage_stats: bool = False
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: say.Temperature = 0.0
-    top_p: say.TopP | None = None
-    top_k: say.TopK | None = None
-    min_p: say.MinP | None = None
-    seed: Seed | None = None
-    frequency_penalty: say.Penalty | None = None
-    presence_penalty: say.Penalty | None = None
-    repetition_penalty: say.Factor | None = None
-    include_stop_str_in_output: bool | None = None
-    n: Annotated[int, say.As(Literal[1])] = 1
-    use_beam_search: Annotated[bool, say.As(Literal[False])] = False
+    """Send the usage with every chunk."""
+    max_completion_tokens: PositiveInt | None = None
+    """Most tokens of the text of each part of the recording."""
+    n: Annotated[int, PublishedAs(Literal[1])] = 1
+    """Only 1."""
+    use_beam_search: Annotated[bool, PublishedAs(Literal[False])] = False
+    """Not supported."""
 
     def check(self) -> None:
         """ValidationError for fields that do not go together, and for what is not to be had."""
@@ -81,10 +85,10 @@ class SpeechForm(Body):
                 "`timestamp_granularities[]` needs response_format verbose_json.", parameter="timestamp_granularities[]"
             )
 
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """Sampling parameters of the given fields."""
-        given = {name: getattr(self, name) for name in SAMPLED if getattr(self, name) is not None}
-        return sampling({**given, "max_tokens": self.max_completion_tokens}, defaults)
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """The sampling parameters of the form, over the model's defaults."""
+        given = {name: getattr(self, name) for name in OF_SPEECH if getattr(self, name) is not None}
+        return sampling_params({**given, "max_tokens": self.max_completion_tokens}, defaults)
 
     @property
     def timed(self) -> bool:
@@ -95,14 +99,14 @@ def router(context: ServerContext) -> APIRouter:
     """Both routes."""
     routes, speech = APIRouter(), Speech(context.engine)
 
-    @routes.post("/v1/audio/transcriptions", response_model=None, responses=say.TRANSCRIPT)
+    @routes.post("/v1/audio/transcriptions", response_model=None, responses=TRANSCRIPT)
     async def transcribe(
         body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
     ) -> Response | Json:
         """The text of a sound file, in the language that is spoken."""
         return await AudioHandler(context, speech, body, request, translate=False).respond()
 
-    @routes.post("/v1/audio/translations", response_model=None, responses=say.TRANSCRIPT)
+    @routes.post("/v1/audio/translations", response_model=None, responses=TRANSCRIPT)
     async def translate(
         body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
     ) -> Response | Json:
@@ -143,7 +147,7 @@ class AudioHandler:
         if self.task.translate and (body.to_language or "en").lower() != "en":
             raise ValidationError("Translations are into English only.", parameter="to_language")
         self.speech.check(self.task)
-        params = body.sampling(self.context.engine.llm.get_default_sampling_params())
+        params = body.sampling_params(self.context.engine.llm.get_default_sampling_params())
         if (body.file.size or 0) > most:
             raise ValidationError(f"Maximum file size exceeded: {most / 1e6:g} MB.", parameter="file")
         async with self.context.admitted():

@@ -20,7 +20,7 @@ from mmjax.serve.context import (
     usage,
 )
 from mmjax.serve.openapi import STREAM
-from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling
+from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling_params
 from mmjax.serve.tools import CLOSE, MAX_CALLS, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestError, RequestOutput, SamplingParams
@@ -50,7 +50,7 @@ def router(context: ServerContext) -> APIRouter:
         if not body.messages:
             raise RequestError("messages: the list of conversations is empty")
         context.check_prompts(len(body.messages))
-        all_of_them = [ChatHandler(context, each, request.state.request_id) for each in body.each()]
+        all_of_them = [ChatHandler(context, each, request.state.request_id) for each in body.chat_requests()]
         answers = await unless_gone(request, together(*(each.answer() for each in all_of_them)))
         return await as_json(_as_one(answers))
 
@@ -91,9 +91,9 @@ class ChatHandler:
     async def prepare(self) -> tuple[Any, SamplingParams]:
         """(rendered prompt, sampling parameters). Whatever is wrong with the request is raised here."""
         engine, body = self.context.engine, self.body
-        options = self.context.chat_options(body.options())
+        options = self.context.chat_options(body.chat_kwargs())
         self.context.check_stops(body.stop)
-        fields = body.fields()
+        fields = body.sampling_fields()
         if self.schema is not None:
             if "structured_outputs" in fields:
                 raise RequestError("tool_choice and a response format cannot both say what the answer looks like")
@@ -101,9 +101,9 @@ class ChatHandler:
         elif self._one_call():
             fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), CLOSE]
         async with self.context.admitted():
-            params = sampling(fields, engine.llm.get_default_sampling_params())
+            params = sampling_params(fields, engine.llm.get_default_sampling_params())
             self.grammar = await engine.compile_grammar(params)
-            engine_input = await engine.prepare_chat(body.messages, body.tokenization(), **options)
+            engine_input = await engine.prepare_chat(body.messages, body.tokenization_kwargs(), **options)
         engine.check_length(engine_input, params)
         self.prepared = engine_input, params
         return self.prepared

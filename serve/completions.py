@@ -20,7 +20,7 @@ from mmjax.serve.context import (
     usage,
 )
 from mmjax.serve.openapi import STREAM
-from mmjax.serve.schema import CompletionRequest, sampling, tokenization
+from mmjax.serve.schema import CompletionRequest, sampling_params, tokenization_kwargs
 
 from mmjax import RequestError, RequestOutput, SamplingParams
 
@@ -62,7 +62,7 @@ class CompletionHandler:
             raise RequestError("prompt: the list is empty")
         self.context.check_prompts(len(prompts))
         self.context.check_stops(body.stop)
-        options = tokenization(body.truncate_prompt_tokens)
+        options = tokenization_kwargs(body.truncate_prompt_tokens)
         options |= {} if body.add_special_tokens else {"add_special_tokens": False}
         salt = {"cache_salt": body.cache_salt} if body.cache_salt else {}
 
@@ -71,7 +71,7 @@ class CompletionHandler:
             return await engine.prepare({name: prompt, **salt}, options)
 
         async with self.context.admitted():
-            params = sampling(body.fields(), engine.llm.get_default_sampling_params())
+            params = sampling_params(body.sampling_fields(), engine.llm.get_default_sampling_params())
             self.grammar = await engine.compile_grammar(params)
             engine_input = await together(*map(one, prompts))
         for each in engine_input:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from mmjax.serve.context import ServerContext, as_json, together, unless_gone, usage
-from mmjax.serve.openapi import As, Conversation
-from mmjax.serve.schema import ChatFields, tokenization
+from mmjax.serve.openapi import PublishedAs
+from mmjax.serve.published_types import Conversation
+from mmjax.serve.schema import ChatFields, TruncatePromptTokens, tokenization_kwargs
 from pydantic import ConfigDict, Field, model_validator
 
 from mmjax import PoolingParams, PoolingRequestOutput, RequestError
@@ -24,19 +25,27 @@ Inputs = str | list[int] | list[str] | list[list[int]]
 
 
 class EmbeddingRequest(ChatFields):
-    """`input`: one text or list of token ids, or a list of those. `messages`: a conversation instead."""
-
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["input"]}, {"required": ["messages"]}]})
     model: str | None = None
-    input: Annotated[Inputs | None, As(Inputs)] = None
-    messages: Annotated[list[Json] | None, As(Conversation)] = None
+    """The name of the model; null: the model that the server has."""
+    input: Annotated[Inputs | None, PublishedAs(Inputs)] = None
+    """A text or a list of token ids, or a list of several of them. Give either this or `messages`."""
+    messages: Annotated[list[Json] | None, PublishedAs(Conversation)] = None
+    """A conversation. Give either this or `input`."""
     encoding_format: Literal["float", "base64"] = "float"
+    """How vectors are written; `base64` has little-endian float32 numbers."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Return only this many leading numbers of each vector."""
     normalize: bool | None = None
+    """Scale vectors to length 1; null: as the model does by default."""
     add_special_tokens: bool | None = None
+    """Let the tokenizer add its special tokens; null: true for `input`, false for `messages`."""
     add_generation_prompt: bool = False
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """End the prompt where the model's answer would begin."""
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
+    """Use only this many of the prompt's last tokens; -1: as many as the model's length allows."""
     user: str | None = None
+    """Accepted, but not used."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> EmbeddingRequest:
@@ -85,12 +94,12 @@ def router(context: ServerContext) -> APIRouter:
 async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
     engine = context.engine
     params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize)
-    options = tokenization(body.truncate_prompt_tokens)
+    options = tokenization_kwargs(body.truncate_prompt_tokens)
     if body.add_special_tokens is not None:
         options["add_special_tokens"] = body.add_special_tokens
     if body.messages is not None:
         async with context.admitted():
-            engine_input = await engine.prepare_chat(body.messages, options, **context.chat_options(body.options()))
+            engine_input = await engine.prepare_chat(body.messages, options, **context.chat_options(body.chat_kwargs()))
             return [await engine.embed(engine_input, params)]
     prompts = body.prompts()
     if not prompts:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from mmjax.serve import openapi as say
+from mmjax.serve import published_types as published
+from mmjax.serve.sampling_schema import PositiveInt
 from mmjax.serve.schema import ChatFields, ChatRequest, GenerationFields, StreamOptions
 from pydantic import Field, field_validator
 from pydantic import ValidationError as FormError
@@ -16,11 +17,11 @@ from mmjax.types import RequestError, ValidationError
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
 FORMATS = ("text", "json_object", "json_schema")
-NOT_KEPT = "nothing is kept here; send the whole conversation as `input`"
-NOT_TO_BE_HAD = {
+NOT_STORED = "nothing is kept here; send the whole conversation as `input`"
+UNSUPPORTED = {
     "store": "answers are not kept here; leave it out, or send false",
-    "previous_response_id": NOT_KEPT,
-    "conversation": NOT_KEPT,
+    "previous_response_id": NOT_STORED,
+    "conversation": NOT_STORED,
     "prompt": "no prompts are kept here; send `instructions` and `input`",
     "background": "answers are made while the client waits; leave it out, and use `stream`",
     "truncation": "items are never left out; send fewer, or 'disabled'",
@@ -28,36 +29,51 @@ NOT_TO_BE_HAD = {
 
 
 class ResponsesRequest(GenerationFields, ChatFields):
-    """POST /v1/responses. Nothing is kept from one request to the next: `input` is the whole conversation."""
-
-    input: say.ResponseInput
+    input: published.ResponsesInput
+    """A text, or the whole conversation as items: the server stores none."""
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: say.FlatTools | None = None
-    tool_choice: say.FlatToolChoice | None = None
+    """A system message before the conversation."""
+    max_output_tokens: PositiveInt | None = None
+    """Most tokens of the output; null: as many as the model's length allows."""
+    tools: published.ResponsesTools | None = None
+    """The functions that the model may call."""
+    tool_choice: published.ResponsesToolChoice | None = None
+    """Which tools the model may or must call; null: `auto`."""
     parallel_tool_calls: bool | None = None
-    text: say.TextForm | None = None
+    """Allow several calls in one output; null: true."""
+    text: published.ResponsesTextOptions | None = None
+    """The form of the output."""
     include: list[str] | None = None
+    """`message.output_text.logprobs` returns log-probabilities; other entries are ignored."""
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    """Return the log-probabilities of this many most likely tokens at each position."""
     metadata: dict[str, str] | None = None
+    """Returned with the response."""
     store: Literal[False] | None = None
+    """Not supported: the server stores no responses."""
     previous_response_id: None = None
+    """Not supported."""
     conversation: None = None
+    """Not supported."""
     prompt: None = None
+    """Not supported."""
     background: Literal[False] | None = None
+    """Not supported."""
     truncation: Literal["disabled"] | None = None
+    """Not supported: no items are left out."""
 
-    @field_validator(*NOT_TO_BE_HAD, mode="wrap")
+    @field_validator(*UNSUPPORTED, mode="wrap")
     @classmethod
-    def _to_be_had(cls, value: Any, check: Any, told: Any) -> Any:
+    def _explain_unsupported(cls, value: Any, check: Any, info: Any) -> Any:
         try:
             return check(value)
         except ValueError:
-            raise ValueError(NOT_TO_BE_HAD[told.field_name]) from None
+            raise ValueError(UNSUPPORTED[info.field_name]) from None
 
     @field_validator("tools")
     @classmethod
-    def _functions(cls, tools: list[Json] | None) -> list[Json] | None:
+    def _check_tools(cls, tools: list[Json] | None) -> list[Json] | None:
+        """Replaces the validator of this name in ChatFields, whose tools have another form."""
         for tool in tools or ():
             if not _names_function(tool):
                 raise ValueError("each must be {'type': 'function', 'name': ..., 'parameters': ...}")
@@ -65,14 +81,14 @@ class ResponsesRequest(GenerationFields, ChatFields):
 
     @field_validator("tool_choice")
     @classmethod
-    def _one_function(cls, choice: str | Json | None) -> str | Json | None:
+    def _check_tool_choice(cls, choice: str | Json | None) -> str | Json | None:
         if isinstance(choice, dict) and not _names_function(choice):
             raise ValueError("must be none, auto, required or {'type': 'function', 'name': ...}")
         return choice
 
     @field_validator("text")
     @classmethod
-    def _known_format(cls, text: Json | None) -> Json | None:
+    def _check_text(cls, text: Json | None) -> Json | None:
         form = (text or {}).get("format")
         if form is None:
             return text

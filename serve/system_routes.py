@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from mmjax.serve.context import ServerContext, as_json, together, unless_gone
-from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
+from mmjax.serve.sampling_schema import OF_GENERATE
+from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling_params
 
 from mmjax import EngineDeadError, RequestError, RequestOutput, SamplingParams, __version__
 
@@ -119,7 +120,7 @@ def tokens_router(context: ServerContext) -> APIRouter:
         if body.messages is None:
             tokens = await engine.encode(body.prompt or "", special=body.add_special_tokens is not False)
         else:
-            options = context.chat_options(body.options())
+            options = context.chat_options(body.chat_kwargs())
             special = {"add_special_tokens": bool(body.add_special_tokens)}
             engine_input = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
             tokens = engine_input.token_ids.tolist()
@@ -149,7 +150,11 @@ def generate_router(context: ServerContext) -> APIRouter:
         engine = context.engine
         fields = body.sampling_params
         defaults = engine.llm.get_default_sampling_params()
-        params = defaults if fields is None else sampling({"max_tokens": 16, **_known(fields)}, defaults)
+        params = (
+            defaults
+            if fields is None
+            else sampling_params({"max_tokens": SamplingParams.max_tokens, **_known(fields)}, defaults)
+        )
         many = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
         prompts = body.prompts if many else [body.prompts]
         context.check_prompts(len(prompts))
@@ -170,10 +175,9 @@ def generate_router(context: ServerContext) -> APIRouter:
 
 
 def _known(fields: Mapping[str, Any]) -> Json:
-    known = {field.name for field in dataclasses.fields(SamplingParams)} - {"output_kind"}
     for name in fields:
-        if name not in known:
-            raise RequestError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(known))}")
+        if name not in OF_GENERATE:
+            raise RequestError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(OF_GENERATE))}")
     return dict(fields)
 
 

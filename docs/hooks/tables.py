@@ -1,4 +1,5 @@
-"""Tables of the documentation that are read off the code: flags, environment variables, what each family takes.
+"""Tables of the documentation that are generated from the code: flags, environment variables, sampling parameters, what
+each family takes.
 
 A page holds a mark, `<!-- table: NAME -->`, and the site gets the table in its place. `on_page_markdown` is what
 mkdocs calls; everything else is plain Python and is tested without mkdocs.
@@ -21,6 +22,7 @@ from mmjax.cli import flags
 from mmjax.cli.main import MODEL_COMMANDS, model_parser, top_parser
 from mmjax.config import VARIABLES
 from mmjax.models import FAMILIES
+from mmjax.types import SAMPLING_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"mmjax": ROOT / "mmjax", "mmjax.serve": ROOT / "serve"}
@@ -161,6 +163,19 @@ def amount(name: str, value: Any) -> str:
     return f"`{value}`" + (f" ({value >> 20} MiB)" if name.endswith("_BYTES") else "")
 
 
+# -- sampling parameters -------------------------------------------------------------------------------------------
+
+
+def sampling_table() -> str:
+    """Every field of `SamplingParams`, as it is declared."""
+    rows = [
+        (f"`{name}`", UNSET if parameter.default is None else f"`{flags.shown(parameter.default)}`", parameter.help)
+        for name, parameter in SAMPLING_PARAMETERS.items()
+        if name != "output_kind"
+    ]
+    return table(("parameter", "default", "meaning"), rows)
+
+
 # -- families ------------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +214,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "inspect flags": partial(flag_table, "inspect"),
     "environment": variable_table,
     "inputs by family": inputs_table,
+    "sampling parameters": sampling_table,
 }
 
 

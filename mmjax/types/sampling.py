@@ -196,7 +196,10 @@ class SamplingParams:
         bounds=Bounds("non-negative or -1", minimum=-1),
     )
     prompt_logprobs: int | None = sampling_parameter(
-        None, "the same for every token of the prompt", bounds=Bounds("non-negative or -1", minimum=-1)
+        None,
+        "return the log-probabilities of each token of the prompt and of this many most likely tokens in its place; "
+        "-1 is the whole vocabulary",
+        bounds=Bounds("non-negative or -1", minimum=-1),
     )
     detokenize: bool = sampling_parameter(True, "return the output as text, not as token ids only")
     skip_special_tokens: bool = sampling_parameter(True, "leave special tokens out of the text")

@@ -13,6 +13,7 @@ from mmjax.cli import flags
 from mmjax.cli.main import MODEL_COMMANDS
 from mmjax.config import VARIABLES
 from mmjax.models import FAMILIES
+from mmjax.types import SAMPLING_PARAMETERS
 
 HIDDEN = {"/", "/reset_mm_cache", "/reset_prefix_cache"}  # the page, and what MMJAX_SERVER_DEV_MODE adds
 COMMANDS = (*MODEL_COMMANDS, "bench throughput", "bench latency", "demo", "convert", "inspect")
@@ -111,6 +112,13 @@ def test_variables_that_pages_name_exist() -> None:
     assert {
         name for name in named if not any(re.fullmatch(name.replace("*", r"\w*"), known) for known in VARIABLES)
     } == (set())
+
+
+def test_sampling_parameters(tables: ModuleType) -> None:
+    page = tables.on_page_markdown(PAGES["server.md"].read_text())
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.*) \|$", page, re.MULTILINE))
+    for name, parameter in SAMPLING_PARAMETERS.items():
+        assert name == "output_kind" or rows[name] == parameter.help
 
 
 def test_families() -> None:
