@@ -1,4 +1,4 @@
-"""What POST /v1/responses takes, said as a chat request: items become messages, flat tools nested ones."""
+"""The body of POST /v1/responses, and its translation to a chat request."""
 
 from __future__ import annotations
 
@@ -89,22 +89,22 @@ class ResponsesRequest(GenerationFields, ChatFields):
     @field_validator("text")
     @classmethod
     def _check_text(cls, text: Json | None) -> Json | None:
-        form = (text or {}).get("format")
-        if form is None:
+        output_format = (text or {}).get("format")
+        if output_format is None:
             return text
-        if not isinstance(form, dict) or form.get("type") not in FORMATS:
+        if not isinstance(output_format, dict) or output_format.get("type") not in FORMATS:
             raise ValueError(f"format must be an object whose type is one of {', '.join(FORMATS)}")
-        if form["type"] == "json_schema" and not isinstance(form.get("schema"), dict):
+        if output_format["type"] == "json_schema" and not isinstance(output_format.get("schema"), dict):
             raise ValueError("format of type json_schema needs `schema`, an object")
         return text
 
     @property
-    def form(self) -> Json:
-        """The form of the answer, as the client asked for it."""
+    def output_format(self) -> Json:
+        """The format of the output that the request asks for."""
         return (self.text or {}).get("format") or {"type": "text"}
 
     def chat(self) -> ChatRequest:
-        """The same request to /v1/chat/completions. ValidationError for an item that cannot be read."""
+        """The same request to /v1/chat/completions. ValidationError for an invalid item."""
         names = (GenerationFields.model_fields.keys() | ChatFields.model_fields.keys()) - {"tools"}
         wants = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
         try:
@@ -115,14 +115,14 @@ class ResponsesRequest(GenerationFields, ChatFields):
                 tools=[{"type": "function", "function": _without_type(tool)} for tool in self.tools or ()] or None,
                 tool_choice=_nested(self.tool_choice, "function"),
                 parallel_tool_calls=self.parallel_tool_calls,
-                response_format=_nested(self.form, "json_schema"),
+                response_format=_nested(self.output_format, "json_schema"),
                 logprobs=wants,
                 top_logprobs=self.top_logprobs if wants else None,
                 stream_options=StreamOptions(include_usage=True) if self.stream else None,
             )
         except FormError as error:
-            told = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
-            raise RequestValidationError(told) from None
+            faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+            raise RequestValidationError(faults) from None
 
 
 def _names_function(given: Json) -> bool:
@@ -133,26 +133,28 @@ def _without_type(given: Json) -> Json:
     return {name: value for name, value in given.items() if name != "type"}
 
 
-def _nested(given: Any, kind: str) -> Any:
-    """What chat keeps one level deeper, under the name of its type."""
-    return {"type": kind, kind: _without_type(given)} if isinstance(given, dict) and given["type"] == kind else given
+def _nested(given: Any, type_name: str) -> Any:
+    """The chat API's form of an object of this type: its fields are nested under the name of the type."""
+    if isinstance(given, dict) and given["type"] == type_name:
+        return {"type": type_name, type_name: _without_type(given)}
+    return given
 
 
 def messages_of(given: str | list[Json], instructions: str | None) -> list[Json]:
-    """Messages of a chat. Instructions come first; calls belong to the answer before them. ValidationError naming the
-    item that cannot be read."""
+    """The messages of a chat. Instructions become the first message; calls are added to the assistant's message before
+    them. ValidationError names an item that is invalid."""
     messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not given:
         raise ValidationError("input: the list is empty", parameter="input")
     for index, item in enumerate(given):
-        kind = item.get("type") or "message"
-        if not isinstance(kind, str) or kind not in READ:
-            words = f"items of type {kind!r} are not taken; known are {', '.join(READ)}"
+        item_type = item.get("type") or "message"
+        if not isinstance(item_type, str) or item_type not in READ_ITEM:
+            words = f"items of type {item_type!r} are not taken; known are {', '.join(READ_ITEM)}"
             raise ValidationError(f"input.{index}: {words}", parameter="input")
         try:
-            READ[kind](item, messages)
+            READ_ITEM[item_type](item, messages)
         except RequestError as error:
             raise ValidationError(f"input.{index}: {error}", parameter="input") from None
     return messages
@@ -182,7 +184,7 @@ def _text(item: Json, name: str) -> str:
 
 
 def _content(item: Json, name: str) -> str | list[Any]:
-    """A text, or parts, which the chat reads."""
+    """A text, or a list of parts, which the chat route checks."""
     content = item.get(name)
     if not isinstance(content, (str, list)):
         raise RequestError(f"{name} must be a text or a list of parts")
@@ -192,7 +194,7 @@ def _content(item: Json, name: str) -> str | list[Any]:
     return content
 
 
-READ: Mapping[str, Callable[[Json, list[Json]], None]] = {
+READ_ITEM: Mapping[str, Callable[[Json, list[Json]], None]] = {
     "message": _message,
     "function_call": _call,
     "function_call_output": _call_output,

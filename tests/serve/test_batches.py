@@ -81,12 +81,12 @@ def test_files_that_are_no_batch(text: str, message: str) -> None:
 
 def test_what_was_answered_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
-    assert batches.keep_answered(file) == set()
+    assert batches.read_answered(file) == set()
     good = json.dumps({"custom_id": "a", "response": {"status_code": 200}})
     bad = json.dumps({"custom_id": "b", "response": {"status_code": 500}})
     none = json.dumps({"custom_id": "c", "response": None})
     file.write_text("\n".join([good, bad, none, good[:20]]))
-    assert batches.keep_answered(file) == {"a"}
+    assert batches.read_answered(file) == {"a"}
     assert file.read_text() == good + "\n" and [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 

@@ -258,6 +258,6 @@ def test_a_bug_comes_with_the_headers_of_every_answer(
 ) -> None:
     in_tokenizer(monkeypatch, served, failing(ValueError))
     headers = {"x-request-id": "mine", "origin": "http://page"}
-    response = make_client(tell_ids=True).post("/v1/chat/completions", json=POISONED, headers=headers)
+    response = make_client(request_id_headers=True).post("/v1/chat/completions", json=POISONED, headers=headers)
     assert response.status_code == 500 and response.headers["x-request-id"] == "mine"
     assert response.headers["access-control-allow-origin"] == "*"

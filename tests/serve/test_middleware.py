@@ -71,7 +71,7 @@ def test_a_full_queue(make_client: Make) -> None:
 
 
 def test_request_ids(make_client: Make) -> None:
-    telling = make_client(tell_ids=True)
+    telling = make_client(request_id_headers=True)
     assert telling.get("/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
     assert len(telling.get("/health", headers={"x-request-id": "x" * 999}).headers["x-request-id"]) == 32
     assert "x-request-id" not in make_client().get("/health").headers

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from mmjax.serve.context import as_json
+from mmjax.serve.context import json_response
 
 from mmjax import AsyncLLM
 from prompts import base64_image, image_url_part, random_image, user_messages
@@ -113,7 +113,7 @@ def test_routes_are_those_the_model_can_serve(
 
 def test_long_answers_are_the_same_json() -> None:
     content = {"a": [], "b": [{"c": [1.5, None, True]}, {}], "d": {"ü": "日本\n\ud800"}, "e": [[1], [2]], "f": [1, "x"]}
-    body = asyncio.run(as_json(content)).body.decode()
+    body = asyncio.run(json_response(content)).body.decode()
     assert json.loads(body) == {**content, "d": {"ü": "日本\n?"}} and "日本" in body
 
 
