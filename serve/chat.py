@@ -58,8 +58,7 @@ def router(context: ServerContext) -> APIRouter:
 
 
 def _combine(answers: Sequence[Json]) -> Json:
-    """The responses to several conversations as one: all choices, the total usage, and lists of what each response
-    has once."""
+    """One response from several: all choices, the total usage, and the PER_PROMPT fields as lists."""
     choices = flatten([answer["choices"] for answer in answers])
     counts = [answer["usage"] for answer in answers]
     details = [count["prompt_tokens_details"]["cached_tokens"] for count in counts if "prompt_tokens_details" in count]

@@ -46,7 +46,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--tool-call-parser", choices=("hermes", "none"), default="hermes",
         help="format of tool calls in outputs; `none` leaves them in the text",
     )  # fmt: skip
-    group.add_argument("--enable-auto-tool-choice", action=yes, help="accepted; tools are always enabled")
+    group.add_argument(
+        "--enable-auto-tool-choice", action=yes, help="accepted; the tools of a request are always enabled"
+    )
     group.add_argument(
         "--enable-prompt-tokens-details",
         action=yes,

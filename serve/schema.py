@@ -321,7 +321,7 @@ def tokenization_kwargs(truncate_prompt_tokens: int | None) -> Json:
 
 
 def sampling_params(given: Json, defaults: SamplingParams) -> SamplingParams:
-    """The given sampling parameters; of the others those of the model that its generation_config.json may set, except
-    the limit of tokens. ValidationError for invalid values."""
+    """SamplingParams with the given fields. defaults: of the model; those that generation_config.json can set apply to
+    the other fields, except max_tokens, which is None. ValidationError for invalid values."""
     inherited = {name: getattr(defaults, name) for name in GENERATION_KEYS.values()}
     return SamplingParams(**{**inherited, "max_tokens": None, **given})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import functools
 import numbers
 import typing
 import warnings
@@ -70,11 +71,11 @@ class SamplingParameter:
     dtype: Literal["f32", "i32"] | None
     off: float | None
 
-    @property
+    @functools.cached_property
     def is_optional(self) -> bool:
         return type(None) in typing.get_args(self.type)
 
-    @property
+    @functools.cached_property
     def number(self) -> type[int] | type[float] | None:
         """int or float if the value is a number, or a number or None."""
         for number in (int, float):
@@ -245,9 +246,9 @@ class SamplingParams:
                 setattr(self, name, SAMPLING_PARAMETERS[name].off)
 
     def _check_numbers(self) -> None:
-        for name, parameter in SAMPLING_PARAMETERS.items():
+        for name, parameter in NUMBERS.items():
             value = getattr(self, name)
-            if parameter.number is None or (value is None and parameter.is_optional):
+            if value is None and parameter.is_optional:
                 continue
             check = _integer if parameter.number is int else _number
             check(name, value)
@@ -336,6 +337,8 @@ def _parameters() -> Mapping[str, SamplingParameter]:
 
 SAMPLING_PARAMETERS = _parameters()
 """Every field of `SamplingParams`, by its name."""
+
+NUMBERS = {name: parameter for name, parameter in SAMPLING_PARAMETERS.items() if parameter.number is not None}
 
 
 def _ids(name: str, value: Any) -> list[int]:

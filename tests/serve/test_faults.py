@@ -222,8 +222,8 @@ def test_a_bug_in_every_route(
         in_processor(monkeypatch, engine, raises(ValueError))
     monkeypatch.setattr("mmjax.entrypoints.transcription.load", raises(ValueError))
     asks += [(speech_client, f"/v1/audio/{name}", {"files": sound}) for name in ("transcriptions", "translations")]
-    for number, (asked, path, given) in enumerate(asks):
-        response = asked.post(path, **given, headers={"x-request-id": f"route-{number}"})
+    for number, (api, path, given) in enumerate(asks):
+        response = api.post(path, **given, headers={"x-request-id": f"route-{number}"})
         assert response.status_code == 500, (path, response.text)
         check_fault(response.text, f"route-{number}", ValueError, caplog)
 

@@ -137,17 +137,17 @@ def test_langchain(address: str, local_only: None, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(name, "false")
     of = pytest.importorskip("langchain_openai").ChatOpenAI
     options = {"base_url": f"{address}/v1", "api_key": "none", "model": "tiny", "temperature": 0, "max_tokens": 6}
-    chat, newer = (of(**options, max_retries=0, use_responses_api=asked) for asked in (False, True))
+    chat, newer = (of(**options, max_retries=0, use_responses_api=responses_api) for responses_api in (False, True))
     whole = chat.invoke("the lazy dog")
     assert whole.content == "".join(chunk.content for chunk in chat.stream("the lazy dog"))
     assert whole.usage_metadata["output_tokens"] <= 6
     assert whole.content == newer.invoke("the lazy dog").text
     assert whole.content == "".join(chunk.text for chunk in newer.stream("the lazy dog"))
     picture = image_url_part(random_image(1))
-    asked = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
-    seen = chat.invoke(asked)
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
+    seen = chat.invoke(messages)
     assert seen.usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]
-    assert newer.invoke(asked).text == seen.content
+    assert newer.invoke(messages).text == seen.content
 
 
 FOUND = "import importlib.util as u, sys; sys.exit(u.find_spec('litellm') is None)"

@@ -109,6 +109,6 @@ def test_a_narrow_screen_and_no_other_hosts(browser: Any, address: str) -> None:
     width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1], "nothing is wider than the screen"
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    asked = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
-    assert asked and not [m for m in asked if '"url":"http' in m and f'"url":"{address}' not in m]
+    requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
+    assert requests and not [m for m in requests if '"url":"http' in m and f'"url":"{address}' not in m]
     assert [entry for entry in severe if "400" not in entry["message"]] == []
