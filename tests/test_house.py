@@ -298,7 +298,7 @@ ALLOWED = [
     ("mmjax/models/llava.py", "from mmjax.spec import EncoderSpec\nfrom mmjax.nn.encoder import Encoder"),
     ("mmjax/models/llava.py", "from mmjax.processors.llava import PAD, image_fields"),
     ("mmjax/engine/model_runner.py", "import jax\nfrom mmjax.spec import ModelSpec"),
-    ("mmjax/outputs/completion.py", "from mmjax.engine.sequence import Sequence"),
+    ("mmjax/outputs/completion.py", "from mmjax.engine.sequence import EngineSequence"),
     ("mmjax/tokenizer/tokenizer.py", "def f():\n    from transformers import AutoTokenizer"),
     ("mmjax/config.py", "import os\nos.environ['X']"),
     ("mmjax/cli/main.py", "from mmjax.serve import command"),

@@ -12,7 +12,7 @@ from mmjax.engine.encoder_cache import EncoderCache
 from mmjax.engine.output_processor import PromptChunk
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import ScheduledChunk, ScheduledEncode
-from mmjax.engine.sequence import Sequence as Seq
+from mmjax.engine.sequence import EngineSequence
 from mmjax.processors.base import MediaItem
 from mmjax.spec import EncoderSpec, FeatureField
 
@@ -69,7 +69,10 @@ def build_logprob_targets(total: int, chunks: Sequence[PromptChunk]) -> np.ndarr
 
 
 def build_decode(
-    buckets: BucketConfig, chosen: Sequence[tuple[Seq, int]], sampling_state: SamplingState, block_tables: np.ndarray
+    buckets: BucketConfig,
+    chosen: Sequence[tuple[EngineSequence, int]],
+    sampling_state: SamplingState,
+    block_tables: np.ndarray,
 ) -> tuple[int, np.ndarray]:
     """(sequence bucket S, packed vector i32) of decode steps, which `num_scheduled` of each sequence counts already."""
     total = bucket(len(chosen), buckets.seq_buckets)
@@ -168,14 +171,14 @@ def _pad_rows(f: Mapping[str, np.ndarray], buckets: BucketConfig) -> None:
     f["repetition_penalty"].fill(1)
 
 
-def _fill_rope_positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:
+def _fill_rope_positions(seq: EngineSequence, start: int, end: int, out: np.ndarray) -> None:
     """Rotary positions of tokens [start, end) into i32[R, end - start]."""
     in_prompt = min(max(seq.prompt_len - start, 0), end - start)
     out[:, :in_prompt] = seq.prompt.rope_positions[:, start : start + in_prompt]
     out[:, in_prompt:] = np.arange(start + in_prompt, end) + seq.prompt.rope_delta
 
 
-def _fill_mm_index(seq: Seq, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
+def _fill_mm_index(seq: EngineSequence, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
     """Rows of the mm_embeds buffer for tokens [start, end) into i32[end - start]."""
     for span in seq.prompt.spans:
         first, last = max(start, span.start), min(end, span.start + span.length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -29,7 +29,7 @@ from mmjax.engine.programs import StepOutput
 from mmjax.engine.sampler import PromptLogprobs, token_counts_row
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.spec import ModelSpec
 
 MAX_IN_FLIGHT = 2  # dispatches: one running, one queued behind it. Interleaved decode steps are not counted.
@@ -61,7 +61,7 @@ class InFlightStep:
     """
 
     output: Future[StepOutput]
-    members: list[tuple[Sequence, int, int]]
+    members: list[tuple[EngineSequence, int, int]]
     calls: list[Future[Any]] = dataclasses.field(default_factory=list)
     interleaved_decode: bool = False
     prompt_chunks: list[PromptChunk] = dataclasses.field(default_factory=list)
@@ -104,7 +104,7 @@ class Engine:
         self._outputs[output.seq.seq_id] = output
         self.scheduler.add(output.seq)
 
-    def abort(self, outputs: Seq[OutputProcessor]) -> None:
+    def abort(self, outputs: Sequence[OutputProcessor]) -> None:
         """End sequences now; their blocks are freed at once."""
         for output in outputs:
             if not output.seq.finished:
@@ -205,7 +205,7 @@ class Engine:
             offset += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
         return wanted
 
-    def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> InFlightStep:
+    def _decode(self, chosen: tuple[tuple[EngineSequence, int], ...]) -> InFlightStep:
         changing = [seq for seq, _ in chosen if seq.logits_processor.dynamic]
         if changing:
             biases = {row: self._bias_row(seq) for seq in changing if (row := seq.row) is not None}
@@ -218,7 +218,7 @@ class Engine:
         self.stats.decode_steps += max_steps
         return InFlightStep(output, [(seq, column, steps) for column, (seq, steps) in enumerate(chosen)])
 
-    def _set_sampling_row(self, seq: Sequence) -> None:
+    def _set_sampling_row(self, seq: EngineSequence) -> None:
         """Write the token counts and biases of a sequence that has just got its row."""
         assert seq.row is not None
         counts = None
@@ -228,7 +228,7 @@ class Engine:
         if seq.has_penalties or bias is not None:
             self.device.run(self.runner.set_sampling_row, seq.row, counts, bias)
 
-    def _bias_row(self, seq: Sequence) -> np.ndarray | None:
+    def _bias_row(self, seq: EngineSequence) -> np.ndarray | None:
         """f32[V] to add to the logits of a sequence's next token; None = nothing, also where its constraint raises."""
         try:
             return seq.logits_processor.bias_row(seq.output_ids.tolist())

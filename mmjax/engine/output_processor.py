@@ -10,7 +10,7 @@ import numpy as np
 
 from mmjax.engine.programs import StepOutput
 from mmjax.engine.sampler import PromptLogprobs, SamplerOutput
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PromptChunk:
     """Prompt tokens [first, first + num_tokens) of a sequence that wants a result for each of them. offset: where these
     results begin in the dispatch's arrays."""
 
-    seq: Sequence
+    seq: EngineSequence
     offset: int
     first: int
     num_tokens: int
@@ -101,7 +101,7 @@ class OutputProcessor(Protocol):
     set by the engine when the output could not be made.
     """
 
-    seq: Sequence
+    seq: EngineSequence
     finish_reason: str | None
     stop_reason: int | str | None
     error: Exception | None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mmjax.engine.sequence import Sequence as Seq
+from mmjax.engine.sequence import EngineSequence
 
 SAMPLING_FIELDS: tuple[tuple[str, str], ...] = (
     ("temperature", "f32"),
@@ -45,7 +45,7 @@ class SamplingState:
         self.fields["cross_context_lens"] = np.zeros(n, np.int32)
         self.min_tokens = np.zeros(n, np.int32)
 
-    def set(self, seq: Seq, cross_keys: int) -> None:
+    def set(self, seq: EngineSequence, cross_keys: int) -> None:
         """Note a sequence that has just got its row."""
         p, f, row = seq.params, self.fields, seq.row
         f["temperature"][row] = p.temperature

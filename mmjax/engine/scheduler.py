@@ -11,7 +11,7 @@ import numpy as np
 
 from mmjax.engine.block_pool import BlockPool
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.processors.base import MediaItem
 
 
@@ -37,7 +37,7 @@ class SchedulerConfig:
 class ScheduledChunk:
     """Tokens [start, start + num_tokens) of a sequence. is_last: no more tokens need a prefill after these."""
 
-    seq: Sequence
+    seq: EngineSequence
     start: int
     num_tokens: int
     is_last: bool
@@ -64,9 +64,9 @@ class SchedulerOutput:
 
     encode: tuple[ScheduledEncode, ...] = ()
     prefill: tuple[ScheduledChunk, ...] = ()
-    decode: tuple[tuple[Sequence, int], ...] = ()
+    decode: tuple[tuple[EngineSequence, int], ...] = ()
     interleaved_decode: bool = False
-    started: tuple[Sequence, ...] = ()
+    started: tuple[EngineSequence, ...] = ()
 
 
 class NeedsResults(Exception):
@@ -84,14 +84,14 @@ class Scheduler:
         self.block_pool = block_pool
         self.encoder_cache = encoder_cache
         self.prefix_caching = prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[EngineSequence] = deque()
+        self.running: list[EngineSequence] = []
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self.block_tables = np.zeros((config.max_num_seqs, config.max_blocks_per_seq), np.int32)
         self.preemptions = 0
         self._prefilled_last = False
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: EngineSequence) -> None:
         """Queue a sequence."""
         self.waiting.append(seq)
 
@@ -118,7 +118,7 @@ class Scheduler:
         self._prefilled_last = output is not None and bool(output.prefill)
         return output
 
-    def finish(self, seq: Sequence) -> None:
+    def finish(self, seq: EngineSequence) -> None:
         """Forget a sequence and free its row and blocks."""
         seq.finished = True
         if seq.row is not None:
@@ -127,7 +127,7 @@ class Scheduler:
         elif seq in self.waiting:
             self.waiting.remove(seq)
 
-    def cache_blocks(self, seq: Sequence, num_computed: int) -> None:
+    def cache_blocks(self, seq: EngineSequence, num_computed: int) -> None:
         """Put the full blocks within the first `num_computed` tokens into the prefix cache."""
         if not self.prefix_caching:
             return
@@ -136,7 +136,7 @@ class Scheduler:
             self.block_pool.cache_block(seq.block_ids[i], hashes[i])
         seq.num_hashed_blocks = max(seq.num_hashed_blocks, len(hashes))
 
-    def _decodable(self) -> list[Sequence]:
+    def _decodable(self) -> list[EngineSequence]:
         return [s for s in self.running if not s.is_prefilling and s.num_sampled < s.max_tokens]
 
     def _schedule_decode(self, in_flight: bool, *, interleaved: bool) -> SchedulerOutput | None:
@@ -164,7 +164,7 @@ class Scheduler:
             seq.num_scheduled += n
         return SchedulerOutput(decode=tuple(chosen), interleaved_decode=interleaved) if chosen else None
 
-    def _allocate(self, seq: Sequence, num_tokens: int) -> bool:
+    def _allocate(self, seq: EngineSequence, num_tokens: int) -> bool:
         """Give the sequence blocks for that many tokens. False where too few are free."""
         more = self.block_pool.blocks_for(num_tokens) - len(seq.block_ids)
         if more > self.block_pool.num_free:
@@ -175,7 +175,7 @@ class Scheduler:
             seq.block_ids.extend(block_ids)
         return True
 
-    def _preempt_for(self, seq: Sequence) -> int:
+    def _preempt_for(self, seq: EngineSequence) -> int:
         """Preempt the youngest sequences until `seq` can take one step. Returns its steps: 0 if it was itself
         preempted, else 1."""
         while not self._allocate(seq, seq.num_scheduled + 1):
@@ -189,7 +189,7 @@ class Scheduler:
                 return 0
         return 1
 
-    def _free(self, seq: Sequence) -> None:
+    def _free(self, seq: EngineSequence) -> None:
         assert seq.row is not None
         self.block_pool.free(seq.block_ids)
         self.block_pool.free(seq.cross_block_ids)
@@ -203,7 +203,7 @@ class Scheduler:
         budget, q_block_size = self.config.max_num_batched_tokens, self.config.q_block_size
         chunks: list[ScheduledChunk] = []
         encode: list[ScheduledEncode] = []
-        started: list[Sequence] = []
+        started: list[EngineSequence] = []
         for seq in [s for s in self.running if s.is_prefilling] + list(self.waiting):
             if budget < q_block_size or len(chunks) == self.config.max_num_seqs:
                 break
@@ -227,7 +227,7 @@ class Scheduler:
             return None
         return SchedulerOutput(encode=tuple(encode), prefill=tuple(chunks), started=tuple(started))
 
-    def _start(self, seq: Sequence, encode: list[ScheduledEncode]) -> bool:
+    def _start(self, seq: EngineSequence, encode: list[ScheduledEncode]) -> bool:
         """Give a waiting sequence a row and blocks for all its tokens. False where too few are free."""
         if not self.free_rows:
             return False
@@ -270,7 +270,7 @@ class Scheduler:
         """The hash of an item's block number `index` for cross attention."""
         return hashlib.blake2b(f"cross {index} {item_hash}".encode(), digest_size=16).digest()
 
-    def _encode_cross(self, seq: Sequence, hashes: list[bytes], encode: list[ScheduledEncode]) -> list[int]:
+    def _encode_cross(self, seq: EngineSequence, hashes: list[bytes], encode: list[ScheduledEncode]) -> list[int]:
         """Schedule the encoding of the sequence's items into new blocks."""
         block_ids, per_item = self.block_pool.allocate(len(hashes)), self._cross_blocks_per_item
         for block_id, block_hash in zip(block_ids, hashes, strict=True):
@@ -281,7 +281,7 @@ class Scheduler:
             encode.append(ScheduledEncode(self.config.encoder_of[item.modality], item, no_rows, item_block_ids))
         return block_ids
 
-    def _release_media(self, seq: Sequence) -> None:
+    def _release_media(self, seq: EngineSequence) -> None:
         """Release the items all of whose spans have been scheduled."""
         done = {span.item_hash for span in seq.prompt.spans if span.start + span.length <= seq.num_scheduled}
         needed = {span.item_hash for span in seq.prompt.spans if span.start + span.length > seq.num_scheduled}
@@ -301,7 +301,7 @@ class Scheduler:
         """The name of an item's encoder; empty for an item that came as embeddings."""
         return "" if item.embeds is not None else self.config.encoder_of[item.modality]
 
-    def _schedule_media(self, seq: Sequence, count: int, encode: list[ScheduledEncode]) -> int:
+    def _schedule_media(self, seq: EngineSequence, count: int, encode: list[ScheduledEncode]) -> int:
         """Schedule the encoding of what the next `count` tokens need. Returns how many of them can run: those before
         the first item that cannot be encoded in this dispatch."""
         start, end = seq.num_scheduled, seq.num_scheduled + count

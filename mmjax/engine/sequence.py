@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class EnginePrompt:
     cache_salt: bytes = b""
 
 
-class Sequence:
+class EngineSequence:
     """A prompt and the tokens sampled after it.
 
     num_scheduled: tokens whose keys are in the cache once everything dispatched so far has run. num_tokens: tokens that
@@ -60,7 +60,7 @@ class Sequence:
         *,
         max_model_len: int,
         seed: int = 0,
-        stop_ids: Seq[int] = (),
+        stop_ids: Sequence[int] = (),
         logits_processor: LogitsProcessor | None = None,
         needs_all_tokens: bool = False,
     ) -> None:

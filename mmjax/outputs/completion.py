@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mmjax.engine.output_processor import LogprobsChunk, PromptChunk, StepResult
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.outputs.detokenizer import Detokenizer
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import CompletionOutput, Logprob
@@ -28,7 +28,7 @@ class Delta:
 class CompletionState:
     """The `OutputProcessor` of a sequence of text. eos_id: the end-of-sequence token, which leaves stop_reason None."""
 
-    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, eos_id: int | None) -> None:
+    def __init__(self, seq: EngineSequence, tokenizer: Tokenizer | None, eos_id: int | None) -> None:
         self.seq = seq
         self.eos_id = eos_id
         self.finish_reason: str | None = None

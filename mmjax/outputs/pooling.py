@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.engine.output_processor import PromptChunk, StepResult
-from mmjax.engine.sequence import Sequence as EngineSequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.types import (
     EmbeddingOutput,
     EmbeddingRequestOutput,

@@ -15,8 +15,7 @@ from mmjax.engine.logits.bias import LogitsBias
 from mmjax.engine.logits.structured_output import CompiledGrammar, StructuredOutput
 from mmjax.engine.logits.timestamp_rules import TimestampRules
 from mmjax.engine.output_processor import OutputProcessor
-from mmjax.engine.sequence import EnginePrompt, MediaSpan
-from mmjax.engine.sequence import Sequence as EngineSequence
+from mmjax.engine.sequence import EnginePrompt, EngineSequence, MediaSpan
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.inputs.prompt_embeds import NO_TOKEN
 from mmjax.outputs.completion import CompletionState, Delta
