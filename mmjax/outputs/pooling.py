@@ -1,4 +1,4 @@
-"""Embeddings of prompts: the parameters, and the state of a sequence that is pooled."""
+"""Embeddings of prompts: the output of a pooled sequence."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def as_embeddings(outputs: Sequence[PoolingRequestOutput]) -> list[EmbeddingRequ
 
 
 class PoolingState:
-    """The `OutputProcessor` of a prompt that is pooled. It takes the hidden state of the last token, or of every token
-    where the sequence has `needs_all_tokens`."""
+    """The `OutputProcessor` of a pooled sequence. It collects the hidden state of the last token, or of every token if
+    the sequence has `needs_all_tokens`."""
 
     def __init__(self, seq: EngineSequence) -> None:
         self.seq = seq
@@ -87,13 +87,13 @@ class PoolingState:
         self._hidden.append(result.prompt_hidden(chunk))
 
     def take(self, result: StepResult, column: int, steps: int) -> None:
-        """Take the hidden state at the end of the prompt, unless those of all tokens are here already."""
+        """Take the hidden state at the end of the prompt, unless those of all tokens have been taken."""
         if not self.seq.needs_all_tokens:
             self._hidden.append(result.last_hidden(column))
         self.finish("stop", None)
 
     def finish(self, reason: str, stop: int | str | None) -> None:
-        """The whole prompt has run, or its request was aborted."""
+        """End the output, because the whole prompt has run or its request was aborted."""
         self.finish_reason, self.stop_reason = reason, stop
 
     @property

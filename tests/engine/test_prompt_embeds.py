@@ -171,7 +171,7 @@ def test_only_where_they_are_allowed(make_llm: Any, taking: Any) -> None:
     whisper = make_llm("whisper", max_model_len=64, enable_prompt_embeds=True, load_format="dummy")
     with pytest.raises(TypeError, match="Cannot pass embeddings prompt to encoder-decoder models"):
         whisper.generate({"prompt_embeds": ROWS}, use_tqdm=False)
-    with pytest.raises(ValueError, match="prompt_logprobs are of tokens"):
+    with pytest.raises(ValueError, match="prompt_logprobs needs a prompt of tokens"):
         taking().generate({"prompt_embeds": ROWS}, greedy(1, prompt_logprobs=1), use_tqdm=False)
     with pytest.raises(ValueError, match="placeholder"):
         taking().generate({"prompt": IMAGE}, greedy(1), use_tqdm=False)
