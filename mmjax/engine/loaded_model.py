@@ -11,6 +11,7 @@ from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.engine import Engine
 from mmjax.engine.logits.structured_output import CompiledGrammar, GrammarCompiler
 from mmjax.inputs.input_processor import EngineInput, InputProcessor
+from mmjax.inputs.params import ParamsChecker
 from mmjax.inputs.prompt_urls import fetch_prompt
 from mmjax.multimodal.connector import Connect
 from mmjax.spec import ModelSpec
@@ -32,6 +33,7 @@ class LoadedModel:
     chat: ChatRenderer
     connect: Connect
     tokenizer: Tokenizer | None
+    params_checker: ParamsChecker
     grammar_compiler: GrammarCompiler
     spec: ModelSpec
     buckets: BucketConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,49 +11,8 @@ from mmjax.engine.sequence import EngineSequence
 from mmjax.types import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    PoolingParams,
     PoolingRequestOutput,
-    RequestError,
-    RequestTypeError,
-    ValidationError,
 )
-
-# task -> whether the hidden state of every token is wanted, or only that of the last one
-TASKS = {"embed": False, "token_embed": True}
-
-
-def pooling_params(given: Any, count: int, task: str | None, width: int) -> list[PoolingParams]:
-    """Checked parameters, one per prompt. given: None, parameters for all prompts, or a list of them. task: of
-    parameters that name none.
-
-    RequestTypeError for other objects, RequestError for too few or too many parameters and for a wrong value.
-    """
-    given = PoolingParams() if given is None else given
-    if not isinstance(given, PoolingParams | Sequence):
-        raise RequestTypeError(f"pooling_params should be PoolingParams, got {type(given).__name__}")
-    each = [given] * count if isinstance(given, PoolingParams) else list(given)
-    if len(each) != count:
-        raise RequestError(
-            f"The lengths of prompts ({count}) and params ({len(each)}) must be the same.", "length_mismatch"
-        )
-    out = []
-    for params in each:
-        if not isinstance(params, PoolingParams):
-            raise RequestTypeError(f"pooling_params should be PoolingParams, got {type(params).__name__}")
-        params = params.clone()
-        if task is not None and params.task not in (None, task):
-            raise RequestError(f"pooling_params asks for {params.task!r}, but the call is for {task!r}.", "bad_task")
-        params.task = params.task or task or "embed"
-        if params.task not in TASKS:
-            raise RequestError(f"Pooling task {params.task!r} is not supported; known: {', '.join(TASKS)}.", "bad_task")
-        if params.dimensions is not None and params.dimensions > width:
-            raise ValidationError(
-                f"dimensions must be at most {width}, the width of the model.",
-                parameter="dimensions",
-                value=params.dimensions,
-            )
-        out.append(params)
-    return out
 
 
 def as_embeddings(outputs: Sequence[PoolingRequestOutput]) -> list[EmbeddingRequestOutput]:

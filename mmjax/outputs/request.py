@@ -17,9 +17,10 @@ from mmjax.engine.logits.timestamp_rules import TimestampRules
 from mmjax.engine.output_processor import OutputProcessor
 from mmjax.engine.sequence import EnginePrompt, EngineSequence, MediaSpan
 from mmjax.inputs.input_processor import EngineInput
+from mmjax.inputs.params import POOLING_TASKS
 from mmjax.inputs.prompt_embeds import NO_TOKEN
 from mmjax.outputs.completion import CompletionState, Delta
-from mmjax.outputs.pooling import TASKS, PoolingState
+from mmjax.outputs.pooling import PoolingState
 from mmjax.types import (
     PoolingOutput,
     PoolingParams,
@@ -131,7 +132,7 @@ class PoolingRequest(EngineRequest[PoolingRequestOutput]):
                 engine_prompt(engine_input, encoder_decoder=model.spec.is_encoder_decoder),
                 NO_SAMPLING,
                 max_model_len=model.max_model_len,
-                needs_all_tokens=TASKS[params.task or "embed"],
+                needs_all_tokens=POOLING_TASKS[params.task or "embed"],
             )
         )
         super().__init__(model, engine_input, [self.state])

@@ -111,7 +111,7 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "grid_long": (embeds(ROWS, [[2, 4, 6]]), ValueError, "t 1"),
     "grid_huge": (embeds(ROWS, [[1, 2**30, 2**30]]), ValueError, "positive sizes"),
     "grid_items": (embeds([ROWS, ROWS]), ValueError, "holds 2 items, but `image_grid_thw` has 1 rows"),
-    "grid_sum": (embeds(ROWS, [[1, 4, 6]] * 2), ValueError, "speaks of 2 items of"),
+    "grid_sum": (embeds(ROWS, [[1, 4, 6]] * 2), ValueError, "describes 2 items of"),
     "grid_text": (embeds(ROWS, "1,4,6"), ValueError, "array of integers"),
     "grid_ragged": (embeds(ROWS, [[1, 4, 6], [1]]), ValueError, "array of integers"),
     "embeds_audio": (
