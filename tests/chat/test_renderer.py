@@ -116,7 +116,7 @@ def test_format_follows_the_template(caplog: pytest.LogCaptureFixture) -> None:
         made = make(PRINT).render(messages, ChatOptions(chat_template_content_format="openai"))
         assert made.prompt == "[user][{'type': 'text', 'text': 'a'}, {'type': 'image'}, {'type': 'text', 'text': 'b'}]"
         assert make(LOOP, interleave=True).render(messages, PLAIN).prompt == "[user]a<image>b"
-    assert "looks as if it wants contents as 'string'" in caplog.text
+    assert "seems to expect contents as 'string'" in caplog.text
     assert "interleave_mm_strings has no effect" in caplog.text
 
 

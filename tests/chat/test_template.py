@@ -126,7 +126,7 @@ def test_continuing() -> None:
     assert written(parts, [{"role": "assistant", "content": content}], **goon) == "ab"
     assert content[1] == {"type": "text", "text": "b"}
     for wrong in ([{"role": "assistant", "content": [{"type": "image"}]}], [{"role": "assistant", "content": None}]):
-        with pytest.raises(RequestError, match="text to go on from"):
+        with pytest.raises(RequestError, match="text to continue"):
             written(chatml, wrong, **goon)
     with pytest.raises(RequestError, match="does not print the last message"):
         written("{{ messages[0].content }}", messages, **goon)

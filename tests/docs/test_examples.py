@@ -31,7 +31,7 @@ from prompts import encoder_embeds
 from web import running_site
 
 RUN = ("multimodal_inputs.md", "getting_started.md", "README.md")
-ELSEWHERE = {("getting_started.md", "Vectors")}  # tests/models/test_phi3_v.py asks the same, of an engine that pools
+ELSEWHERE = {("getting_started.md", "Embedding vectors")}  # tests/models/test_phi3_v.py asks the same, of an engine that pools
 TINY = {
     "openai/whisper-small": "whisper",
     "llava-hf/llava-1.5-7b-hf": "llava",

@@ -53,8 +53,8 @@ def test_the_readme_is_short() -> None:
 def test_files_that_are_named_exist() -> None:
     folders = "examples|tests|mmjax|benchmarks|converters|docs|deploy|serve|kernels|engine|nn|processors|models|\\.ci"
     named = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./]+\w", " ".join(page.read_text() for page in PAGES.values()))
-    rooms = ("nn/", "processors/", "models/", "engine/")
-    named = [f"mmjax/{name}" if name.startswith(rooms) else name for name in named]
+    packages = ("nn/", "processors/", "models/", "engine/")
+    named = [f"mmjax/{name}" if name.startswith(packages) else name for name in named]
     assert named
     missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
     assert [name for name in missing if "foo" not in name] == []

@@ -165,7 +165,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         user_messages(image_url_part(random_image(1))),
         {"continue_final_message": True, "add_generation_prompt": False},
         ValueError,
-        "text to go on from",
+        "text to continue",
     ),
     "template_file": (TALK, {"chat_template": "nowhere.jinja"}, ValueError, "failed to be opened"),
     "template_syntax": (TALK, {"chat_template": "{% for"}, ValueError, "not valid Jinja"),
