@@ -1,4 +1,4 @@
-"""Servers over tiny engines, and what tests of them ask and read."""
+"""Servers over tiny engines, and helpers to send requests and to read responses."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
 
 
 def running_engine(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
-    """An engine that must not keep a page once it is closed."""
+    """An engine whose blocks must all be free when it is closed."""
     llm = LLM(str(folder), **{**SMALL, **arguments})
     engine = AsyncLLM(llm)
     yield engine
@@ -31,12 +31,12 @@ def running_engine(folder: Path, **arguments: Any) -> Iterator[AsyncLLM]:
 def client_over(engine: AsyncLLM, **settings: Any) -> TestClient:
     """A client of a server over an engine; leaving it does not close the engine."""
     app = create_app(engine, ServerSettings(names=("tiny", "alias"), **settings))
-    app.router.lifespan_context = contextlib.nullcontext  # the engine outlives its servers
+    app.router.lifespan_context = contextlib.nullcontext  # the engine outlives the server
     return TestClient(app, raise_server_exceptions=False)
 
 
 def wait_until(holds: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    """Wait until something holds."""
+    """Wait until a condition is true."""
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not so after {seconds} s: {what}"
@@ -44,7 +44,7 @@ def wait_until(holds: Callable[[], bool], what: str, seconds: float = 120) -> No
 
 
 def sse_events(response: Any) -> list[dict[str, Any]]:
-    """The JSON of each server-sent event but the last, which says [DONE]."""
+    """The JSON of each server-sent event except the last one, [DONE]."""
     lines = [line for line in response.text.split("\n\n") if line]
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"

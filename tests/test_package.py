@@ -1,4 +1,4 @@
-"""The package as it is installed: every folder in it, nothing heavy at import, and the same names in every form."""
+"""The installed package: all its folders, nothing heavy at import, and the same names however it is installed."""
 
 import ast
 import importlib.metadata
@@ -22,7 +22,7 @@ import mmjax
 from test_house import PACKAGES, ROOT, dotted, imports, sources
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Never imported by name: starlette reads forms with it.
+# Not imported by name: starlette needs it to parse forms.
 BEHIND_OTHERS = {"python-multipart"}
 TOP_LEVEL = {"mmjax", "converters", "kernels", "serve", "tests", "benchmarks", "examples", "docs"}
 
@@ -37,7 +37,7 @@ print(json.dumps([m.__file__ for m in (mmjax, mmjax.kernels, mmjax.converters.wh
 
 
 def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
-    """What a fresh interpreter prints that sees the installed packages but no editable install; stderr if it fails."""
+    """The output of a new interpreter with the installed packages but no editable install; stderr if it fails."""
     installed = [entry for entry in sys.path if entry.endswith("-packages")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), *installed])}
     result = subprocess.run(
@@ -157,7 +157,7 @@ assert "kernels" in sys.modules and "jax" not in sys.modules
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where a wheel and an editable install put their files. Built by the back end alone: no installer, no network."""
+    """The files of a wheel and of an editable install, made by the build back end alone, without network."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed")
     copy = tmp_path_factory.mktemp("source")

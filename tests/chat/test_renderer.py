@@ -1,4 +1,4 @@
-"""From messages to prompts: formats, options, counts, and media fetched together, with and without an event loop."""
+"""Messages to prompts: formats, options, counts, and concurrent fetching, with and without an event loop."""
 
 import asyncio
 import concurrent.futures
@@ -25,7 +25,7 @@ PRINT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
 class Source:
-    """Stands for a connector: the URL is the medium. `bad` fails, `slow` waits until it is cancelled."""
+    """A connector that returns the URL as the media item. `bad` fails, `slow` waits until it is cancelled."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -58,7 +58,7 @@ class Source:
 
 
 class AtOnce(concurrent.futures.Executor):
-    """Does what it is given before it says so."""
+    """An executor that runs a call before `submit` returns."""
 
     def submit(self, work: Any, /, *arguments: Any, **options: Any) -> "concurrent.futures.Future[Any]":
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -87,7 +87,7 @@ def make(template: str | None = PRINT, *, source: Source | None = None, limit: i
 
 
 def prompt_of(chat: ChatRenderer, messages: Any, options: ChatOptions) -> dict[str, Any]:
-    """The prompt of one conversation, its media fetched."""
+    """The prompt of one conversation, with its media fetched."""
     return chat.fetch(chat.render(messages, options))
 
 
@@ -132,7 +132,7 @@ def test_templates_of_call_operator_and_model() -> None:
         )
 
 
-def test_everything_a_prompt_needs() -> None:
+def test_all_fields_of_a_prompt() -> None:
     source = Source()
     rows = np.zeros((2, 4), np.float32)
     messages = user(
@@ -168,7 +168,7 @@ def test_media_are_fetched_together() -> None:
     assert made["multi_modal_data"]["image"] == ["image at meet"] * 2
 
 
-def test_text_alone_connects_nowhere() -> None:
+def test_text_alone_makes_no_connector() -> None:
     chat = make()
     assert prompt_of(chat, user("a"), PLAIN)["multi_modal_data"] == {} and chat.asked == []  # type: ignore[attr-defined]
     assert asyncio.run(prompt_of_async(chat, user("a"), PLAIN))["prompt"] == "[user]a"
@@ -183,7 +183,7 @@ def test_counts_are_checked_before_anything_is_fetched() -> None:
 
 def test_the_first_failure_ends_the_request() -> None:
     chat = make()
-    vars(chat)["_threads"] = AtOnce()  # both have failed when the first is asked for
+    vars(chat)["_threads"] = AtOnce()  # both have failed before the first result is read
     with pytest.raises(RequestError, match="cannot fetch bad1"):
         prompt_of(chat, user(image("a"), image("bad1"), image("bad2")), PLAIN)
     source = Source()
@@ -192,7 +192,7 @@ def test_the_first_failure_ends_the_request() -> None:
     assert source.cancelled == ["slow"]
 
 
-def test_the_sound_of_videos() -> None:
+def test_audio_of_videos() -> None:
     options = ChatOptions(mm_processor_kwargs={"use_audio_in_video": True})
     messages = user({"type": "video_url", "video_url": {"url": "v"}, "uuid": "V"}, "x")
     made = prompt_of(make(), messages, options)
@@ -217,12 +217,12 @@ def test_the_sound_of_videos() -> None:
         ({"documents": ["x"]}, TypeError, "documents should be a list of dictionaries"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_invalid_options(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         ChatOptions(**options)
 
 
-# family -> [(messages, case of the recorded answers whose prompt they must give)]
+# family -> [(messages, case of the recorded outputs with the expected prompt)]
 IMAGE, VIDEO = {"type": "image_url", "image_url": {"url": "x"}}, {"type": "video_url", "video_url": {"url": "x"}}
 AUDIO = {"type": "audio_url", "audio_url": {"url": "x"}}
 RECORDED = {

@@ -1,4 +1,4 @@
-"""Answers that tell times: the rules by themselves, against transformers, and kept by a model that knows nothing."""
+"""Timestamp rules: by themselves, compared with transformers, and followed by a random model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,30 +42,30 @@ def times(least: int) -> list[int]:
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ((), list(range(FIRST, FIRST + 6))),  # a time opens the transcript, and not too late
+        ((), list(range(FIRST, FIRST + 6))),  # a timestamp starts the transcript, and not too late
         ((22,), WORDS),
-        ((22, 1), WORDS + times(23)),  # what was said took time
-        ((22, 1, 2, 25), [END, *times(25)]),  # closed: the next may begin at once
+        ((22, 1), WORDS + times(23)),  # text takes time
+        ((22, 1, 2, 25), [END, *times(25)]),  # closed: the next segment may start at once
         ((22, 1, 2, 25, 25), WORDS),
         ((22, 1, 25, 27, 3), WORDS + times(28)),
         ((22, 1, LAST), [END, LAST]),
-        ((1,), WORDS + times(FIRST)),  # going on with what a prompt began
+        ((1,), WORDS + times(FIRST)),  # continuing a prompt
     ],
 )
-def test_what_may_come_next(said: tuple[int, ...], wanted: list[int]) -> None:
+def test_allowed_next_tokens(said: tuple[int, ...], wanted: list[int]) -> None:
     assert allowed(*said) == wanted
-    assert allowed(*said[1:], said=said[:1]) == wanted  # whoever said it
+    assert allowed(*said[1:], said=said[:1]) == wanted  # in the prompt or in the output
 
 
-def test_other_wishes_hold_beside() -> None:
+def test_other_biases_apply_too() -> None:
     assert allowed(22, 1, allowed_token_ids=[3, 4, 30]) == [3, 4, 30]
-    assert allowed(22, allowed_token_ids=[30]) == WORDS  # where nothing would be left, the rules win
+    assert allowed(22, allowed_token_ids=[30]) == WORDS  # if no token is left, the rules win
     assert timed(logit_bias={3: 2.0}).bias_row([22])[3] == 2
     assert timed().dynamic and timed().first_timestamp == FIRST
 
 
-def test_times_come_where_together_they_are_likeliest() -> None:
-    """Ten times at 0 weigh as much as one token at 2.3."""
+def test_a_timestamp_follows_when_all_together_are_likeliest() -> None:
+    """Ten timestamps with logit 0 weigh as much as one token with 2.3."""
     logits = np.full((3, VOCAB), -9.0, np.float32)
     logits[:, 3] = [2.2, 2.4, 2.2]
     logits[:, 22:32] = 0
@@ -80,7 +80,7 @@ def test_times_come_where_together_they_are_likeliest() -> None:
     [
         (f"{START}<|de|><|transcribe|>", []),
         (f"{START}<|de|><|translate|><|0.00|>", ["<|0.00|>"]),
-        (f"{START}<|0.04|>", ["<|0.04|>"]),  # as English-only models are asked
+        (f"{START}<|0.04|>", ["<|0.04|>"]),  # the prompt of English-only models
         (f"<|startofprev|> x<|transcribe|>{START}<|en|><|transcribe|><|0.00|>a<|0.10|>", ["<|0.00|>", "a", "<|0.10|>"]),
         (f"{START}<|de|><|transcribe|><|notimestamps|>", None),
         (f"{START}<|de|>", None),
@@ -88,7 +88,7 @@ def test_times_come_where_together_they_are_likeliest() -> None:
         (f"<|startofprev|><|0.00|>{START}", None),
     ],
 )
-def test_which_prompts_ask_for_times(prompt: str, said: list[str] | None, tiny_dir: Callable[[str], Path]) -> None:
+def test_prompts_that_request_timestamps(prompt: str, said: list[str] | None, tiny_dir: Callable[[str], Path]) -> None:
     processor, tokenizer = load_processor("whisper", tiny_dir("whisper"))
     item = processor.process_item("audio", random_chord(1, 0.5), {})
     found = processor.expand_prompt(tokenizer.encode(prompt, add_special_tokens=False), {"audio": [item]}).timestamps
@@ -101,7 +101,7 @@ def test_which_prompts_ask_for_times(prompt: str, said: list[str] | None, tiny_d
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
-def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperature: float) -> None:
+def test_a_random_model_follows_the_rules(shared_llm: Any, temperature: float) -> None:
     llm = shared_llm("whisper")
     tokenizer = llm.model.tokenizer
     first, last, end = (tokenizer.id_of(f"<|{name}|>") for name in ("0.00", "4.00", "endoftext"))
@@ -115,7 +115,7 @@ def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperat
         "multi_modal_data": {"audio": random_chord(2, 1.0)},
     }
     *answers, plain = output_ids(llm.generate([*heard, silent], params, use_tqdm=False))
-    assert output_ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever the company
+    assert output_ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever else is in the batch
     told = 0
     for answer in answers:
         stamps = [token for token in answer if first <= token <= last]

@@ -1,4 +1,4 @@
-"""Rendering with tiny checkpoints: placeholders, cache, names, lengths, every refusal in its words."""
+"""Input processing with tiny checkpoints: placeholders, cache, uuids, lengths, and every error message."""
 
 import concurrent.futures
 import logging
@@ -60,10 +60,8 @@ def test_items_come_in_the_order_of_the_prompt(qwen: InputProcessor) -> None:
     assert (made.prompt, made.cache_salt, made.encoder_token_ids) == (f"a{PLACE}b{video}{PLACE}c", "s", None)
 
 
-def test_so_many_prompts_are_rendered_at_once_and_no_more(
-    qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A thread more would keep the one that feeds the device from running; who waits is not forgotten."""
+def test_concurrently_processed_prompts_are_limited(qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more would keep the thread that feeds the device from running; those that wait run later."""
     inside, most, plain = [0], [0], qwen._tokenize
 
     def slowly(*arguments: Any) -> Any:
@@ -77,7 +75,7 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(
     with concurrent.futures.ThreadPoolExecutor(4 * MAX_CONCURRENT) as pool:
         made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * MAX_CONCURRENT)))
     assert most == [MAX_CONCURRENT] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * MAX_CONCURRENT)]
-    for _ in range(MAX_CONCURRENT + 1):  # an error gives its place back
+    for _ in range(MAX_CONCURRENT + 1):  # an error releases its slot
         with pytest.raises(RequestError):
             render(qwen, image_prompt(RED) | {"prompt": "no placeholder"})
 
@@ -96,7 +94,7 @@ def test_generic_placeholders(qwen: InputProcessor, tiny_dir: Make) -> None:
     assert generic.prompt == "<image><image>Hi"
     both = render(qwen, {"prompt": f"{PLACE}<video>Hi", "multi_modal_data": {"image": RED, "video": CLIP}})
     assert [span.modality for span in both.spans] == ["image", "video"]
-    # with native ones about, or in another number, they are text
+    # beside the model's own, or in another number, they are text
     for prompt in (f"{PLACE}<image>Hi", "<image><image><image>Hi"):
         with pytest.raises(RequestError, match="2 prompt placeholders corresponding to 2 image items"):
             render(qwen, {**image_prompt(RED, BLUE), "prompt": prompt})
@@ -130,7 +128,7 @@ def test_generic_placeholders(qwen: InputProcessor, tiny_dir: Make) -> None:
         (image_prompt(np.full((4, 4, 3), np.inf)), "must lie in 0..255"),
     ],
 )
-def test_refusals_leave_the_renderer_usable(qwen: InputProcessor, prompt: dict[str, Any], words: str) -> None:
+def test_refusals_leave_the_input_processor_usable(qwen: InputProcessor, prompt: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
         render(qwen, prompt)
     assert words in str(caught.value)
@@ -178,7 +176,7 @@ def test_truncation_and_special_tokens(tiny_dir: Make) -> None:
             render(roomy, text, tokenization_kwargs=wrong)
 
 
-def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
+def test_item_larger_than_the_encoder_cache(tiny_dir: Make) -> None:
     renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=3)
     with pytest.raises(RequestError) as caught:
         render(renderer, image_prompt(RED))
@@ -192,7 +190,7 @@ def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
         assert words in str(caught.value)
 
 
-def test_an_item_is_not_enlarged_beyond_the_encoder_budget(tiny_dir: Make) -> None:
+def test_an_item_is_not_enlarged_beyond_the_encoder_cache(tiny_dir: Make) -> None:
     renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=4096)
     huge = {"min_pixels": 2**31 - 1, "max_pixels": 2**31 - 1}
     clip = {"prompt": "<video>", "multi_modal_data": {"video": np.zeros((8, 56, 56, 3), np.uint8)}}
@@ -222,16 +220,16 @@ def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
     assert counts(RED) == (4, 1) and counts(RED) == (5, 2)
 
 
-def test_names_stand_for_data(qwen: InputProcessor) -> None:
+def test_uuids_replace_data(qwen: InputProcessor) -> None:
     first = render(qwen, image_prompt(RED, uuids=["sku-1234-a"]))
     later = render(qwen, image_prompt(None, BLUE, uuids=["sku-1234-a", None]))
     assert later.items[0].item is first.items[0].item and keys(later)[1] == keys(render(qwen, image_prompt(BLUE)))[0]
-    # the data under a known name are not looked at again
+    # data under a cached uuid are ignored
     assert render(qwen, image_prompt(BLUE, uuids=["sku-1234-a"])).items[0].item is first.items[0].item
     for prompt in (
         image_prompt(None, uuids=["sku-1234-a"], cache_salt="other"),
         image_prompt(None, uuids=["sku-1234-a"], mm_processor_kwargs={"max_pixels": 4000}),
-        image_prompt(None, uuids=[keys(render(qwen, image_prompt(BLUE)))[0]]),  # somebody's content id
+        image_prompt(None, uuids=[keys(render(qwen, image_prompt(BLUE)))[0]]),  # a content id of another item
     ):
         with pytest.raises(RequestError, match="Cache miss"):
             render(qwen, prompt)
@@ -254,7 +252,7 @@ def test_without_caches(tiny_dir: Make, prefix_caching: bool) -> None:
         render(renderer, image_prompt(None, uuids=["a"]))
 
 
-def test_arrays_changed_after_the_call_do_not_poison(qwen: InputProcessor) -> None:
+def test_arrays_changed_after_the_call_do_not_change_the_cache(qwen: InputProcessor) -> None:
     array = np.full((56, 56, 3), 9, np.uint8)
     first = render(qwen, image_prompt(array)).items[0]
     before = first.item.features["pixels"].copy()
@@ -345,7 +343,7 @@ def test_a_plain_language_model(tiny_dir: Make) -> None:
         render(ids_only, "Hi")
 
 
-def test_the_cache_forgets_the_least_recently_used() -> None:
+def test_the_cache_evicts_the_least_recently_used() -> None:
     def item(size: int) -> MediaItem:
         return MediaItem("image", {"pixels": np.zeros((size, 1), np.uint8)}, num_inputs=size, num_embeds=size)
 
@@ -383,7 +381,7 @@ def test_many_threads(tiny_dir: Make) -> None:
     assert not faults and renderer.cache.queries == 100 and renderer.cache.used_bytes <= 50_000
 
 
-def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
+def test_processing_imports_no_heavy_library(tiny_dir: Make) -> None:
     code = (
         "import sys; from input_processors import make_input_processor; import numpy as np; from pathlib import Path\n"
         f"r = make_input_processor('qwen2_vl', Path({str(tiny_dir('qwen2_vl'))!r}))\n"
@@ -398,8 +396,8 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
     assert done.stdout.strip() == ""
 
 
-def test_libraries_for_sound_come_with_the_first_sound(tiny_dir: Make, tmp_path: Path) -> None:
-    """And what numba compiles of them is kept in a folder that can be written to."""
+def test_audio_libraries_are_imported_with_the_first_audio(tiny_dir: Make, tmp_path: Path) -> None:
+    """And the code that numba compiles is cached in a writable folder."""
     code = (
         "import os, sys; import numpy as np; from pathlib import Path\n"
         "from input_processors import make_input_processor\n"

@@ -1,4 +1,4 @@
-"""Requests that cannot be served: each is refused in words that say what to change, and a good one follows."""
+"""Bad requests: each is refused with a message that says what to change, and a good request follows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -189,7 +189,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 @pytest.fixture(scope="module")
 def good(shared_llm: Callable[[str], LLM]) -> tuple[LLM, Any]:
-    """The engine, and what it answers to a good question."""
+    """The engine, and its output for a good request."""
     llm = shared_llm("qwen2_vl")
     return llm, chat_one(llm, TALK, 2)
 
@@ -220,7 +220,7 @@ def test_one_bad_conversation_among_good_ones(qwen: LLM) -> None:
     assert same_outputs(*qwen.chat([TALK, TALK], greedy(4), use_tqdm=False))
 
 
-def test_errors_hold_no_media_and_no_addresses(qwen: LLM) -> None:
+def test_errors_contain_no_media_and_no_addresses(qwen: LLM) -> None:
     for prompt in (image(Image.new("RGB", (1, 900))), image(object()), embeds(ROWS[:2])):
         with pytest.raises(ValueError) as caught:
             generate_one(qwen, prompt)
