@@ -53,7 +53,7 @@ class VideoAsset:
         return dict(self._video.metadata)
 
     def get_audio(self, sampling_rate: float | None = None) -> np.ndarray:
-        """The sound track, mono float32, at the given sampling rate or its own."""
+        """The audio track, mono float32, at the given sampling rate or its own."""
         if self.name == DRAWN:
             samples, rate = AudioAsset("mary_had_lamb").audio_and_sample_rate
             samples = samples[: round(TOTAL / RATE * rate)]

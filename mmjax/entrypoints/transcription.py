@@ -133,7 +133,7 @@ class Speech:
     # -- preparing ---------------------------------------------------------------------------------------------------
 
     async def decode(self, sound: bytes) -> Recording:
-        """Decode a sound file, or the sound track of a video. RequestError for a file that cannot be decoded."""
+        """Decode an audio file, or the audio track of a video. RequestError for a file that cannot be decoded."""
         return await asyncio.get_running_loop().run_in_executor(self.engine.llm.workers, self._decode, sound)
 
     def _decode(self, sound: bytes) -> Recording:
@@ -231,10 +231,8 @@ class Speech:
     async def stream(self, job: TranscriptionJob, outputs: list[RequestOutput]) -> AsyncGenerator[str, None]:
         """`transcribe` without timestamps, in pieces. Each chunk's output is added to `outputs` once complete."""
         streams: list[RequestStream[RequestOutput]] = []
-        held_back, started = (
-            "",
-            False,
-        )  # the whole text is stripped, so trailing spaces are held back until more text follows
+        # The whole text is stripped, so trailing spaces are held back until more text follows.
+        held_back, started = "", False
         try:
             for engine_input in job.engine_inputs:
                 streams.append(self.engine.submit(engine_input, job.params, streaming=True))

@@ -99,7 +99,7 @@ class MediaCache:
                 raise
             self._evict()
         except OSError as error:
-            log.warning("MMJAX_MEDIA_CACHE: a file cannot be kept in %s (%s)", self.directory, error.strerror)
+            log.warning("MMJAX_MEDIA_CACHE: a file cannot be stored in %s (%s)", self.directory, error.strerror)
 
     def _path(self, url: str, policy: FetchPolicy) -> Path:
         rules = f"{sorted(policy.domains)} {policy.redirects} {policy.block_private} "

@@ -286,9 +286,7 @@ def _read(file: Path, stream: ffmpeg.VideoStream, wanted: list[int], limits: Med
                 continue
             found[index_of[key]] = frame
             num_bytes += frame.nbytes
-            if (
-                limits.video_bytes and num_bytes > limits.video_bytes
-            ):  # the frames are larger than the stream's header says
+            if limits.video_bytes and num_bytes > limits.video_bytes:  # frames exceed the size in the stream's header
                 _check_num_frames(len(found) + 1, frame.nbytes, limits)
             if len(found) == len(wanted):
                 break
