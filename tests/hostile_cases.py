@@ -126,8 +126,8 @@ IMAGE_VALUES = [
     Case("texts", "image", given(np.full((8, 8, 3), "a")), "use uint8"),
     Case("times", "image", given(np.zeros((8, 8, 3), "M8[s]")), "use uint8"),
     Case("records", "image", given(np.zeros((8, 8, 3), [("a", "u1")])), "use uint8"),
-    Case("one axis", "image", given(np.zeros(8, np.uint8)), "one image has 3 axes"),
-    Case("seven axes", "image", given(np.zeros((1,) * 7, np.uint8)), "one image has 3 axes"),
+    Case("one axis", "image", given(np.zeros(8, np.uint8)), "one item has 3 axes"),
+    Case("seven axes", "image", given(np.zeros((1,) * 7, np.uint8)), "one item has 3 axes"),
     Case("seven channels", "image", given(np.zeros((8, 8, 7), np.uint8)), "1, 3 or 4 channels"),
     Case("no pixels", "image", given(np.zeros((0, 8, 3), np.uint8)), "empty"),
     Case(
@@ -384,7 +384,7 @@ VIDEO = [
     Case("frames of NaN", "video", given(np.full((2, 28, 28, 3), np.nan)), "must lie in 0..255"),
     Case("no frames", "video", given(np.zeros((0, 28, 28, 3), np.uint8)), "empty"),
     Case("frames of two axes", "video", given([np.zeros((28, 28), np.uint8)] * 2), "video"),
-    Case("six axes", "video", given(np.zeros((1,) * 6, np.uint8)), "one video has 4 axes"),
+    Case("six axes", "video", given(np.zeros((1,) * 6, np.uint8)), "one item has 4 axes"),
     Case(
         "a view of a million frames",
         "video",

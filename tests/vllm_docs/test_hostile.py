@@ -60,7 +60,7 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "bytes": (image(b"\x89PNG"), ValueError, "must be a PIL image or an array"),
     "object": (image(object()), ValueError, "Cannot identify"),
     "nan": (image(np.full((4, 4, 3), np.nan)), ValueError, "must lie in 0..255"),
-    "five_axes": (image(np.zeros((1, 1, 1, 1, 3), np.uint8)), ValueError, "one image has 3 axes"),
+    "five_axes": (image(np.zeros((1, 1, 1, 1, 3), np.uint8)), ValueError, "one item has 3 axes"),
     "no_channels": (image(np.zeros((30, 40, 7), np.uint8)), ValueError, "1, 3 or 4 channels"),
     "no_pixels": (image(np.zeros((0, 40, 3), np.uint8)), ValueError, "is empty"),
     "thin": (image(np.zeros((2, 900, 3), np.uint8)), ValueError, "Crop or pad"),
