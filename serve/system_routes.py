@@ -118,7 +118,7 @@ def tokens_router(context: ServerContext) -> APIRouter:
         context.check_model(body.model)
         engine = context.engine
         if body.messages is None:
-            tokens = await engine.encode(body.prompt or "", special=body.add_special_tokens is not False)
+            tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
         else:
             options = context.chat_kwargs(body.chat_kwargs())
             special = {"add_special_tokens": bool(body.add_special_tokens)}

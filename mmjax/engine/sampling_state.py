@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mmjax.engine.sequence import Sequence as Seq
+from mmjax.engine.sequence import EngineSequence
 from mmjax.types import SAMPLING_PARAMETERS
 
 PARAMETERS: tuple[tuple[str, str], ...] = tuple(
@@ -40,7 +40,7 @@ class SamplingState:
         self.fields["cross_context_lens"] = np.zeros(n, np.int32)
         self.min_tokens = np.zeros(n, np.int32)
 
-    def set(self, seq: Seq, cross_keys: int) -> None:
+    def set(self, seq: EngineSequence, cross_keys: int) -> None:
         """Fill the row that a sequence has just been given."""
         p, f, row = seq.params, self.fields, seq.row
         for name, dtype in PARAMETERS:
