@@ -83,8 +83,8 @@ def kv_heads_first(platform: str | None = None) -> bool:
 
     Accelerator kernels transpose blocks while they copy them, and XLA there writes a token in place only if tokens are
     the outer axis. On the CPU the matrix products need the keys of each head together, and transposing the blocks took
-    most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with
-    token-major blocks of 16 to 3.8 ms with heads first and blocks of 64.
+    most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with token-major
+    blocks of 16 to 3.8 ms with heads first and blocks of 64.
     """
     return (platform or jax.default_backend()) == "cpu"
 
@@ -93,8 +93,8 @@ def kv_cache_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     """The dtype to allocate the KV cache with, for keys and values in `dtype`.
 
     XLA:CPU has neither gather nor scatter of bfloat16: it converts the whole cache to float32 and, after a write, back.
-    With k and v of 131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens
-    317 ms instead of 0.01. So the CPU's cache stores the bits of bfloat16 as integers: see `kv_cache.to_cache_dtype`.
+    With k and v of 131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens 317
+    ms instead of 0.01. So the CPU's cache stores the bits of bfloat16 as integers: see `kv_cache.to_cache_dtype`.
     """
     return jnp.dtype(jnp.uint16 if platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16 else dtype)
 

@@ -3,8 +3,8 @@
 Cache blocks are [K, block_size, H] here: see `kv_heads_first`. Measured on two cores of an EPYC, jax 0.10.2, 8
 sequences of 1500 keys, K 6, G 1, H 64, blocks of 64 (blocks of 16 took 2.5 times as long): 2.7 ms in float32 and 1.5 ms
 with a bfloat16 cache; in chunks of 64 keys 3.0 and 2.3 ms, of 256 keys 3.0 and 2.0 ms. A dot_general with batch
-dimensions first was faster than one over block-diagonal queries, and faster than multiply-and-sum (10 times slower at
-G 1).
+dimensions first was faster than one over block-diagonal queries, and faster than multiply-and-sum (10 times slower at G
+1).
 """
 
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """Prefill in jnp: the CPU's implementation.
 
 Measured on two cores of an EPYC, jax 0.10.2, float32, a prompt of 1024 tokens, K 2, G 6, H 128: 90, 70, 69 and 50 ms in
-blocks of 16, 32, 64 and 128 queries; chunks of 64 to 512 keys differ by less than the noise. Cache blocks are
-[K, block_size, H] here: see `kv_heads_first`.
+blocks of 16, 32, 64 and 128 queries; chunks of 64 to 512 keys differ by less than the noise. Cache blocks are [K,
+block_size, H] here: see `kv_heads_first`.
 """
 
 import jax.numpy as jnp

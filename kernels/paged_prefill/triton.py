@@ -1,8 +1,8 @@
 """Prefill on GPU: flash attention over cache blocks, in Pallas-Triton.
 
 The queries of a block and the query heads of a kv head are the rows of one matrix (row = query * G + head), cut into
-tiles. A program computes one tile, up to the last key that any of its rows attends to. The tiles of a query block
-and kv head are neighbors in the grid, so that all but the first find their keys in the L2 cache.
+tiles. A program computes one tile, up to the last key that any of its rows attends to. The tiles of a query block and
+kv head are neighbors in the grid, so that all but the first find their keys in the L2 cache.
 """
 
 import functools

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from mmjax.loader.checkpoint import Checkpoint
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 from mmjax.spec import ModelSpec as Sizes
 from tiny_families import qwen2_audio, ultravox
 

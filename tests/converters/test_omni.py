@@ -14,8 +14,8 @@ from mmjax.converters.table import EmptyHoleError, UnclaimedTensorError, plan
 from safetensors.numpy import load_file, save_file
 
 from mmjax.loader.checkpoint import Checkpoint
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 
 Shape = tuple[int, ...]
 FAMILIES = ("qwen2_5_omni", "qwen3_omni_moe")

@@ -105,8 +105,8 @@ def test_dtypes(stored: Any, wanted: Any, case: Case, tmp_path: Path) -> None:
 def test_a_part_is_read_alone(case: Case, tmp_path: Path) -> None:
     src, table, shapes = case
     convert_checkpoint(src, tmp_path / "out", table=table, shapes=shapes)
-    leaf = open_converted(tmp_path / "out")["vision.blocks.fc1"]
-    assert leaf.shape == shapes["vision.blocks.fc1"] and leaf.nbytes == leaf.read().nbytes
+    leaf = open_converted(tmp_path / "out")["vision.layers.fc1"]
+    assert leaf.shape == shapes["vision.layers.fc1"] and leaf.nbytes == leaf.read().nbytes
     assert same_bits(leaf.read((slice(1, 2), slice(None), slice(0, 5))), leaf.read()[1:2, :, 0:5])
 
 

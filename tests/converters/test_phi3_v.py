@@ -13,8 +13,8 @@ from mmjax.converters.phi3_v import TABLE
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import ConversionError, Shape, plan
 
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 from tiny_families import phi3_v
 
 WTE = "model.vision_embed_tokens.wte.weight"

@@ -17,8 +17,8 @@ import tiny_families.qwen2_5_vl
 import tiny_families.qwen3_moe
 import tiny_families.qwen3_vl
 import tiny_families.qwen3_vl_moe
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 
 Shape = tuple[int, ...]
 Make = Callable[[str], Path]

@@ -13,8 +13,8 @@ import pytest
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Shape, Table, convert, plan
 
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 from tiny_families import llava_onevision, minicpmv
 
 FAMILIES = {"llava_onevision": "llava_onevision", "minicpmv": "minicpmv26"}  # and their reference checkpoints

@@ -36,7 +36,7 @@ def as_stored(item: MediaItem, mel: np.ndarray) -> MediaItem:
         mel, audio_steps, min(-(-audio_steps // 8) * 8, conv_length(mel.shape[1])), 0
     )
     num_steps = np.full(item.num_embeds, 8, np.int32)
-    num_steps[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
+    num_steps[-1] = min(8, int(features["output_steps"].sum()) - 8 * (item.num_embeds - 1))
     return dataclasses.replace(
         item, features=features | {"step_index": item.features["step_index"], "num_steps": num_steps}
     )

@@ -37,7 +37,7 @@ def test_matrices_and_keys_in_half_the_memory(family: str, tiny_dir: Callable[[s
     error = np.sqrt(np.square(found - wanted).mean())
     assert 0 < error < 0.06 * wanted.std()
     params = leaves(half)
-    for path in ("text.embed", "text.layers.0.qkv", "text.layers.0.o", "audio.blocks.qkv", "audio.blocks.fc1"):
+    for path in ("text.embed", "text.layers.0.qkv", "text.layers.0.o", "audio.layers.qkv", "audio.layers.fc1"):
         assert params[path].dtype == jnp.bfloat16, path
     assert all(
         params[path].dtype == jnp.float32 for path in params if "norm" in path or "bias" in path or "conv" in path
@@ -59,7 +59,7 @@ def test_int8_goes_before(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[s
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     params = leaves(engine(tiny_dir("qwen2_5_omni"), dtype="bfloat16", quantization="int8"))
     assert params["text.layers.0.qkv"].values.dtype == jnp.int8
-    assert params["text.embed"].dtype == params["audio.blocks.qkv"].dtype == jnp.bfloat16
+    assert params["text.embed"].dtype == params["audio.layers.qkv"].dtype == jnp.bfloat16
 
 
 def test_a_look_up_copies_no_table_even_in_a_loop() -> None:

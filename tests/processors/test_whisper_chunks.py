@@ -100,7 +100,7 @@ def test_ultravox_windows_after_the_first(tiny_dir: Make) -> None:
     item = processor.process_item("audio", random_chord(1, 9)[: 64000 * 2 + 160 * 30], {})
     later = item.features["window_ids"] == 2
     assert item.features["num_frames"][item.features["first_step"] == 0].tolist() == [400, 400, 400]
-    assert (item.features["audio_steps"][later], item.features["wanted_steps"][later]) == (15, 16)
+    assert (item.features["audio_steps"][later], item.features["output_steps"][later]) == (15, 16)
     assert item.features["num_steps"].tolist() == [8] * 52
     first = np.array([8 * i + base for base, n in ((0, 25), (3 * 96, 25), (6 * 96, 2)) for i in range(n)])
     np.testing.assert_array_equal(item.features["step_index"], first)
