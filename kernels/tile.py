@@ -1,8 +1,13 @@
 """The two matrix products of attention, on the tiles of a Pallas kernel, accumulated in float32."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
+
+Ref = Any
+"""A reference that Pallas passes to a kernel: jax exports no type of it."""
 
 
 def qk_dot(query: Float[Array, "rows H"], key: Float[Array, "keys H"]) -> Float32[Array, "rows keys"]:

@@ -8,6 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Float32
 
 from . import online_softmax, tile
+from .tile import Ref
 
 LANES = 128
 
@@ -21,7 +22,7 @@ def softmax_scratch(rows: tuple[int, ...], head_dim: int) -> list[Any]:
     ]
 
 
-def init(row_max: Any, row_sum: Any, acc: Any) -> None:
+def init(row_max: Ref, row_sum: Ref, acc: Ref) -> None:
     """Write the state before any key."""
     row_max[...] = jnp.full(row_max.shape, online_softmax.MASKED, jnp.float32)
     row_sum[...] = jnp.zeros(row_sum.shape, jnp.float32)
@@ -30,9 +31,9 @@ def init(row_max: Any, row_sum: Any, acc: Any) -> None:
 
 def update(
     index: tuple[int, ...],
-    row_max: Any,
-    row_sum: Any,
-    acc: Any,
+    row_max: Ref,
+    row_sum: Ref,
+    acc: Ref,
     scores: Float32[Array, "rows keys"],
     value: Float[Array, "keys H"],
 ) -> None:
@@ -47,7 +48,7 @@ def update(
     acc[index] = acc[index] * correction + tile.pv_dot(weights, value)
 
 
-def finalize(row_sum: Any, acc: Any) -> Float32[Array, "*rows H"]:
+def finalize(row_sum: Ref, acc: Ref) -> Float32[Array, "*rows H"]:
     """The attention output, acc / row_sum; zero for a row without keys."""
     return acc[...] / jnp.maximum(row_sum[..., :1], 1e-30)
 

@@ -5,7 +5,6 @@ name its last block again, which Pallas does not copy again.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .. import online_softmax, tile, tpu
 from ..choose import raise_unsupported
+from ..tile import Ref
 
 STEP_KEYS = 256
 """Keys per grid step: enough bytes in flight to hide the latency of a copy."""
@@ -46,7 +46,9 @@ def run(
     )
 
     def cache_block(j: int) -> pl.BlockSpec:
-        def index(s: Any, p: Any, block_table: Any, context_lens: Any) -> tuple[Any, ...]:
+        def index(
+            s: Int[Array, ""], p: Int[Array, ""], block_table: Ref, context_lens: Ref
+        ) -> tuple[Int[Array, ""], int, int, int]:
             last = jnp.maximum(lax.div(context_lens[s] + (block_size - 1), block_size) - 1, 0)
             return block_table[s, jnp.minimum(p * blocks_per_step + j, last)], 0, 0, 0
 
@@ -71,7 +73,7 @@ def run(
 
 
 def _kernel(
-    block_table_ref: Any, context_lens_ref: Any, q_ref: Any, *refs: Any, blocks_per_step: int, scale: float
+    block_table_ref: Ref, context_lens_ref: Ref, q_ref: Ref, *refs: Ref, blocks_per_step: int, scale: float
 ) -> None:
     k_refs, v_refs = refs[:blocks_per_step], refs[blocks_per_step : 2 * blocks_per_step]
     out_ref, row_max, row_sum, acc = refs[2 * blocks_per_step :]
@@ -82,7 +84,7 @@ def _kernel(
     for j in range(blocks_per_step):
         first = (p * blocks_per_step + j) * block_size
 
-        def update(first: Any = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
+        def update(first: Int[Array, ""] = first, k_ref: Ref = k_refs[j], v_ref: Ref = v_refs[j]) -> None:
             in_context = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < context_len
             visible = first + lax.broadcasted_iota(jnp.int32, (1, block_size), 1) < context_len
             for h in range(K):

@@ -5,7 +5,6 @@ a sequence's keys. XLA combines the splits.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .. import gpu, online_softmax, tile
 from ..choose import raise_unsupported
+from ..tile import Ref
 
 TARGET_PROGRAMS = 512
 """The number of programs to aim for: about four for each of the 132 multiprocessors of an H100."""
@@ -68,14 +68,14 @@ def run(
 
 
 def _kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    block_table_ref: Any,
-    context_lens_ref: Any,
-    row_max_ref: Any,
-    row_sum_ref: Any,
-    acc_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    block_table_ref: Ref,
+    context_lens_ref: Ref,
+    row_max_ref: Ref,
+    row_sum_ref: Ref,
+    acc_ref: Ref,
     *,
     key_block: int,
     num_splits: int,

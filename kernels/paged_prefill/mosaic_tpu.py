@@ -6,7 +6,6 @@ surplus steps copy nothing.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .. import online_softmax, tile, tpu
 from ..choose import raise_unsupported
+from ..tile import Ref
 
 STEP_KEYS = 256
 MAX_STEP_BLOCKS = 8
@@ -49,7 +49,9 @@ def run(
     num_steps = jnp.maximum(lax.div(jnp.max(end) + (blocks_per_step * block_size - 1), blocks_per_step * block_size), 1)
 
     def cache_block(j: int) -> pl.BlockSpec:
-        def index(b: Any, p: Any, block_table: Any, seq_index: Any, q_start: Any, end: Any) -> tuple[Any, ...]:
+        def index(
+            b: Int[Array, ""], p: Int[Array, ""], block_table: Ref, seq_index: Ref, q_start: Ref, end: Ref
+        ) -> tuple[Int[Array, ""], int, int, int]:
             last = jnp.maximum(lax.div(end[b] + (block_size - 1), block_size) - 1, 0)
             return block_table[seq_index[b], jnp.minimum(p * blocks_per_step + j, last)], 0, 0, 0
 
@@ -76,12 +78,12 @@ def run(
 
 
 def _kernel(
-    block_table_ref: Any,
-    seq_index_ref: Any,
-    q_start_ref: Any,
-    end_ref: Any,
-    q_ref: Any,
-    *refs: Any,
+    block_table_ref: Ref,
+    seq_index_ref: Ref,
+    q_start_ref: Ref,
+    end_ref: Ref,
+    q_ref: Ref,
+    *refs: Ref,
     blocks_per_step: int,
     group: int,
     causal: bool,
@@ -97,7 +99,7 @@ def _kernel(
     for j in range(blocks_per_step):
         first = (p * blocks_per_step + j) * block_size
 
-        def update(first: Any = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
+        def update(first: Int[Array, ""] = first, k_ref: Ref = k_refs[j], v_ref: Ref = v_refs[j]) -> None:
             in_context = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
             key_pos = first + lax.broadcasted_iota(jnp.int32, (padded_rows, block_size), 1)
             visible = key_pos < end

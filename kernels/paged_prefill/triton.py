@@ -6,7 +6,6 @@ kv head are neighbors in the grid, so that all but the first find their keys in 
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from .. import gpu, online_softmax, tile
 from ..choose import raise_unsupported
+from ..tile import Ref
 
 
 def run(
@@ -66,14 +66,14 @@ def run(
 
 
 def _kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    block_table_ref: Any,
-    seq_index_ref: Any,
-    q_start_ref: Any,
-    context_lens_ref: Any,
-    out_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    block_table_ref: Ref,
+    seq_index_ref: Ref,
+    q_start_ref: Ref,
+    context_lens_ref: Ref,
+    out_ref: Ref,
     *,
     tile_rows: int,
     key_block: int,

@@ -6,7 +6,6 @@ of the others copy nothing.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .. import online_softmax, tile, tpu
 from ..choose import raise_unsupported
+from ..tile import Ref
 from .bounds import key_bounds, key_segment_ids, pad_to_blocks, unpad
 
 BLOCK = 256
@@ -44,7 +44,7 @@ def run(
     first, last = lax.div(low, block), lax.div(high + (block - 1), block)
     num_steps = jnp.maximum(jnp.max(last - first), 1)
 
-    def key_block_index(i: Any, p: Any, first: Any, last: Any) -> Any:
+    def key_block_index(i: Int[Array, ""], p: Int[Array, ""], first: Ref, last: Ref) -> Int[Array, ""]:
         return jnp.maximum(jnp.minimum(first[i] + p, last[i] - 1), 0)
 
     query_spec = pl.BlockSpec((None, block, H), lambda n, i, p, *_: (n, i, 0))
@@ -73,17 +73,17 @@ def run(
 
 
 def _kernel(
-    first_ref: Any,
-    last_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    query_ids_ref: Any,
-    key_ids_ref: Any,
-    out_ref: Any,
-    row_max: Any,
-    row_sum: Any,
-    acc: Any,
+    first_ref: Ref,
+    last_ref: Ref,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    query_ids_ref: Ref,
+    key_ids_ref: Ref,
+    out_ref: Ref,
+    row_max: Ref,
+    row_sum: Ref,
+    acc: Ref,
     *,
     scale: float,
 ) -> None:

@@ -1,7 +1,6 @@
 """Segment attention on GPU: flash attention in Pallas-Triton, each block of queries over the keys of its segments."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import gpu, online_softmax, tile
+from ..tile import Ref
 from .bounds import key_bounds, key_segment_ids, pad_to_blocks, unpad
 
 
@@ -51,15 +51,15 @@ def run(
 
 
 def _kernel(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    query_ids_ref: Any,
-    key_ids_ref: Any,
-    low_ref: Any,
-    high_ref: Any,
-    single_ref: Any,
-    out_ref: Any,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
+    query_ids_ref: Ref,
+    key_ids_ref: Ref,
+    low_ref: Ref,
+    high_ref: Ref,
+    single_ref: Ref,
+    out_ref: Ref,
     *,
     key_block: int,
     scale: float,

@@ -218,11 +218,13 @@ class QwenVisionEncoder(nnx.Module):
         x, inner_states = self._run_layers(x, features)
         embeds = self.merger(x)
         if self.deepstack_mergers is not None:
-            graph, weights = nnx.split(self.deepstack_mergers)
-            deepstack = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, inner_states)
-            embeds = jnp.concatenate([embeds, deepstack.reshape(embeds.shape[0], -1)], axis=1)
+            with jax.named_scope("deepstack"):
+                graph, weights = nnx.split(self.deepstack_mergers)
+                deepstack = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, inner_states)
+                embeds = jnp.concatenate([embeds, deepstack.reshape(embeds.shape[0], -1)], axis=1)
         if self.c.full_attention_layers is not None:
-            embeds = jnp.take(embeds, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
+            with jax.named_scope("reorder"):
+                embeds = jnp.take(embeds, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
         return embeds
 
     @jax.named_scope("patch_embed")
