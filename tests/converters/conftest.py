@@ -1,4 +1,4 @@
-"""The parameter paths and shapes of the three families, written out by hand from a config.json."""
+"""The parameter paths and shapes of three families, written by hand from a config.json."""
 
 import json
 from collections.abc import Callable, Mapping

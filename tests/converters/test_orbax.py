@@ -1,4 +1,4 @@
-"""Converted checkpoints: the same bits, restorable by stock Orbax, written without holding the model in memory."""
+"""Converted checkpoints: the same bits, restorable by stock Orbax, written without the whole model in memory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A family's module by itself: a checkpoint's weights, one padded batch, no engine, no scheduler, no sampler."""
+"""A family's model without the engine: the weights of a checkpoint and one padded batch."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ BLOCK_SIZE, Q_BLOCK_SIZE = 16, 32
 
 
 class Bare:
-    """Runs one prompt of up to `tokens` tokens and media of up to `num_inputs` encoder inputs (by encoder, if it is
-    a mapping), in `dtype` on one device. products: the dtype of the matrices and of the cache, where it is another."""
+    """Runs one prompt of up to `tokens` tokens and media of up to `num_inputs` encoder inputs (by encoder, if it is a
+    mapping), in `dtype` on one device. products: the dtype of the matrices and of the cache, where it is another."""
 
     def __init__(
         self,

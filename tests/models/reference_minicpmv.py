@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 put together from parts of torch and transformers, slice by slice: transformers does not have it."""
+"""MiniCPM-V 2.6 made from parts of torch and transformers, slice by slice: transformers does not have it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ EPS = 1e-6
 
 
 class Reference(nn.Module):
-    """Takes what our processor makes of media; calls its parts by their published names, so that the tensors fit."""
+    """Takes the output of our processor. Its parts have their published names, so that the tensors fit."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         super().__init__()

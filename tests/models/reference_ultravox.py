@@ -1,4 +1,4 @@
-"""Ultravox put together from parts of torch and transformers, window by window: transformers does not have it."""
+"""Ultravox made from parts of torch and transformers, window by window: transformers does not have it."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ class Reference(nn.Module):
         return SimpleNamespace(logits=self.language_model(inputs_embeds=x, use_cache=use_cache).logits)
 
     def window(self, mel: Any, heard: int) -> Any:
-        """[rows, D] of mel [bins, frames], of whose steps so many are sound."""
+        """[embeds, D] of mel [bins, frames], of whose steps this many are audio."""
         tower, parts, gelu = self.audio_tower, self.multi_modal_projector, nn.functional.gelu
         x = gelu(tower.conv2(gelu(tower.conv1(mel[None].to(self.dtype))))).transpose(1, 2)
         x = x + tower.embed_positions.weight[: x.shape[1]]
@@ -74,7 +74,7 @@ class Reference(nn.Module):
 
 
 def media(rendered: EngineInput) -> dict[str, np.ndarray]:
-    """The windows of all clips: mel [n, bins, most frames], frames that there are, steps that are sound."""
+    """The windows of all clips: mel [n, bins, most frames], number of frames, number of steps that are audio."""
     found: list[tuple[np.ndarray, int, int]] = []
     for item in {entry.item_hash: entry.item for entry in rendered.items}.values():
         for number in range(int(item.features["window_ids"].max(initial=-1)) + 1):

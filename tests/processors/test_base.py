@@ -35,7 +35,7 @@ def test_expanded_prompt_expands_to_itself() -> None:
     assert expand(once, image=[2, 3], video=[4]) == (once, spans)
 
 
-def test_one_kind_may_come_expanded_and_another_not() -> None:
+def test_one_modality_may_be_expanded_and_another_not() -> None:
     assert expand([90, 90, 5, 91], image=[2], video=[3])[0] == [90, 90, 5, 91, 91, 91]
 
 
@@ -53,7 +53,7 @@ def test_no_media() -> None:
         ([90, 1, 90], [2], 2),  # as many as rows, but torn apart
     ],
 )
-def test_mismatch_names_kind_counts_placeholder_and_fix(tokens: list[int], rows: list[int], found: int) -> None:
+def test_mismatch_names_modality_counts_placeholder_and_fix(tokens: list[int], rows: list[int], found: int) -> None:
     with pytest.raises(RequestError) as caught:
         expand(tokens, image=rows)
     message = str(caught.value)

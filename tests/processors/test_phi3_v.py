@@ -28,7 +28,7 @@ def tiny(tiny_dir: Make) -> tuple[phi3_v.Processor, Tokenizer]:
 
 @pytest.fixture
 def published(tiny_dir: Make) -> phi3_v.Processor:
-    """As the hub's files have it: the tower is only named."""
+    """As in the hub's files: config.json has only the name of the tower."""
     files = read_files(tiny_dir("phi3_v"))
     del files["config.json"]["img_processor"]["vision_config"]
     return phi3_v.Processor(files["config.json"], files, None)
@@ -53,9 +53,7 @@ def test_token_counts(published: phi3_v.Processor, size: tuple[int, int], kwargs
 
 
 @pytest.mark.parametrize("size", [(60, 100), (100, 60), (56, 56), (1, 1), (3, 400), (131, 57)])
-def test_crops_put_together_are_the_image_on_white(
-    tiny: tuple[phi3_v.Processor, Tokenizer], size: tuple[int, int]
-) -> None:
+def test_joined_crops_equal_the_image_on_white(tiny: tuple[phi3_v.Processor, Tokenizer], size: tuple[int, int]) -> None:
     processor, _ = tiny
     picture = np.random.default_rng(0).integers(0, 200, (*size, 3), np.uint8)
     item = processor.process_item("image", picture, {})
@@ -77,7 +75,7 @@ def test_crops_put_together_are_the_image_on_white(
     assert abs(2 * above + height - rows * side) <= 1 and abs(2 * before + width - columns * side) <= 1
 
 
-def test_rows_lie_line_by_line_with_separators(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
+def test_embeds_are_ordered_row_by_row_with_separators(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
     processor, _ = tiny
     item = processor.process_item("image", np.zeros((50, 112, 3), np.uint8), {"num_crops": 2})
     assert item.grid == (1, 2)
@@ -88,7 +86,7 @@ def test_rows_lie_line_by_line_with_separators(tiny: tuple[phi3_v.Processor, Tok
     assert processor._patch_index(1, 2).tolist() == [*wanted[11:], divider, *wanted[:10]]
 
 
-def test_the_whole_is_the_canvas_by_torchs_rule(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
+def test_the_global_view_equals_torchs_resize(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
     """Two, three and one crops along an edge: for odd numbers every n-th pixel, else 4 x 4 of them."""
     processor, _ = tiny
     picture = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)

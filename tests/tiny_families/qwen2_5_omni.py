@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-Omni, laid out as the whole published model, of which only the thinker counts."""
+"""A tiny Qwen2.5-Omni, laid out as the whole published model, of which only the thinker is loaded."""
 
 from __future__ import annotations
 

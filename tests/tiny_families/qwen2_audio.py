@@ -1,4 +1,4 @@
-"""Qwen2-Audio in little: windows of four seconds, three pieces each."""
+"""Qwen2-Audio, tiny: windows of four seconds, three chunks each."""
 
 from collections.abc import Mapping
 from typing import Any

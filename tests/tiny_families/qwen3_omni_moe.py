@@ -1,4 +1,4 @@
-"""A tiny Qwen3-Omni, laid out as the whole published model, of which only the thinker counts."""
+"""A tiny Qwen3-Omni, laid out as the whole published model, of which only the thinker is loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +31,7 @@ OTHER_WORDS = {
 
 
 def build(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
-    """Tokenizer, files and tensors; the head has weights of its own."""
+    """Tokenizer, files and tensors; the head is untied."""
     tokenizer = byte_level(SPECIAL, QWEN_WORDS)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     vocabulary = table_rows(tokenizer)

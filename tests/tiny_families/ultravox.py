@@ -1,5 +1,5 @@
-"""Ultravox in little, with the encoder and the language model in the same checkpoint. The token that marks sound lies
-one past the embedding, as it is published."""
+"""Ultravox, tiny, with the encoder and the language model in the same checkpoint. The audio token is one past the
+embedding, as published."""
 
 from collections.abc import Mapping
 from typing import Any
