@@ -150,13 +150,13 @@ class Published:
         """The frames of all clips, each computed alone, and the mask of frames that are audio."""
         padding = "do_not_pad" if self.family == "qwen3_omni_moe" else "max_length"
         options = {"sampling_rate": RATE, "padding": padding, "truncation": padding == "max_length"}
-        heard = [
+        extracted = [
             self.feature_extractor(clip, return_attention_mask=True, return_tensors="np", **options) for clip in clips
         ]
-        longest = max(one["input_features"].shape[2] for one in heard)
+        longest = max(one["input_features"].shape[2] for one in extracted)
 
         def together(name: str) -> np.ndarray:
-            parts = [one[name][0] for one in heard]
+            parts = [one[name][0] for one in extracted]
             return np.stack([np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in parts])
 
         out = {"input_features": together("input_features"), "feature_attention_mask": together("attention_mask")}

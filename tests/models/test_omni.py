@@ -34,9 +34,9 @@ def as_stored(
     features = dict(item.features)
     if item.modality == "audio":
         mel = features["mel"]
-        heard = int(features["audio_frames"].sum())
+        num_frames = int(features["audio_frames"].sum())
         stored = np.zeros((mel.shape[0] * mel.shape[1], mel.shape[2]), np.float32)
-        stored[:heard] = arrays[f"{case}/input_features"][index].T[:heard]
+        stored[:num_frames] = arrays[f"{case}/input_features"][index].T[:num_frames]
         features |= {"mel": stored.reshape(mel.shape), "num_frames": np.full(len(mel), mel.shape[1], np.int32)}
     elif item.modality == "video":
         prepare, pixels = files["preprocessor_config.json"], arrays[f"{case}/pixel_values_videos"]

@@ -64,8 +64,8 @@ def test_image_features(directory: Path) -> None:
     for case in ("image", "image_tall", "two_images_longrope"):
         rendered = renderer.process(renderer.parse(prompts[case]))
         assert rendered.token_ids.tolist() == arrays[f"{case}/input_ids"].tolist()
-        rows = model.encode([entry.item for entry in rendered.items])
-        close(rows, arrays[f"{case}/image_features"], FEATURES, case)
+        embeds = model.encode([entry.item for entry in rendered.items])
+        close(embeds, arrays[f"{case}/image_features"], FEATURES, case)
 
 
 def test_vectors_of_vlm2vec(directory: Path) -> None:

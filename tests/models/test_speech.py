@@ -122,10 +122,10 @@ def test_75_seconds_in_clips(recordings: Recordings, text: Callable[..., str], s
     """The repeated speech: all its words in order, but for those around a cut."""
     clips = [name for name in recordings if name.startswith("long")]
     assert len(clips) == 3 and sum(len(recordings[name][0]) for name in clips) == 75 * 16000
-    heard = words("".join(text(name) for name in clips))
-    assert set(heard) <= set(spoken)
+    transcribed = words("".join(text(name) for name in clips))
+    assert set(transcribed) <= set(spoken)
     whole = " ".join(spoken[1:])  # the cuts fall on its first word
-    assert " ".join(heard).count(whole) >= 4
+    assert " ".join(transcribed).count(whole) >= 4
 
 
 @pytest.mark.parity

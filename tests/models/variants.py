@@ -247,8 +247,8 @@ def save(model: "Published", source: Path, directory: Path) -> Path:
         model.prepare.save_pretrained(directory)
     if hasattr(model, "feature_extractor"):  # the hub has one file for both
         seen = json.loads((directory / "preprocessor_config.json").read_text())
-        heard = json.loads(model.feature_extractor.to_json_string())
-        (directory / "preprocessor_config.json").write_text(json.dumps(heard | seen))
+        audio_options = json.loads(model.feature_extractor.to_json_string())
+        (directory / "preprocessor_config.json").write_text(json.dumps(audio_options | seen))
     for name in HOST_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

@@ -47,19 +47,19 @@ def test_qwen_token_counts_of_a_1300x876_image(
 
 def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
     """n images take n times the tokens of one, whether the sizes come with the engine or with the prompt."""
-    picture, small = Image.new("RGB", (1300, 876)), {"min_pixels": 64**2, "max_pixels": 512**2}
-    for at_start, with_prompt, rows in (({}, {}, 1426), (small, {}, 330), ({}, small, 330)):
+    image, small = Image.new("RGB", (1300, 876)), {"min_pixels": 64**2, "max_pixels": 512**2}
+    for at_start, with_prompt, num_embeds in (({}, {}, 1426), (small, {}, 330), ({}, small, 330)):
         renderer = make_input_processor(
             "qwen2_vl", tiny_dir("qwen2_vl"), mm_processor_kwargs=at_start, max_model_len=8192
         )
         for count in (1, 3):
             prompt: dict[str, Any] = {
                 "prompt": "<|vision_start|><|image_pad|><|vision_end|>" * count,
-                "multi_modal_data": {"image": [picture] * count},
+                "multi_modal_data": {"image": [image] * count},
                 "mm_processor_kwargs": with_prompt,
             }
             made = renderer.process(renderer.parse(prompt))
-            assert len(made.token_ids) == count * (rows + 2)
+            assert len(made.token_ids) == count * (num_embeds + 2)
 
 
 def test_qwen_layout_of_pixels_coords_and_segments(qwen: Processor) -> None:

@@ -76,14 +76,14 @@ def test_embeds_and_crops_agree(small: Processor, size: tuple[int, int]) -> None
 
 def test_joined_crops_equal_the_image(small: Processor) -> None:
     """An image of exactly two by three crops: nothing is resized, and embeddings are in row order."""
-    picture = np.random.default_rng(0).integers(0, 256, (112, 168, 3), np.uint8)
-    item = small.process_item("image", picture, {})
+    pixels = np.random.default_rng(0).integers(0, 256, (112, 168, 3), np.uint8)
+    item = small.process_item("image", pixels, {})
     assert item.num_inputs == 7
     patches = item.features["pixels"].reshape(7, 3, 4, 14, 4, 14).transpose(0, 2, 4, 3, 5, 1).reshape(-1, 14, 14, 3)
     rows = item.features["source_index"][16:, 0].reshape(8, 13)
     assert (rows[:, -1] == -1).all()
     shown = patches[rows[:, :-1]].swapaxes(1, 2).reshape(112, 168, 3)
-    np.testing.assert_array_equal(shown, picture)
+    np.testing.assert_array_equal(shown, pixels)
 
 
 def test_padded_to_a_square_with_the_mean_color(small: Processor) -> None:

@@ -65,13 +65,13 @@ def test_too_thin() -> None:
 
 def test_slices_are_the_image_cut_row_by_row(loaded: tuple[Processor, Tokenizer]) -> None:
     """An image that needs no resizing: two by three squares."""
-    picture = np.random.default_rng(1).integers(0, 256, (224, 336, 3), np.uint8)
-    item = loaded[0].process_item("image", picture, {})
+    pixels = np.random.default_rng(1).integers(0, 256, (224, 336, 3), np.uint8)
+    item = loaded[0].process_item("image", pixels, {})
     assert item.grid == (2, 3, 1) and item.num_embeds == 7 * 16 == loaded[0].num_embeds("image", (224, 336), {})
     first = int((item.features["segment_ids"] == 0).sum())
     patches = item.features["pixels"][first:].reshape(2, 3, 8, 8, 3, 14, 14)
     shown = patches.transpose(0, 2, 5, 1, 3, 6, 4).reshape(224, 336, 3)
-    np.testing.assert_array_equal(shown, picture)
+    np.testing.assert_array_equal(shown, pixels)
     np.testing.assert_array_equal(item.features["patch_coords"][first : first + 9, 0], [0] * 8 + [1])
     np.testing.assert_array_equal(np.bincount(item.features["segment_ids"])[1:], 64)
 

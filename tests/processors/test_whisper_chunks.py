@@ -36,8 +36,8 @@ def whole(item: MediaItem, window: int = 0) -> np.ndarray:
 def test_qwen2_audio_golden(case: str, shared: Path) -> None:
     directory = shared / "reference/qwen2_audio"
     golden, (processor, _) = np.load(directory / "golden.npz"), load_processor("qwen2_audio", directory)
-    heard = golden[f"{case}/feature_attention_mask"].sum(axis=1)
-    for index, frames in enumerate(heard.tolist()):
+    num_frames = golden[f"{case}/feature_attention_mask"].sum(axis=1)
+    for index, frames in enumerate(num_frames.tolist()):
         audio = golden[f"{case}/raw_audio_{index}"]
         item = processor.process_item("audio", audio, {})
         wanted = golden[f"{case}/input_features"][index]
@@ -86,12 +86,14 @@ def test_clips_too_short_for_an_embedding(tiny_dir: Make) -> None:
     assert processor.num_embeds("audio", (320,), {}) == 0
 
 
-@pytest.mark.parametrize(("samples", "rows"), [(1, 1), (160 * 16, 1), (160 * 16 + 1, 2), (64000, 25), (64001, 26)])
-def test_ultravox_embeds(samples: int, rows: int, tiny_dir: Make) -> None:
+@pytest.mark.parametrize(
+    ("samples", "num_embeds"), [(1, 1), (160 * 16, 1), (160 * 16 + 1, 2), (64000, 25), (64001, 26)]
+)
+def test_ultravox_embeds(samples: int, num_embeds: int, tiny_dir: Make) -> None:
     processor, _ = load_processor("ultravox", tiny_dir("ultravox"))
     item = processor.process_item("audio", random_chord(1, 5)[:samples], {})
-    assert item.num_embeds == rows == processor.num_embeds("audio", (samples,), {})
-    assert len(item.features["step_index"]) == len(item.features["num_steps"]) == rows
+    assert item.num_embeds == num_embeds == processor.num_embeds("audio", (samples,), {})
+    assert len(item.features["step_index"]) == len(item.features["num_steps"]) == num_embeds
 
 
 def test_ultravox_windows_after_the_first(tiny_dir: Make) -> None:
