@@ -1,4 +1,4 @@
-"""Rules for imports, lengths, names and words.
+"""Rules for imports, lengths, names, words, and what device code declares.
 
 Imports are read from the syntax tree, so an import inside a function counts too. Each rule is also run on a planted
 violation, to show that it can fail.
@@ -80,6 +80,9 @@ IMPORT_RULES = {
     "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),
 }
 NO_FAMILY = ("engine", "inputs", "outputs", "loader", "entrypoints", "chat")  # packages that treat all families alike
+
+DEVICE_CODE = ("kernels", "mmjax/nn", "mmjax/models")
+ARRAYS = ("Array", "jax.Array", "jnp.ndarray", "np.ndarray")
 
 FILE_LINES = 500
 FUNCTION_LINES = 60
@@ -222,7 +225,36 @@ def word_faults(root: Path) -> Iterator[str]:
                 yield f"{name}:{number}: only mmjax/config.py reads the environment"
 
 
+def array_faults(root: Path) -> Iterator[str]:
+    """Arrays are annotated by jaxtyping, with dtype and axes: Float[Array, "T D"]. `Array` alone says neither."""
+    for path in sources(root, *DEVICE_CODE):
+        tree = ast.parse(path.read_text())
+        shaped = {
+            node.slice.elts[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Tuple)
+            and isinstance(node.slice.elts[-1], ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name | ast.Attribute) and node not in shaped and ast.unparse(node) in ARRAYS:
+                yield f"{path.relative_to(root)}:{node.lineno}: {ast.unparse(node)} without dtype and axes"
+
+
+def scope_faults(root: Path) -> Iterator[str]:
+    """The `__call__` of a module opens a jax.named_scope, unless all it does is to call another module."""
+    for path in sources(root, *DEVICE_CODE):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef) or node.name != "__call__":
+                continue
+            statements = [statement for statement in node.body if not isinstance(statement, ast.Expr)]
+            if len(statements) > 1 and "named_scope" not in ast.unparse(node):
+                yield f"{path.relative_to(root)}:{node.lineno}: __call__ opens no jax.named_scope"
+
+
 CHECKS = {
+    "arrays": array_faults,
+    "scopes": scope_faults,
     "imports": import_faults,
     "lengths": length_faults,
     "parameters": parameter_faults,
@@ -284,6 +316,15 @@ PLANTED = [
     ("names", "mmjax/common/cache_helpers.py", "", "names nothing"),
     ("names", "mmjax/utils/media_utils.py", "", "names nothing"),
     ("imports", "mmjax/utils/serial_utils.py", "from mmjax.engine import engine", "may not import"),
+    ("arrays", "mmjax/nn/rope.py", "def f(x: jax.Array) -> None: pass", "jax.Array without dtype and axes"),
+    ("arrays", "mmjax/models/llava.py", "def f() -> Array | None: pass", "Array without dtype and axes"),
+    ("arrays", "kernels/tile.py", "State = tuple[Array, np.ndarray]", "without dtype and axes"),
+    (
+        "scopes",
+        "mmjax/nn/norm.py",
+        "class Norm:\n    def __call__(self, x):\n        y = x + 1\n        return y",
+        "__call__ opens no jax.named_scope",
+    ),
     ("words", "mmjax/entrypoints/llm.py", "x = 1  # TO" + "DO: later", "unfinished"),
     ("words", "mmjax/entrypoints/llm.py", "import os\nos.environ['X']", "only mmjax/config.py"),
 ]
@@ -299,6 +340,8 @@ def test_house_rule_catches(check: str, file: str, text: str, fault: str, tmp_pa
 
 
 ALLOWED = [
+    ("mmjax/nn/norm.py", 'def f(x: Float[Array, "T D"]) -> tuple[Float32[np.ndarray, "T"], ...]: pass'),
+    ("mmjax/nn/norm.py", "class Norm:\n    def __call__(self, x):\n        return self.inner(x)"),
     ("kernels/deep/reference.py", "from ..choose import select\nimport jax"),
     ("converters/orbax.py", "import jax, orbax.checkpoint"),
     ("mmjax/models/llava.py", "from mmjax.spec import EncoderSpec\nfrom mmjax.nn.encoder import Encoder"),
