@@ -5,7 +5,7 @@
 Run it twice to see a cold and a warm start. Needs no checkpoint: the tokenizer is that of the tests' tiny model.
 
 Two measures of how well the device is fed. "of wall time" is the engine's own: the thread that calls programs was in a
-call for `call_s`. "device waits" is of the device: the share of the wall time during which it had been handed nothing
+call for `call_s`. "device idle" is of the device: the share of the wall time during which it had been handed nothing
 that was not done, as a second thread sees results become ready.
 """
 
@@ -129,7 +129,7 @@ def main() -> None:
             print("of wall time", {part: f"{share:.1%}" for part, share in shares.items()}, flush=True)
             longest = sorted(gaps, key=lambda gap: -gap[1])[:8]
             told = ", ".join(f"{length * 1e3:.1f} ms at {at * 1e3:.0f}" for at, length in sorted(longest))
-            print(f"device waits {sum(length for _, length in gaps) / report.wall_s:.1%}: {told}", flush=True)
+            print(f"device idle {sum(length for _, length in gaps) / report.wall_s:.1%}: {told}", flush=True)
             print(json.dumps({"case": name, **dataclasses.asdict(report)}), flush=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from mmjax.converters.safetensors import CheckpointError
 
 MANIFEST = "mmjax.json"
-FORMAT = 1
+FORMAT = 2  # goes up when the paths of parameters change
 TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -44,5 +44,7 @@ def read_manifest(directory: Path | str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
     if version != FORMAT:
-        raise CheckpointError(f"{file} has format {version}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"{file} has format {version}; this version reads format {FORMAT}: convert the checkpoint again"
+        )
     return manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Rule, linear, norm
 
-_S, _T = "audio.layers.{i}", "audio.blocks"
+_S, _T = "audio.layers.{i}", "audio.layers"
 
 
 def biases(names: str) -> tuple[str, ...]:

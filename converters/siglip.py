@@ -8,7 +8,7 @@ from __future__ import annotations
 from mmjax.converters import transforms as to
 from mmjax.converters.table import Rule, linear, norm, optional
 
-_S, _T = "vision.encoder.layers.{i}", "vision.blocks"
+_S, _T = "vision.encoder.layers.{i}", "vision.layers"
 _QKV = tuple(f"{_S}.self_attn.{x}_proj" for x in "qkv")
 
 RULES = (

@@ -91,14 +91,14 @@ class Rule:
 class Part:
     """A part of a model that its checkpoint may leave in another one.
 
-    key: of config.json, says where that is. config: key under which the other's config.json belongs into this one.
-    Tensors that begin with `there` in the other are those that begin with `here` in this one.
+    key: of config.json, names the other checkpoint. config: the key of config.json for the other's config.json.
+    source_prefix, prefix: how the names of the part's tensors begin in the other checkpoint, and in this one.
     """
 
     key: str
     config: str
-    there: str
-    here: str
+    source_prefix: str
+    prefix: str
 
 
 @dataclasses.dataclass(frozen=True)

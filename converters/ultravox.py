@@ -28,7 +28,7 @@ TABLE = Table(
         ("multi_modal_projector.", "projector."),
     ),
     parts=(
-        Part("text_model_id", "text_config", there="", here="language_model."),
-        Part("audio_model_id", "audio_config", there="model.encoder.", here="audio_tower."),
+        Part("text_model_id", "text_config", source_prefix="", prefix="language_model."),
+        Part("audio_model_id", "audio_config", source_prefix="model.encoder.", prefix="audio_tower."),
     ),
 )

@@ -11,16 +11,16 @@ function per op, several implementations each.
     add_rms_norm        a residual sum and the norm after it
 
 Axis letters: S sequences, B query blocks, Q queries per block, T tokens, U positions of a packed encoder sequence, P
-cache blocks per sequence, K kv heads, G query heads per kv head, N attention heads, H head dim. Which implementation
-serves which platform: `choose.py`.
+cache blocks per sequence, K kv heads, G query heads per kv head, N attention heads, H head dim. `choose.py` says which
+implementation runs on which platform.
 
-Another distribution is called `kernels`, and transformers probes it by importing that name, which finds this folder
-whenever the repository's root is on sys.path. Under that name nothing is imported and nothing is defined.
+transformers imports `kernels` to see whether the distribution of that name is installed, and finds this folder if the
+repository's root is on sys.path. Imported under that name, this module imports and defines nothing.
 """
 
 if __name__ != "kernels":
-    # The ops share names with their folders: importing them here, first, makes the function win over the module for
-    # good.
+    # An op and its folder have the same name. These imports run before any of the folder alone, so the name stays that
+    # of the function.
     from .add_rms_norm import add_rms_norm
     from .attn_states import AttnStates
     from .choose import (

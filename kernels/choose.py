@@ -1,5 +1,5 @@
-"""Which implementation serves an op on a platform, and the sizes that follow from the choice. Platforms are jax's
-names: cpu, gpu, tpu."""
+"""The implementation of each op on a platform, and the sizes that follow from it. Platforms have jax's names: cpu, gpu,
+tpu."""
 
 import functools
 import importlib
@@ -29,16 +29,16 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """op -> the modules in its folder; each has `run` with the signature of the op (without `impl`)."""
 
-DEFAULT: Mapping[str, str] = MappingProxyType({"cpu": "reference", "gpu": "triton", "tpu": "mosaic_tpu"})
+DEFAULT_IMPL: Mapping[str, str] = MappingProxyType({"cpu": "reference", "gpu": "triton", "tpu": "mosaic_tpu"})
 
 
 @functools.cache
 def select(platform: str) -> Mapping[str, str]:
     """op -> implementation for a platform. The choice is logged once per process. KeyError for an unknown platform.
 
-    An op without an implementation of the platform's own has its reference there.
+    An op that has no implementation for the platform runs its reference there.
     """
-    default = DEFAULT[platform]
+    default = DEFAULT_IMPL[platform]
     chosen = MappingProxyType(
         {op: default if default in known else "reference" for op, known in IMPLEMENTATIONS.items()}
     )
@@ -48,15 +48,18 @@ def select(platform: str) -> Mapping[str, str]:
 
 @functools.cache
 def implementation(op: str, impl: str | None) -> Callable[..., Any]:
-    """The `run` of an implementation; None means the default backend's. Pallas is imported only where it is needed."""
+    """The `run` of an implementation, by default that of the default backend. Pallas is imported only if it is needed.
+
+    Raises ValueError for an unknown `impl`.
+    """
     name = impl or select(jax.default_backend())[op]
     if name not in IMPLEMENTATIONS[op]:
         raise ValueError(f"{op} has no implementation {name!r}, only {', '.join(IMPLEMENTATIONS[op])}")
     return importlib.import_module(f".{op}.{name}", __package__).run
 
 
-def refuse(op: str, impl: str, why: str, **arrays: Shaped[Array, "..."]) -> NoReturn:
-    """Raise NotImplementedError: an implementation cannot serve these shapes, and there is no silent fallback."""
+def raise_unsupported(op: str, impl: str, why: str, **arrays: Shaped[Array, "..."]) -> NoReturn:
+    """Raise NotImplementedError: an implementation does not support these shapes. There is no silent fallback."""
     shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in arrays.items())
     raise NotImplementedError(f"{op}: {impl} does not serve {shapes}: {why}")
 
@@ -64,8 +67,8 @@ def refuse(op: str, impl: str, why: str, **arrays: Shaped[Array, "..."]) -> NoRe
 def kv_cache_head_dim(head_dim: int, platform: str) -> int:
     """The head dim to allocate the KV cache with; callers zero-pad q, k and v to it.
 
-    Zeros change no score and give zero outputs. Triton blocks are powers of two, and a masked tail would waste the same
-    loads; a TPU copies cache blocks in tiles of 128 lanes. The CPU takes any size as it is.
+    Zeros change no score and give zero outputs. Triton blocks are powers of two, and masking would load as much as
+    padding does; a TPU copies cache blocks in tiles of 128 lanes. The CPU needs no padding.
     """
     if platform == "cpu":
         return head_dim
@@ -77,8 +80,8 @@ def kv_cache_head_dim(head_dim: int, platform: str) -> int:
 def kv_cache_heads(kv_heads: int, platform: str) -> int:
     """The number of kv heads to allocate the KV cache with; callers add heads of zeros to q, k and v.
 
-    A TPU stores 2, 4 or a multiple of 8 heads without gaps; with any other number XLA copies the whole cache before a
-    kernel and after a write (seen in the temporary bytes of programs compiled for v5e).
+    A TPU stores 2, 4 or a multiple of 8 heads without gaps; for any other number XLA copies the whole cache before a
+    kernel and after a write, as the temporary bytes of programs compiled for v5e show.
     """
     if platform != "tpu":
         return kv_heads
@@ -86,12 +89,12 @@ def kv_cache_heads(kv_heads: int, platform: str) -> int:
 
 
 def kv_heads_first(platform: str | None = None) -> bool:
-    """Whether a cache block is [K, block_size, H] instead of [block_size, K, H]; None: the default backend's platform.
+    """Whether a cache block is [K, block_size, H] instead of [block_size, K, H]. None: on the default backend.
 
-    Accelerator kernels copy whole blocks and transpose them on the way, and XLA there writes a token in place only
-    where tokens are the outer axis. On the CPU the matrix products want each head's keys together, and transposing the
-    blocks took most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with
-    token-major blocks of 16 to 3.8 ms with heads first and blocks of 64.
+    Accelerator kernels transpose blocks while they copy them, and XLA there writes a token in place only if tokens are
+    the outer axis. On the CPU the matrix products need the keys of each head together, and transposing the blocks took
+    most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with token-major
+    blocks of 16 to 3.8 ms with heads first and blocks of 64.
     """
     return (platform or jax.default_backend()) == "cpu"
 
@@ -100,28 +103,28 @@ def kv_cache_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:
     """The dtype to allocate the KV cache with, for keys and values in `dtype`.
 
     XLA:CPU has neither gather nor scatter of bfloat16: it converts the whole cache to float32 and, after a write, back.
-    With k and v of 131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens
-    317 ms instead of 0.01. So there the cache holds the bits of bfloat16 as integers: see `kv_cache.to_cache_dtype`.
+    With k and v of 131 MB each, decode of 4 sequences of 64 tokens took 192 ms instead of 0.3, a write of 4 tokens 317
+    ms instead of 0.01. So the CPU's cache stores the bits of bfloat16 as integers: see `kv_cache.to_cache_dtype`.
     """
     return jnp.dtype(jnp.uint16 if platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16 else dtype)
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 with float32 sums, which XLA:CPU uses.
+    """Whether this processor has instructions for bfloat16 products with float32 sums, which XLA:CPU uses.
 
     On two cores of an EPYC that has them, [6000, 384] x [384, 1536] takes 36 ms, in float32 50 ms; 8 rows times a
     matrix of 52 000 x 384, which is bound by memory, 3.0 ms and 5.9 ms.
     """
-    known = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags\s*:(.*)$", known.read_text(), re.MULTILINE) if known.exists() else None
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
 
 
 def q_block_size(platform: str) -> int:
-    """Queries per block of `paged_prefill` that suits the platform.
+    """Queries per block of `paged_prefill`.
 
-    On the CPU 32 would make attention over 1024 keys a quarter faster, but each prompt is padded to whole blocks: a
-    prompt with one small image has 76 tokens, padded to 80 by blocks of 16 and to 96 by blocks of 32.
+    On the CPU, blocks of 32 would make attention over 1024 keys a quarter faster, but each prompt is padded to whole
+    blocks: a prompt with one small image has 76 tokens, padded to 80 by blocks of 16 and to 96 by blocks of 32.
     """
     return {"cpu": 16, "gpu": 64, "tpu": 64}[platform]

@@ -1,6 +1,6 @@
 """mmjax: multimodal inference in JAX. Text, images, video and audio in; text and embeddings out.
 
-The public names are imported when they are first used, so that `import mmjax` is quick and starts no device.
+The public names are imported when they are first used, so `import mmjax` is fast and starts no device.
 """
 
 from importlib import import_module
@@ -48,7 +48,7 @@ __all__ = [
     "__version__",
 ]
 
-# In a source checkout kernels/, converters/ and serve/ lie beside this folder instead of inside it.
+# In a source checkout, kernels/, converters/ and serve/ are beside this folder instead of inside it.
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))

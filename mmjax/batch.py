@@ -1,4 +1,4 @@
-"""What crosses the jit boundary: the KV cache, the batch of a step, and the one array in which a batch is copied."""
+"""Inputs of jitted programs: the KV cache, the batch of a step, and the layout of the packed batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LayoutFields = tuple[tuple[str, tuple[int, ...], str], ...]
 class KVCache:
     """Every layer's keys and values, in blocks: layer i has block ids [i * n, (i + 1) * n) of num_blocks = L * n.
 
-    k, v: [num_blocks, block_size, K, H], on the CPU [num_blocks, K, block_size, H]. No sequence has block 0 of a layer:
-    padding points there.
+    k, v: [num_blocks, block_size, K, H], on the CPU [num_blocks, K, block_size, H]. Block 0 of a layer belongs to no
+    sequence: block tables are padded with it.
     """
 
     k: Num[Array, "num_blocks _ _ H"]
@@ -30,13 +30,13 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One step's tokens as a model sees them: B query blocks of Q tokens, each of one of S sequences (T = B * Q).
+    """The tokens of a step: B query blocks of Q tokens (T = B * Q), each of one of S sequences.
 
-    mm_index: the row of mm_embeds that replaces the token's embedding, or -1. slot_mapping: where in a layer the
-    token's key and value are written, block id * block_size + offset, or -1 for padding. seq_index: the sequence of
-    each query block. q_start: position of the block's first token in its sequence, -Q for padding. block_table: block
-    ids of each sequence in order of position. context_lens: keys of each sequence after this step. cross_block_table,
-    cross_context_lens: of the encoder's keys (X = 0 for decoder-only models).
+    mm_index: the row of mm_embeds that replaces the token's embedding, or -1. slot_mapping: the slot of the token's key
+    and value in a layer, block id * block_size + offset, or -1 for padding. seq_index: the sequence of each query
+    block. q_start: position of the block's first token in its sequence, -Q for padding. block_table: block ids of each
+    sequence in order of position. context_lens: keys of each sequence after this step. cross_block_table,
+    cross_context_lens: the same for the encoder's keys (X = 0 for decoder-only models).
     """
 
     token_ids: Int[Array, "T"]
@@ -60,20 +60,20 @@ class PackedLayout:
         self.size = sum(self.sizes)
 
     def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        """NumPy views into i32[size], to be filled in place; booleans are int32 here."""
-        out, at = {}, 0
+        """NumPy views of the fields in int32 [size], to be filled in place; booleans are int32 here."""
+        out, offset = {}, 0
         for (name, shape, dtype), size in zip(self.fields, self.sizes, strict=True):
-            view = vector[at : at + size].view(np.float32 if dtype == "f32" else np.int32)
+            view = vector[offset : offset + size].view(np.float32 if dtype == "f32" else np.int32)
             out[name] = view.reshape(shape)
-            at += size
+            offset += size
         return out
 
     def unpack(self, vector: Int[Array, "size"]) -> dict[str, Array]:
-        """The same arrays on the device, inside jit."""
-        out, at = {}, 0
+        """The fields as arrays, inside jit."""
+        out, offset = {}, 0
         for (name, shape, dtype), size in zip(self.fields, self.sizes, strict=True):
-            array = jax.lax.slice(vector, (at,), (at + size,)).reshape(shape)
-            at += size
+            array = jax.lax.slice(vector, (offset,), (offset + size,)).reshape(shape)
+            offset += size
             if dtype == "f32":
                 array = jax.lax.bitcast_convert_type(array, jnp.float32)
             out[name] = array != 0 if dtype == "bool" else array
@@ -81,7 +81,7 @@ class PackedLayout:
 
 
 def bucket(n: int, sizes: Sequence[int]) -> int:
-    """The smallest of the ascending `sizes` that holds n. Raises ValueError when none does."""
+    """The smallest of the ascending `sizes` that is at least n. Raises ValueError if none is."""
     for size in sizes:
         if n <= size:
             return size

@@ -20,43 +20,44 @@ BLOCK_SIZES = {"cpu": 64, "gpu": 64, "tpu": 64}
 
 VARIABLES: Mapping[str, str] = MappingProxyType(
     {
-        "CACHE_ROOT": "directory for what can be made again",
-        "COMPILATION_CACHE": "directory of compiled programs; `0` keeps none",
+        "CACHE_ROOT": "directory of all caches; everything in it can be made again",
+        "COMPILATION_CACHE": "directory that caches compiled programs; `0` disables the cache",
         "PROGRESS": "`0` hides the progress bars of loading",
-        "API_KEY": "key that opens the server where `--api-key` gives none",
+        "API_KEY": "API key of the server if `--api-key` is not given",
         "HTTP_TIMEOUT_KEEP_ALIVE": "seconds that the server keeps an idle connection open",
         "SERVER_DEV_MODE": "`1` adds routes that empty the caches",
-        "MAX_AUDIO_CLIP_FILESIZE_MB": "MB of a sound file that is uploaded for transcription",
-        "MAX_COMPLETION_PROMPTS": "prompts in one request to the server; 0 is no limit",
-        "MAX_STOP_STRINGS": "strings in `stop` of one request to the server; 0 is no limit",
-        "MAX_N_SEQUENCES": "largest `n`, the number of answers to one prompt",
+        "MAX_AUDIO_CLIP_FILESIZE_MB": "MB of an audio file that is uploaded for transcription",
+        "MAX_COMPLETION_PROMPTS": "prompts in one request to the server; 0 means no limit",
+        "MAX_STOP_STRINGS": "strings in `stop` of one request to the server; 0 means no limit",
+        "MAX_N_SEQUENCES": "largest `n`, the number of outputs per prompt",
         "IMAGE_FETCH_TIMEOUT": "seconds for the first attempt to fetch an image; each further attempt gets four times "
-        "as many",
+        "as long",
         "VIDEO_FETCH_TIMEOUT": "the same for a video",
         "AUDIO_FETCH_TIMEOUT": "the same for audio",
-        "MEDIA_FETCH_MAX_RETRIES": "attempts to fetch a medium, the first included",
-        "MEDIA_URL_ALLOW_REDIRECTS": "`0` follows no redirects",
+        "MEDIA_FETCH_MAX_RETRIES": "attempts to fetch a media item, including the first",
+        "MEDIA_URL_ALLOW_REDIRECTS": "`0` does not follow redirects",
         "MEDIA_EGRESS_BLOCK_PRIVATE": "`0` also fetches from private addresses, and uses proxies; "
         "a host named in `--allowed-media-domains` may always be private",
-        "MEDIA_CACHE": "directory that keeps fetched media; unset keeps none",
-        "MEDIA_CACHE_MAX_SIZE_MB": "MiB of that directory, beyond which the least recently used go; 0 is no limit",
-        "MEDIA_CACHE_TTL_HOURS": "hours after which kept media are fetched again; 0 is no limit",
+        "MEDIA_CACHE": "directory that caches fetched media; unset: no cache",
+        "MEDIA_CACHE_MAX_SIZE_MB": "MiB of that directory; above it, the least recently used files are removed; "
+        "0 means no limit",
+        "MEDIA_CACHE_TTL_HOURS": "hours after which cached media are fetched again; 0 means no limit",
         "MEDIA_CONNECTOR": "name of the connector that fetches media",
         "MEDIA_LOADING_THREAD_COUNT": "threads that decode fetched media",
         "VIDEO_LOADER_BACKEND": "how frames of a video are sampled: `opencv` or `opencv_dynamic`",
-        "MAX_MEDIA_DOWNLOAD_SIZE_MB": "MiB of one encoded medium; 0 is no limit, here and in the limits below",
+        "MAX_MEDIA_DOWNLOAD_SIZE_MB": "MiB of one encoded media item; 0 means no limit, here and in the limits below",
         "MAX_IMAGE_PIXELS": "pixels of an image",
-        "MAX_AUDIO_DECODE_DURATION_S": "seconds of a sound file",
+        "MAX_AUDIO_DECODE_DURATION_S": "seconds of an audio file",
         "MAX_AUDIO_DECODE_BYTES": "bytes of decoded audio",
         "MAX_VIDEO_FRAMES": "sampled frames of a video",
         "MAX_VIDEO_DECODE_BYTES": "bytes of a decoded video",
         "MAX_EMBED_DECODE_BYTES": "bytes of a tensor sent in base64",
-        "MM_HASHER_ALGORITHM": "hash that identifies media: `sha256` or `sha512`; `blake3` is read as `sha256`",
-        "ASSETS_CACHE": "directory for sample media that are written to files",
+        "MM_HASHER_ALGORITHM": "hash that identifies media: `sha256` or `sha512`; `blake3` means `sha256`",
+        "ASSETS_CACHE": "directory to which sample media are written",
     }
 )
-"""Every environment variable, without its prefix, and what it sets. The reference in the documentation is this table;
-defaults stand where a variable is read."""
+"""Every environment variable, without its prefix, and what it sets. The documentation is generated from this table;
+defaults are where a variable is read."""
 
 T = TypeVar("T")
 
@@ -93,19 +94,19 @@ def xla_flag_is_set(name: str) -> bool:
 
 
 def cache_root() -> Path:
-    """The directory for what can be made again."""
+    """The directory of all caches."""
     return Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser()
 
 
 def argument(default: T, help: str) -> T:
-    """A field of EngineArgs: its default, and what it means, which `--help` and the documentation tell."""
+    """A field of EngineArgs: its default, and its meaning for `--help` and the documentation."""
     metadata = {"help": help}
-    made: Any = (
+    field: Any = (
         dataclasses.field(default_factory=default.copy, metadata=metadata)
         if isinstance(default, dict)
         else dataclasses.field(default=default, metadata=metadata)
     )
-    return made
+    return field
 
 
 @dataclasses.dataclass
@@ -115,45 +116,45 @@ class EngineArgs:
     model: a local directory (in Hugging Face layout, or written by `mmjax convert`) or a hub id. runner: "pooling"
     computes embeddings (`LLM.embed`), "generate" text; convert "embed" is runner "pooling". dtype: "auto" follows the
     checkpoint, except that float32 becomes bfloat16 on GPU and TPU. On the CPU, weights are rounded to dtype, but
-    stored and multiplied in float32; the exception are matrices in bfloat16 where the processor has instructions to
-    multiply them. enforce_eager: compile each program on first use instead of all at start. max_model_len: most tokens
-    of prompt and output ("4k" = 4000, "4K" = 4096, "auto" or -1 = as many as model and memory allow). max_num_seqs:
-    sequences decoded together. max_num_batched_tokens: prompt tokens per step, and embeddings of the largest media
-    item. gpu_memory_utilization: share of the accelerator's memory to use; on the CPU `kv_cache_memory_bytes` (default
-    1 GiB, at most what max_num_seqs sequences can fill) bounds the cache. num_decode_steps: decode steps per dispatch
-    while no sequence needs the host. enable_prefix_caching: None = on for decoder-only models. limit_mm_per_prompt:
-    {"image": 2} or {"image": {"count": 2}}. quantization: "int8" stores the language model's matrices in 8 bits, with
-    a scale per output channel, quantized when they are loaded; arithmetic stays in dtype. generation_config: "auto"
-    takes sampling defaults from the model's generation_config.json, "vllm" neutral ones.
+    stored and multiplied in float32, except for bfloat16 matrices if the processor has instructions to multiply them.
+    enforce_eager: compile each program on first use instead of all at start. max_model_len: most tokens of prompt and
+    output ("4k" = 4000, "4K" = 4096, "auto" or -1 = as many as model and memory allow). max_num_seqs: sequences decoded
+    together. max_num_batched_tokens: prompt tokens per step, and embeddings of the largest media item.
+    gpu_memory_utilization: share of the accelerator's memory to use; on the CPU `kv_cache_memory_bytes` (default 1 GiB,
+    at most what max_num_seqs sequences can fill) bounds the cache. num_decode_steps: decode steps per dispatch while no
+    sequence needs the host. enable_prefix_caching: None = on for decoder-only models. limit_mm_per_prompt: {"image": 2}
+    or {"image": {"count": 2}}. quantization: "int8" stores the language model's matrices in 8 bits, with a scale per
+    output channel, quantized when they are loaded; arithmetic stays in dtype. generation_config: "auto" takes sampling
+    defaults from the model's generation_config.json, "vllm" neutral ones.
     """
 
     model: str
-    runner: str = argument("auto", "`generate` answers with text, `pooling` with vectors; `auto` is `generate`")
+    runner: str = argument("auto", "`generate` returns text, `pooling` vectors; `auto` is `generate`")
     convert: str = argument("auto", "`embed` is runner `pooling`")
-    tokenizer: str | None = argument(None, "directory of another tokenizer than the model's")
-    tokenizer_mode: str = argument("auto", "accepted: `auto` or `hf`; tokenizers are always the fast ones")
+    tokenizer: str | None = argument(None, "directory of a tokenizer that replaces the model's")
+    tokenizer_mode: str = argument("auto", "accepted: `auto` or `hf`; the fast tokenizer is always used")
     skip_tokenizer_init: bool = argument(False, "no tokenizer: prompts are token ids, outputs have no text")
     trust_remote_code: bool = argument(False, "accepted; mmjax runs its own model code, never a checkpoint's")
-    allowed_local_media_path: str = argument("", "directory from which `file:` URLs may be read; empty refuses them")
+    allowed_local_media_path: str = argument("", "directory from which `file:` URLs may be read; empty: none may")
     allowed_media_domains: Sequence[str] | None = argument(
         None, "hosts from which media may be fetched; unset allows all"
     )
     tensor_parallel_size: int = argument(1, "devices that share one copy of the model")
     data_parallel_size: int = argument(1, "copies of the model, each on its own devices")
     dtype: str = argument("auto", "dtype to compute in; `auto` follows the checkpoint and the platform")
-    load_format: str = argument("auto", "`dummy` makes random weights and reads none")
-    quantization: str | None = argument(None, "`int8` keeps the language model in half the memory")
-    revision: str | None = argument(None, "branch, tag or commit of the model on the hub")
+    load_format: str = argument("auto", "`dummy` uses random weights instead of the checkpoint's")
+    quantization: str | None = argument(None, "`int8` halves the memory of the language model's weights")
+    revision: str | None = argument(None, "branch, tag or commit of the model on the Hugging Face hub")
     tokenizer_revision: str | None = argument(None, "the same for the tokenizer")
-    hf_token: str | None = argument(None, "token for the hub")
-    hf_overrides: Mapping[str, Any] | None = argument(None, "values that replace those of config.json")
-    seed: int = argument(0, "seed of requests that bring none")
+    hf_token: str | None = argument(None, "token for the Hugging Face hub")
+    hf_overrides: Mapping[str, Any] | None = argument(None, "values that override those of config.json")
+    seed: int = argument(0, "seed for requests without one")
     gpu_memory_utilization: float = argument(0.9, "share of the accelerator's memory to use")
-    kv_cache_memory_bytes: int | None = argument(None, "bytes for keys and values; on the CPU 1 GiB unless given")
+    kv_cache_memory_bytes: int | None = argument(None, "bytes of the KV cache; on the CPU 1 GiB if unset")
     enforce_eager: bool = argument(False, "compile each shape on first use instead of all at start")
     chat_template: str | None = argument(None, "file or text of a template that replaces the model's")
     max_model_len: int | str | None = argument(
-        None, "most tokens of prompt and answer: `4096`, `4k` (4000), `4K` (4096), `auto`"
+        None, "most tokens of prompt and output: `4096`, `4k` (4000), `4K` (4096), `auto`"
     )
     max_num_seqs: int | None = argument(None, "sequences decoded together; unset: by platform")
     max_num_batched_tokens: int | None = argument(
@@ -164,25 +165,27 @@ class EngineArgs:
     limit_mm_per_prompt: Mapping[str, Any] = argument({}, "most items of a modality in one prompt")
     media_io_kwargs: Mapping[str, Mapping[str, Any]] = argument({}, "options of the decoders, by modality")
     mm_processor_kwargs: Mapping[str, Any] | None = argument(None, "options of the model's processor")
-    enable_mm_embeds: bool = argument(False, "take embeddings in place of media")
-    enable_prompt_embeds: bool = argument(False, "take embeddings in place of a whole prompt")
-    interleave_mm_strings: bool = argument(False, "keep media where they stand among the text of a chat message")
-    mm_processor_cache_gb: float = argument(4.0, "GiB of processed media to keep; 0 keeps none")
-    mm_processor_cache_type: str = argument(
-        "lru", "accepted: `lru` or `shm`; everything is in one process, so both are the same"
+    enable_mm_embeds: bool = argument(False, "accept embeddings in place of media")
+    enable_prompt_embeds: bool = argument(False, "accept embeddings in place of a whole prompt")
+    interleave_mm_strings: bool = argument(
+        False, "put the placeholders of media between the texts of a chat message, not in front"
     )
-    mm_shm_cache_max_object_size_mb: int = argument(128, "accepted; no memory is shared between processes")
-    mm_encoder_tp_mode: str = argument("weights", "accepted: `weights` or `data`; answers are the same")
+    mm_processor_cache_gb: float = argument(4.0, "GiB of processed media to cache; 0 disables the cache")
+    mm_processor_cache_type: str = argument(
+        "lru", "accepted: `lru` or `shm`; there is one process, so both are the same"
+    )
+    mm_shm_cache_max_object_size_mb: int = argument(128, "accepted; there is no shared memory")
+    mm_encoder_tp_mode: str = argument("weights", "accepted: `weights` or `data`; outputs are the same")
     skip_mm_profiling: bool = argument(False, "accepted; memory is planned without a profiling run")
-    video_pruning_rate: float | None = argument(None, "only unset: no model here prunes its videos")
+    video_pruning_rate: float | None = argument(None, "must be unset: no model here prunes videos")
     enable_prefix_caching: bool | None = argument(
         None, "share the blocks of equal prefixes; unset: on for decoder-only models"
     )
-    language_model_only: bool = argument(False, "take no media at all")
+    language_model_only: bool = argument(False, "accept no media")
     max_logprobs: int = argument(20, "most log-probabilities per token; -1 is the vocabulary")
     generation_config: str = argument("auto", "`auto` takes sampling defaults from the model, `vllm` neutral ones")
     override_generation_config: Mapping[str, Any] = argument({}, "sampling defaults that replace the model's")
-    disable_log_stats: bool = argument(True, "do not log figures")
+    disable_log_stats: bool = argument(True, "do not log statistics")
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -250,7 +253,7 @@ class EngineArgs:
         return self.runner == "pooling" or self.convert == "embed"
 
     def limits(self, model_limits: Mapping[str, int | None]) -> dict[str, int]:
-        """Most items per prompt, by modality of the model. model_limits: the model's own; None for any number."""
+        """The most items per prompt, by modality. model_limits: the model's own limits; None for any number."""
         limits = {}
         for modality, most in model_limits.items():
             count = read_limit(modality, self.limit_mm_per_prompt.get(modality, UNLIMITED))

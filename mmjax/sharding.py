@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 MODEL = "model"
 
-# A logical axis that is missing here is a KeyError: a typo must never become a silent replication.
+# A logical axis that is missing here raises KeyError, so that a typo does not silently replicate an array.
 RULES: dict[str, str | None] = {
     "vocab": MODEL,
     "kv_heads": MODEL,
@@ -39,7 +39,7 @@ RULES: dict[str, str | None] = {
 def partition_spec(axes: Sequence[str]) -> P:
     """The partition of an array whose dimensions carry these logical axes."""
     names = [RULES[axis] for axis in axes]
-    while names and names[-1] is None:  # P("a", None) and P("a") mean the same but are two jit cache keys
+    while names and names[-1] is None:  # P("a", None) equals P("a") but has another jit cache key
         names.pop()
     return P(*names)
 
@@ -60,14 +60,14 @@ def named_sharding(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """n rounded up to a multiple: the padded size of an axis that is split over that many devices."""
+    """n rounded up to a multiple: the padded size of an axis that is split over `multiple` devices."""
     return -(-n // multiple) * multiple
 
 
 def map_heads(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> Any:
-    """`function` on each device's own heads: a shard_map over the current mesh, or `function` itself on one device.
+    """`function` on the heads of each device: a shard_map over the current mesh, or `function` itself on one device.
 
-    Attention never mixes heads, so that nothing is communicated inside.
+    Attention does not mix heads, so devices do not communicate.
     """
     current = jax.sharding.get_abstract_mesh()
     if current.empty or current.shape[MODEL] == 1:
@@ -84,7 +84,7 @@ def map_heads(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) ->
 def sum_over_shards(function: Any, in_axes: Sequence[Sequence[str]]) -> Any:
     """`function(shard, *args)` on each device's shard of the arguments, and the sum of its outputs.
 
-    shard: int32 [], the number of the shard. On one device it is 0, and there is nothing to add.
+    shard: int32 [], the index of the shard. On one device it is 0, and the sum has one term.
     """
     current = jax.sharding.get_abstract_mesh()
     if current.empty or current.shape[MODEL] == 1:

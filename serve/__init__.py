@@ -1,1 +1,1 @@
-"""The HTTP server's place in the house: it will speak the wire format and use nothing of mmjax but its public names."""
+"""The HTTP server. It imports only the public names of mmjax."""

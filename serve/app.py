@@ -1,4 +1,4 @@
-"""The application: which routes a model has, and what every request passes on its way to them."""
+"""The FastAPI application: the routes that a model can serve, behind the middleware."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     app.state.context = context
     errors.install(app)
 
-    # The gate asks for keys; this only tells clients so.
+    # RequestGate checks the keys. This dependency only publishes in the API's description that a key is needed.
     keyed: Any = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if settings.keys else []}
     app.include_router(system_routes.router(context))
-    app.include_router(system_routes.models_router(context), responses=openapi.NO_SUCH_MODEL, **keyed)
+    app.include_router(system_routes.models_router(context), responses=openapi.MODEL_ERRORS, **keyed)
     if settings.development:
-        app.include_router(system_routes.development_router(context), responses=openapi.KEYLESS, **keyed)
+        app.include_router(system_routes.development_router(context), responses=openapi.UNAUTHORIZED, **keyed)
     for router in (system_routes.tokens_router, *_routers(engine)):
-        app.include_router(router(context), responses=openapi.REFUSALS, **keyed)
+        app.include_router(router(context), responses=openapi.GENERATION_ERRORS, **keyed)
     app.add_middleware(
         RequestGate,
         keys=settings.keys,
         max_body=int(settings.max_body_mb * 2**20),
-        tell_id=settings.tell_ids,
+        add_header=settings.request_id_headers,
     )
     app.add_middleware(
         CORSMiddleware,
@@ -54,7 +54,7 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
 
 
 def _routers(engine: AsyncLLM) -> list[Callable[[ServerContext], APIRouter]]:
-    """The routes that the model can serve."""
+    """The routers of the routes that depend on what the model can do."""
     if engine.llm.args.pooling:
         return [embeddings.router]
     if Speech.supports(engine):

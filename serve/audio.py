@@ -1,4 +1,4 @@
-"""POST /v1/audio/transcriptions and /v1/audio/translations: a sound file in a form, its text back."""
+"""POST /v1/audio/transcriptions and /v1/audio/translations: the text of an uploaded audio file."""
 
 from __future__ import annotations
 
@@ -7,56 +7,60 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import PlainTextResponse, Response
-from mmjax.serve import openapi as say
-from mmjax.serve.context import ServerContext, event_stream, unless_gone, usage
-from mmjax.serve.schema import RequestBody as Body
-from mmjax.serve.schema import Seed, sampling
-from pydantic import ConfigDict, Field
+from mmjax.serve.context import ServerContext, cancel_on_disconnect, sse_response, usage
+from mmjax.serve.openapi import TRANSCRIPT, PublishedAs, without_null
+from mmjax.serve.published_types import Upload
+from mmjax.serve.sampling_schema import OF_SPEECH, PositiveInt, sampling_fields
+from mmjax.serve.schema import RequestBody, sampling_params
+from pydantic import ConfigDict, Field, create_model
 
 from mmjax import RequestOutput, SamplingParams, Speech, SpeechTask, Transcript
 from mmjax.types import ValidationError
 
 Json = dict[str, Any]
-FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
-SAMPLED = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty", "presence_penalty", "repetition_penalty",
-    "include_stop_str_in_output",
-)  # fmt: skip
+TranscriptFormat = Literal["json", "text", "verbose_json", "srt", "vtt"]
+FORMATS = get_args(TranscriptFormat)
 
 
-class SpeechForm(Body):
-    """The fields of both routes. Unknown ones are ignored."""
+class SpeechForm(
+    create_model("SpeechSampling", __base__=RequestBody, **sampling_fields(OF_SPEECH, {"temperature": 0.0}))  # type: ignore[misc]
+):
+    """The form of both routes. Unknown fields are ignored."""
 
-    model_config = ConfigDict(json_schema_extra=say.without_null)
-    file: Annotated[UploadFile, say.Upload]
+    model_config = ConfigDict(json_schema_extra=without_null)
+    file: Annotated[UploadFile, Upload]
     model: str | None = None
+    """The name of the model; missing: the model that the server has."""
     language: str | None = None
+    """The language that is spoken, as its code; missing: the model detects it."""
     to_language: str | None = None
+    """The language of a translation: only `en`."""
     prompt: str = ""
-    response_format: Annotated[str, say.As(Literal["json", "text", "verbose_json", "srt", "vtt"])] = "json"
-    granularities: list[Literal["segment", "word"]] = Field(default=[], alias="timestamp_granularities[]")
+    """Text that precedes the recording."""
+    response_format: Annotated[str, PublishedAs(TranscriptFormat)] = "json"
+    """`verbose_json`, `srt` and `vtt` have timestamps."""
+    granularities: list[Literal["segment", "word"]] = Field(
+        default=[], alias="timestamp_granularities[]", description="Only `segment`, with `verbose_json`."
+    )
     stream: bool = False
+    """Send the text in chunks, as it is generated."""
     stream_include_usage: bool = False
+    """Send a last chunk with the usage."""
     stream_continuous_usage_stats: bool = False
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: say.Temperature = 0.0
-    top_p: say.TopP | None = None
-    top_k: say.TopK | None = None
-    min_p: say.MinP | None = None
-    seed: Seed | None = None
-    frequency_penalty: say.Penalty | None = None
-    presence_penalty: say.Penalty | None = None
-    repetition_penalty: say.Factor | None = None
-    include_stop_str_in_output: bool | None = None
-    n: Annotated[int, say.As(Literal[1])] = 1
-    use_beam_search: Annotated[bool, say.As(Literal[False])] = False
+    """Send the usage with every chunk."""
+    max_completion_tokens: PositiveInt | None = None
+    """Most tokens of the text of each part of the recording."""
+    n: Annotated[int, PublishedAs(Literal[1])] = 1
+    """Only 1."""
+    use_beam_search: Annotated[bool, PublishedAs(Literal[False])] = False
+    """Not supported."""
 
     def check(self) -> None:
-        """ValidationError for fields that do not go together, and for what is not to be had."""
+        """ValidationError for fields that contradict each other, and for what is not supported."""
         if self.response_format not in FORMATS:
             raise ValidationError(
                 f"Currently only support response_format: {', '.join(FORMATS)}.", parameter="response_format"
@@ -81,32 +85,32 @@ class SpeechForm(Body):
                 "`timestamp_granularities[]` needs response_format verbose_json.", parameter="timestamp_granularities[]"
             )
 
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """Sampling parameters of the given fields."""
-        given = {name: getattr(self, name) for name in SAMPLED if getattr(self, name) is not None}
-        return sampling({**given, "max_tokens": self.max_completion_tokens}, defaults)
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """The sampling parameters of the form, over the model's defaults."""
+        given = {name: getattr(self, name) for name in OF_SPEECH if getattr(self, name) is not None}
+        return sampling_params({**given, "max_tokens": self.max_completion_tokens}, defaults)
 
     @property
-    def timed(self) -> bool:
+    def has_timestamps(self) -> bool:
         return self.response_format in ("verbose_json", "srt", "vtt")
 
 
 def router(context: ServerContext) -> APIRouter:
-    """Both routes."""
+    """The routes for speech."""
     routes, speech = APIRouter(), Speech(context.engine)
 
-    @routes.post("/v1/audio/transcriptions", response_model=None, responses=say.TRANSCRIPT)
+    @routes.post("/v1/audio/transcriptions", response_model=None, responses=TRANSCRIPT)
     async def transcribe(
         body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
     ) -> Response | Json:
-        """The text of a sound file, in the language that is spoken."""
+        """Transcribe an audio file in the language that is spoken."""
         return await AudioHandler(context, speech, body, request, translate=False).respond()
 
-    @routes.post("/v1/audio/translations", response_model=None, responses=say.TRANSCRIPT)
+    @routes.post("/v1/audio/translations", response_model=None, responses=TRANSCRIPT)
     async def translate(
         body: Annotated[SpeechForm, Form(media_type="multipart/form-data")], request: Request
     ) -> Response | Json:
-        """The text of a sound file, in English."""
+        """Translate the speech in an audio file to English."""
         return await AudioHandler(context, speech, body, request, translate=True).respond()
 
     return routes
@@ -124,26 +128,26 @@ class AudioHandler:
         self.body = body
         self.kind = "translation" if translate else "transcription"
         language = (body.language or "").strip().lower() or None
-        self.task = SpeechTask(language, translate, body.prompt, body.timed)
+        self.task = SpeechTask(language, translate, body.prompt, body.has_timestamps)
         self.id = f"{'trsl' if translate else 'trsc'}-{request.state.request_id}"
         self.created = int(time.time())
 
     async def respond(self) -> Response | Json:
-        """The whole answer, or the stream of it."""
-        work = await unless_gone(self.request, self._prepare())
+        """The response, complete or streamed."""
+        work = await cancel_on_disconnect(self.request, self._prepare())
         if self.body.stream:
-            return event_stream(self._events(work), self.request.state.request_id)
-        return self._write(await unless_gone(self.request, self._answer(work)))
+            return sse_response(self._events(work), self.request.state.request_id)
+        return self._write(await cancel_on_disconnect(self.request, self._answer(work)))
 
     async def _prepare(self) -> Any:
-        """Whatever is wrong with the request is raised here."""
+        """The recording and its prompts. All errors of the request are raised here."""
         body, most = self.body, self.context.settings.audio_mb * 1e6
         self.context.check_model(body.model)
         body.check()
         if self.task.translate and (body.to_language or "en").lower() != "en":
             raise ValidationError("Translations are into English only.", parameter="to_language")
         self.speech.check(self.task)
-        params = body.sampling(self.context.engine.llm.get_default_sampling_params())
+        params = body.sampling_params(self.context.engine.llm.get_default_sampling_params())
         if (body.file.size or 0) > most:
             raise ValidationError(f"Maximum file size exceeded: {most / 1e6:g} MB.", parameter="file")
         async with self.context.admitted():
@@ -153,25 +157,25 @@ class AudioHandler:
     async def _answer(self, work: Any) -> Transcript:
         async with self.context.admitted(again=True):
             transcript = await self.speech.transcribe(work, timestamps=self.task.timestamps)
-        self._note(transcript.outputs)
+        self._record(transcript.outputs)
         return transcript
 
-    def _note(self, outputs: Sequence[RequestOutput]) -> None:
+    def _record(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
-            self.context.metrics.note(output)
+            self.context.metrics.record(output)
 
     def _write(self, transcript: Transcript) -> Response | Json:
-        """A transcript in the format that was asked for."""
-        form, seconds = self.body.response_format, transcript.seconds
-        if form == "text":
+        """The transcript in the requested format."""
+        response_format, seconds = self.body.response_format, transcript.seconds
+        if response_format == "text":
             return PlainTextResponse(transcript.text + "\n")
-        if form == "srt":
+        if response_format == "srt":
             return PlainTextResponse(srt(transcript), media_type="application/x-subrip")
-        if form == "vtt":
+        if response_format == "vtt":
             return PlainTextResponse(vtt(transcript), media_type="text/vtt")
-        used = {"type": "duration", "seconds": math.ceil(seconds)}
-        if form == "json":
-            return {"text": transcript.text, "usage": used}
+        duration = {"type": "duration", "seconds": math.ceil(seconds)}
+        if response_format == "json":
+            return {"text": transcript.text, "usage": duration}
         return {
             "task": "translate" if self.task.translate else "transcribe",
             "language": transcript.language,
@@ -179,26 +183,26 @@ class AudioHandler:
             "text": transcript.text,
             "segments": [dataclasses.asdict(segment) for segment in transcript.segments],
             "words": None,
-            "usage": used,
+            "usage": duration,
         }
 
     async def _events(self, work: Any) -> AsyncGenerator[Json, None]:
-        """Pieces of text. Every chunk is at once an event of OpenAI's transcriptions and a chunk with choices."""
+        """The chunks of the text. Each is an event of OpenAI's transcriptions and also a chunk of vLLM's."""
         outputs: list[RequestOutput] = []
-        said: list[str] = []
-        want = self.body.stream_include_usage or self.context.settings.always_usage
+        texts_sent: list[str] = []
+        include_usage = self.body.stream_include_usage or self.context.settings.always_usage
         async with self.context.admitted(again=True), aclosing(self.speech.stream(work, outputs)) as texts:
             async for text in texts:
-                said.append(text)
+                texts_sent.append(text)
                 chunk = self._chunk({"content": text}, None) | {"type": "transcript.text.delta", "delta": text}
                 if self.body.stream_continuous_usage_stats:
                     chunk["usage"] = self._usage(work, outputs)
                 yield chunk
-        self._note(outputs)
-        done = {"type": "transcript.text.done", "text": "".join(said)}
-        cut = any(output.outputs[0].finish_reason == "length" for output in outputs)
-        yield self._chunk({"content": ""}, "length" if cut else "stop") | done
-        if want:
+        self._record(outputs)
+        done = {"type": "transcript.text.done", "text": "".join(texts_sent)}
+        is_truncated = any(output.outputs[0].finish_reason == "length" for output in outputs)
+        yield self._chunk({"content": ""}, "length" if is_truncated else "stop") | done
+        if include_usage:
             yield {**self._head(), "choices": [], "usage": self._usage(work, outputs)}
 
     def _usage(self, work: Any, outputs: Sequence[RequestOutput]) -> Json:
@@ -233,7 +237,7 @@ def vtt(transcript: Transcript) -> str:
 
 
 def _cue(text: str) -> str:
-    """A cue must hold neither an empty line nor an arrow."""
+    """The text of a cue, which may have neither an empty line nor an arrow."""
     return " ".join(text.split()).replace("-->", "->")
 
 

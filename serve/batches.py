@@ -1,4 +1,4 @@
-"""`mmjax run-batch`: a file of requests in OpenAI's batch format, answered by the same routes as a server's."""
+"""`mmjax run-batch`: answers a file of requests in OpenAI's batch format, with the routes of the server."""
 
 from __future__ import annotations
 
@@ -23,36 +23,40 @@ Json = dict[str, Any]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags."""
+    """Add the flags of this command."""
     group = parser.add_argument_group("batch")
     group.add_argument("-i", "--input-file", type=Path, required=True, metavar="FILE", help="requests, one per line")
     group.add_argument(
         "-o", "--output-file", type=Path, required=True, metavar="FILE",
-        help="answers, in the order in which they are made; those already there are kept, failed ones tried again",
+        help="responses, in the order in which they are finished; failed requests of an existing file are tried again",
     )  # fmt: skip
     group.add_argument("--concurrency", type=int, default=128, help="requests under way at once (default: 128)")
 
 
 def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: ServerSettings) -> None:
-    """Answer every line that has no answer yet. ValueError for a file that is not in the batch format."""
-    asked = read_requests(arguments.input_file.read_text())
-    answered = keep_answered(arguments.output_file)
-    left = [line for line in asked if line["custom_id"] not in answered]
+    """Answer every request that the output file has no successful response to. ValueError for an input file that is not
+    in the batch format."""
+    requests = read_requests(arguments.input_file.read_text())
+    answered = read_answered(arguments.output_file)
+    left = [line for line in requests if line["custom_id"] not in answered]
     if not left:
-        print(f"{arguments.output_file}: all {len(asked)} requests have their answers")
+        print(f"{arguments.output_file}: all {len(requests)} requests have their answers")
         return
     settings = dataclasses.replace(chosen, keys=(), max_queue=max(arguments.concurrency, 1))
     served = AsyncLLM(LLM(arguments.model, **engine))
     try:
-        with arguments.output_file.open("a") as out, tqdm(total=len(asked), initial=len(asked) - len(left)) as bar:
+        with (
+            arguments.output_file.open("a") as out,
+            tqdm(total=len(requests), initial=len(requests) - len(left)) as bar,
+        ):
             failed = asyncio.run(answer_all(served, settings, left, out, bar))
     finally:
         served.close()
-    print(f"{arguments.output_file}: {len(asked)} requests, {failed} of them failed")
+    print(f"{arguments.output_file}: {len(requests)} requests, {failed} of them failed")
 
 
 def read_requests(text: str) -> list[Json]:
-    """The lines of a batch file. ValueError naming the line that is none, or whose custom_id is missing or taken."""
+    """The requests in a batch file. ValueError names a line that is not JSON, lacks a field or repeats a custom_id."""
     found: dict[str, Json] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -70,34 +74,37 @@ def read_requests(text: str) -> list[Json]:
     return list(found.values())
 
 
-def keep_answered(file: Path) -> set[str]:
-    """The custom_ids that a file of answers holds. Its failures, and a last line that was cut short, are taken out."""
+def read_answered(file: Path) -> set[str]:
+    """The custom_ids of the successful responses in an output file. All other lines are removed from it: failures and a
+    truncated last line."""
     if not file.exists():
         return set()
-    kept = {}
+    answered = {}
     for line in file.read_text().splitlines():
         try:
             entry = json.loads(line)
             if entry["response"]["status_code"] == 200:
-                kept[entry["custom_id"]] = line
+                answered[entry["custom_id"]] = line
         except (ValueError, KeyError, TypeError):
             continue
-    fresh = file.with_name(f"{file.name}.{os.getpid()}")
-    fresh.write_text("".join(f"{line}\n" for line in kept.values()))
-    fresh.replace(file)
-    return set(kept)
+    rewritten = file.with_name(f"{file.name}.{os.getpid()}")
+    rewritten.write_text("".join(f"{line}\n" for line in answered.values()))
+    rewritten.replace(file)
+    return set(answered)
 
 
-async def answer_all(served: AsyncLLM, settings: ServerSettings, asked: Iterable[Json], out: TextIO, bar: Any) -> int:
-    """Write an answer for every request as soon as it is made. Returns how many failed."""
+async def answer_all(
+    served: AsyncLLM, settings: ServerSettings, requests: Iterable[Json], out: TextIO, bar: Any
+) -> int:
+    """Write the response to each request as soon as it is finished. Returns how many requests failed."""
     transport = httpx.ASGITransport(create_app(served, settings), raise_app_exceptions=False)
-    unasked, failed = iter(asked), 0
+    remaining, failed = iter(requests), 0
 
     async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:
 
         async def work() -> None:
             nonlocal failed
-            for line in unasked:
+            for line in remaining:
                 answer = await _answer(client, line)
                 failed += answer["error"] is not None
                 out.write(json.dumps(answer) + "\n")
@@ -112,15 +119,15 @@ async def answer_all(served: AsyncLLM, settings: ServerSettings, asked: Iterable
 
 async def _answer(client: httpx.AsyncClient, line: Json) -> Json:
     head = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": line["custom_id"]}
-    wrong = None
+    mistake = None
     if line.get("method", "POST") != "POST":
-        wrong = f"method {line['method']!r}: only POST can be batched"
+        mistake = f"method {line['method']!r}: only POST can be batched"
     elif not line["url"].startswith("/v1/"):
-        wrong = f"url {line['url']!r}: write the path only, such as /v1/chat/completions"
+        mistake = f"url {line['url']!r}: write the path only, such as /v1/chat/completions"
     elif line["body"].get("stream"):
-        wrong = "stream: the answers of a batch are whole"
-    if wrong is not None:
-        return {**head, "response": None, "error": {"code": "bad_request", "message": wrong}}
+        mistake = "stream: the answers of a batch are whole"
+    if mistake is not None:
+        return {**head, "response": None, "error": {"code": "bad_request", "message": mistake}}
     answer = await client.post(line["url"], json=line["body"])
     try:
         body = answer.json()
@@ -128,8 +135,8 @@ async def _answer(client: httpx.AsyncClient, line: Json) -> Json:
         body = None
     error = None
     if answer.status_code != 200:
-        told = body.get("error", body.get("detail")) if isinstance(body, dict) else None
-        message = told.get("message") if isinstance(told, dict) else str(told)
+        details = body.get("error", body.get("detail")) if isinstance(body, dict) else None
+        message = details.get("message") if isinstance(details, dict) else str(details)
         error = {"code": str(answer.status_code), "message": message}
     response = {"status_code": answer.status_code, "request_id": head["id"], "body": body}
     return {**head, "response": response, "error": error}

@@ -1,4 +1,4 @@
-"""`mmjax serve`: its flags, and a server from start to a clean end."""
+"""`mmjax serve`: its flags, and the server process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmjax import LLM, AsyncLLM
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The server's own flags; those of the engine are added beside them."""
+    """Add the flags of the server. The flags of the engine are added elsewhere."""
     group = parser.add_argument_group("server")
     yes = argparse.BooleanOptionalAction
     group.add_argument("--host", default="0.0.0.0", help="address to listen on")
@@ -27,50 +27,55 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--uds", help="Unix socket to listen on instead")
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME",
-        help="names of the model, the first of which answers carry; unset: the name it was given",
+        help="names of the model; responses have the first (unset: the value of `model`)",
     )  # fmt: skip
-    group.add_argument("--api-key", nargs="+", metavar="KEY", help="keys, one of which requests must carry")
-    group.add_argument("--response-role", default="assistant", help="role of answers")
+    group.add_argument("--api-key", nargs="+", metavar="KEY", help="API keys; requests must send one of them")
+    group.add_argument("--response-role", default="assistant", help="role of generated messages")
     group.add_argument(
         "--chat-template-content-format", choices=("auto", "string", "openai"), default="auto",
-        help="whether the template takes message contents as a string or as parts; `auto` reads it off the template",
+        help="how the chat template takes message contents: as a string, or as parts; `auto` detects it",
     )  # fmt: skip
     group.add_argument(
         "--default-chat-template-kwargs", type=_json, metavar="JSON", default={},
-        help="variables of the chat template; those of a request win",
+        help="variables of the chat template; those of a request override them",
     )  # fmt: skip
     group.add_argument(
         "--trust-request-chat-template", action=yes, default=False, help="accept chat templates in requests"
     )
     group.add_argument(
         "--tool-call-parser", choices=("hermes", "none"), default="hermes",
-        help="format of tool calls in answers; `none` leaves them in the text",
+        help="format of tool calls in outputs; `none` leaves them in the text",
     )  # fmt: skip
     group.add_argument(
-        "--enable-auto-tool-choice", action=yes, help="accepted; tools are used whenever a request has some"
+        "--enable-auto-tool-choice", action=yes, help="accepted; the tools of a request are always enabled"
     )
     group.add_argument(
-        "--enable-prompt-tokens-details", action=yes, default=False, help="usage says how much of the prompt was cached"
+        "--enable-prompt-tokens-details",
+        action=yes,
+        default=False,
+        help="report in the usage how many tokens of the prompt were cached",
     )
     group.add_argument(
-        "--enable-force-include-usage", action=yes, default=False, help="every stream ends with its usage"
+        "--enable-force-include-usage", action=yes, default=False, help="end every stream with its usage"
     )
     group.add_argument(
         "--enable-request-id-headers", action=yes, default=False,
-        help="responses carry X-Request-Id: the client's own, or one made here",
+        help="add X-Request-Id to responses: the client's, or a random one",
     )  # fmt: skip
-    group.add_argument("--max-queue", type=int, default=1024, help="requests in progress at once; more get 429")
-    group.add_argument("--max-body-mb", type=float, default=256.0, help="MiB of one request; larger ones get 413")
-    group.add_argument("--drain-timeout", type=int, default=30, help="seconds that a stop waits for running requests")
+    group.add_argument("--max-queue", type=int, default=1024, help="most requests in progress; further ones get 429")
+    group.add_argument("--max-body-mb", type=float, default=256.0, help="largest request in MiB; larger ones get 413")
+    group.add_argument(
+        "--drain-timeout", type=int, default=30, help="seconds that a shutdown waits for running requests"
+    )
     _add_http_flags(group)
 
 
 def _add_http_flags(group: argparse._ArgumentGroup) -> None:
-    """Browsers on other sites, proxies, TLS, logging."""
+    """Add the flags for CORS, proxies, TLS and logging."""
     yes = argparse.BooleanOptionalAction
     group.add_argument(
         "--allowed-origins", type=_words, nargs="+", metavar="ORIGIN", default=[["*"]],
-        help="sites whose pages may call the server",
+        help="sites whose pages may send requests (CORS)",
     )  # fmt: skip
     group.add_argument(
         "--allowed-methods", type=_words, nargs="+", metavar="METHOD", default=[["*"]],
@@ -84,16 +89,16 @@ def _add_http_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--root-path", default="", help="path prefix that a proxy strips")
     group.add_argument("--ssl-keyfile", metavar="FILE", help="private key, for https")
     group.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
-    group.add_argument("--ssl-ca-certs", metavar="FILE", help="certificates that sign those of clients")
+    group.add_argument("--ssl-ca-certs", metavar="FILE", help="CA certificates for client certificates")
     group.add_argument(
-        "--ssl-cert-reqs", type=int, default=0, help="certificates of clients: 0 none, 1 optional, 2 required"
+        "--ssl-cert-reqs", type=int, default=0, help="client certificates: 0 none, 1 optional, 2 required"
     )
     levels = ("critical", "error", "warning", "info", "debug", "trace")
-    group.add_argument("--uvicorn-log-level", choices=levels, default="info", help="what the server logs")
+    group.add_argument("--uvicorn-log-level", choices=levels, default="info", help="least level that the server logs")
 
 
 def _words(text: str) -> list[str]:
-    """One word, or several as a JSON list."""
+    """A word, or a JSON list of words."""
     return [str(word) for word in _json(text)] if text.startswith("[") else [text]
 
 
@@ -105,7 +110,8 @@ def _json(text: str) -> Any:
 
 
 def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environment: Any) -> ServerSettings:
-    """What the flags say. keys: of the environment, where no flag names any. environment: fields that have no flag."""
+    """The settings from the flags. keys: API keys from the environment, used if no flag gives any. environment: fields
+    that have no flag."""
     return ServerSettings(
         names=tuple(arguments.served_model_name or (arguments.model,)),
         keys=tuple(arguments.api_key or keys),
@@ -117,7 +123,7 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
         template_kwargs=dict(arguments.default_chat_template_kwargs),
         prompt_details=arguments.enable_prompt_tokens_details,
         always_usage=arguments.enable_force_include_usage,
-        tell_ids=arguments.enable_request_id_headers,
+        request_id_headers=arguments.enable_request_id_headers,
         origins=tuple(itertools.chain(*arguments.allowed_origins)),
         origin_methods=tuple(itertools.chain(*arguments.allowed_methods)),
         origin_headers=tuple(itertools.chain(*arguments.allowed_headers)),
@@ -128,7 +134,7 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """ValueError for what would stop the server only after the model is loaded."""
+    """ValueError for flags that would otherwise fail only after the model is loaded."""
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         file = getattr(arguments, name)
         if file is not None and not Path(file).is_file():
@@ -140,7 +146,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def _logging(level: str) -> dict[str, Any]:
-    """What uvicorn logs, with times, and what mmjax logs beside it: one line a request, with its id."""
+    """Logging of uvicorn, with times, and of mmjax, which logs one line per request."""
     chosen: dict[str, Any] = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     chosen["formatters"]["default"]["fmt"] = "%(asctime)s %(levelprefix)s %(message)s"
     level = "DEBUG" if level == "trace" else level.upper()
@@ -149,7 +155,7 @@ def _logging(level: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: ServerSettings, keep_alive: int) -> None:
-    """Load the model and serve it until the process is told to stop; running requests then have time to end."""
+    """Load the model and serve it until the process gets a signal. Running requests may then finish."""
     check(arguments)
     log = _logging(arguments.uvicorn_log_level)
     logging.config.dictConfig(log)

@@ -1,4 +1,4 @@
-"""What every route needs: the engine, what is served under which limits, the way from a request to its answer."""
+"""What all routes share: the engine, the server's settings and limits, and how responses are written."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ Out = TypeVar("Out")
 
 @dataclasses.dataclass(frozen=True)
 class ServerSettings:
-    """What the operator chose.
+    """The settings that the operator chooses.
 
-    names: under which the model is served, the first being the one that answers carry. max_queue: requests under way
-    at once, those beyond are refused with 429. max_body_mb: of one request, in MiB. template_from_requests: whether a
-    client may bring a chat template of its own. prompt_details: whether usage tells cached tokens. always_usage:
-    whether every stream ends with its usage. audio_mb: largest upload of speech, in MB. max_stops, max_prompts: stop
-    strings and prompts in one request; 0 is no limit.
+    names: names of the model; responses have the first. keys: API keys, any of which gives access; empty = no key is
+    needed. role: of generated messages. max_queue: requests in progress at once; further ones get 429. max_body_mb:
+    largest body of a request, MiB. audio_mb: largest uploaded audio file, MB. max_stops, max_prompts: most stop strings
+    and prompts in one request; 0 = no limit. template_from_requests: a request may have its own chat template.
+    content_format, template_kwargs: how chat templates are applied. prompt_details: usage reports cached tokens.
+    always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
+    origin_methods, origin_headers, credentials: CORS. tool_parser: the format of tool calls in outputs; None = they
+    stay in the text. development: add the routes that empty caches.
     """
 
     names: tuple[str, ...]
@@ -45,7 +48,7 @@ class ServerSettings:
     template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     prompt_details: bool = False
     always_usage: bool = False
-    tell_ids: bool = False
+    request_id_headers: bool = False
     origins: tuple[str, ...] = ("*",)
     origin_methods: tuple[str, ...] = ("*",)
     origin_headers: tuple[str, ...] = ("*",)
@@ -55,27 +58,27 @@ class ServerSettings:
 
 
 class ServerContext:
-    """Shared by all routes of one server."""
+    """The state that all routes of one server share. num_requests: how many requests are in progress."""
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
         self.metrics = Metrics(engine, settings.names[0])
         self.started = int(time.time())
-        self.open = 0
+        self.num_requests = 0
 
     @property
     def name(self) -> str:
         return self.settings.names[0]
 
     def check_model(self, name: str | None) -> None:
-        """NoSuchModel for a name that is not served; none means the one that is."""
+        """NoSuchModel unless the name is one of the model's names, or missing."""
         if name and name not in self.settings.names:
             raise errors.NoSuchModel(name)
 
     def check_stops(self, stop: Any) -> None:
-        """ValidationError for more stop strings than the operator allows: each is looked for in every new piece of
-        text."""
+        """ValidationError for more stop strings than the operator allows: the text is searched for each of them after
+        every step."""
         most = self.settings.max_stops
         if isinstance(stop, list) and len(stop) > most > 0:
             words = f"stop: at most {most} strings, got {len(stop)} (MMJAX_MAX_STOP_STRINGS of the server)."
@@ -88,72 +91,82 @@ class ServerContext:
             words = f"At most {most} prompts in one request, got {count} (MMJAX_MAX_COMPLETION_PROMPTS of the server)."
             raise ValidationError(words, parameter="prompt")
 
-    def chat_options(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """The keywords of `AsyncLLM.prepare_chat`: what a request asks for, over what the operator chose."""
-        if asked["chat_template"] is not None and not self.settings.template_from_requests:
+    def chat_kwargs(self, requested: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of `AsyncLLM.prepare_chat`: those of a request, combined with the operator's settings."""
+        if requested["chat_template"] is not None and not self.settings.template_from_requests:
             raise RequestError(
                 "Chat template is passed with request, but the server does not trust those: start it with "
                 "`--trust-request-chat-template`."
             )
-        more = {**self.settings.template_kwargs, **(asked["chat_template_kwargs"] or {})}
-        form = self.settings.content_format
-        return {**asked, "chat_template_kwargs": more, "chat_template_content_format": form}
+        template_kwargs = {**self.settings.template_kwargs, **(requested["chat_template_kwargs"] or {})}
+        content_format = self.settings.content_format
+        return {
+            **requested,
+            "chat_template_kwargs": template_kwargs,
+            "chat_template_content_format": content_format,
+        }
 
     @asynccontextmanager
     async def admitted(self, *, again: bool = False) -> AsyncIterator[None]:
-        """Count a request in. TooBusy when the queue is full, unless it was let in before (`again`); EngineDeadError
-        when nothing can run."""
+        """Count a request as in progress. again: it was already admitted once, and is not refused now.
+
+        TooBusy if `max_queue` requests are in progress, EngineDeadError if the engine has stopped.
+        """
         self.engine.check()
-        if self.open >= self.settings.max_queue and not again:
+        if self.num_requests >= self.settings.max_queue and not again:
             raise errors.TooBusy(
-                f"{self.open} requests are under way, as many as `--max-queue` allows. Try again in a moment."
+                f"{self.num_requests} requests are under way, as many as `--max-queue` allows. Try again in a moment."
             )
-        self.open += 1
+        self.num_requests += 1
         try:
             yield
         finally:
-            self.open -= 1
+            self.num_requests -= 1
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Out]) -> Out:
-    """Do the work, unless the client leaves first: then it is cancelled, and what it holds freed."""
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Out]) -> Out:
+    """The result of `work`. If the client closes the connection first, `work` is cancelled, which frees its blocks, and
+    ClientDisconnected is raised."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    disconnect = asyncio.ensure_future(_disconnect(request))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise errors.ClientGone
+            raise errors.ClientDisconnected
         return task.result()
     finally:
-        gone.cancel()
+        disconnect.cancel()
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnect(request: Request) -> None:
+    """Wait until the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def together(*work: Coroutine[Any, Any, Out]) -> list[Out]:
-    """All results in order. When one fails, the others are cancelled, and its exception is raised."""
+async def gather_or_cancel(*work: Coroutine[Any, Any, Out]) -> list[Out]:
+    """The results, in order. If one coroutine fails, the others are cancelled and its exception is raised."""
     failure: Exception | None = None
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(each) for each in work]
     except ExceptionGroup as group_error:
         failure = group_error.exceptions[0]
-    if failure is not None:  # raised out here, it keeps its own cause and has no other
+    if failure is not None:  # raised outside of `except`, which would set the group as its context
         raise failure
     return [task.result() for task in tasks]
 
 
-def event_stream(
+def sse_response(
     events: AsyncGenerator[dict[str, Any], None], request_id: str, *, named: bool = False
 ) -> StreamingResponse:
-    """Server-sent events, ended by [DONE]. An error after the start becomes an event. `named`: each event goes under
-    its type, and the type of the last one says that it is the last."""
+    """A stream of server-sent events. An error after the start becomes an event.
+
+    named: each event has its type as its name, and the stream ends after the last one; else it ends with [DONE].
+    """
 
     async def lines() -> AsyncIterator[str]:
         try:
@@ -170,14 +183,14 @@ def event_stream(
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
 
 
-async def as_json(content: dict[str, Any]) -> Response:
-    """An answer as JSON, written on a thread: vectors and log-probabilities can be long."""
+async def json_response(content: dict[str, Any]) -> Response:
+    """A response of JSON, encoded in a thread: vectors and log-probabilities can be long."""
     text = await asyncio.to_thread(_write, content)
     return Response(text.encode(errors="replace"), media_type="application/json")
 
 
 def _write(value: Any) -> str:
-    """JSON piece by piece, for the interpreter is not free before the writer of one piece has returned."""
+    """JSON, encoded piece by piece: `json.dumps` does not release the interpreter before it returns."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{json.dumps(name)}:{_write(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
@@ -186,7 +199,7 @@ def _write(value: Any) -> str:
 
 
 def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:
-    """OpenAI's count of tokens; `cached` is told when asked for."""
+    """OpenAI's usage object. cached: tokens of the prompt found in the prefix cache; None = not reported."""
     counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -197,16 +210,15 @@ def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, 
     return counts
 
 
-def token_text(token: int, entry: Any, as_ids: bool) -> str:
-    """How a token is written in reports of log-probabilities."""
-    return f"token_id:{token}" if as_ids or entry.decoded_token is None else str(entry.decoded_token)
+def token_text(token: int, entry: Any, tokens_as_ids: bool) -> str:
+    """The text of a token in log-probabilities; `token_id:ID` if it has none, or if as_ids."""
+    return f"token_id:{token}" if tokens_as_ids or entry.decoded_token is None else str(entry.decoded_token)
 
 
-def finite(logprob: float) -> float:
-    """JSON has no infinity; clients of the known server expect this number."""
+def finite_logprob(logprob: float) -> float:
+    """At least -9999.0, which vLLM's clients expect for -inf: JSON has no infinity."""
     return max(logprob, -9999.0)
 
 
-def merged(model: Sequence[list[Any]]) -> list[Any]:
-    """One list of many."""
-    return [entry for part in model for entry in part]
+def flatten(lists: Sequence[list[Any]]) -> list[Any]:
+    return [entry for part in lists for entry in part]

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: texts or one conversation with its media, one vector each."""
+"""POST /v1/embeddings: a vector for each text, or for a conversation with its media."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from mmjax.serve.context import ServerContext, as_json, together, unless_gone, usage
-from mmjax.serve.openapi import As, Conversation
-from mmjax.serve.schema import ChatFields, tokenization
+from mmjax.serve.context import ServerContext, cancel_on_disconnect, gather_or_cancel, json_response, usage
+from mmjax.serve.openapi import PublishedAs
+from mmjax.serve.published_types import Conversation
+from mmjax.serve.schema import ChatFields, TruncatePromptTokens, tokenization_kwargs
 from pydantic import ConfigDict, Field, model_validator
 
 from mmjax import PoolingParams, PoolingRequestOutput, RequestError
@@ -24,19 +25,27 @@ Inputs = str | list[int] | list[str] | list[list[int]]
 
 
 class EmbeddingRequest(ChatFields):
-    """`input`: one text or list of token ids, or a list of those. `messages`: a conversation instead."""
-
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["input"]}, {"required": ["messages"]}]})
     model: str | None = None
-    input: Annotated[Inputs | None, As(Inputs)] = None
-    messages: Annotated[list[Json] | None, As(Conversation)] = None
+    """The name of the model; null: the model that the server has."""
+    input: Annotated[Inputs | None, PublishedAs(Inputs)] = None
+    """A text or a list of token ids, or a list of several of them. Give either this or `messages`."""
+    messages: Annotated[list[Json] | None, PublishedAs(Conversation)] = None
+    """A conversation. Give either this or `input`."""
     encoding_format: Literal["float", "base64"] = "float"
+    """How vectors are written; `base64` has little-endian float32 numbers."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Return only this many leading numbers of each vector."""
     normalize: bool | None = None
+    """Scale vectors to length 1; null: as the model does by default."""
     add_special_tokens: bool | None = None
+    """Let the tokenizer add its special tokens; null: true for `input`, false for `messages`."""
     add_generation_prompt: bool = False
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """End the prompt where the model's answer would begin."""
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
+    """Use only this many of the prompt's last tokens; -1: as many as the model's length allows."""
     user: str | None = None
+    """Accepted, but not used."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> EmbeddingRequest:
@@ -45,7 +54,7 @@ class EmbeddingRequest(ChatFields):
         return self
 
     def prompts(self) -> list[Json]:
-        """One prompt each."""
+        """The prompts of `input`, as `AsyncLLM.prepare` takes them."""
         given = self.input
         if isinstance(given, str):
             return [{"prompt": given}]
@@ -60,14 +69,13 @@ def router(context: ServerContext) -> APIRouter:
 
     @routes.post("/v1/embeddings", response_model=None)
     async def embed(body: EmbeddingRequest, request: Request) -> Response:
-        """Vectors of length 1, from the last token's hidden state."""
+        """Compute embeddings: the hidden state of the last token, by default scaled to length 1."""
         context.check_model(body.model)
-        outputs = await unless_gone(request, _answer(context, body))
-        counted = usage(sum(len(output.prompt_token_ids) for output in outputs), 0)
+        outputs = await cancel_on_disconnect(request, _answer(context, body))
+        token_usage = usage(sum(len(output.prompt_token_ids) for output in outputs), 0)
 
         def rows() -> list[Json]:
-            form = body.encoding_format
-            vectors = [_written(output.outputs.data, form) for output in outputs]
+            vectors = [_encode_vector(output.outputs.data, body.encoding_format) for output in outputs]
             return [{"index": i, "object": "embedding", "embedding": vector} for i, vector in enumerate(vectors)]
 
         data = await asyncio.to_thread(rows)
@@ -77,7 +85,7 @@ def router(context: ServerContext) -> APIRouter:
             "created": int(time.time()),
             "model": context.name,
         }
-        return await as_json({**head, "data": data, "usage": counted})
+        return await json_response({**head, "data": data, "usage": token_usage})
 
     return routes
 
@@ -85,12 +93,12 @@ def router(context: ServerContext) -> APIRouter:
 async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
     engine = context.engine
     params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize)
-    options = tokenization(body.truncate_prompt_tokens)
+    options = tokenization_kwargs(body.truncate_prompt_tokens)
     if body.add_special_tokens is not None:
         options["add_special_tokens"] = body.add_special_tokens
     if body.messages is not None:
         async with context.admitted():
-            engine_input = await engine.prepare_chat(body.messages, options, **context.chat_options(body.options()))
+            engine_input = await engine.prepare_chat(body.messages, options, **context.chat_kwargs(body.chat_kwargs()))
             return [await engine.embed(engine_input, params)]
     prompts = body.prompts()
     if not prompts:
@@ -98,16 +106,16 @@ async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[Poolin
     if len(prompts) > MAX_INPUTS:
         raise RequestError(f"input: {len(prompts)} texts in one request, at most {MAX_INPUTS}")
 
-    async def one(prompt: Json) -> PoolingRequestOutput:
+    async def embed(prompt: Json) -> PoolingRequestOutput:
         return await engine.embed(await engine.prepare(prompt, options), params)
 
     async with context.admitted():
-        return await together(*map(one, prompts))
+        return await gather_or_cancel(*map(embed, prompts))
 
 
-def _written(vector: Any, form: str) -> list[float] | str:
-    """Numbers, or little-endian float32 in base64."""
+def _encode_vector(vector: Any, encoding_format: str) -> list[float] | str:
+    """A list of numbers, or little-endian float32 in base64."""
     numbers: Sequence[float] = vector.tolist()
-    if form == "float":
+    if encoding_format == "float":
         return list(numbers)
     return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()

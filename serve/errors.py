@@ -1,7 +1,7 @@
-"""Every way a request can go wrong, as OpenAI's clients expect to be told: {"error": {message, type, param, code}}.
+"""Errors as OpenAI's clients expect them: {"error": {message, type, param, code}}.
 
-What a client does wrong is a RequestError, or an error of the schema's. Every other exception is a bug of the server's:
-it is logged with the request's id, and the client is told nothing but that id.
+A mistake of the client is a RequestError, or a body that does not fit the schema. Every other exception is a bug of the
+server: it is logged with the request's id, and the response has only that id.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class NoSuchModel(Exception):
-    """The request names a model that is not served here."""
+    """The request names a model that the server does not have."""
 
 
 class TooBusy(Exception):
-    """More requests are waiting than the operator allows."""
+    """As many requests are in progress as the operator allows."""
 
 
 class TooDeep(Exception):
-    """The body is nested too deeply. No ValueError: pydantic would make a fault of one field of it."""
+    """The body is nested too deeply. Not a ValueError, which pydantic would report as an error of one field."""
 
 
-class ClientGone(Exception):
-    """The client has closed the connection; nobody reads the answer."""
+class ClientDisconnected(Exception):
+    """The client has closed the connection; nobody reads the response."""
 
 
 def body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON of one error, without addresses of objects and without half surrogate pairs, which are no text."""
+    """The JSON of one error, without addresses of objects and without lone surrogates, which UTF-8 cannot encode."""
     message = ADDRESS.sub("", message).encode(errors="replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def describe(error: BaseException, request_id: str) -> tuple[int, dict[str, Any]]:
-    """(HTTP status, body) of whatever was raised. A bug of the server's is logged here."""
+    """(HTTP status, body) for an exception. Bugs of the server are logged here."""
     if isinstance(error, RequestError):
         return _refusal(error)
     if isinstance(error, RequestValidationError):
-        if any(fault["loc"][-1] == "file" for fault in error.errors()):  # a text where OpenAI's clients upload
-            return 422, body(_first(error), "Unprocessable Entity", 422, "file")
-        return 400, body(_first(error), "Bad Request", 400, _param(error))
+        if any(fault["loc"][-1] == "file" for fault in error.errors()):  # a text field in place of an upload
+            return 422, body(_messages(error), "Unprocessable Entity", 422, "file")
+        return 400, body(_messages(error), "Bad Request", 400, _param(error))
     if isinstance(error, TooDeep):
         return _refusal(TooDeepError())
     if isinstance(error, NoSuchModel):
@@ -75,31 +75,31 @@ def _refusal(error: RequestError) -> tuple[int, dict[str, Any]]:
     return 400, body(str(error), kind, 400, error.parameter if isinstance(error, ValidationError) else None)
 
 
-def _first(error: RequestValidationError) -> str:
-    told = []
+def _messages(error: RequestValidationError) -> str:
+    messages = []
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"] if part != "body")
         words = str(fault["msg"]).removeprefix("Value error, ")
-        told.append(f"{where}: {words}" if where else words)
-    return "; ".join(told[:5])
+        messages.append(f"{where}: {words}" if where else words)
+    return "; ".join(messages[:5])
 
 
 def _param(error: RequestValidationError) -> str | None:
-    model = [str(part) for part in error.errors()[0]["loc"] if part != "body"] if error.errors() else []
-    return model[0] if model else None
+    location = [str(part) for part in error.errors()[0]["loc"] if part != "body"] if error.errors() else []
+    return location[0] if location else None
 
 
 def install(app: FastAPI) -> None:
-    """Answer the errors that routes are meant to raise. The gate in front of them answers all others."""
+    """Answer the exceptions that routes raise on purpose. RequestGate answers all others."""
 
     async def answer(request: Request, error: Exception) -> Response:
         status, content = describe(error, request.state.request_id)
         headers = {"Retry-After": "1"} if status == 429 else dict(getattr(error, "headers", None) or {})
         return JSONResponse(content, status, headers)
 
-    async def gone(_: Request, __: Exception) -> Response:
+    async def disconnected(_: Request, __: Exception) -> Response:
         return Response(status_code=499)
 
     for kind in (RequestError, RequestValidationError, HTTPException, TooDeep, NoSuchModel, TooBusy, EngineDeadError):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(ClientDisconnected, disconnected)

@@ -1,4 +1,4 @@
-"""What stands before every route: keys, sizes, content types, request ids and the count of what is under way."""
+"""Checks before every route: API keys, body sizes, content types; request ids and the log."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-# What monitors, load balancers and browsers ask for without a key.
+# Monitors, load balancers and browsers request these without a key.
 OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/docs", "/redoc", "/openapi.json"})
 
 
 class RequestGate:
-    """ASGI middleware. keys: any of them opens every route that uses the model; none needed when empty.
-    max_body: bytes.
+    """ASGI middleware. keys: any of them gives access to every route that uses the model; empty = no key is needed.
+    max_body: largest body, bytes. add_header: responses have the header X-Request-Id.
 
-    Each request has an id: the client's X-Request-Id, or one made here. It is in the log, one line a request, and in
-    the ids of answers. Bodies are counted as they arrive, whatever Content-Length says, and refused at the limit.
+    Each request has an id: the client's X-Request-Id, or a random one. It is in the ids of responses and in the log,
+    which has one line per request. The bytes of a body are counted as they arrive, because Content-Length may be wrong.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_body: int, tell_id: bool) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str], max_body: int, add_header: bool) -> None:
         self.app = app
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
         self.max_body = max_body
-        self.tell_id = tell_id
+        self.tell_id = add_header
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,10 +41,10 @@ class RequestGate:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        scope.setdefault("state", {})["request_id"] = given if _tellable(given) else uuid.uuid4().hex
-        status, begin = 0, time.monotonic()
+        scope.setdefault("state", {})["request_id"] = given if _is_valid_id(given) else uuid.uuid4().hex
+        status, start = 0, time.monotonic()
 
-        async def named(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -56,29 +56,29 @@ class RequestGate:
         try:
             refusal = self._refuse(scope, headers)
             if refusal is not None:
-                await _answer(named, *refusal)
+                await _respond(send_with_id, *refusal)
             else:
-                await self.app(scope, self._counted(receive), named)
-        except Exception as error:  # no route meant to raise it: a bug
+                await self.app(scope, self._counted(receive), send_with_id)
+        except Exception as error:  # no route raises it on purpose: a bug
             described = errors.describe(error, scope["state"]["request_id"])
-            if not status:  # else the answer has begun, and breaks off
-                await _answer(named, *described)
+            if not status:  # else the response has begun; it breaks off
+                await _respond(send_with_id, *described)
         finally:
-            self._log(scope, status, time.monotonic() - begin)
+            self._log(scope, status, time.monotonic() - start)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        """One line; what monitors ask for all the time is for those who debug."""
+        """Log one line. Requests of monitors are frequent, and logged at DEBUG."""
         path, client = urllib.parse.quote(scope["path"], errors="replace"), (scope.get("client") or ("-",))[0]
         level = logging.DEBUG if scope["path"] in OPEN else logging.INFO
         words = (client, scope["method"], path, status, seconds, scope["state"]["request_id"])
         logger.log(level, "%s %s %s %d in %.3f s, request %s", *words)
 
     def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, object] | None:
-        """(status, body) when the request goes no further."""
+        """(status, body) if the request is refused."""
         path, method = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"]
         if method == "OPTIONS":
             return None
-        if self.digests and path not in OPEN and not self._opens(headers.get(b"authorization", b"")):
+        if self.digests and path not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
             return 401, {"error": "Unauthorized"}
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
@@ -88,10 +88,10 @@ class RequestGate:
             return 400, errors.body("Unsupported Media Type: Only 'application/json' is allowed", "Bad Request", 400)
         return None
 
-    def _opens(self, authorization: bytes) -> bool:
+    def _has_key(self, authorization: bytes) -> bool:
         scheme, _, key = authorization.partition(b" ")
         digest = hashlib.sha256(key.strip()).digest()
-        # Every key is compared: how long it takes must not tell which came close.
+        # All keys are compared, so that the time does not reveal which one matches.
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
         return scheme.lower() == b"bearer" and any(matches)
 
@@ -112,11 +112,11 @@ class RequestGate:
         return counted
 
 
-def _tellable(name: str) -> bool:
+def _is_valid_id(name: str) -> bool:
     return 0 < len(name) <= 200 and name.isascii() and name.isprintable()
 
 
-async def _answer(send: Send, status: int, content: object) -> None:
+async def _respond(send: Send, status: int, content: object) -> None:
     text = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,4 +1,4 @@
-"""What POST /v1/responses takes, said as a chat request: items become messages, flat tools nested ones."""
+"""The body of POST /v1/responses, and its translation to a chat request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from mmjax.serve import openapi as say
+from mmjax.serve import published_types as published
+from mmjax.serve.sampling_schema import PositiveInt
 from mmjax.serve.schema import ChatFields, ChatRequest, GenerationFields, StreamOptions
 from pydantic import Field, field_validator
 from pydantic import ValidationError as FormError
@@ -16,11 +17,11 @@ from mmjax.types import RequestError, ValidationError
 Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
 FORMATS = ("text", "json_object", "json_schema")
-NOT_KEPT = "nothing is kept here; send the whole conversation as `input`"
-NOT_TO_BE_HAD = {
+NOT_STORED = "nothing is kept here; send the whole conversation as `input`"
+UNSUPPORTED = {
     "store": "answers are not kept here; leave it out, or send false",
-    "previous_response_id": NOT_KEPT,
-    "conversation": NOT_KEPT,
+    "previous_response_id": NOT_STORED,
+    "conversation": NOT_STORED,
     "prompt": "no prompts are kept here; send `instructions` and `input`",
     "background": "answers are made while the client waits; leave it out, and use `stream`",
     "truncation": "items are never left out; send fewer, or 'disabled'",
@@ -28,36 +29,51 @@ NOT_TO_BE_HAD = {
 
 
 class ResponsesRequest(GenerationFields, ChatFields):
-    """POST /v1/responses. Nothing is kept from one request to the next: `input` is the whole conversation."""
-
-    input: say.ResponseInput
+    input: published.ResponsesInput
+    """A text, or the whole conversation as items: the server stores none."""
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    tools: say.FlatTools | None = None
-    tool_choice: say.FlatToolChoice | None = None
+    """A system message before the conversation."""
+    max_output_tokens: PositiveInt | None = None
+    """Most tokens of the output; null: as many as the model's length allows."""
+    tools: published.ResponsesTools | None = None
+    """The functions that the model may call."""
+    tool_choice: published.ResponsesToolChoice | None = None
+    """Which tools the model may or must call; null: `auto`."""
     parallel_tool_calls: bool | None = None
-    text: say.TextForm | None = None
+    """Allow several calls in one output; null: true."""
+    text: published.ResponsesTextOptions | None = None
+    """The form of the output."""
     include: list[str] | None = None
+    """`message.output_text.logprobs` returns log-probabilities; other entries are ignored."""
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    """Return the log-probabilities of this many most likely tokens at each position."""
     metadata: dict[str, str] | None = None
+    """Returned with the response."""
     store: Literal[False] | None = None
+    """Not supported: the server stores no responses."""
     previous_response_id: None = None
+    """Not supported."""
     conversation: None = None
+    """Not supported."""
     prompt: None = None
+    """Not supported."""
     background: Literal[False] | None = None
+    """Not supported."""
     truncation: Literal["disabled"] | None = None
+    """Not supported: no items are left out."""
 
-    @field_validator(*NOT_TO_BE_HAD, mode="wrap")
+    @field_validator(*UNSUPPORTED, mode="wrap")
     @classmethod
-    def _to_be_had(cls, value: Any, check: Any, told: Any) -> Any:
+    def _explain_unsupported(cls, value: Any, check: Any, info: Any) -> Any:
         try:
             return check(value)
         except ValueError:
-            raise ValueError(NOT_TO_BE_HAD[told.field_name]) from None
+            raise ValueError(UNSUPPORTED[info.field_name]) from None
 
     @field_validator("tools")
     @classmethod
-    def _functions(cls, tools: list[Json] | None) -> list[Json] | None:
+    def _check_tools(cls, tools: list[Json] | None) -> list[Json] | None:
+        """Replaces the validator of this name in ChatFields, whose tools have another form."""
         for tool in tools or ():
             if not _names_function(tool):
                 raise ValueError("each must be {'type': 'function', 'name': ..., 'parameters': ...}")
@@ -65,30 +81,30 @@ class ResponsesRequest(GenerationFields, ChatFields):
 
     @field_validator("tool_choice")
     @classmethod
-    def _one_function(cls, choice: str | Json | None) -> str | Json | None:
+    def _check_tool_choice(cls, choice: str | Json | None) -> str | Json | None:
         if isinstance(choice, dict) and not _names_function(choice):
             raise ValueError("must be none, auto, required or {'type': 'function', 'name': ...}")
         return choice
 
     @field_validator("text")
     @classmethod
-    def _known_format(cls, text: Json | None) -> Json | None:
-        form = (text or {}).get("format")
-        if form is None:
+    def _check_text(cls, text: Json | None) -> Json | None:
+        output_format = (text or {}).get("format")
+        if output_format is None:
             return text
-        if not isinstance(form, dict) or form.get("type") not in FORMATS:
+        if not isinstance(output_format, dict) or output_format.get("type") not in FORMATS:
             raise ValueError(f"format must be an object whose type is one of {', '.join(FORMATS)}")
-        if form["type"] == "json_schema" and not isinstance(form.get("schema"), dict):
+        if output_format["type"] == "json_schema" and not isinstance(output_format.get("schema"), dict):
             raise ValueError("format of type json_schema needs `schema`, an object")
         return text
 
     @property
-    def form(self) -> Json:
-        """The form of the answer, as the client asked for it."""
+    def output_format(self) -> Json:
+        """The format of the output that the request asks for."""
         return (self.text or {}).get("format") or {"type": "text"}
 
     def chat(self) -> ChatRequest:
-        """The same request to /v1/chat/completions. ValidationError for an item that cannot be read."""
+        """The same request to /v1/chat/completions. ValidationError for an invalid item."""
         names = (GenerationFields.model_fields.keys() | ChatFields.model_fields.keys()) - {"tools"}
         wants = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
         try:
@@ -99,14 +115,14 @@ class ResponsesRequest(GenerationFields, ChatFields):
                 tools=[{"type": "function", "function": _without_type(tool)} for tool in self.tools or ()] or None,
                 tool_choice=_nested(self.tool_choice, "function"),
                 parallel_tool_calls=self.parallel_tool_calls,
-                response_format=_nested(self.form, "json_schema"),
+                response_format=_nested(self.output_format, "json_schema"),
                 logprobs=wants,
                 top_logprobs=self.top_logprobs if wants else None,
                 stream_options=StreamOptions(include_usage=True) if self.stream else None,
             )
         except FormError as error:
-            told = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
-            raise RequestValidationError(told) from None
+            faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+            raise RequestValidationError(faults) from None
 
 
 def _names_function(given: Json) -> bool:
@@ -117,26 +133,28 @@ def _without_type(given: Json) -> Json:
     return {name: value for name, value in given.items() if name != "type"}
 
 
-def _nested(given: Any, kind: str) -> Any:
-    """What chat keeps one level deeper, under the name of its type."""
-    return {"type": kind, kind: _without_type(given)} if isinstance(given, dict) and given["type"] == kind else given
+def _nested(given: Any, type_name: str) -> Any:
+    """The chat API's form of an object of this type: its fields are nested under the name of the type."""
+    if isinstance(given, dict) and given["type"] == type_name:
+        return {"type": type_name, type_name: _without_type(given)}
+    return given
 
 
 def messages_of(given: str | list[Json], instructions: str | None) -> list[Json]:
-    """Messages of a chat. Instructions come first; calls belong to the answer before them. ValidationError naming the
-    item that cannot be read."""
+    """The messages of a chat. Instructions become the first message; calls are added to the assistant's message before
+    them. ValidationError names an item that is invalid."""
     messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
     if isinstance(given, str):
         given = [{"role": "user", "content": given}]
     if not given:
         raise ValidationError("input: the list is empty", parameter="input")
     for index, item in enumerate(given):
-        kind = item.get("type") or "message"
-        if not isinstance(kind, str) or kind not in READ:
-            words = f"items of type {kind!r} are not taken; known are {', '.join(READ)}"
+        item_type = item.get("type") or "message"
+        if not isinstance(item_type, str) or item_type not in READ_ITEM:
+            words = f"items of type {item_type!r} are not taken; known are {', '.join(READ_ITEM)}"
             raise ValidationError(f"input.{index}: {words}", parameter="input")
         try:
-            READ[kind](item, messages)
+            READ_ITEM[item_type](item, messages)
         except RequestError as error:
             raise ValidationError(f"input.{index}: {error}", parameter="input") from None
     return messages
@@ -166,7 +184,7 @@ def _text(item: Json, name: str) -> str:
 
 
 def _content(item: Json, name: str) -> str | list[Any]:
-    """A text, or parts, which the chat reads."""
+    """A text, or a list of parts, which the chat route checks."""
     content = item.get(name)
     if not isinstance(content, (str, list)):
         raise RequestError(f"{name} must be a text or a list of parts")
@@ -176,7 +194,7 @@ def _content(item: Json, name: str) -> str | list[Any]:
     return content
 
 
-READ: Mapping[str, Callable[[Json, list[Json]], None]] = {
+READ_ITEM: Mapping[str, Callable[[Json, list[Json]], None]] = {
     "message": _message,
     "function_call": _call,
     "function_call_output": _call_output,

@@ -1,6 +1,7 @@
-"""What clients may send: the fields of OpenAI's requests and those that users of the best-known GPU engine add.
+"""The bodies of requests: OpenAI's fields, and those that vLLM adds to them.
 
-Unknown fields are ignored. What a field means to the model is checked where it is used; here only its form is.
+Unknown fields are ignored. Only the form of a field is checked here; its value is checked where it is used. The text
+below a field is its description in the API's own documentation.
 """
 
 from __future__ import annotations
@@ -8,101 +9,105 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from mmjax.serve import openapi as say
+from mmjax.serve import published_types as published
 from mmjax.serve.errors import TooDeep
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from mmjax.serve.openapi import PublishedAs
+from mmjax.serve.sampling_schema import (
+    OF_COMPLETIONS,
+    OF_RESPONSES,
+    PositiveInt,
+    SamplingParamsBody,
+    description,
+    sampling_fields,
+)
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from mmjax import RequestError, SamplingParams
+from mmjax.types import GENERATION_KEYS
 
 Json = dict[str, Any]
-MAX_DEPTH = 200  # lists and objects in each other; what walks through them by recursion needs up to 3 calls for each
-NESTS = frozenset({dict, list})
-MAX_TOKENIZED = 1 << 20  # characters or tokens in one request of the tokenizer, which is done before others go on
+MAX_DEPTH = 200  # nested lists and objects; recursive code that reads them needs up to 3 calls for each level
+CONTAINERS = frozenset({dict, list})
+MAX_TOKENIZED = 1 << 20  # characters or tokens in one call of the tokenizer, during which other requests wait
 Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+CacheSalt = Annotated[str, Field(min_length=1)]
+TruncatePromptTokens = Annotated[int, Field(ge=-1)]
 
 
 class RequestBody(BaseModel):
-    """A JSON body. Numbers are finite, and nothing is coerced that a client did not mean. A switch that is null, as
-    many clients send those they do not set, is as its default."""
+    """A JSON body. Numbers must be finite. A boolean field that is null has its default: many clients send null for
+    fields that they do not set."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _unset(cls, given: Any) -> Any:
+    def _drop_null_booleans(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
         _check_depth(given)
-        switches = {name for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
-        return {name: value for name, value in given.items() if value is not None or name not in switches}
+        booleans = {name for name, field in cls.model_fields.items() if isinstance(field.default, bool)}
+        return {name: value for name, value in given.items() if value is not None or name not in booleans}
 
 
 def _check_depth(value: Any) -> None:
-    """TooDeep when more than MAX_DEPTH lists and objects lie in each other."""
+    """TooDeep for more than MAX_DEPTH levels of lists and objects."""
     level, depth = [value], 0
     while level:
         depth += 1
         if depth > MAX_DEPTH:
             raise TooDeep
-        inside = [each.values() if isinstance(each, dict) else each for each in level]
-        # a million numbers are looked at by C alone, ten times as fast
-        nested = (members for members in inside if not NESTS.isdisjoint(map(type, members)))
-        level = [member for members in nested for member in members if type(member) in NESTS]
+        members_of_level = [container.values() if isinstance(container, dict) else container for container in level]
+        # a list of a million numbers is scanned by C alone, ten times as fast
+        nested = (members for members in members_of_level if not CONTAINERS.isdisjoint(map(type, members)))
+        level = [member for members in nested for member in members if type(member) in CONTAINERS]
 
 
 class StreamOptions(RequestBody):
-    """`include_usage`: a last chunk with the usage; `continuous_usage_stats`: usage in every chunk."""
-
     include_usage: bool = False
+    """Send a last chunk with the usage."""
     continuous_usage_stats: bool = False
+    """Send the usage with every chunk."""
 
 
-class GenerationFields(RequestBody):
-    """How tokens are chosen, and the prompt cut: the fields that mean the same in every generating route. None: the
-    model's default."""
+class GenerationFields(
+    create_model("ResponsesSampling", __base__=RequestBody, **sampling_fields(OF_RESPONSES))  # type: ignore[misc]
+):
+    """The fields that all routes that generate text share. A sampling parameter that is null has the model's
+    default."""
 
     model: str | None = None
+    """The name of the model; null: the model that the server has."""
     stream: bool = False
-    min_tokens: say.Count | None = None
-    temperature: say.Temperature | None = None
-    top_p: say.TopP | None = None
-    top_k: say.TopK | None = None
-    min_p: say.MinP | None = None
-    seed: Seed | None = None
-    presence_penalty: say.Penalty | None = None
-    frequency_penalty: say.Penalty | None = None
-    repetition_penalty: say.Factor | None = None
-    stop: say.Word | list[say.Word] | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[say.Word] | None = None
-    allowed_token_ids: list[say.Token] | None = None
-    logit_bias: Annotated[dict[str, float], say.Bias] | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    spaces_between_special_tokens: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    structured_outputs: say.Structure | None = None
-    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    """Send the output in chunks, as it is generated."""
+    truncate_prompt_tokens: TruncatePromptTokens | None = None
+    """Use only this many of the prompt's last tokens; -1: as many as the model's length allows."""
+    cache_salt: CacheSalt | None = None
+    """Share cached prefixes only with requests that have the same salt."""
     request_id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:-]+$")] | None = None
+    """The last part of the response's `id`."""
 
 
-class SamplingFields(GenerationFields):
-    """What else chats and completions share."""
+class SamplingFields(
+    create_model("CompletionsSampling", __base__=GenerationFields, **sampling_fields(OF_COMPLETIONS - OF_RESPONSES))  # type: ignore[misc]
+):
+    """The fields that chats and completions share beyond those."""
 
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    prompt_logprobs: say.Logprobs | None = None
-    response_format: say.ResponseFormat | None = None
+    """Allowed only if `stream` is true."""
+    response_format: published.ResponseFormat | None = None
+    """The form of the output. Do not combine with `structured_outputs`."""
     return_token_ids: bool = False
+    """Return the token ids of the prompt and of the output."""
     return_tokens_as_token_ids: bool = False
+    """Write tokens as `token_id:ID` in log-probabilities."""
     use_beam_search: Literal[False] | None = None
+    """Not supported."""
     user: str | None = None
+    """Accepted, but not used."""
 
     @model_validator(mode="after")
-    def _streaming(self) -> SamplingFields:
+    def _check_streaming(self) -> SamplingFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("Stream options can only be defined when `stream=True`.")
         if self.prompt_logprobs is not None:
@@ -112,154 +117,161 @@ class SamplingFields(GenerationFields):
                 raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
         return self
 
-    def fields(self) -> Json:
-        """The given fields that `SamplingParams` knows by the same name."""
-        names = SAMPLED & type(self).model_fields.keys()
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+    def sampling_fields(self) -> Json:
+        """The fields of `SamplingParams` that are not null."""
+        given = {name: getattr(self, name) for name in OF_COMPLETIONS if getattr(self, name) is not None}
         if self.logit_bias is not None:
-            given["logit_bias"] = _by_token(self.logit_bias)
-        if (structured := structure(self.structured_outputs, self.response_format)) is not None:
-            given["structured_outputs"] = structured
+            given["logit_bias"] = _by_token_id(self.logit_bias)
+        constraint = merge_structured_outputs(self.structured_outputs, self.response_format)
+        if constraint is not None:
+            given["structured_outputs"] = constraint
         return given
 
 
-SAMPLED = frozenset(
-    {
-        "n", "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
-        "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids", "bad_words", "allowed_token_ids",
-        "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
-        "prompt_logprobs",
-    }
-)  # fmt: skip
-
-
-def _by_token(bias: Mapping[str, float]) -> dict[int, float]:
+def _by_token_id(bias: Mapping[str, float]) -> dict[int, float]:
     try:
         return {int(token): value for token, value in bias.items()}
     except ValueError:
         raise RequestError("logit_bias: the keys must be token ids") from None
 
 
-def structure(structured: Json | None, response_format: Json | None) -> Json | None:
-    """The constraint that `structured_outputs` or OpenAI's `response_format` asks for, in the former's words."""
+def merge_structured_outputs(structured: Json | None, response_format: Json | None) -> Json | None:
+    """The `structured_outputs` of a request that has them, or OpenAI's `response_format`, or neither."""
     if response_format is None:
         return structured
-    kind = response_format.get("type")
-    if kind == "text":
+    format_type = response_format.get("type")
+    if format_type == "text":
         return structured
     if structured is not None:
         raise RequestError("give response_format or structured_outputs, not both")
-    if kind == "json_object":
+    if format_type == "json_object":
         return {"json_object": True}
-    if kind == "json_schema":
+    if format_type == "json_schema":
         schema = response_format.get("json_schema")
         if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict):
             raise RequestError("When using `json_schema` response format, `json_schema.schema` is required.")
         return {"json": schema["schema"]}
-    raise RequestError(f"response_format: unknown type {kind!r}; known are text, json_object, json_schema")
+    raise RequestError(f"response_format: unknown type {format_type!r}; known are text, json_object, json_schema")
 
 
 class ChatFields(RequestBody):
-    """How messages become a prompt: the fields of every route that takes a conversation."""
+    """The fields that all routes that take a conversation share."""
 
     add_generation_prompt: bool = True
+    """End the prompt where the model's answer begins."""
     continue_final_message: bool = False
-    tools: say.Tools | None = None
+    """Let the model continue the last message."""
+    tools: published.Tools | None = None
+    """The functions that the model may call."""
     documents: list[Json] | None = None
+    """Documents for a chat template that uses them."""
     chat_template: str | None = None
+    """A template to use instead of the model's. Needs `--trust-request-chat-template`."""
     chat_template_kwargs: Json | None = None
+    """Variables of the chat template."""
     mm_processor_kwargs: Json | None = None
-    media_io_kwargs: say.IoOptions | None = None
-    cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    """Options of the model's processor."""
+    media_io_kwargs: published.MediaIoOptions | None = None
+    """Options of the decoders, by modality."""
+    cache_salt: CacheSalt | None = None
+    """Share cached prefixes only with requests that have the same salt."""
 
     @field_validator("tools")
     @classmethod
-    def _functions(cls, tools: list[Json] | None) -> list[Json] | None:
+    def _check_tools(cls, tools: list[Json] | None) -> list[Json] | None:
         for tool in tools or ():
             function = tool.get("function")
-            named = isinstance(function, dict) and isinstance(function.get("name"), str)
-            if tool.get("type", "function") != "function" or not named:
+            has_name = isinstance(function, dict) and isinstance(function.get("name"), str)
+            if tool.get("type", "function") != "function" or not has_name:
                 raise ValueError("each must be {'type': 'function', 'function': {'name': ..., 'parameters': ...}}")
         return tools
 
     @model_validator(mode="after")
-    def _one_beginning(self) -> Self:
+    def _check_continuation(self) -> Self:
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
         return self
 
-    def options(self) -> Json:
+    def chat_kwargs(self) -> Json:
         """The keywords of `AsyncLLM.prepare_chat`."""
         return {name: getattr(self, name) for name in ChatFields.model_fields}
 
 
 class ChatRequest(SamplingFields, ChatFields):
-    """POST /v1/chat/completions."""
-
-    messages: say.Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: published.Messages
+    """The conversation. The parts of a message are text, images, videos and audio."""
+    max_completion_tokens: PositiveInt | None = None
+    """The same as `max_tokens`, which it overrides."""
     logprobs: bool = False
+    """Return the log-probability of each sampled token."""
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None
-    tool_choice: say.ToolChoice | None = None
+    """Also return those of this many most likely tokens; -1 is the whole vocabulary. Needs `logprobs`."""
+    tool_choice: published.ToolChoice | None = None
+    """Which tools the model may or must call; null: `auto`."""
     parallel_tool_calls: bool | None = None
+    """Allow several calls in one output; null: true."""
     add_special_tokens: bool = False
+    """Let the tokenizer add special tokens to what the chat template wrote."""
     reasoning_effort: str | None = None
+    """Accepted, but not used."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> ChatRequest:
+    def _check_combinations(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("when using `top_logprobs`, `logprobs` must be set to true.")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("When using `tool_choice`, `tools` must be set.")
         return self
 
-    def fields(self) -> Json:
-        given = super().fields()
+    def sampling_fields(self) -> Json:
+        given = super().sampling_fields()
         if self.max_completion_tokens is not None:
             given["max_tokens"] = self.max_completion_tokens
         if self.logprobs:
             given["logprobs"] = self.top_logprobs or 0
         return given
 
-    def options(self) -> Json:
-        """Tools that must not be called are not told."""
-        return super().options() | ({"tools": None} if self.tool_choice == "none" else {})
+    def chat_kwargs(self) -> Json:
+        """The keywords of `AsyncLLM.prepare_chat`. The template does not see tools that the model must not call."""
+        return super().chat_kwargs() | ({"tools": None} if self.tool_choice == "none" else {})
 
-    def tokenization(self) -> Json:
-        return tokenization(self.truncate_prompt_tokens) | {"add_special_tokens": self.add_special_tokens}
+    def tokenization_kwargs(self) -> Json:
+        return tokenization_kwargs(self.truncate_prompt_tokens) | {"add_special_tokens": self.add_special_tokens}
 
 
 class ConversationsRequest(ChatRequest):
-    """POST /v1/chat/completions/batch: many conversations, and what they have in common."""
-
-    messages: say.Batch  # type: ignore[assignment]
+    messages: published.Conversations  # type: ignore[assignment]
+    """Several conversations; all other fields apply to each of them."""
     stream: Literal[False] = False
+    """Not supported."""
 
-    def each(self) -> list[ChatRequest]:
-        """One request for every conversation."""
+    def chat_requests(self) -> list[ChatRequest]:
+        """One request for each conversation."""
         return [ChatRequest.model_construct(**{**dict(self), "messages": messages}) for messages in self.messages]
 
 
 class CompletionRequest(SamplingFields):
-    """POST /v1/completions: text without media."""
-
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
-    logprobs: Annotated[int, Field(ge=-1)] | None = None
+    """A text or a list of token ids, or a list of several such prompts. Media cannot be sent to this route."""
+    max_tokens: PositiveInt | None = Field(SamplingParams.max_tokens, description=description("max_tokens"))
+    logprobs: Annotated[int, Field(ge=-1)] | None = Field(None, description=description("logprobs"))
     echo: bool = False
+    """Begin each output with the prompt."""
     suffix: None = None
+    """Not supported."""
     add_special_tokens: bool = True
+    """Let the tokenizer add its special tokens to the prompt."""
 
     def prompts(self) -> list[str | list[int]]:
-        """One prompt each."""
+        """The prompts, each a text or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
-    def fields(self) -> Json:
-        given = super().fields()
+    def sampling_fields(self) -> Json:
+        given = super().sampling_fields()
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
             if self.echo and "prompt_logprobs" not in given:
@@ -268,49 +280,48 @@ class CompletionRequest(SamplingFields):
 
 
 class GenerateRequest(RequestBody):
-    """POST /generate: one prompt or a list of them as `LLM.generate` takes them, their media as URLs (http, https,
-    data, file)."""
-
-    prompts: say.Prompts
-    sampling_params: say.SamplingOptions | None = None
-    tokenization_kwargs: say.TokenOptions | None = None
+    prompts: published.Prompts
+    """One prompt or a list of prompts, as for `LLM.generate`. Media are URLs (http, https, data, file)."""
+    sampling_params: Annotated[Json, PublishedAs(SamplingParamsBody)] | None = None
+    """Null: the model's defaults."""
+    tokenization_kwargs: published.TokenizationOptions | None = None
+    """How to tokenize text prompts."""
 
 
 class TokenizeRequest(ChatFields):
-    """POST /tokenize: a prompt, or messages as for a chat."""
-
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
     model: str | None = None
-    prompt: Annotated[Text | None, say.As(Text)] = None
-    messages: Annotated[list[Json] | None, say.As(say.Conversation)] = None
+    """The name of the model; null: the model that the server has."""
+    prompt: Annotated[Text | None, PublishedAs(Text)] = None
+    """A text. Give either this or `messages`."""
+    messages: Annotated[list[Json] | None, PublishedAs(published.Conversation)] = None
+    """A conversation. Give either this or `prompt`."""
     add_special_tokens: bool | None = None
+    """Let the tokenizer add its special tokens; null: true for a prompt, false for a conversation."""
     return_token_strs: bool = False
+    """Also return the text of each token."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizeRequest:
+    def _check_one_prompt(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either `prompt` or `messages`")
         return self
 
 
 class DetokenizeRequest(RequestBody):
-    """POST /detokenize."""
-
     model: str | None = None
+    """The name of the model; null: the model that the server has."""
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_TOKENIZED)]
+    """Token ids."""
 
 
-def tokenization(truncate: int | None) -> Json:
-    """tokenization_kwargs of a request."""
-    return {} if truncate is None else {"truncate_prompt_tokens": truncate}
+def tokenization_kwargs(truncate_prompt_tokens: int | None) -> Json:
+    """`tokenization_kwargs` of `AsyncLLM.prepare`."""
+    return {} if truncate_prompt_tokens is None else {"truncate_prompt_tokens": truncate_prompt_tokens}
 
 
-def sampling(given: Json, defaults: SamplingParams) -> SamplingParams:
-    """Sampling parameters of the given fields over the model's defaults. ValidationError for values that cannot be."""
-    kept = {name: getattr(defaults, name) for name in DEFAULTED}
-    if given.get("temperature", kept["temperature"]) == 0:
-        kept |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    return SamplingParams(**{**kept, "max_tokens": None, **given})
-
-
-DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+def sampling_params(given: Json, defaults: SamplingParams) -> SamplingParams:
+    """SamplingParams with the given fields. defaults: of the model; those that generation_config.json can set apply to
+    the other fields, except max_tokens, which is None. ValidationError for invalid values."""
+    inherited = {name: getattr(defaults, name) for name in GENERATION_KEYS.values()}
+    return SamplingParams(**{**inherited, "max_tokens": None, **given})

@@ -1,4 +1,4 @@
-"""The routes that answer at once: models, health, figures, tokens; and POST /generate, the offline call as JSON."""
+"""Models, health, metrics, tokenization, and POST /generate, which is `LLM.generate` as JSON."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
-from mmjax.serve.context import ServerContext, as_json, together, unless_gone
-from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling
+from mmjax.serve.context import ServerContext, cancel_on_disconnect, gather_or_cancel, json_response
+from mmjax.serve.sampling_schema import OF_GENERATE
+from mmjax.serve.schema import DetokenizeRequest, GenerateRequest, TokenizeRequest, sampling_params
 
 from mmjax import EngineDeadError, RequestError, RequestOutput, SamplingParams, __version__
 
@@ -31,7 +32,7 @@ def router(context: ServerContext) -> APIRouter:
 
     @routes.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        """A page to try the model with. It asks nothing of any other host."""
+        """A page to try the model. It sends no requests to other hosts."""
         return FileResponse(PAGE, media_type="text/html", headers={"Content-Security-Policy": POLICY})
 
     @routes.get("/health", response_class=Response, responses=DEAD)
@@ -47,7 +48,7 @@ def router(context: ServerContext) -> APIRouter:
 
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(context.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/version")
@@ -57,19 +58,19 @@ def router(context: ServerContext) -> APIRouter:
 
     @routes.get("/load")
     async def load() -> Json:
-        """Requests under way."""
-        return {"server_load": context.open}
+        """The number of requests in progress."""
+        return {"server_load": context.num_requests}
 
     return routes
 
 
 def models_router(context: ServerContext) -> APIRouter:
-    """What is served."""
+    """The routes that describe the model."""
     routes = APIRouter()
 
     @routes.get("/v1/models")
     async def models() -> Json:
-        """What is served, under each of its names."""
+        """The model, once for each of its names."""
         limit = context.engine.llm.model.max_model_len
         cards: list[Json] = [
             {
@@ -82,7 +83,7 @@ def models_router(context: ServerContext) -> APIRouter:
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: str = Path(examples=list(context.settings.names))) -> Json:
-        """One model."""
+        """The model, if it has this name."""
         context.check_model(name)
         return {**(await models())["data"][0], "id": name}
 
@@ -90,46 +91,48 @@ def models_router(context: ServerContext) -> APIRouter:
 
 
 def development_router(context: ServerContext) -> APIRouter:
-    """What only developers need: emptying the caches."""
+    """The routes that empty the caches, for development."""
     routes = APIRouter()
 
     @routes.post("/reset_mm_cache")
     async def reset_mm_cache() -> Response:
-        """Forget processed media."""
+        """Empty the cache of processed media."""
         await context.engine.between_steps(context.engine.llm.reset_mm_cache)
         return Response()
 
     @routes.post("/reset_prefix_cache")
     async def reset_prefix_cache() -> Json:
-        """Forget cached prefixes, if nothing runs."""
+        """Empty the prefix cache, if no request is running."""
         return {"done": await context.engine.between_steps(context.engine.llm.reset_prefix_cache)}
 
     return routes
 
 
 def tokens_router(context: ServerContext) -> APIRouter:
-    """Tokenize and detokenize."""
+    """The routes of the tokenizer."""
     routes = APIRouter()
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizeRequest, request: Request) -> Response:
-        """Token ids of a text or of a conversation, media expanded."""
+        """Token ids of a text, or of a conversation with the placeholders of its media."""
         context.check_model(body.model)
         engine = context.engine
         if body.messages is None:
-            tokens = await engine.encode(body.prompt or "", special=body.add_special_tokens is not False)
+            tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
         else:
-            options = context.chat_options(body.options())
+            options = context.chat_kwargs(body.chat_kwargs())
             special = {"add_special_tokens": bool(body.add_special_tokens)}
-            engine_input = await unless_gone(request, engine.prepare_chat(body.messages, special, **options))
+            engine_input = await cancel_on_disconnect(request, engine.prepare_chat(body.messages, special, **options))
             tokens = engine_input.token_ids.tolist()
         strings = await engine.texts([[token] for token in tokens]) if body.return_token_strs else None
         limit = engine.llm.model.max_model_len
-        return await as_json({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings})
+        return await json_response(
+            {"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings}
+        )
 
     @routes.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Json:
-        """The text of token ids."""
+        """Text of token ids."""
         context.check_model(body.model)
         vocab = context.engine.llm.model.vocab_size
         if (largest := max(body.tokens, default=0)) >= vocab:
@@ -145,46 +148,50 @@ def generate_router(context: ServerContext) -> APIRouter:
 
     @routes.post("/generate")
     async def generate(body: GenerateRequest, request: Request) -> JSONResponse:
-        """`LLM.generate` as JSON: prompts as dictionaries, their media as URLs; outputs in the prompts' order."""
+        """Call `LLM.generate`. The outputs have the order of the prompts."""
         engine = context.engine
         fields = body.sampling_params
         defaults = engine.llm.get_default_sampling_params()
-        params = defaults if fields is None else sampling({"max_tokens": 16, **_known(fields)}, defaults)
-        many = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
-        prompts = body.prompts if many else [body.prompts]
+        params = (
+            defaults
+            if fields is None
+            else sampling_params({"max_tokens": SamplingParams.max_tokens, **_check_names(fields)}, defaults)
+        )
+        is_list = isinstance(body.prompts, list) and not all(isinstance(entry, int) for entry in body.prompts)
+        prompts = body.prompts if is_list else [body.prompts]
         context.check_prompts(len(prompts))
         context.check_stops((fields or {}).get("stop"))
 
-        async def one(prompt: Any) -> RequestOutput:
+        async def generate_one(prompt: Any) -> RequestOutput:
             engine_input = await engine.prepare_from_urls(prompt, body.tokenization_kwargs)
             output = await engine.generate(engine_input, params, grammar)
-            context.metrics.note(output)
+            context.metrics.record(output)
             return output
 
         async with context.admitted():
-            grammar = await unless_gone(request, engine.compile_grammar(params))
-            outputs = await unless_gone(request, together(*map(one, prompts)))
-        return JSONResponse(await asyncio.to_thread(_plain, outputs))
+            grammar = await cancel_on_disconnect(request, engine.compile_grammar(params))
+            outputs = await cancel_on_disconnect(request, gather_or_cancel(*map(generate_one, prompts)))
+        return JSONResponse(await asyncio.to_thread(_to_json, outputs))
 
     return routes
 
 
-def _known(fields: Mapping[str, Any]) -> Json:
-    known = {field.name for field in dataclasses.fields(SamplingParams)} - {"output_kind"}
+def _check_names(fields: Mapping[str, Any]) -> Json:
+    """RequestError for a name that is not a sampling parameter."""
     for name in fields:
-        if name not in known:
-            raise RequestError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(known))}")
+        if name not in OF_GENERATE:
+            raise RequestError(f"sampling_params: unknown field {name!r}; known are {', '.join(sorted(OF_GENERATE))}")
     return dict(fields)
 
 
-def _plain(value: Any) -> Any:
-    """Outputs as JSON: dataclasses by field, numbers finite."""
+def _to_json(value: Any) -> Any:
+    """Outputs as values that JSON can write: dataclasses become objects, and infinite numbers +-9999."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): _to_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_to_json(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(9999.0, value)
     return value

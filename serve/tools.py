@@ -1,5 +1,5 @@
-"""Tool calls: as Qwen and Hermes models write them, <tool_call>{"name": ..., "arguments": {...}}</tool_call>, and those
-that a client insists on, for which the answer is held to JSON."""
+"""Tool calls in outputs: in the format of Qwen and Hermes, <tool_call>{"name": ..., "arguments": {...}}</tool_call>, or
+as JSON that a schema constrains, if the request forces a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from mmjax import RequestError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MAX_CALLS = 16  # in an answer that must be calls: without an end, some models find none
+MAX_CALLS = 16  # of a forced output: without a limit, some models never end the list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,79 +29,81 @@ class ToolCall:
 
 
 class ToolCallParser:
-    """Splits an answer, as it comes, into what is said and what is called.
+    """Splits a streamed output into text and calls.
 
-    Text that may be the beginning of a call is held back. A call that is no valid JSON, or never closed, is text.
+    Text that may be the beginning of a call is buffered. A call that is not valid JSON, or has no end, is text.
     """
 
     def __init__(self) -> None:
         self.calls = 0
-        self._held = ""
-        self._called = False  # the last piece was a call: a line break after it belongs to it
+        self._buffer = ""
+        self._called = False  # the last piece was a call; a line break after it is dropped
 
     def feed(self, text: str, *, last: bool = False) -> Iterator[str | ToolCall]:
-        """More of the answer: pieces of text and calls, in their order. `last`: nothing is held back any more."""
-        self._held += text
-        while self._held:
+        """The pieces of text and the calls in new text. last: no more text follows, so nothing stays buffered."""
+        self._buffer += text
+        while self._buffer:
             if self._called:
-                self._held, self._called = self._held.removeprefix("\n"), False
+                self._buffer, self._called = self._buffer.removeprefix("\n"), False
                 continue
-            at = self._held.find(OPEN)
+            at = self._buffer.find(OPEN)
             if at < 0:
-                keep = 0 if last else _overlap(self._held, OPEN)
-                said, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-                if said:
-                    yield said
+                keep = 0 if last else _overlap(self._buffer, OPEN)
+                split = len(self._buffer) - keep
+                text_piece, self._buffer = self._buffer[:split], self._buffer[split:]
+                if text_piece:
+                    yield text_piece
                 return
             if at:
-                said, self._held = self._held[:at], self._held[at:]
-                yield said
-            end = self._held.find(CLOSE)
+                text_piece, self._buffer = self._buffer[:at], self._buffer[at:]
+                yield text_piece
+            end = self._buffer.find(CLOSE)
             if end < 0:
                 if not last:
                     return
-                whole, self._held = self._held, ""
+                whole, self._buffer = self._buffer, ""
                 yield read_call(whole[len(OPEN) :]) or whole
                 continue
-            whole, self._held = self._held[: end + len(CLOSE)], self._held[end + len(CLOSE) :]
+            whole, self._buffer = self._buffer[: end + len(CLOSE)], self._buffer[end + len(CLOSE) :]
             call = read_call(whole[len(OPEN) : -len(CLOSE)])
             self._called = call is not None
             yield call or whole
 
     def read(self, text: str) -> tuple[str, list[ToolCall]]:
-        """(what is said, calls) of a whole answer."""
+        """(text, calls) of a complete output."""
         pieces = list(self.feed(text, last=True))
-        said = "".join(piece for piece in pieces if isinstance(piece, str))
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
         calls = [piece for piece in pieces if isinstance(piece, ToolCall)]
-        return said.strip() if calls else said, calls
+        return content.strip() if calls else content, calls
 
 
 class ForcedToolCallParser:
-    """Reads an answer that can be nothing but calls: the arguments of `name`, or without one a list of calls."""
+    """Reads an output that a schema constrains to calls. name: the function whose arguments it is; None: a list of
+    calls."""
 
     def __init__(self, name: str | None) -> None:
         self.name = name
         self.calls = 0
-        self._held = ""
+        self._buffer = ""
 
     def feed(self, text: str, *, last: bool = False) -> Iterator[str | ToolCall]:
-        """As `ToolCallParser.feed`; all of it comes at the end."""
-        self._held += text
+        """As `ToolCallParser.feed`; all calls come at the end."""
+        self._buffer += text
         if last:
             found = self._calls()
             yield from found
             if not found:
-                yield self._held
+                yield self._buffer
 
     def read(self, text: str) -> tuple[str, list[ToolCall]]:
-        """As `ToolCallParser.read`. An answer that was cut short is text."""
-        self._held = text
+        """As `ToolCallParser.read`. A truncated output is text."""
+        self._buffer = text
         calls = self._calls()
         return ("" if calls else text), calls
 
     def _calls(self) -> list[ToolCall]:
         try:
-            value = json.loads(self._held)
+            value = json.loads(self._buffer)
         except (ValueError, RecursionError):  # a model may write anything
             return []
         if self.name is not None:
@@ -114,9 +116,9 @@ class ForcedToolCallParser:
 def schema_of(
     tools: list[dict[str, Any]], choice: str | dict[str, Any], most: int = MAX_CALLS
 ) -> tuple[dict[str, Any], str | None]:
-    """(JSON schema of the answer, name of the one function) that `tool_choice` insists on. RequestError for a bad one.
+    """(JSON schema of the output, function whose arguments it is or None) for a `tool_choice` that forces a call.
 
-    `most`: calls in one answer.
+    most: limit of calls in one output. RequestError for an invalid choice.
     """
     functions = {}
     for tool in tools:
@@ -149,7 +151,7 @@ def schema_of(
 
 
 def read_call(text: str) -> ToolCall | None:
-    """The call that JSON text writes, if it does."""
+    """The call in JSON text, or None if the text is not one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # a model may write anything
@@ -163,5 +165,5 @@ def read_call(text: str) -> ToolCall | None:
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of `text` that begins `mark`."""
+    """Length of the longest suffix of `text` that is a prefix of `mark`."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-n:])), 0)

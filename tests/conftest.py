@@ -1,4 +1,4 @@
-"""What every test can rely on: CPU, four devices, one thread per library, strict dtypes, warnings as errors."""
+"""The environment of all tests: CPU, four devices, one thread per library, strict dtypes, warnings as errors."""
 
 import gc
 import importlib.util

@@ -1,4 +1,4 @@
-"""The code blocks of the documentation: found, and run in their order."""
+"""Finds the code blocks of the documentation, and runs them in order."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<code>.*?)^(?P=inde
 @dataclasses.dataclass(frozen=True)
 class Block:
     """A fenced block. line: of its first line in the page, from 1. section: the heading of the second level above it.
-    output: what a `text` block right after it shows, None where there is none."""
+    output: the content of a `text` block right after it, or None."""
 
     page: str
     section: str
@@ -34,7 +34,7 @@ class Block:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """The blocks of a page in their order."""
+    """The blocks of a page, in order."""
     text = PAGES[page].read_text()
     found: list[Block] = []
     end = 0
@@ -51,7 +51,7 @@ def blocks_of(page: str) -> list[Block]:
 
 
 def sections_of(page: str, language: str = "python") -> list[str]:
-    """The sections of a page that hold blocks of a language."""
+    """The sections of a page with blocks of a language."""
     return list(dict.fromkeys(block.section for block in blocks_of(page) if block.language == language))
 
 
@@ -79,7 +79,8 @@ class Notebook:
         self.printed: dict[Block, str] = {}
 
     def run_to(self, section: str) -> Mapping[Block, str]:
-        """Run everything up to the end of a section that has not run yet; what the section's blocks printed."""
+        """Run all blocks up to the end of a section that have not run yet. Returns the output of the section's
+        blocks."""
         last = max(i for i, block in enumerate(self.blocks) if block.section == section)
         for name in dict.fromkeys(block.section for block in self.blocks[: last + 1]):
             self._run_section([block for block in self.blocks if block.section == name])

@@ -1,4 +1,4 @@
-"""Media that strangers send to hurt: files, arrays and URLs, each with the words that the refusal must have.
+"""Hostile media: files, arrays and URLs, each with the words that the refusal must contain.
 
 A case is a name, a modality, what is sent (a URL for the chat, or a value of `multi_modal_data`; made when it is
 needed, by a function of the web site and a folder), and words of the answer.
@@ -35,12 +35,12 @@ class Url(str):
 
 
 def url(value: Any) -> Callable[[Site, Path], Any]:
-    """A URL as it stands; functions are asked for it."""
+    """A URL, sent unchanged; functions are called for it."""
     return lambda *_: Url(value() if callable(value) else value)
 
 
 def served(answer: Any, path: str = "/x") -> Callable[[Site, Path], Url]:
-    """A page with that answer, and its URL."""
+    """A page with this response, and its URL."""
 
     def make(site: Site, _: Path) -> Url:
         site.pages[path] = answer
@@ -60,7 +60,7 @@ def inline(data: bytes | Callable[[], bytes], kind: str = "image/png") -> Callab
 
 
 def given(value: Any) -> Callable[[Site, Path], Any]:
-    """A value of `multi_modal_data`; functions are asked for it."""
+    """A value of `multi_modal_data`; functions are called for it."""
     return lambda *_: value() if callable(value) else value
 
 
@@ -79,7 +79,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def png_file(width: int, height: int, content: bytes, *more: bytes) -> bytes:
-    """A PNG of 8-bit RGB with this header, whatever its data."""
+    """An 8-bit RGB PNG with this header, and any data."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
@@ -115,7 +115,7 @@ def clip(*options: str, count: int = 6, source: str = "testsrc=s=64x48:r=10", ki
 
 
 def with_claimed_size(data: bytes, width: int, height: int) -> bytes:
-    """An AVI whose headers tell another size of its frames."""
+    """An AVI whose headers give a wrong frame size."""
     at = data.index(b"strf") + 8 + 4
     data = data[:at] + struct.pack("<ii", width, height) + data[at + 8 :]
     at = data.index(b"avih") + 8 + 32
@@ -146,7 +146,7 @@ def local(path: str, content: bytes | None = None) -> Callable[[Site, Path], Url
 
 
 class Shaped:
-    """Says it is an array, and is none."""
+    """Claims to be an array, but is not."""
 
     def __init__(self, shape: tuple[int, ...], result: Any):
         self.shape, self.dtype, self.ndim, self.result = shape, np.dtype("u1"), len(shape), result
@@ -164,6 +164,6 @@ def closed() -> Image.Image:
 
 
 def zeroed(data: bytes) -> bytes:
-    """A file of JPEG frames whose frames are nothing but zeros."""
+    """A file of JPEG frames whose frames contain only zeros."""
     start, end = data.index(b"\xff\xd8\xff"), data.rindex(b"\xff\xd9")
     return data[:start] + bytes(end - start) + data[end:]

@@ -1,4 +1,4 @@
-"""The table of hostile media; `hostile` says what a case is."""
+"""The table of hostile media; `hostile` defines a case."""
 
 import base64
 import io
@@ -126,8 +126,8 @@ IMAGE_VALUES = [
     Case("texts", "image", given(np.full((8, 8, 3), "a")), "use uint8"),
     Case("times", "image", given(np.zeros((8, 8, 3), "M8[s]")), "use uint8"),
     Case("records", "image", given(np.zeros((8, 8, 3), [("a", "u1")])), "use uint8"),
-    Case("one axis", "image", given(np.zeros(8, np.uint8)), "one image has 3 axes"),
-    Case("seven axes", "image", given(np.zeros((1,) * 7, np.uint8)), "one image has 3 axes"),
+    Case("one axis", "image", given(np.zeros(8, np.uint8)), "one item has 3 axes"),
+    Case("seven axes", "image", given(np.zeros((1,) * 7, np.uint8)), "one item has 3 axes"),
     Case("seven channels", "image", given(np.zeros((8, 8, 7), np.uint8)), "1, 3 or 4 channels"),
     Case("no pixels", "image", given(np.zeros((0, 8, 3), np.uint8)), "empty"),
     Case(
@@ -239,7 +239,7 @@ URLS = [
     Case("no such file", "audio", local("none.wav"), "cannot be read"),
     Case("a file of another host", "image", url("file://evil.test/a.png"), "no other host"),
     Case("a zero in a path", "image", local("a%00.png"), "cannot be read"),
-    Case("a local file that is none", "image", local("bad.png", b"bad"), "not an image in a supported format"),
+    Case("a local file that is not an image", "image", local("bad.png", b"bad"), "not an image in a supported format"),
 ]
 
 AUDIO = [
@@ -363,7 +363,7 @@ VIDEO = [
         "Could not open video stream",
     ),
     Case("sound as video", "video", inline(lambda: sound(np.zeros(1600)), "video/mp4"), "Could not open video stream"),
-    Case("JPEGs that are none", "video", url("data:video/jpeg;base64,AAAA,AAAA"), "Failed to load image"),
+    Case("JPEGs that are not JPEGs", "video", url("data:video/jpeg;base64,AAAA,AAAA"), "Failed to load image"),
     Case(
         "JPEGs of different sizes",
         "video",
@@ -384,7 +384,7 @@ VIDEO = [
     Case("frames of NaN", "video", given(np.full((2, 28, 28, 3), np.nan)), "must lie in 0..255"),
     Case("no frames", "video", given(np.zeros((0, 28, 28, 3), np.uint8)), "empty"),
     Case("frames of two axes", "video", given([np.zeros((28, 28), np.uint8)] * 2), "video"),
-    Case("six axes", "video", given(np.zeros((1,) * 6, np.uint8)), "one video has 4 axes"),
+    Case("six axes", "video", given(np.zeros((1,) * 6, np.uint8)), "one item has 4 axes"),
     Case(
         "a view of a million frames",
         "video",
@@ -398,7 +398,7 @@ VIDEO = [
         "Send fewer or smaller frames",
     ),
     Case(
-        "metadata that is none",
+        "metadata that is not a dictionary",
         "video",
         given([(np.zeros((2, 28, 28, 3), np.uint8), 7)]),
         "metadata must be a dictionary",
@@ -413,7 +413,7 @@ VIDEO = [
     Case("a rate of NaN frames", "video", given((CLIP, {"fps": float("nan")})), "fps"),
     Case("a rate in letters", "video", given((CLIP, {"fps": "fast"})), "fps"),
     Case("more numbers than frames", "video", given((CLIP, {"frames_indices": [0, 1, 2]})), "frames_indices"),
-    Case("numbers that are none", "video", given((CLIP, {"frames_indices": ["a", "b"]})), "frames_indices"),
+    Case("indices that are not numbers", "video", given((CLIP, {"frames_indices": ["a", "b"]})), "frames_indices"),
     Case("negative numbers of frames", "video", given((CLIP, {"frames_indices": [-1, 0]})), "frames_indices"),
     Case("paths of frames", "video", given([["a.png", "b.png"]]), "Open files first"),
     Case("a video by its path", "video", given("clip.mp4"), "video"),

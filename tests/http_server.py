@@ -12,7 +12,8 @@ import uvicorn
 
 @contextmanager
 def listening_server(app: Any) -> Iterator[str]:
-    """The address of an ASGI application, without a slash at the end. Its lifespan is not run: the engine lives on."""
+    """The address of an ASGI application, without a slash at the end. Its lifespan is not run, so the engine
+    survives."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

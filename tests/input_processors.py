@@ -1,4 +1,4 @@
-"""The host side of a checkpoint directory, for tests that need no model."""
+"""Input processors of checkpoint directories, for tests that need no model."""
 
 import json
 from importlib import import_module

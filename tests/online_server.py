@@ -1,4 +1,4 @@
-"""A server for the length of a test, over an engine that other tests use too, and OpenAI's client for it."""
+"""A server for the duration of a test, over an engine shared with other tests, and OpenAI's client for it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ def openai_client(llm: LLM, **settings: Any) -> Iterator["openai.OpenAI"]:
             yield client
     finally:
         engine.close()
-        del engine.llm  # FastAPI remembers the functions of every app, and they would keep the model with its programs
+        del engine.llm  # FastAPI caches the functions of every app, which would keep the model and its programs alive
     assert not any(each.has_work for each in llm.model.engines)
 
 
 def complete_chat(client: "openai.OpenAI", messages: Any, n: int = 6, **body: Any) -> Any:
-    """The greedy answer to one conversation; `body`: fields that OpenAI's API does not have."""
+    """The greedy response to one conversation; `body`: fields that OpenAI's API does not have."""
     extra = {"ignore_eos": True, "return_token_ids": True, **body}
     done = client.chat.completions.create(
         model="tiny", messages=messages, temperature=0, max_completion_tokens=n, extra_body=extra
@@ -42,7 +42,7 @@ def complete_chat(client: "openai.OpenAI", messages: Any, n: int = 6, **body: An
 
 
 def token_ids_of(*answers: Any) -> list[TokenIds]:
-    """What each answer, of a client or of `LLM`, saw and said, in token ids."""
+    """The prompt and output token ids of each response, of a client or of `LLM`."""
     found = []
     for answer in answers:
         offline = isinstance(answer, RequestOutput)
@@ -52,5 +52,5 @@ def token_ids_of(*answers: Any) -> list[TokenIds]:
 
 
 def same_tokens(*answers: Any) -> bool:
-    """Whether all saw the same tokens and said the same, be they answers of a client or of `LLM`."""
+    """Whether all responses, of a client or of `LLM`, have the same prompt and output tokens."""
     return len(set(token_ids_of(*answers))) == 1

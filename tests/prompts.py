@@ -1,4 +1,4 @@
-"""Questions about media, in the forms of the page: parts of messages, data URLs, rows of an encoder."""
+"""Prompts with media, in the forms of the page: parts of messages, data URLs, embeddings."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from mmjax import LLM, RequestOutput
 
 
 def random_image(seed: int, height: int = 56, width: int = 84) -> Image.Image:
-    """A random photograph."""
+    """A random image."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -40,7 +40,7 @@ def base64_wav(samples: np.ndarray, rate: int = 16000) -> str:
 
 
 def image_url_part(image: Image.Image, **more: Any) -> dict[str, Any]:
-    """An image_url part that holds the image itself."""
+    """An image_url part with the image in a data URL."""
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64_image(image)}"}, **more}
 
 
@@ -61,13 +61,13 @@ def chat_one(llm: LLM, messages: Any, n: int = 6, **kwargs: Any) -> RequestOutpu
 
 
 def same_outputs(*outputs: RequestOutput) -> bool:
-    """Whether all saw the same tokens and said the same."""
+    """Whether all outputs have the same prompt and output tokens."""
     seen = {(tuple(o.prompt_token_ids or ()), tuple(o.outputs[0].token_ids)) for o in outputs}
     return len(seen) == 1
 
 
 def encoder_embeds(llm: LLM, prompt: dict[str, Any]) -> list[np.ndarray]:
-    """What the encoder makes of each item of a prompt: float32 [rows, W], read from the device."""
+    """The embeddings of each item of a prompt, float32 [rows, W], read from the device."""
     generate_one(llm, prompt, 1)
     renderer, engine = llm.model.input_processor, llm.model.engines[0]
     slab, found = np.asarray(engine.runner.state.mm_embeds), []

@@ -1,4 +1,4 @@
-"""The files under deploy/ fit the server: its flags, its port, its health, the time it takes to stop."""
+"""The files in deploy/ agree with the server: flags, port, health checks, and timeouts."""
 
 import argparse
 import fnmatch
@@ -28,7 +28,7 @@ def server_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
-    """(instruction, rest) of a Dockerfile, lines that go on joined."""
+    """(instruction, rest) of a Dockerfile, with continued lines joined."""
     text = "".join(line for line in (DEPLOY / name).read_text().splitlines(True) if not line.startswith("#"))
     lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines) if word]
@@ -111,5 +111,5 @@ def test_manifest(name: str) -> None:
     assert {"/cache", "/tmp"} <= set(mounts) and set(mounts.values()) == volumes
     claims = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
     assert claims == [found["PersistentVolumeClaim"]["metadata"]["name"]]
-    # Otherwise a service called mmjax sets MMJAX_PORT and its like in every pod beside it.
+    # Otherwise a service called mmjax sets variables such as MMJAX_PORT in every pod.
     assert pod["enableServiceLinks"] is False

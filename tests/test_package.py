@@ -1,4 +1,4 @@
-"""The package as it is installed: every folder in it, nothing heavy at import, and the same names in every form."""
+"""The installed package: all its folders, nothing heavy at import, and the same names however it is installed."""
 
 import ast
 import importlib.metadata
@@ -19,14 +19,14 @@ from typing import Any
 import pytest
 
 import mmjax
-from test_house import ROOMS, ROOT, dotted, imports, sources
+from test_house import PACKAGES, ROOT, dotted, imports, sources
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Never imported by name: starlette reads forms with it.
+# Not imported by name: starlette needs it to parse forms.
 BEHIND_OTHERS = {"python-multipart"}
 TOP_LEVEL = {"mmjax", "converters", "kernels", "serve", "tests", "benchmarks", "examples", "docs"}
 
-# Imports every room, and says from which file each came.
+# Imports every package, and prints the file of each.
 PROBE = """
 import json, mmjax, mmjax.kernels, mmjax.converters.table, mmjax.serve
 from mmjax.kernels import paged_decode
@@ -37,7 +37,7 @@ print(json.dumps([m.__file__ for m in (mmjax, mmjax.kernels, mmjax.converters.wh
 
 
 def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
-    """What a fresh interpreter prints that sees the installed packages but no editable install; stderr if it fails."""
+    """The output of a new interpreter with the installed packages but no editable install; stderr if it fails."""
     installed = [entry for entry in sys.path if entry.endswith("-packages")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), *installed])}
     result = subprocess.run(
@@ -49,20 +49,20 @@ def python(code: str, *, cwd: Path, path: Path | None = None) -> str:
 
 def test_every_package_is_listed() -> None:
     tool = PYPROJECT["tool"]["setuptools"]
-    folders = {path.parent for path in sources(ROOT, *ROOMS)}
+    folders = {path.parent for path in sources(ROOT, *PACKAGES)}
     packages = {dotted(folder / "__init__.py", ROOT) for folder in folders}
     assert set(tool["packages"]) == packages
-    assert tool["package-dir"] == {module: folder for folder, module in ROOMS.items()}
+    assert tool["package-dir"] == {module: folder for folder, module in PACKAGES.items()}
 
 
 def test_every_package_has_an_init() -> None:
-    bare = {path.parent for path in sources(ROOT, *ROOMS) if not (path.parent / "__init__.py").is_file()}
+    bare = {path.parent for path in sources(ROOT, *PACKAGES) if not (path.parent / "__init__.py").is_file()}
     assert bare == set()
 
 
 def test_every_data_file_is_listed() -> None:
     patterns = {f"{package}/{name}" for package, names in package_data().items() for name in names}
-    files = (path for room in ROOMS for path in (ROOT / room).rglob("*") if path.is_file())
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
     found = {data_name(path) for path in files if path.suffix not in (".py", ".pyc")}
     assert {name for name in found if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
     assert {pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in found)} == set()
@@ -84,17 +84,17 @@ def test_no_stray_code_at_the_top() -> None:
     assert {name for name in found if not name.startswith(".")} - {"build", "dist"} <= TOP_LEVEL
 
 
-def test_the_type_checker_sees_every_room() -> None:
+def test_the_type_checker_sees_every_package() -> None:
     links = {link.name: link.resolve() for link in (ROOT / ".typing" / "mmjax").iterdir()}
-    assert links == {room: ROOT / room for room in ROOMS if room != "mmjax"}
+    assert links == {package: ROOT / package for package in PACKAGES if package != "mmjax"}
 
 
 def third_party() -> Iterator[str]:
-    for path in sources(ROOT, *ROOMS):
+    for path in sources(ROOT, *PACKAGES):
         module = dotted(path, ROOT)
         for _, name in imports(ast.parse(path.read_text()), module, path.name == "__init__.py"):
             top = name.partition(".")[0]
-            if top not in sys.stdlib_module_names and top not in ROOMS:
+            if top not in sys.stdlib_module_names and top not in PACKAGES:
                 yield top
 
 
@@ -157,11 +157,11 @@ assert "kernels" in sys.modules and "jax" not in sys.modules
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where a wheel and an editable install put their files. Built by the back end alone: no installer, no network."""
+    """The files of a wheel and of an editable install, made by the build back end alone, without network."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not installed")
     copy = tmp_path_factory.mktemp("source")
-    for name in (*ROOMS, "pyproject.toml", "README.md", "LICENSE"):
+    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:

@@ -1,4 +1,4 @@
-"""The public vocabulary: defaults, every rejected value and its message, what the outputs show."""
+"""The public types: defaults, every rejected value and its message, and the repr of outputs."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ from mmjax.types import (
 
 
 def test_import_is_light():
-    """Seconds of import for a dataclass would be paid by every client."""
+    """Every client imports these dataclasses, so the import must be fast."""
     code = "import sys, mmjax.types; print(sorted({'jax', 'transformers', 'torch', 'flax'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
@@ -140,7 +140,7 @@ def test_stop_needs_text():
         SamplingParams(stop="x", detokenize=False)
 
 
-def test_values_are_brought_into_one_form():
+def test_values_are_normalized():
     p = SamplingParams(stop="x", seed=-1, logprobs=True, logit_bias={"5": 1000, 6: -1000}, stop_token_ids=(3,))
     assert p.stop == ["x"] and p.seed is None and p.logprobs == 1 and p.stop_token_ids == [3]
     assert p.logit_bias == {5: 100.0, 6: -100.0}
@@ -223,7 +223,7 @@ def test_prompts_are_dictionaries():
     assert TokensPrompt(prompt_token_ids=[1]) == {"prompt_token_ids": [1]}
 
 
-def test_outputs_show_themselves_briefly():
+def test_output_reprs_are_short():
     answer = CompletionOutput(0, "hi", list(range(1000)))
     assert not answer.finished() and "1000 in all" in repr(answer)
     answer.finish_reason = "length"

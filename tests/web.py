@@ -1,4 +1,4 @@
-"""A web server for tests, on the loopback address: media, redirects, errors, and bodies that lie. And what asks it."""
+"""A web server for tests, on the loopback address: media, redirects, errors and wrong bodies; and clients for it."""
 
 import base64
 import contextlib
@@ -46,7 +46,7 @@ def redirect(place: str, status: int = 302) -> Callable[[http.server.BaseHTTPReq
 
 
 def body(data: bytes, **headers: str) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
-    """Bytes with headers; a `Content-Length` of None says nothing of the length."""
+    """Bytes with headers; with a `Content-Length` of None, the length is not sent."""
 
     def answer(request: http.server.BaseHTTPRequestHandler) -> None:
         request.send_response(200)

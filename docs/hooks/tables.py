@@ -1,4 +1,5 @@
-"""Tables of the documentation that are read off the code: flags, environment variables, what each family takes.
+"""Tables of the documentation, generated from the code: flags, environment variables, sampling parameters, inputs of
+each family.
 
 A page holds a mark, `<!-- table: NAME -->`, and the site gets the table in its place. `on_page_markdown` is what
 mkdocs calls; everything else is plain Python and is tested without mkdocs.
@@ -21,6 +22,7 @@ from mmjax.cli import flags
 from mmjax.cli.main import MODEL_COMMANDS, model_parser, top_parser
 from mmjax.config import VARIABLES
 from mmjax.models import FAMILIES
+from mmjax.types import SAMPLING_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"mmjax": ROOT / "mmjax", "mmjax.serve": ROOT / "serve"}
@@ -31,7 +33,7 @@ UNSET = "unset"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables where a page has their marks. Called by mkdocs. KeyError for a table that there is not."""
+    """Replace the marks in a page by their tables. Called by mkdocs. KeyError for an unknown table."""
     return MARK.sub(lambda mark: TABLES[mark[1]](), markdown)
 
 
@@ -56,14 +58,14 @@ def subparsers(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argumen
 
 
 def actions_of(parser: argparse.ArgumentParser, *, engine: bool) -> list[argparse.Action]:
-    """The arguments of a parser, either those of the engine or all the others, without --help and what is hidden."""
+    """The arguments of a parser, either those of the engine or all the others, without --help and hidden ones."""
     groups = [group for group in parser._action_groups if (group.title == ENGINE) == engine]
     found = [action for group in groups for action in group._group_actions]
     return [action for action in found if action.help != argparse.SUPPRESS and action.dest not in ("help", "model")]
 
 
 def flag_table(command: str, *, engine: bool = False, without: str = "") -> str:
-    """The flags of a command. without: another command, whose flags are told elsewhere."""
+    """The flags of a command. without: another command, whose flags are left out."""
     known = {action.dest for action in actions_of(parser_of(without), engine=engine)} if without else set()
     rows = [row(action) for action in actions_of(parser_of(command), engine=engine) if action.dest not in known]
     return table(("flag", "default", "meaning"), rows)
@@ -79,11 +81,11 @@ def row(action: argparse.Action) -> tuple[str, str, str]:
 
 
 def meaning_and_default(action: argparse.Action) -> tuple[str, str]:
-    """The help text of an argument and its default: the one that the text names, if it names any."""
+    """The help text of an argument and its default, taken from the text if that contains one."""
     text = (action.help or "").replace("%%", "%")
-    meaning, named, told = text.partition(" (default: ")
-    if named:
-        default = told.removesuffix(")")
+    meaning, separator, rest = text.partition(" (default: ")
+    if separator:
+        default = rest.removesuffix(")")
     elif action.required or (not action.option_strings and action.nargs != "?"):
         return meaning, "required"
     else:
@@ -92,7 +94,7 @@ def meaning_and_default(action: argparse.Action) -> tuple[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A default without the lists around it; an empty one is as good as none."""
+    """A default without the lists around it; None for an empty list."""
     while isinstance(value, list):
         if not value:
             return None
@@ -104,10 +106,10 @@ def plain(value: Any) -> Any:
 
 
 def variables_read() -> dict[str, Any]:
-    """Name, without its prefix, to default, of every variable that a `config.env*` call reads."""
+    """The default of every variable that a `config.env*` call reads, by its name without the prefix."""
     found: dict[str, Any] = {}
     unset = {name: value for name, value in os.environ.items() if not name.startswith(("MMJAX_", "VLLM_"))}
-    with patch.dict(os.environ, unset, clear=True):  # what is set on this machine is no default
+    with patch.dict(os.environ, unset, clear=True):  # ignore what is set on this machine
         for module, tree in modules():
             for call, owner in calls_of(tree):
                 if module == "mmjax.config" and isinstance(call.args[0], ast.Name):
@@ -124,7 +126,7 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
 
 
 def calls_of(tree: ast.Module) -> Iterator[tuple[ast.Call, str | None]]:
-    """Every call of a reader, with the class that it stands in."""
+    """Every call of a reader, with the class that contains it."""
     for top in tree.body:
         owner = top.name if isinstance(top, ast.ClassDef) else None
         for node in ast.walk(top):
@@ -133,7 +135,7 @@ def calls_of(tree: ast.Module) -> Iterator[tuple[ast.Call, str | None]]:
 
 
 def value_of(default: ast.expr, module: str, owner: str | None) -> Any:
-    """The value of a default, which may name something of its module or of its class."""
+    """The value of a default, which may refer to names of its module or class."""
     if isinstance(default, ast.Constant):
         return default.value
     names = dict(vars(importlib.import_module(module)))
@@ -144,7 +146,7 @@ def value_of(default: ast.expr, module: str, owner: str | None) -> Any:
 
 
 def variable_table() -> str:
-    """Every environment variable, in the order in which `config.VARIABLES` explains them."""
+    """Every environment variable, in the order of `config.VARIABLES`."""
     read = variables_read()
     rows = [(f"`MMJAX_{name}`", amount(name, read[name]), meaning) for name, meaning in VARIABLES.items()]
     return table(("variable", "default", "meaning"), rows)
@@ -161,11 +163,24 @@ def amount(name: str, value: Any) -> str:
     return f"`{value}`" + (f" ({value >> 20} MiB)" if name.endswith("_BYTES") else "")
 
 
+# -- sampling parameters -------------------------------------------------------------------------------------------
+
+
+def sampling_table() -> str:
+    """Every field of `SamplingParams`, as it is declared."""
+    rows = [
+        (f"`{name}`", UNSET if parameter.default is None else f"`{flags.shown(parameter.default)}`", parameter.help)
+        for name, parameter in SAMPLING_PARAMETERS.items()
+        if name != "output_kind"
+    ]
+    return table(("parameter", "default", "meaning"), rows)
+
+
 # -- families ------------------------------------------------------------------------------------------------------
 
 
 def inputs_table() -> str:
-    """What each family's processor writes into prompts, takes as options, and calls the arrays of embeddings."""
+    """The placeholders, options and names of embedding arrays of each family's processor."""
     rows = []
     for name in dict.fromkeys(FAMILIES.values()):
         processor = importlib.import_module(f"mmjax.processors.{name}").Processor
@@ -183,7 +198,7 @@ def inputs_table() -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown. A pipe may stand in code only, where Python-Markdown takes it as it is."""
+    """A table in Markdown. Cells may contain pipes only in code, where Python-Markdown leaves them alone."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -199,6 +214,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "inspect flags": partial(flag_table, "inspect"),
     "environment": variable_table,
     "inputs by family": inputs_table,
+    "sampling parameters": sampling_table,
 }
 
 

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from ..choose import refuse
+from ..choose import raise_unsupported
 
 MAX_WIDTH = 16384
 """Numbers of a row that the registers of a program hold."""
@@ -28,7 +28,7 @@ def run(
     """See `add_rms_norm`. D is at most MAX_WIDTH."""
     M, D = x.shape
     if D > MAX_WIDTH:
-        refuse("add_rms_norm", "triton", f"a row is at most {MAX_WIDTH} numbers", x=x)
+        raise_unsupported("add_rms_norm", "triton", f"a row is at most {MAX_WIDTH} numbers", x=x)
     total, normed = pl.pallas_call(
         functools.partial(_kernel, eps=eps),
         grid=(M,),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32, Int, Num
 
 from .. import gpu, online_softmax, tile
 from ..attn_states import AttnStates
-from ..choose import refuse
+from ..choose import raise_unsupported
 from . import QKVEpilogue
 
 PROGRAMS = 128
@@ -46,11 +46,11 @@ def run(
     _, S, K, rows, H = parts.shape
     G, block_size = rows - 2, k_cache.shape[1]
     if k_cache.dtype != jnp.bfloat16 or qkv.dtype not in (jnp.bfloat16, jnp.float32):
-        refuse("fused_decode", "triton", "the KV cache is bfloat16", qkv=qkv, k=k_cache)
-    powers = gpu.power_of_2(block_size) and gpu.power_of_2(H)
+        raise_unsupported("fused_decode", "triton", "the KV cache is bfloat16", qkv=qkv, k=k_cache)
+    powers = gpu.is_power_of_2(block_size) and gpu.is_power_of_2(H)
     if not powers or min(block_size, H) < gpu.TENSOR_CORE_ROWS or k_cache.shape[2:] != (K, H):
         why = "block size and head dim must be those of the cache, powers of two >= 16"
-        refuse("fused_decode", "triton", why, qkv=qkv, k=k_cache)
+        raise_unsupported("fused_decode", "triton", why, qkv=qkv, k=k_cache)
     splits = kv_splits(S * K, block_table.shape[1] * block_size)
     optional = {name: getattr(epilogue, name) for name in ("sum_squares", "bias", "q_norm", "k_norm")}
     inputs = {"qkv": parts, "cos": epilogue.cos, "sin": epilogue.sin}
@@ -66,7 +66,7 @@ def run(
     kernel = functools.partial(
         _kernel,
         names=(*inputs, *outputs),
-        block=gpu.key_block(block_size, k_cache.dtype),
+        block=gpu.key_block_size(block_size, k_cache.dtype),
         scale=scale * gpu.LOG2E,
         hidden_size=epilogue.hidden_size,
         eps=epilogue.eps,
@@ -114,10 +114,10 @@ def _kernel(*refs: Any, names: tuple[str, ...], block: int, scale: float, hidden
         block_id = r["block_table"][s, lax.div(at, block_size)] + first_block
         keys = pl.ds(lax.rem(at, block_size), block)
         live = at + jnp.arange(block, dtype=jnp.int32) < old
-        x = tile.scores(query, r["k"][block_id, keys, h, :]) * scale
+        x = tile.qk_dot(query, r["k"][block_id, keys, h, :]) * scale
         values = plgpu.load(r["v"].at[block_id, keys, h, :], mask=live[:, None], other=0.0)
         x = jnp.where(live[None], x, online_softmax.MASKED)
-        return online_softmax.fold(state, x, lambda weights: tile.weigh(weights, values), exp=jnp.exp2)
+        return online_softmax.update(state, x, lambda weights: tile.pv_dot(weights, values), exp=jnp.exp2)
 
     score = jnp.sum(query.astype(jnp.float32) * key.astype(jnp.float32)[None], axis=1) * scale
     own = (i == 0).astype(jnp.float32)
@@ -131,7 +131,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], block: int, scale: float, hidden
     state = lax.fori_loop(i * split, jnp.minimum(i * split + split, blocks), chunk, state)
     top, total, _ = state
     # Rows past the last query head repeat it: they write what it writes.
-    r["out"][i, s, h, row[:, None], lane[None]] = online_softmax.finish(state).astype(jnp.bfloat16)
+    r["out"][i, s, h, row[:, None], lane[None]] = online_softmax.finalize(state).astype(jnp.bfloat16)
     if splits > 1:
         lse = top + jnp.log2(jnp.maximum(total, 1e-30))
         r["lse"][i, s, h, row] = jnp.where(total > 0, lse, online_softmax.MASKED)

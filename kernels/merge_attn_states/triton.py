@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from .. import gpu
 from ..attn_states import AttnStates
-from ..choose import refuse
+from ..choose import raise_unsupported
 
 
 def run(states: AttnStates, *, interpret: bool = False) -> Float[Array, "S NH"]:
@@ -18,8 +18,8 @@ def run(states: AttnStates, *, interpret: bool = False) -> Float[Array, "S NH"]:
     out, lse = states
     splits, S, N = lse.shape
     H = out.shape[2] // N
-    if not (gpu.power_of_2(splits) and gpu.power_of_2(H)):
-        refuse("merge_attn_states", "triton", "splits and head dim must be powers of two", out=out, lse=lse)
+    if not (gpu.is_power_of_2(splits) and gpu.is_power_of_2(H)):
+        raise_unsupported("merge_attn_states", "triton", "splits and head dim must be powers of two", out=out, lse=lse)
     return pl.pallas_call(
         _kernel,
         grid=(S, N),

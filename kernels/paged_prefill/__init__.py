@@ -20,10 +20,10 @@ def paged_prefill(
 ) -> Float[Array, "B Q K G H"]:
     """Block b holds Q consecutive queries of sequence seq_index[b]; its query j has position q_start[b] + j.
 
-    k_cache, v_cache, block_table: as for `paged_decode`. The output is in q's dtype. Causal: a query attends keys
-    0..min(position, context_len - 1); otherwise (cross attention) keys 0..context_len - 1. The output is finite for a
-    query past its sequence's length, and for a padding block (seq_index 0, q_start -Q), which attends nothing. Raises
-    NotImplementedError where `impl` does not serve the shapes.
+    k_cache, v_cache, block_table: as for `paged_decode`. The output is in q's dtype. A causal query attends to keys
+    0..min(position, context_len - 1), a query of cross attention to keys 0..context_len - 1. The output is finite for a
+    query past the end of its sequence, and for a padding block (seq_index 0, q_start -Q), which attends to nothing.
+    Raises NotImplementedError if `impl` does not support the shapes.
     """
     return implementation("paged_prefill", impl)(
         q, k_cache, v_cache, block_table, seq_index, q_start, context_lens, causal=causal, scale=scale

@@ -1,11 +1,11 @@
 """Prefill on TPU, in Pallas-Mosaic: flash attention of a block of queries, a few cache blocks of its sequence per grid
 step.
 
-As in decode, the number of steps is a value (of the query block that attends most), and surplus steps copy nothing.
+As in decode, the number of grid steps is computed at run time, from the query block that attends to the most keys, and
+surplus steps copy nothing.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
 from .. import online_softmax, tile, tpu
-from ..choose import refuse
+from ..choose import raise_unsupported
+from ..tile import Ref
 
 STEP_KEYS = 256
 MAX_STEP_BLOCKS = 8
@@ -34,35 +35,37 @@ def run(
     scale: float,
     interpret: bool = False,
 ) -> Float[Array, "B Q K G H"]:
-    """See `paged_prefill`. The rows of a kv head's matrix are query * G + head."""
+    """See `paged_prefill`. Each kv head has a matrix of queries, whose row is query * G + head."""
     B, Q, K, G, H = q.shape
     block_size = k_cache.shape[1]
     if jnp.float16 in (q.dtype, k_cache.dtype):
-        refuse("paged_prefill", "mosaic_tpu", "the TPU has no float16", q=q, k=k_cache)
-    count = max(1, min(STEP_KEYS // block_size, MAX_STEP_BLOCKS, block_table.shape[1]))
-    rows = tpu.sublanes(Q * G, q.dtype)
+        raise_unsupported("paged_prefill", "mosaic_tpu", "the TPU has no float16", q=q, k=k_cache)
+    blocks_per_step = max(1, min(STEP_KEYS // block_size, MAX_STEP_BLOCKS, block_table.shape[1]))
+    padded_rows = tpu.round_up_to_tile(Q * G, q.dtype)
     query = q.transpose(0, 2, 1, 3, 4).reshape(B, K, Q * G, H)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - Q * G), (0, 0)))
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, padded_rows - Q * G), (0, 0)))
     block_lens = jnp.where(q_start > -Q, context_lens[seq_index], 0)
     end = jnp.clip(q_start + Q, 0, block_lens) if causal else block_lens
-    steps = jnp.maximum(lax.div(jnp.max(end) + (count * block_size - 1), count * block_size), 1)
+    num_steps = jnp.maximum(lax.div(jnp.max(end) + (blocks_per_step * block_size - 1), blocks_per_step * block_size), 1)
 
     def cache_block(j: int) -> pl.BlockSpec:
-        def index(b: Any, p: Any, block_table: Any, seq_index: Any, q_start: Any, end: Any) -> tuple[Any, ...]:
+        def index(
+            b: Int[Array, ""], p: Int[Array, ""], block_table: Ref, seq_index: Ref, q_start: Ref, end: Ref
+        ) -> tuple[Int[Array, ""], int, int, int]:
             last = jnp.maximum(lax.div(end[b] + (block_size - 1), block_size) - 1, 0)
-            return block_table[seq_index[b], jnp.minimum(p * count + j, last)], 0, 0, 0
+            return block_table[seq_index[b], jnp.minimum(p * blocks_per_step + j, last)], 0, 0, 0
 
         return pl.BlockSpec((None, block_size, K, H), index)
 
-    heads = pl.BlockSpec((None, K, rows, H), lambda b, p, *_: (b, 0, 0, 0))
+    heads = pl.BlockSpec((None, K, padded_rows, H), lambda b, p, *_: (b, 0, 0, 0))
     out = pl.pallas_call(
-        functools.partial(_kernel, count=count, group=G, causal=causal, scale=scale),
+        functools.partial(_kernel, blocks_per_step=blocks_per_step, group=G, causal=causal, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(B, steps),
-            in_specs=[heads, *[cache_block(j) for j in range(count)] * 2],
+            grid=(B, num_steps),
+            in_specs=[heads, *[cache_block(j) for j in range(blocks_per_step)] * 2],
             out_specs=heads,
-            scratch_shapes=tpu.state((K, rows), H),
+            scratch_shapes=tpu.softmax_scratch((K, padded_rows), H),
         ),
         out_shape=jax.ShapeDtypeStruct(query.shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -70,45 +73,47 @@ def run(
         ),
         interpret=interpret,
         name="paged_prefill",
-    )(block_table, seq_index, q_start, end, query, *[k_cache] * count, *[v_cache] * count)
+    )(block_table, seq_index, q_start, end, query, *[k_cache] * blocks_per_step, *[v_cache] * blocks_per_step)
     return out[:, :, : Q * G].reshape(B, K, Q, G, H).transpose(0, 2, 1, 3, 4)
 
 
 def _kernel(
-    block_table_ref: Any,
-    seq_index_ref: Any,
-    q_start_ref: Any,
-    end_ref: Any,
-    q_ref: Any,
-    *refs: Any,
-    count: int,
+    block_table_ref: Ref,
+    seq_index_ref: Ref,
+    q_start_ref: Ref,
+    end_ref: Ref,
+    q_ref: Ref,
+    *refs: Ref,
+    blocks_per_step: int,
     group: int,
     causal: bool,
     scale: float,
 ) -> None:
-    k_refs, v_refs = refs[:count], refs[count : 2 * count]
-    out_ref, top, total, values = refs[2 * count :]
+    k_refs, v_refs = refs[:blocks_per_step], refs[blocks_per_step : 2 * blocks_per_step]
+    out_ref, row_max, row_sum, acc = refs[2 * blocks_per_step :]
     b, p = pl.program_id(0), pl.program_id(1)
     block_size, K, _ = k_refs[0].shape
-    rows = q_ref.shape[1]
+    padded_rows = q_ref.shape[1]
     end = end_ref[b]
-    pl.when(p == 0)(lambda: tpu.start(top, total, values))
-    for j in range(count):
-        first = (p * count + j) * block_size
+    pl.when(p == 0)(lambda: tpu.init(row_max, row_sum, acc))
+    for j in range(blocks_per_step):
+        first = (p * blocks_per_step + j) * block_size
 
-        def fold(first: Any = first, k_ref: Any = k_refs[j], v_ref: Any = v_refs[j]) -> None:
-            live = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
-            at = first + lax.broadcasted_iota(jnp.int32, (rows, block_size), 1)
-            visible = at < end
+        def update(first: Int[Array, ""] = first, k_ref: Ref = k_refs[j], v_ref: Ref = v_refs[j]) -> None:
+            in_context = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
+            key_pos = first + lax.broadcasted_iota(jnp.int32, (padded_rows, block_size), 1)
+            visible = key_pos < end
             if causal:
-                visible &= at <= q_start_ref[b] + lax.div(lax.broadcasted_iota(jnp.int32, (rows, block_size), 0), group)
+                visible &= key_pos <= q_start_ref[b] + lax.div(
+                    lax.broadcasted_iota(jnp.int32, (padded_rows, block_size), 0), group
+                )
             for h in range(K):
-                x = jnp.where(visible, tile.scores(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
+                scores = jnp.where(visible, tile.qk_dot(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]
-                tpu.fold((h,), top, total, values, x, jnp.where(live, value, jnp.zeros_like(value)))
+                tpu.update((h,), row_max, row_sum, acc, scores, jnp.where(in_context, value, jnp.zeros_like(value)))
 
-        pl.when(first < end)(fold)
+        pl.when(first < end)(update)
 
     @pl.when(p == pl.num_programs(1) - 1)
-    def finish() -> None:
-        out_ref[...] = tpu.finish(total, values).astype(out_ref.dtype)
+    def write_output() -> None:
+        out_ref[...] = tpu.finalize(row_sum, acc).astype(out_ref.dtype)

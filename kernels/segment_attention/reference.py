@@ -1,9 +1,9 @@
 """Segment attention in jnp: the CPU's implementation.
 
-Measured on two cores of an EPYC, jax 0.10.2, float32, 8 segments of 1500, 6 heads of 64: 229 ms one whole head at a
-time (121 GFLOP/s; a bare matmul of 1500 reaches 174), 320 to 490 ms in blocks of 32 to 256 queries, though their scores
-fit the L2 cache, and 614 ms as one batched product. Whole heads in bfloat16, on a processor with instructions for it:
-131 ms, and 186 ms in float32 in the same run.
+Measured on two cores of an EPYC, jax 0.10.2, float32, 8 segments of 1500, 6 heads of 64: 229 ms head by head (121
+GFLOP/s; a bare matmul of 1500 reaches 174), 320 to 490 ms in blocks of 32 to 256 queries, although their scores fit in
+the L2 cache, and 614 ms as one batched product. On a processor with bfloat16 instructions, head by head: 131 ms in
+bfloat16 and 186 ms in float32.
 """
 
 import jax
@@ -12,10 +12,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import online_softmax
-from .bounds import as_keys, bounds, unpad, whole_blocks
+from .bounds import key_bounds, key_segment_ids, pad_to_blocks, unpad
 
-QUERIES = 128
-KEYS = 128
+BLOCK = 128
+"""Queries, and keys, per block."""
 
 
 def run(
@@ -37,19 +37,19 @@ def run(
 def _uniform(
     q: Float[Array, "U N H"], k: Float[Array, "U N H"], v: Float[Array, "U N H"], n: int, scale: float
 ) -> Float[Array, "U N H"]:
-    """Head after head of segment after segment."""
+    """Segments of n positions, one head of one segment after the other."""
     U, N, H = q.shape
 
-    def heads(x: Float[Array, "U N H"]) -> Float[Array, "head n H"]:
+    def split_heads(x: Float[Array, "U N H"]) -> Float[Array, "heads n H"]:
         return x.reshape(U // n, n, N, H).swapaxes(1, 2).reshape(-1, n, H)
 
-    def one(qkv: tuple[Float[Array, "n H"], Float[Array, "n H"], Float[Array, "n H"]]) -> Float[Array, "n H"]:
+    def attend(qkv: tuple[Float[Array, "n H"], Float[Array, "n H"], Float[Array, "n H"]]) -> Float[Array, "n H"]:
         query, key, value = qkv
         scores = jnp.einsum("qh,kh->qk", query, key, preferred_element_type=jnp.float32) * scale
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("qk,kh->qh", weights, value, preferred_element_type=jnp.float32)
 
-    out = lax.map(one, (heads(q), heads(k), heads(v)))
+    out = lax.map(attend, (split_heads(q), split_heads(k), split_heads(v)))
     return out.reshape(U // n, N, n, H).swapaxes(1, 2).reshape(U, N, H).astype(q.dtype)
 
 
@@ -61,32 +61,32 @@ def _ragged(
     key_mask: Bool[Array, "U"] | None,
     scale: float,
 ) -> Float[Array, "U N H"]:
-    """Block of queries after block, each over the blocks of keys that its segments span."""
+    """One block of queries after the other, each over the blocks of keys that its segments span."""
     U, N, H = q.shape
-    block = min(QUERIES, U)
-    padded, padded_ids = whole_blocks((q, k, v), segment_ids, block, None)
-    low, high, _ = bounds(padded_ids, block)
-    key_ids = as_keys(padded_ids, key_mask)
+    block = min(BLOCK, U)
+    padded, query_ids = pad_to_blocks((q, k, v), segment_ids, block, None)
+    low, high, _ = key_bounds(query_ids, block)
+    key_ids = key_segment_ids(query_ids, key_mask)
     query, key, value = (x.swapaxes(0, 1).astype(jnp.float32) for x in padded)
     query = query * scale
 
-    def rows(i: Int[Array, ""], out: Float[Array, "N padded H"]) -> Float[Array, "N padded H"]:
-        mine = lax.dynamic_slice_in_dim(query, i * block, block, 1)
-        own = lax.dynamic_slice_in_dim(padded_ids, i * block, block)
+    def query_block(i: Int[Array, ""], out: Float[Array, "N padded H"]) -> Float[Array, "N padded H"]:
+        queries = lax.dynamic_slice_in_dim(query, i * block, block, 1)
+        ids = lax.dynamic_slice_in_dim(query_ids, i * block, block)
 
         def chunk(c: Int[Array, ""], state: online_softmax.State) -> online_softmax.State:
-            scores = jnp.einsum("nqh,nkh->nqk", mine, lax.dynamic_slice_in_dim(key, c * block, block, 1))
-            same = own[:, None] == lax.dynamic_slice_in_dim(key_ids, c * block, block)[None]
+            scores = jnp.einsum("nqh,nkh->nqk", queries, lax.dynamic_slice_in_dim(key, c * block, block, 1))
+            visible = ids[:, None] == lax.dynamic_slice_in_dim(key_ids, c * block, block)[None]
             values = lax.dynamic_slice_in_dim(value, c * block, block, 1)
-            return online_softmax.fold(
+            return online_softmax.update(
                 state,
-                jnp.where(same[None], scores, online_softmax.MASKED),
+                jnp.where(visible[None], scores, online_softmax.MASKED),
                 lambda weights: jnp.einsum("nqk,nkh->nqh", weights, values),
             )
 
         first, last = lax.div(low[i], block), lax.div(high[i] + (block - 1), block)
-        state = lax.fori_loop(first, last, chunk, online_softmax.start((N, block), H))
-        return lax.dynamic_update_slice_in_dim(out, online_softmax.finish(state).astype(q.dtype), i * block, 1)
+        state = lax.fori_loop(first, last, chunk, online_softmax.init((N, block), H))
+        return lax.dynamic_update_slice_in_dim(out, online_softmax.finalize(state).astype(q.dtype), i * block, 1)
 
-    out = lax.fori_loop(0, low.shape[0], rows, jnp.zeros(query.shape, q.dtype))
+    out = lax.fori_loop(0, low.shape[0], query_block, jnp.zeros(query.shape, q.dtype))
     return unpad(out.swapaxes(0, 1), U, None)

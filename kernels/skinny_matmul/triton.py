@@ -22,12 +22,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float32, Int, Int8, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Shaped
 
 from .. import online_softmax
 from ..attn_states import AttnStates
-from ..choose import refuse
+from ..choose import raise_unsupported
 from .types import Product, ResidualParts, Tile
+
+Carry = tuple[list[Float32[Array, "_ columns"]], Float32[Array, "..."]]
+"""The sums of a tile, of gate and up if gated, and the squares of the row for its norm."""
 
 
 def run(
@@ -52,7 +55,7 @@ def run(
     head_dim = K // x.lse.shape[2] if isinstance(x, AttnStates) else 0
     int8 = weight.dtype == jnp.int8 and scale is not None
     _check(x, inputs["x"], weight, tile, head_dim, int8)
-    M = inputs["x"].shape[0] if isinstance(x, Array) else 1
+    M = 1 if isinstance(x, AttnStates | ResidualParts) else inputs["x"].shape[0]
     inputs |= {"weight": weight, "scale": scale} if int8 else {"weight": weight}
     outputs = {"out": jax.ShapeDtypeStruct(*(((M, N), jnp.bfloat16) if gated else ((tile.split_k, M, N), jnp.float32)))}
     if into is not None:
@@ -82,18 +85,18 @@ def _check(
     why, span = "", weight.shape[0] // tile.split_k
     if rows.dtype != jnp.bfloat16 or not (int8 or weight.dtype == jnp.bfloat16):
         why = "rows are bfloat16, and weights are too or int8 with a scale"
-    elif int8 and isinstance(x, Array) and rows.shape[0] > 1:
+    elif int8 and not isinstance(x, AttnStates | ResidualParts) and rows.shape[0] > 1:
         why = "int8 weights take one row"
     elif weight.shape[0] % tile.split_k or weight.shape[-1] % tile.block_n or span % tile.block_k:
         why = f"{tile} does not divide the weight"
     elif weight.ndim == 3 and tile.split_k > 1:
         why = "a gated product needs whole sums over K"
-    elif not isinstance(x, Array) and rows.shape[0] > tile.block_m:
+    elif isinstance(x, AttnStates | ResidualParts) and rows.shape[0] > tile.block_m:
         why = f"a row comes in at most {tile.block_m} parts"
     elif isinstance(x, AttnStates) and (x.out.shape[1] > 1 or span % head_dim or head_dim % tile.block_k):
         why = f"states are of one row, and {tile} must take whole heads"
     if why:
-        refuse("skinny_matmul", "triton", why, x=rows, weight=weight)
+        raise_unsupported("skinny_matmul", "triton", why, x=rows, weight=weight)
 
 
 def _kernel(*refs: Any, names: tuple[str, ...], tile: Tile, columns: int, head_dim: int, eps: float) -> None:
@@ -137,7 +140,7 @@ def _multiply(r: dict[str, Any], tile: Tile, m: Any, n: Any, s: Any, head_dim: i
     merging = _merge_weights(r, row, s, trips * tile.block_k // head_dim) if head_dim else None
     norm_here = normed and gated
 
-    def step(i: Int[Array, ""], carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+    def step(i: Int[Array, ""], carry: Carry) -> Carry:
         sums, gram = carry
         k = (s * trips + i) * tile.block_k + jnp.arange(tile.block_k, dtype=jnp.int32)
         if gated:
@@ -176,7 +179,7 @@ def _multiply_int8(r: dict[str, Any], tile: Tile, n: Any, s: Any, head_dim: int,
     column = n * tile.block_n + jnp.arange(tile.block_n, dtype=jnp.int32)
     lane = jnp.arange(tile.block_k, dtype=jnp.int32)
 
-    def load(trip: Int[Array, ""]) -> tuple[Array, list[Array]]:
+    def load(trip: Int[Array, ""]) -> tuple[Int[Array, "block_k"], list[Int8[Array, "block_k block_n"]]]:
         k = (s * trips + jnp.minimum(trip, trips - 1)) * tile.block_k + lane
         if gated:
             return k, [plgpu.load(weight.at[k[:, None], side, column[None]]) for side in range(2)]
@@ -186,7 +189,7 @@ def _multiply_int8(r: dict[str, Any], tile: Tile, n: Any, s: Any, head_dim: int,
         at = (s * trips + jnp.minimum(trip, trips - 1)) * tile.block_k
         return lax.div(at, head_dim) if head_dim else 0
 
-    def step(i: Int[Array, ""], carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
+    def step(i: Int[Array, ""], carry: Carry) -> Carry:
         sums, squares = carry
         ahead = [i * tile.num_stages + j for j in range(tile.num_stages)]
         loaded = [load(trip) for trip in ahead]
@@ -233,7 +236,14 @@ def _int8_to_float32(x: Int8[Array, "..."]) -> Float32[Array, "..."]:
     return lax.bitcast_convert_type(bits, jnp.float32) - jnp.float32(12582912.0)
 
 
-def _store(r: dict[str, Any], sums: list[Array], s: Any, row: Array, at: Array, live: Array) -> None:
+def _store(
+    r: dict[str, Any],
+    sums: list[Float32[Array, "rows columns"]],
+    s: Any,
+    row: Int[Array, "rows"],
+    at: Int[Array, "columns"],
+    live: Bool[Array, "rows one"],
+) -> None:
     """The sums [rows, columns] of gate and up, or of part s of K."""
     if len(sums) == 2:
         gate, up = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in sums)

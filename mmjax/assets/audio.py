@@ -46,7 +46,7 @@ class AudioAsset:
 
 
 def _tune(notes: str, rate: int = 16_000, beat: float = 0.4) -> np.ndarray:
-    """Notes a..g of the octave from middle C, with overtones, each for one beat; `-` prolongs a note by a beat."""
+    """Notes a to g of the octave from middle C, with overtones, one beat each; `-` prolongs a note by a beat."""
     semitones = {"c": -9, "d": -7, "e": -5, "f": -4, "g": -2, "a": 0, "b": 2}  # from a' at 440 Hz
     parts = []
     for note, beats in _lengths(notes):
@@ -59,14 +59,14 @@ def _tune(notes: str, rate: int = 16_000, beat: float = 0.4) -> np.ndarray:
 
 def _lengths(notes: str) -> list[tuple[str, int]]:
     """(note, beats) of each note."""
-    found: list[tuple[str, int]] = []
-    for sign in notes.replace(" ", ""):
-        found = [*found[:-1], (found[-1][0], found[-1][1] + 1)] if sign == "-" else [*found, (sign, 1)]
-    return found
+    lengths: list[tuple[str, int]] = []
+    for char in notes.replace(" ", ""):
+        lengths = [*lengths[:-1], (lengths[-1][0], lengths[-1][1] + 1)] if char == "-" else [*lengths, (char, 1)]
+    return lengths
 
 
 def _crowd(rate: int = 22_050, seconds: float = 8.0) -> np.ndarray:
-    """The noise of a crowd that grows louder, and a rising voice over it."""
+    """A crowd that grows louder, with a rising voice above it."""
     time = np.arange(round(rate * seconds)) / rate
     noise = np.random.default_rng(0).standard_normal(len(time))
     murmur = np.convolve(noise, np.hanning(64) / 32, "same") * (0.05 + 0.4 / (1 + np.exp(-3 * (time - 5))))

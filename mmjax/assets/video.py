@@ -20,8 +20,8 @@ DRAWN = "baby_reading"
 
 @dataclasses.dataclass(frozen=True)
 class VideoAsset:
-    """A video by name, `baby_reading`, or by the path of a file. num_frames: frames to take, evenly spread; -1 for all.
-    ValueError for other names."""
+    """A video by name, `baby_reading`, or by the path of a file. num_frames: frames to sample, evenly spaced; -1 for
+    all. ValueError for other names."""
 
     name: str
     num_frames: int = -1
@@ -53,7 +53,7 @@ class VideoAsset:
         return dict(self._video.metadata)
 
     def get_audio(self, sampling_rate: float | None = None) -> np.ndarray:
-        """The sound track, mono float32, at the given sampling rate or its own."""
+        """The audio track, mono float32, at the given sampling rate or its own."""
         if self.name == DRAWN:
             samples, rate = AudioAsset("mary_had_lamb").audio_and_sample_rate
             samples = samples[: round(TOTAL / RATE * rate)]
@@ -79,7 +79,7 @@ def _load(name: str, num_frames: int) -> video.Video:
 
 
 def _frame(time: float) -> np.ndarray:
-    """A round head that nods over an open book, of which a page turns."""
+    """A round head that nods over an open book, whose page turns."""
     picture = Image.new("RGB", SIZE, (235, 225, 205))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((0, 140, 320, 180), fill=(150, 110, 80))

@@ -1,4 +1,4 @@
-"""Turns conversations into prompts: reads messages and their media, and applies the model's chat template."""
+"""Turns conversations into prompts: reads messages and their media, and applies the chat template."""
 
 from mmjax.chat.content import content_format
 from mmjax.chat.conversation import split

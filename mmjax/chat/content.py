@@ -1,7 +1,7 @@
 """Whether a template expects a message's content as a string or as a list of parts, from its syntax tree.
 
-A template that loops over the content of a message expects parts. What a name may refer to (the list of messages, one
-message, or one message's content) is followed through assignments, loops and macros until nothing new is found.
+A template that loops over the content of a message expects parts. The analysis follows what each name may refer to (the
+list of messages, one message, or one message's content) through assignments, loops and macros, up to a fixed point.
 """
 
 import functools
@@ -27,7 +27,7 @@ def content_format(template: str) -> str:
 
 
 class _TemplateAnalysis:
-    """What each name of a template may refer to."""
+    """Finds what each name in a template may refer to."""
 
     def __init__(self, tree: nodes.Template) -> None:
         self.tree = tree
@@ -43,7 +43,7 @@ class _TemplateAnalysis:
         return any(CONTENT in self._referents(loop.iter) for loop in self.tree.find_all(nodes.For))
 
     def _bindings(self) -> Iterator[tuple[str, Referents]]:
-        """(name, what it is bound to) for every place that binds one."""
+        """(name, what it may refer to) for every binding."""
         for assign in self.tree.find_all(nodes.Assign):
             name = _name(assign.target)
             yield name, self._referents(assign.node)
@@ -69,7 +69,7 @@ class _TemplateAnalysis:
             return self._referents(node.expr1) | self._referents(node.expr2)
         if isinstance(node, (nodes.Or, nodes.And)):
             return self._referents(node.left) | self._referents(node.right)
-        if isinstance(node, nodes.Filter):  # list, reverse, selectattr and the like yield what they are given
+        if isinstance(node, nodes.Filter):  # list, reverse, selectattr and the like pass on what they get
             referents = self._referents(node.node)
             return frozenset({MESSAGE}) if node.name in ("first", "last") and MESSAGES in referents else referents
         if isinstance(node, (nodes.Getattr, nodes.Getitem)):

@@ -1,4 +1,4 @@
-"""Reads messages as clients write them, and rewrites them as templates expect them."""
+"""Reads the messages of clients, and rewrites them into the form that templates expect."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ from mmjax.chat.parts import MediaRef, read_part
 from mmjax.types import RequestError, RequestTypeError, TooDeepError
 
 COPIED_FIELDS = ("name", "tool_call_id")
-REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # templates read it under any of these names
+REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")  # templates use any of these names
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Message:
 
 
 def split(messages: Any) -> list[Any]:
-    """The conversations of a call: a list of messages is one, a list of lists are many. RequestTypeError for other
+    """The conversations of a call: a list of messages is one, a list of such lists is many. RequestTypeError for other
     objects."""
     if not isinstance(messages, (list, tuple)):
         raise RequestTypeError(
@@ -39,8 +39,8 @@ def split(messages: Any) -> list[Any]:
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """Check and read one conversation. RequestTypeError for objects that are no messages, RequestError for incomplete
-    ones."""
+    """Check and read one conversation. RequestTypeError for objects that are not messages, RequestError for incomplete
+    messages."""
     if not messages:
         raise RequestError("The conversation is empty: it needs at least one message.", "empty_conversation")
     return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
@@ -73,7 +73,7 @@ def _read_message(message: Any, where: str) -> Message:
 
 
 def _read_tool_calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls with their arguments parsed: clients send them as JSON text, templates print them themselves."""
+    """Tool calls with parsed arguments: clients send JSON text, but templates print the values."""
     if not isinstance(calls, (list, tuple)):
         raise RequestTypeError(f"{where}: 'tool_calls' should be a list, got {type(calls).__name__}")
     parsed = []
@@ -99,7 +99,7 @@ def media_of(messages: list[Message]) -> list[MediaRef]:
 
 
 def with_parts(messages: list[Message]) -> list[dict[str, Any]]:
-    """The messages with their contents as lists of parts: the template itself prints the placeholders of media."""
+    """The messages with their contents as lists of parts. The template prints the placeholders of media."""
     return [
         {
             "role": message.role,
@@ -118,8 +118,8 @@ def with_strings(
 ) -> list[dict[str, Any]]:
     """The messages with their contents as strings. placeholder: (modality, number from 1) -> text for that item.
 
-    Placeholders that a text does not hold already go in front of it; with `interleave` each stands where its item
-    does. RequestError when a text holds more placeholders than there are items.
+    Placeholders that a text does not contain yet are put in front of it; with `interleave`, each is put where its item
+    is. RequestError if a text contains more placeholders than there are items.
     """
     counts: collections.Counter[str] = collections.Counter()
     rewritten = []

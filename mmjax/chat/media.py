@@ -1,4 +1,4 @@
-"""Fetches the media of a conversation, all at once, on threads or on an event loop. The first failure ends it."""
+"""Fetches the media of a conversation concurrently, on threads or on an event loop, until the first failure."""
 
 import asyncio
 import concurrent.futures
@@ -11,7 +11,7 @@ from mmjax.chat.parts import MediaRef
 from mmjax.multimodal.connector import Connector, Media
 
 MediaData: TypeAlias = Media | Mapping[str, Any] | None
-"""A media item, the named arrays of embeddings, or None for an item that is in the processor cache."""
+"""A media item, the named arrays of embeddings, or None for an item in the processor cache."""
 
 
 def fetch_all(media: Sequence[MediaRef], connector: Connector, pool: concurrent.futures.Executor) -> list[MediaData]:
@@ -23,7 +23,7 @@ def fetch_all(media: Sequence[MediaRef], connector: Connector, pool: concurrent.
         concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
         for future in futures:
             if future.done():
-                future.result()  # of several failures, raises the first in the conversation
+                future.result()  # of several failures, raise the first in the conversation
         return [future.result() for future in futures]
     finally:
         for future in futures:

@@ -1,4 +1,4 @@
-"""Reads one part of a message, in any form that clients write: text, or a reference to a media item."""
+"""Reads one part of a message, in any form that clients use: text, or a reference to a media item."""
 
 import base64
 import dataclasses
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 TEXT_TYPES = ("text", "input_text", "output_text", "refusal", "thinking")
 
 Payload: TypeAlias = Literal["url", "pil", "base64_audio", "embeds"]
-"""What a part holds: a URL, a PIL image, a sound file in base64, or embeddings."""
+"""The payload of a part: a URL, a PIL image, an audio file in base64, or embeddings."""
 
 
 class PartFormat(NamedTuple):
-    """The format of a type of part: its modality, the key under which its payload lies, and what the payload is."""
+    """The format of a type of part: its modality, the key of its payload, and the type of payload."""
 
     modality: str
     key: str
@@ -41,8 +41,10 @@ MEDIA_TYPES = {
     "video_embeds": PartFormat("video", "video_embeds", "embeds"),
     "input_image": PartFormat("image", "image_url", "url"),
 }
-UNTYPED = [part_format for name, part_format in MEDIA_TYPES.items() if name != "input_image"]  # the key alone will do
-HINTS = {  # for types of part that other libraries have
+UNTYPED = [
+    part_format for name, part_format in MEDIA_TYPES.items() if name != "input_image"
+]  # recognized by the key alone
+HINTS = {  # for types of parts in other libraries
     "image": 'write {"type": "image_url", "image_url": {"url": …}} or {"type": "image_pil", "image_pil": …}',
     "video": 'write {"type": "video_url", "video_url": {"url": …}}, or pass arrays to `LLM.generate`',
     "audio": 'write {"type": "input_audio", "input_audio": {"data": base64, "format": "wav"}} or "audio_url"',
@@ -61,8 +63,8 @@ class UnknownPart(RequestError, NotImplementedError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MediaRef:
-    """A media item of a conversation. source: how its data are to be had. value: a URL, a PIL image, or embeddings as
-    an array, base64 text or a dictionary of these; None for an item that is in the processor cache under its uuid."""
+    """A media item of a conversation. source: where its data come from. value: a URL, a PIL image, or embeddings as
+    an array, base64 text or a dictionary of these; None for an item that the processor cache has under its uuid."""
 
     modality: str
     source: Literal["url", "pil", "embeds"]
@@ -120,7 +122,7 @@ def _uuid(value: Any, where: str) -> str | None:
 def _media_ref(
     part_format: PartFormat, part: Mapping[str, Any], uuid: str | None, where: str, *, bare: bool
 ) -> MediaRef:
-    """bare: a URL may stand alone, without the dictionary around it."""
+    """bare: whether the payload may be a URL without a dictionary around it."""
     payload = part.get(part_format.key)
     empty = payload is None or (isinstance(payload, Mapping) and not payload)
     value = None if empty else READERS[part_format.payload](payload, part_format, where, bare)
@@ -151,7 +153,7 @@ def _url(payload: Any, part_format: PartFormat, where: str, bare: bool) -> str |
 
 
 def _base64_audio(payload: Any, part_format: PartFormat, where: str, bare: bool) -> str | None:
-    """A sound file in base64, as a data: URL."""
+    """An audio file in base64, as a data: URL."""
     if isinstance(payload, str) and bare:
         return _url(payload, part_format, where, bare)
     if not isinstance(payload, Mapping):
@@ -200,7 +202,7 @@ READERS: Mapping[Payload, Callable[[Any, PartFormat, str, bool], Any]] = {
 
 
 def media_part(modality: str, source: str) -> dict[str, Any]:
-    """The part of a message for a URL, or for a file, whose bytes it then holds. OSError for a file that cannot be
+    """The part of a message for a URL, or for a file, whose bytes are included. OSError for a file that cannot be
     read."""
     if source.startswith(("http://", "https://", "data:", "file:")):
         url = source

@@ -24,10 +24,11 @@ CONTENT_FORMATS = ("auto", "string", "openai")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatOptions:
-    """How messages become a prompt, under the names of OpenAI's API and of vLLM.
+    """The options for rendering messages, named as in OpenAI's API and vLLM.
 
     chat_template: Jinja text or the name of a stored template, never a path. chat_template_kwargs: more variables for
-    it. chat_template_content_format: "string", "openai" (lists of parts), or "auto" for what the template expects.
+    the template. chat_template_content_format: "string", "openai" (lists of parts), or "auto" for what the template
+    expects.
     """
 
     chat_template: str | None = None
@@ -50,7 +51,7 @@ class ChatOptions:
             )
         if self.add_generation_prompt and self.continue_final_message:
             raise RequestError(
-                "continue_final_message goes on with the last message, add_generation_prompt begins another: set "
+                "continue_final_message continues the last message, add_generation_prompt starts a new one: set "
                 "add_generation_prompt=False.",
                 "bad_continuation",
             )
@@ -98,15 +99,15 @@ class CheckCount(Protocol):
     """Checks how many items of a modality a prompt holds."""
 
     def __call__(self, modality: str, count: int, num_embeds: int) -> None:
-        """RequestError for more than the model or the operator allows. num_embeds of them come as embeddings."""
+        """RequestError for more than the model or the operator allows. num_embeds of them are given as embeddings."""
         ...
 
 
 class ChatRenderer:
-    """Renders conversations for one model. Safe to use from several threads.
+    """Renders conversations for one model. May be used from several threads.
 
     placeholder: modality -> text that stands for one item, with `{i}` for its number. default_template: the operator's.
-    interleave: where contents are strings, whether placeholders stand among the texts and not in front of them.
+    interleave: if contents are strings, whether placeholders are put between the texts and not in front of them.
     """
 
     def __init__(
@@ -131,12 +132,12 @@ class ChatRenderer:
         return concurrent.futures.ThreadPoolExecutor(max_workers=count, thread_name_prefix="fetch")
 
     def render(self, messages: Any, options: ChatOptions) -> RenderedChat:
-        """Check and render one conversation. Whatever can be checked without its media is checked here.
+        """Check and render one conversation. All checks that need no media are made here.
 
-        RequestTypeError for objects that are not messages. RequestError for faults in messages, options or template.
+        RequestTypeError for objects that are not messages. RequestError for mistakes in messages, options or template.
         """
         read = conversation.read_messages(messages)
-        media = self._with_sound_tracks(conversation.media_of(read), options)
+        media = self._with_audio_tracks(conversation.media_of(read), options)
         for modality, count in collections.Counter(ref.modality for ref in media).items():
             self.check(modality, count, sum(m.modality == modality and m.source == "embeds" for m in media))
         text = self.stored.resolve(options.chat_template or self.default_template, tools=bool(options.tools))
@@ -157,7 +158,7 @@ class ChatRenderer:
         return RenderedChat(prompt, tuple(media), options)
 
     def fetch(self, rendered: RenderedChat) -> dict[str, Any]:
-        """The prompt as `LLM.generate` takes it, its media fetched several at a time."""
+        """The prompt as `LLM.generate` takes it, with its media fetched concurrently."""
         if not any(map(needs_fetch, rendered.media)):
             return rendered.with_media(list(map(local_data, rendered.media)))
         connector = self.connect(rendered.options.media_io_kwargs or {})
@@ -177,9 +178,7 @@ class ChatRenderer:
     def _content_format(self, template_text: str, given: str) -> str:
         detected = content_format(template_text)
         if given not in ("auto", detected):
-            self._warn_once(
-                f"the chat template looks as if it wants contents as {detected!r}, not {given!r} as was asked"
-            )
+            self._warn_once(f"the chat template seems to expect contents as {detected!r}, but {given!r} was requested")
         resolved = detected if given == "auto" else given
         if self.interleave and resolved == "openai":
             self._warn_once("interleave_mm_strings has no effect: the chat template places media itself")
@@ -190,8 +189,8 @@ class ChatRenderer:
             self._warned.add(message)
             log.warning("%s", message)
 
-    def _with_sound_tracks(self, media: list[MediaRef], options: ChatOptions) -> list[MediaRef]:
-        """With `use_audio_in_video`, adds the sound track of each video as an audio item with the same uuid."""
+    def _with_audio_tracks(self, media: list[MediaRef], options: ChatOptions) -> list[MediaRef]:
+        """With `use_audio_in_video`, add the audio track of each video as an audio item with the same uuid."""
         kwargs = {**self.processor_kwargs, **(options.mm_processor_kwargs or {})}
         if not kwargs.get("use_audio_in_video"):
             return media

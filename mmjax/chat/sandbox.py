@@ -1,6 +1,6 @@
 """Runs chat templates, which are untrusted programs: in an immutable sandbox, on plain data only, with bounded output.
 
-The environment is the one that published templates were written for: trimmed blocks, `raise_exception`,
+The environment is the one for which published templates are written: trimmed blocks, `raise_exception`,
 `strftime_now`, an unescaped `tojson`, loop controls, and `generation` blocks (which print their content).
 """
 
@@ -17,13 +17,13 @@ from jinja2.utils import Namespace
 
 from mmjax.types import RequestError, TooDeepError
 
-# what jinja2 raises of text that is no template, and Python of what jinja2 made of it
+# raised by jinja2 for text that is not a template, and by Python for the code that jinja2 generates
 UNPARSABLE = (jinja2.TemplateError, SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
-MAX_OUTPUT = 1 << 24  # characters that a template may print, and members of a product that it may compute
+MAX_OUTPUT = 1 << 24  # characters that a template may print, and the length of a product that it may compute
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks an assistant's output for training; here only its body counts."""
+    """`{% generation %}…{% endgeneration %}` marks an assistant's output for training; here it only prints its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
 
@@ -52,7 +52,7 @@ def _check_name(name: Any) -> None:
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
-    """Products and powers are computed only while they stay small."""
+    """Refuses to compute large products and powers."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -115,7 +115,7 @@ def variables(template: str) -> frozenset[str]:
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:
-    """Run a template. RequestError for any error in it, and for too long an output."""
+    """Run a template. RequestError for any error in it, and for output that is too long."""
     compiled, _ = _compiled(template)
     pieces, length = [], 0
     try:
@@ -130,10 +130,10 @@ def render(template: str, values: Mapping[str, Any]) -> str:
                 raise RequestError(f"The chat template prints more than {MAX_OUTPUT} characters.", "bad_template")
     except RequestError:
         raise
-    except Exception as error:  # a template is a program: it can raise anything
+    except Exception as error:  # a template is a program, so it can raise anything
         raise RequestError(
-            f"The chat template cannot be applied to these messages ({type(error).__name__}: {error}). If it wants "
-            "contents of the other kind, set chat_template_content_format to 'string' or 'openai'.",
+            f"The chat template cannot be applied to these messages ({type(error).__name__}: {error}). If it expects "
+            "the other content format, set chat_template_content_format to 'string' or 'openai'.",
             "bad_template",
         ) from error
     return "".join(pieces)
@@ -144,7 +144,7 @@ def plain(value: Any) -> Any:
     RequestError for objects that are none of these."""
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, str):  # of an enumeration: its characters, and not what its __str__ returns
+    if isinstance(value, str):  # a member of an enumeration: its value, not what its __str__ returns
         return str.__str__(value)
     if isinstance(value, int):
         return int.__int__(value)

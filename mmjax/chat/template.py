@@ -1,4 +1,4 @@
-"""Chat templates: where they come from, which one is used, and how it is applied to messages."""
+"""Reads chat templates, selects one, and applies it to messages."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from mmjax.types import RequestError, RequestTypeError
 
 log = logging.getLogger(__name__)
 
-JINJA_CHARS = "{}\n"  # text with one of these is a template, not a path
+JINJA_CHARS = "{}\n"  # text with one of these characters is a template, not a path
 ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 REFUSED_KWARGS = ("chat_template", "tokenize", "messages")
 TAG = "\N{SYMBOL FOR UNIT SEPARATOR}continue\N{SYMBOL FOR UNIT SEPARATOR} "  # marks where the last message is cut off
@@ -57,7 +57,7 @@ class StoredTemplates:
     def resolve(self, given: str | None, *, tools: bool) -> str:
         """The template to use: the given one (Jinja text, or the name of a stored one), else the checkpoint's.
 
-        With tools the tokenizer's templates come first: those of processors do not print tools.
+        With tools, the tokenizer's templates come first, because those of processors do not print tools.
         """
         if given is not None:
             return self._resolve_given(given)
@@ -89,9 +89,9 @@ class StoredTemplates:
 
 
 def load_template(given: str | os.PathLike[str] | None, stored: StoredTemplates) -> str | None:
-    """A template as the operator names it: a file, Jinja text, or the name of a stored template or of one of mmjax's.
+    """The template that the operator gives: a file, Jinja text, or the name of a stored template or of one of mmjax's.
 
-    RequestError for a file that cannot be read. It reads files: never pass text from a request.
+    RequestError for a file that cannot be read. Never pass text from a request, because this reads files.
     """
     if given is None:
         return None
@@ -157,11 +157,11 @@ def _tagged(messages: Sequence[Mapping[str, Any]], template: str) -> list[Mappin
         if "text" in parts[index]:
             parts[index] = {**parts[index], "text": parts[index]["text"] + TAG}
             return [*before, {**last, "content": parts}]
-    raise RequestError("continue_final_message needs a last message with text to go on from.", "nothing_to_continue")
+    raise RequestError("continue_final_message needs a last message with text to continue.", "nothing_to_continue")
 
 
 def _cut(text: str) -> str:
-    """The text before the tag. Templates that trim contents have removed the blank at the tag's end."""
+    """The text before the tag. Templates that trim contents remove the space at the tag's end."""
     at = text.rfind(TAG.strip())
     if at < 0:
         raise RequestError(

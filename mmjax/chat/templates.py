@@ -1,4 +1,4 @@
-"""Chat templates that come with mmjax: fallbacks for models without one, and those that the operator may name."""
+"""Chat templates that ship with mmjax: fallbacks for models without one, and templates that the operator may name."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -9,7 +9,7 @@ CHATML = (
 )
 BASIC = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
-# One message: its parts in order, joined by blanks, images numbered from 1.
+# One message: its parts in order, joined by spaces, with images numbered from 1.
 VLM2VEC = (
     "{% if messages | length != 1 %}{{ raise_exception('An embedding is made of exactly one message.') }}{% endif %}"
     "{% set made = namespace(parts=[], images=0) %}"
@@ -45,7 +45,7 @@ FALLBACKS = {
 
 
 def fallback(model_type: str | None, name: str) -> str | None:
-    """The fallback for a type of model, or None. name: of the model; Qwen's says whether it was tuned for chats."""
+    """The fallback for a type of model, or None. name: the model's; Qwen's tells whether it was tuned for chat."""
     if model_type == "qwen":
         return CHATML if name.rstrip("/").endswith("-Chat") else BASIC
     return FALLBACKS.get(model_type or "")

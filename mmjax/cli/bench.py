@@ -142,7 +142,7 @@ class Bench:
         return self._result(outputs, before, time.perf_counter() - begin)
 
     def warm_up(self, work: Workload) -> None:
-        """Run a small part of the workload, so that whatever is done only once is done."""
+        """Run a small part of the workload, so that one-time work is not measured."""
         self.run(dataclasses.replace(work, prompts=min(work.prompts, 2), output=min(work.output, 4)), seed=0)
 
     def _result(self, outputs: Sequence[RequestOutput], before: Mapping[str, float], wall_s: float) -> BenchResult:

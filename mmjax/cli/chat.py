@@ -24,7 +24,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this command."""
     group = parser.add_argument_group("chat")
     group.add_argument("--system", metavar="TEXT", help="system message at the start of the conversation")
-    group.add_argument("--temperature", type=float, help="0 always takes the likeliest token (default: the model's)")
+    group.add_argument(
+        "--temperature", type=float, help="0 always samples the most likely token (default: the model's)"
+    )
     group.add_argument("--max-tokens", type=int, help="most tokens of an answer (default: as many as fit)")
 
 

@@ -1,9 +1,9 @@
-"""Command-line flags for EngineArgs: one per field, and the dotted forms that build nested values.
+"""Command-line flags for EngineArgs: one per field, and dotted forms that set one key of a mapping.
 
 --limit-mm-per-prompt '{"image": 2}'       a JSON object
---limit-mm-per-prompt.video.count 1        one key of it; the parts are merged, the last one wins
+--limit-mm-per-prompt.video.count 1        one key of it; the parts are merged; the last value of a key is used
 --media-io-kwargs.image.key+ 3             append to a list; `key+=a,b` appends two
---config flags.yaml                        flags from a file; those on the command line win
+--config flags.yaml                        flags from a file; those on the command line override them
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine arguments")
     for name in FIELDS:
         text = f"{meaning(name)} (default: {shown(default(name))})".replace("%", "%%")
-        group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **_reading(name))
+        group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **_argparse_kwargs(name))
 
 
 def engine_kwargs(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -72,8 +72,8 @@ def shown(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
 
 
-def _reading(name: str) -> dict[str, Any]:
-    """The arguments with which argparse reads a flag, from the type of its field."""
+def _argparse_kwargs(name: str) -> dict[str, Any]:
+    """Arguments of `add_argument` that depend on the type of a field."""
     hint = HINTS[name]
     union = isinstance(hint, types.UnionType)
     hint_types = {typing.get_origin(part) or part for part in (typing.get_args(hint) if union else (hint,))} - {
@@ -90,7 +90,7 @@ def _reading(name: str) -> dict[str, Any]:
 
 
 def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
-    """Rewrite flags for argparse: dashes for underscores, and each mapping once, as one JSON object.
+    """Rewrite flags for argparse: dashes instead of underscores, and one JSON object for all parts of a mapping.
 
     FlagError for a key without a value and for a value that is not a JSON object.
     """
@@ -120,7 +120,7 @@ def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
 
 
 def from_file(argv: Sequence[str]) -> list[str]:
-    """Insert the flags in the file of `--config FILE` (YAML, one key per flag). Those on the command line win.
+    """Insert the flags in the file of `--config FILE` (YAML, one key per flag). The command line overrides them.
 
     FlagError for a file that cannot be read.
     """
@@ -145,7 +145,7 @@ def from_file(argv: Sequence[str]) -> list[str]:
     first, last = [], []
     for key, value in entries.items():
         name = flag(str(key).lstrip("-")).replace("--model-tag", "--model")
-        if isinstance(value, list):  # a list takes all words that follow, so it comes last
+        if isinstance(value, list):  # argparse gives all following words to a list, so lists come last
             last += [] if name in given_flags else [name, *map(str, value)]
         elif isinstance(value, bool):
             first.append(name if value else name.replace("--", "--no-", 1))
@@ -159,7 +159,7 @@ def _object(head: str, text: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         hint = f": {error}"
-        if re.fullmatch(r"\w+=[^\s,=]+(,\w+=[^\s,=]+)*", text):  # the form of old releases
+        if re.fullmatch(r"\w+=[^\s,=]+(,\w+=[^\s,=]+)*", text):  # the syntax of old releases
             old = [pair.split("=") for pair in text.split(",")]
             whole = ", ".join(f'"{key}": {value}' for key, value in old)
             hint = f"; write '{{{whole}}}' or {' '.join(f'{flag(head)}.{key} {value}' for key, value in old)}"
@@ -194,7 +194,7 @@ def _nest(path: Sequence[str], leaf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge(tree: dict[str, Any], more: Mapping[str, Any], name: str, *, quiet: bool = False) -> None:
-    """Merge `more` into `tree`. Of two values for a key the later wins, with a warning, unless both are objects."""
+    """Merge `more` into `tree`. A later value replaces an earlier one, with a warning; two objects are merged."""
     for key, value in more.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
             _merge(tree[key], value, f"{name}.{key}", quiet=quiet)

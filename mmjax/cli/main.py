@@ -45,7 +45,9 @@ def model_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument("model", nargs="?", help="model directory, hub id, or `demo`")
     parser.add_argument("--model", dest="named_model", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of flags, such as `max-model-len: 4096`; the command line wins"
+        "--config",
+        metavar="FILE",
+        help="YAML file of flags, such as `max-model-len: 4096`; flags on the command line override them",
     )
     add_flags(parser)
     flags.add_engine_flags(parser)
@@ -53,7 +55,7 @@ def model_parser(name: str) -> argparse.ArgumentParser:
 
 
 def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
-    """The parsed flags of such a command, with those in a file that `--config` names."""
+    """Parse the flags of a command in MODEL_COMMANDS, including those in the file of `--config`."""
     parser = model_parser(name)
     try:
         arguments = parser.parse_args(flags.fold(flags.from_file(words), MAPPINGS))
@@ -67,7 +69,7 @@ def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
 
 
 def top_parser() -> argparse.ArgumentParser:
-    """The parser of all commands but those in MODEL_COMMANDS, which it only names."""
+    """The parser of all other commands. It lists those in MODEL_COMMANDS, but without their flags."""
     parser = argparse.ArgumentParser("mmjax", description="Multimodal inference in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -76,7 +78,7 @@ def top_parser() -> argparse.ArgumentParser:
     for name, (meaning, *_) in MODEL_COMMANDS.items():  # `_model_command` adds their flags
         commands.add_parser(name, help=meaning, add_help=False)
 
-    convert = commands.add_parser("convert", help="write a checkpoint in the form that loads fastest")
+    convert = commands.add_parser("convert", help="convert a checkpoint to the format that loads fastest")
     convert.add_argument("source", help="model directory or hub id (safetensors)")
     convert.add_argument("destination", type=Path, help="directory to create")
     convert.add_argument(
@@ -84,7 +86,7 @@ def top_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(command=_convert)
 
-    inspect = commands.add_parser("inspect", help="describe the checkpoint in a directory, from its headers alone")
+    inspect = commands.add_parser("inspect", help="describe the checkpoint in a directory; only headers are read")
     inspect.add_argument("directory", type=Path, help="checkpoint directory")
     inspect.set_defaults(command=_inspect)
 
@@ -166,15 +168,15 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{modality}", type=Path, action="append", default=[], metavar="FILE", help=f"your own {modality} file"
         )
-    parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="directory for the files that it makes")
-    parser.add_argument("--seed", type=int, help="seed of the files that it makes")
+    parser.add_argument("--out", type=Path, default=Path("mmjax-demo"), help="directory for the generated files")
+    parser.add_argument("--seed", type=int, help="seed of the generated files")
     parser.add_argument(
         "--eval",
         type=int,
         nargs="?",
         const=100,
         metavar="N",
-        help="measure each skill on N questions outside of the training set (default: 100)",
+        help="measure each skill on N questions that are not in the training set (default: 100)",
     )
     parser.set_defaults(command=_demo)
 
@@ -199,7 +201,7 @@ def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
     )
     group.add_argument("--output", type=int, default=64, help="tokens to generate per prompt (default: 64)")
     group.add_argument(
-        "--repeats", type=int, default=5, help="runs of latency, of which the median counts (default: 5)"
+        "--repeats", type=int, default=5, help="runs of the latency benchmark; the median is reported (default: 5)"
     )
     group.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
 
@@ -267,7 +269,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     try:
         checkpoint = Checkpoint.open(str(arguments.directory))
-    except ValueError as error:  # not a model that mmjax runs: describe its files alone
+    except ValueError as error:  # not a model that mmjax supports: describe only its files
         print(render(describe(arguments.directory)) + f"\nno model to compare with: {error}")
         return
     _, specs = param_specs(checkpoint.family, checkpoint.model_config())

@@ -1,4 +1,4 @@
-"""Turns what the scheduler chose into padded arrays. All padding is done here, with its meaning beside it."""
+"""Builds the padded NumPy arrays of a dispatch from what the scheduler returned. All padding happens here."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mmjax.batch import bucket
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.encoder_cache import EncoderCache
 from mmjax.engine.output_processor import PromptChunk
-from mmjax.engine.sampling_state import SamplingState
+from mmjax.engine.sampling_state import PADDING, SamplingState
 from mmjax.engine.scheduler import ScheduledChunk, ScheduledEncode
-from mmjax.engine.sequence import Sequence as Seq
+from mmjax.engine.sequence import EngineSequence
 from mmjax.processors.base import MediaItem
 from mmjax.spec import EncoderSpec, FeatureField
 
-OUT_OF_RANGE = np.iinfo(np.int32).max  # an index past the end of every array: writes to it are dropped
+OUT_OF_RANGE = np.iinfo(np.int32).max  # past the end of every array, so writes to this index are dropped
 
 
 def build_prefill(
@@ -41,11 +41,11 @@ def build_prefill(
     offset = 0
     for s, chunk in enumerate(chunks):
         seq, end = chunk.seq, chunk.start + chunk.num_tokens
-        here = slice(offset, offset + chunk.num_tokens)
-        f["token_ids"][here] = seq.token_ids[chunk.start : end]
-        f["positions"][here] = np.arange(chunk.start, end)
-        _fill_rope_positions(seq, chunk.start, end, f["rope_positions"][:, here])
-        _fill_mm_index(seq, chunk.start, end, f["mm_index"][here], encoder_cache)
+        tokens = slice(offset, offset + chunk.num_tokens)
+        f["token_ids"][tokens] = seq.token_ids[chunk.start : end]
+        f["positions"][tokens] = np.arange(chunk.start, end)
+        _fill_rope_positions(seq, chunk.start, end, f["rope_positions"][:, tokens])
+        _fill_mm_index(seq, chunk.start, end, f["mm_index"][tokens], encoder_cache)
         blocks = slice(offset // block, offset // block + -(-chunk.num_tokens // block))
         f["seq_index"][blocks] = s
         f["q_start"][blocks] = np.arange(chunk.start, end, block)
@@ -60,7 +60,7 @@ def build_prefill(
 
 
 def build_logprob_targets(total: int, chunks: Sequence[PromptChunk]) -> np.ndarray:
-    """i32[T]: at each position of a prefill of T tokens the token whose log-probability is wanted there; else 0."""
+    """i32[T]: for each token of a prefill, the token after it whose log-probability is wanted, or 0."""
     targets = np.zeros(total, np.int32)
     for chunk in chunks:
         token_ids = chunk.seq.token_ids[chunk.first : chunk.first + chunk.num_tokens]
@@ -69,17 +69,21 @@ def build_logprob_targets(total: int, chunks: Sequence[PromptChunk]) -> np.ndarr
 
 
 def build_decode(
-    buckets: BucketConfig, chosen: Sequence[tuple[Seq, int]], sampling_state: SamplingState, block_tables: np.ndarray
+    buckets: BucketConfig,
+    scheduled: Sequence[tuple[EngineSequence, int]],
+    sampling_state: SamplingState,
+    block_tables: np.ndarray,
 ) -> tuple[int, np.ndarray]:
-    """(sequence bucket S, packed vector i32) of decode steps, which `num_scheduled` of each sequence counts already."""
-    total = bucket(len(chosen), buckets.seq_buckets)
+    """(sequence bucket S, packed vector i32) of decode steps. Each sequence's `num_scheduled` already counts its
+    steps."""
+    total = bucket(len(scheduled), buckets.seq_buckets)
     layout = buckets.decode_layout(total)
     vector = np.zeros(layout.size, np.int32)
     f = layout.views(vector)
     _pad_rows(f, buckets)
-    n = len(chosen)
+    n = len(scheduled)
     rows, positions, rope_deltas, num_steps, prompt_lens = np.array(
-        [(q.row, q.num_scheduled - steps, q.prompt.rope_delta, steps, q.prompt_len) for q, steps in chosen], np.int32
+        [(s.row, s.num_scheduled - steps, s.prompt.rope_delta, steps, s.prompt_len) for s, steps in scheduled], np.int32
     ).T
     f["positions"][:n], f["rope_delta"][:n], f["num_steps"][:n] = positions, rope_deltas, num_steps
     sampling_state.fill(f, rows, positions + 1 - prompt_lens, block_tables)
@@ -149,8 +153,8 @@ def _slots(block_ids: Sequence[int], size: int) -> np.ndarray:
 def build_logit_biases(
     buckets: BucketConfig, bias_rows: Mapping[int, np.ndarray | None], vocab: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows i32[S], biases f32[S, V]) of sequences whose constraints depend on their latest token: by row of the
-    sampling tables, what to add to the logits; None = nothing."""
+    """(rows i32[S], biases f32[S, V]) of sequences whose biases depend on their latest token. bias_rows: the bias by
+    row of the sampling tables; None = none."""
     total = bucket(len(bias_rows), buckets.seq_buckets)
     rows, biases = np.full(total, buckets.num_rows - 1, np.int32), np.zeros((total, vocab), np.float32)
     for s, (row, bias) in enumerate(bias_rows.items()):
@@ -161,26 +165,26 @@ def build_logit_biases(
 
 
 def _pad_rows(f: Mapping[str, np.ndarray], buckets: BucketConfig) -> None:
-    """Parameters of padding rows: greedy, and written to the table row that no sequence has."""
+    """Padding rows: every parameter is off, and what they compute is written to the table row that no sequence has."""
     f["row"].fill(buckets.num_rows - 1)
     f["stop_ids"].fill(-1)
-    f["top_p"].fill(1)
-    f["repetition_penalty"].fill(1)
+    for name, off in PADDING:
+        f[name].fill(off)
 
 
-def _fill_rope_positions(seq: Seq, start: int, end: int, out: np.ndarray) -> None:
+def _fill_rope_positions(seq: EngineSequence, start: int, end: int, out: np.ndarray) -> None:
     """Rotary positions of tokens [start, end) into i32[R, end - start]."""
     in_prompt = min(max(seq.prompt_len - start, 0), end - start)
     out[:, :in_prompt] = seq.prompt.rope_positions[:, start : start + in_prompt]
     out[:, in_prompt:] = np.arange(start + in_prompt, end) + seq.prompt.rope_delta
 
 
-def _fill_mm_index(seq: Seq, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
+def _fill_mm_index(seq: EngineSequence, start: int, end: int, out: np.ndarray, encoder_cache: EncoderCache) -> None:
     """Rows of the mm_embeds buffer for tokens [start, end) into i32[end - start]."""
     for span in seq.prompt.spans:
         first, last = max(start, span.start), min(end, span.start + span.length)
         if first < last:
             rows = encoder_cache.get(span.item_hash)
-            assert rows is not None, "the scheduler has given every scheduled item its rows"
+            assert rows is not None, "the scheduler has allocated rows for every scheduled item"
             shift = span.embed_offset - span.start
             out[first - start : last - start] = rows[first + shift : last + shift]

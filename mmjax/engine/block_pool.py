@@ -1,4 +1,4 @@
-"""Which blocks of the KV cache are in use, and which hold a prefix that can be used again."""
+"""Allocates the blocks of the KV cache, and finds cached blocks by the hash of the prefix that they end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 class BlockPool:
     """Allocator of block ids 1..num_blocks-1 (padding uses block 0), with a cache of full blocks by their hashes.
 
-    A block without references stays in the cache until it is needed for something else; the block that has been free
-    longest goes first.
+    A block without references stays in the cache until it is allocated again; the block that has been free longest is
+    allocated first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -46,12 +46,12 @@ class BlockPool:
         return block_ids
 
     def free(self, block_ids: Sequence[int]) -> None:
-        """Drop one reference of each block; the tail of a sequence is reused before its head."""
+        """Drop one reference of each block; the last blocks of a sequence are reused before its first."""
         for block_id in reversed(block_ids):
             self._refs[block_id] -= 1
             if self._refs[block_id] == 0:
                 self._free[block_id] = None
-                if block_id not in self._hash_of:  # it is not in the cache, so nothing is lost when it is used first
+                if block_id not in self._hash_of:  # not in the cache, so nothing is lost when it is reused first
                     self._free.move_to_end(block_id, last=False)
 
     def find_cached(self, hashes: Sequence[bytes]) -> list[int]:
@@ -76,13 +76,13 @@ class BlockPool:
         return sum(self._refs[block_id] == 0 for block_id in block_ids)
 
     def cache_block(self, block_id: int, block_hash: bytes) -> None:
-        """Put a full block into the cache, unless another block with the same hash is there."""
+        """Put a full block into the cache, unless a block with the same hash is there already."""
         if block_hash not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
 
     def reset_prefix_cache(self) -> bool:
-        """Empty the cache. False, and nothing done, while any block has a reference."""
+        """Empty the cache. Returns False, and does nothing, while any block has a reference."""
         if self.num_free != self.num_blocks - 1:
             return False
         self._block_of.clear()
@@ -91,7 +91,7 @@ class BlockPool:
 
 
 def block_hash(parent: bytes, token_ids: np.ndarray, media: bytes) -> bytes:
-    """The hash of a full block: of the block before it, its tokens i32[block_size], and the media it overlaps."""
+    """The hash of a full block, from the hash of the block before it, its tokens i32[block_size] and its media."""
     digest = hashlib.blake2b(parent, digest_size=16)
     digest.update(token_ids.tobytes())
     digest.update(media)

@@ -1,4 +1,4 @@
-"""The static sizes of the step's programs, and how a step's arrays lie in the one vector that goes to the device."""
+"""The static sizes of a step's programs, and the layout of the one vector that holds a step's inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mmjax.spec import EncoderSpec, FeatureField
 
 @dataclasses.dataclass(frozen=True)
 class BucketConfig:
-    """Every static size of the step's programs.
+    """Every static size of a step's programs.
 
     token_buckets, seq_buckets: ascending. encoder_buckets: inputs of each encoder, by its name, ascending.
-    num_mm_rows: rows of the mm_embeds buffer. q_block_size: queries per block of a prefill. block_size: tokens per
+    num_mm_rows: rows of the mm_embeds buffer. q_block_size: query tokens per block of a prefill. block_size: tokens per
     block of the KV cache. max_blocks_per_seq: width of the block table. cross_blocks_per_seq: blocks of the encoder's
     keys per sequence, 0 without cross attention. num_rows: rows of the sampling tables; padding uses the last one.
     embed_rows: rows per write of embeddings that need no encoder, 0 where none are accepted.
@@ -46,7 +46,7 @@ class BucketConfig:
         return num_inputs if field.axis == "inputs" else self.num_embeds(encoder, num_inputs)
 
     def max_seqs_in(self, tokens: int) -> int:
-        """Most sequences in a prefill of this many tokens: each has at least one query block."""
+        """The most sequences that fit into a prefill of this many tokens: each takes at least one query block."""
         return min(tokens // self.q_block_size, self.seq_buckets[-1])
 
     def prefill_layout(self, tokens: int) -> PackedLayout:
@@ -60,7 +60,7 @@ class BucketConfig:
             ("seq_index", (b,), "i32"),
             ("q_start", (b,), "i32"),
             ("last_token_index", (s,), "i32"),
-            *self._shared(s),
+            *self._shared_fields(s),
         )
         return PackedLayout(fields)
 
@@ -71,9 +71,9 @@ class BucketConfig:
             ("rope_delta", (seqs,), "i32"),
             ("num_steps", (seqs,), "i32"),
         )
-        return PackedLayout((*fields, *self._shared(seqs)))
+        return PackedLayout((*fields, *self._shared_fields(seqs)))
 
-    def _shared(self, seqs: int) -> LayoutFields:
+    def _shared_fields(self, seqs: int) -> LayoutFields:
         shared: LayoutFields = (
             ("block_table", (seqs, self.max_blocks_per_seq), "i32"),
             ("context_lens", (seqs,), "i32"),

@@ -1,4 +1,4 @@
-"""Counts the programs that XLA is asked to compile: a running engine should compile none."""
+"""Counts compilations by XLA. A running engine should not compile anything."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import jax
 
 @dataclasses.dataclass
 class CompileCounter:
-    """count: programs requested, the same on every run. loaded: those of them that the persistent cache had."""
+    """count: programs that XLA was asked to compile, the same on every run. loaded: how many of them came from the
+    persistent cache instead."""
 
     count: int = 0
     loaded: int = 0
 
     @property
     def cache(self) -> str:
-        """How much the persistent cache had: "cold" (nothing), "warm" (everything) or "mixed"."""
+        """Whether the persistent cache held all programs ("warm"), none ("cold") or some ("mixed")."""
         return "cold" if not self.loaded else "warm" if self.loaded == self.count else "mixed"
 
     def reset(self) -> None:
@@ -33,7 +34,7 @@ class CompileCounter:
 
 @contextmanager
 def count_compiles() -> Iterator[CompileCounter]:
-    """Count until the end of the `with` block, in all threads."""
+    """Count compilations of all threads until the end of the `with` block."""
     compiles = CompileCounter()
     jax.monitoring.register_event_duration_secs_listener(compiles.on_duration)
     jax.monitoring.register_event_listener(compiles.on_event)

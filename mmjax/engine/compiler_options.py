@@ -11,8 +11,8 @@ from mmjax.config import xla_flag_is_set
 
 logger = logging.getLogger(__name__)
 
-# XLA:CPU takes weights out of int8 as a whole before it multiplies. It then orders its work for speed, which holds all
-# layers' copies at once, and moves them out of loops.
+# XLA:CPU converts each int8 matrix to floats before it multiplies. By default it schedules for speed, which keeps the
+# float copies of all layers alive at once, and hoists them out of loops.
 CPU_INT8 = MappingProxyType(
     {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",

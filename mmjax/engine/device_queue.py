@@ -15,8 +15,8 @@ class DeviceQueue:
     """Calls programs one after the other on a thread of its own. call_s: seconds spent inside the calls.
 
     On a GPU the thread that launches the kernels of a decode dispatch is busy for as long as the GPU runs them (92 % of
-    the wall time at batch 1); on the CPU the call computes. In both cases the engine's thread meanwhile reads the
-    results of the dispatch before.
+    the wall time at batch 1); on the CPU the call itself computes. Meanwhile the engine's thread reads the results of
+    the previous dispatch.
     """
 
     def __init__(self) -> None:
@@ -28,17 +28,17 @@ class DeviceQueue:
         """Queue a call of a program."""
 
         def call() -> Out:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             try:
                 return program(*args, **kwargs)
             finally:
-                self.call_s += time.perf_counter() - begin
+                self.call_s += time.perf_counter() - start
 
         future = self._thread.submit(call)
         self._calls.append(future)
         return future
 
     def take_calls(self) -> list[Future[Any]]:
-        """The calls queued since this was last called."""
+        """The calls queued since the last `take_calls`."""
         calls, self._calls = self._calls, []
         return calls

@@ -1,4 +1,4 @@
-"""Which rows of the device's mm_embeds buffer hold which item's embeddings."""
+"""Allocates rows of the device's mm_embeds buffer to media items, and finds cached items by hash."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class CachedEmbeds:
 
 
 class EncoderCache:
-    """Rows of the buffer by item hash. Unused entries stay until their rows are needed; the least recently used goes
-    first."""
+    """Rows of the buffer by item hash. Entries that no sequence uses stay until their rows are needed; the least
+    recently used one is evicted first."""
 
     def __init__(self, num_rows: int) -> None:
         self.capacity = num_rows
@@ -40,11 +40,11 @@ class EncoderCache:
         self._entries.move_to_end(item_hash)
 
     def fits(self, num_rows: int) -> bool:
-        """Whether that many rows can be allocated, if need be by evicting unused entries."""
+        """Whether this many rows can be allocated, evicting unused entries if necessary."""
         return num_rows <= len(self._free) + self._num_unused
 
     def allocate(self, item_hash: str, num_rows: int, seq_id: int) -> np.ndarray:
-        """Rows for a new item, which this sequence uses. The caller has checked `fits`."""
+        """Allocate rows for a new item, used by this sequence. The caller has checked `fits`."""
         unused = iter(self._unused() if num_rows > len(self._free) else ())
         while num_rows > len(self._free):
             self._evict(next(unused))

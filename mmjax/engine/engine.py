@@ -1,11 +1,12 @@
-"""The engine loop: schedule, build, dispatch, read. The host reads one dispatch while the device runs the next."""
+"""The engine loop: schedule, build, dispatch, read. The host reads the results of one dispatch while
+the device runs the next."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -29,16 +30,16 @@ from mmjax.engine.programs import StepOutput
 from mmjax.engine.sampler import PromptLogprobs, token_counts_row
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.spec import ModelSpec
 
-MAX_IN_FLIGHT = 2  # dispatches: one running, one queued behind it. Interleaved decode steps are not counted.
+MAX_IN_FLIGHT = 2  # dispatches: one running and one queued. Interleaved decode steps do not count.
 
 
 @dataclasses.dataclass
 class EngineStats:
-    """Counters since start. wait_s: seconds in which the engine's thread waited for results. host_s: seconds in which
-    it scheduled, built and read in Python. idle_s: the part of host_s during which nothing was in flight.
+    """Counters since start. wait_s: seconds that the engine's thread waited for results. host_s: seconds that it spent
+    in Python on scheduling, building and reading. idle_s: the part of host_s during which nothing was in flight.
     """
 
     dispatches: int = 0
@@ -53,15 +54,15 @@ class EngineStats:
 
 @dataclasses.dataclass
 class InFlightStep:
-    """A dispatch whose results the host has not read. members: (sequence, column of its results, steps it takes).
+    """A dispatch whose results the host has not read. members: (sequence, column of its results, steps to run).
 
-    calls: the device calls queued since the step before; their errors are raised when the results are read.
-    interleaved_decode: one decode step between chunks of prompts. It is done in a fraction of the time that building
-    the next chunk's media takes, and so does not keep the device busy meanwhile.
+    calls: the device calls queued since the previous step; their errors are raised when the results are read.
+    interleaved_decode: a single decode step between two chunks of prompts. It finishes long before the host has built
+    the media of the next chunk, so it does not keep the device busy meanwhile.
     """
 
     output: Future[StepOutput]
-    members: list[tuple[Sequence, int, int]]
+    members: list[tuple[EngineSequence, int, int]]
     calls: list[Future[Any]] = dataclasses.field(default_factory=list)
     interleaved_decode: bool = False
     prompt_chunks: list[PromptChunk] = dataclasses.field(default_factory=list)
@@ -69,7 +70,7 @@ class InFlightStep:
 
 
 class Engine:
-    """Runs sequences to their ends on one replica of the model. Not thread-safe: one thread adds, steps and aborts.
+    """Runs sequences to completion on one replica of the model. Not thread-safe: one thread adds, steps and aborts.
 
     A thread of its own calls the device programs, in order; see `DeviceQueue`.
     """
@@ -97,14 +98,14 @@ class Engine:
         self.stats = EngineStats()
         self._outputs: dict[int, OutputProcessor] = {}
         self._in_flight: deque[InFlightStep] = deque()
-        self._broken: dict[int, Exception] = {}  # by sequence: what its constraint raised while a step was built
+        self._bias_errors: dict[int, Exception] = {}  # by sequence: what its logits processor raised
 
     def add(self, output: OutputProcessor) -> None:
-        """Queue the sequence whose output this processor makes."""
+        """Queue the sequence of this output."""
         self._outputs[output.seq.seq_id] = output
         self.scheduler.add(output.seq)
 
-    def abort(self, outputs: Seq[OutputProcessor]) -> None:
+    def abort(self, outputs: Sequence[OutputProcessor]) -> None:
         """End sequences now; their blocks are freed at once."""
         for output in outputs:
             if not output.seq.finished:
@@ -127,8 +128,8 @@ class Engine:
 
     def step(self) -> list[OutputProcessor]:
         """Dispatch what is scheduled, then read results while too many dispatches are in flight. Returns the outputs
-        that changed. A constraint or an output that raises ends its own sequence only."""
-        begin, waited = time.perf_counter(), self.stats.wait_s
+        that changed. A logits processor or an output processor that raises ends its own sequence only."""
+        start, wait_before = time.perf_counter(), self.stats.wait_s
         was_idle = not self._in_flight
         try:
             scheduled = self.scheduler.schedule(in_flight=bool(self._in_flight))
@@ -137,14 +138,14 @@ class Engine:
         if scheduled:
             self._dispatch(scheduled)
             if was_idle:
-                self.stats.idle_s += time.perf_counter() - begin
-        changed = [self._fail(self._outputs[seq_id], error) for seq_id, error in self._broken.items()]
-        self._broken.clear()
+                self.stats.idle_s += time.perf_counter() - start
+        changed = [self._fail(self._outputs[seq_id], error) for seq_id, error in self._bias_errors.items()]
+        self._bias_errors.clear()
         if scheduled is None and self._in_flight:
             changed += self._collect(self._in_flight.popleft())
         while sum(not step.interleaved_decode for step in self._in_flight) >= MAX_IN_FLIGHT:
             changed += self._collect(self._in_flight.popleft())
-        self.stats.host_s += time.perf_counter() - begin - (self.stats.wait_s - waited)
+        self.stats.host_s += time.perf_counter() - start - (self.stats.wait_s - wait_before)
         return changed
 
     def counters(self) -> dict[str, float]:
@@ -164,13 +165,13 @@ class Engine:
             self.sampling_state.set(seq, self.spec.cross_len)
             self._set_sampling_row(seq)
         for name, encoder in self.spec.encoders.items():
-            work = [encode for encode in scheduled.encode if encode.encoder == name]
-            if work:
-                self.device.run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, work))
-                self.stats.encoded_items += len(work)
-        embedded = [encode for encode in scheduled.encode if encode.item.embeds is not None]
-        if embedded:
-            for embeds, dest in build_embed_writes(self.buckets, embedded):
+            encodes = [encode for encode in scheduled.encode if encode.encoder == name]
+            if encodes:
+                self.device.run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, encodes))
+                self.stats.encoded_items += len(encodes)
+        given_embeds = [encode for encode in scheduled.encode if encode.item.embeds is not None]
+        if given_embeds:
+            for embeds, dest in build_embed_writes(self.buckets, given_embeds):
                 self.device.run(self.runner.write_embeds, embeds, dest)
         if scheduled.prefill or scheduled.decode:
             step = self._prefill(scheduled.prefill) if scheduled.prefill else self._decode(scheduled.decode)
@@ -193,8 +194,8 @@ class Engine:
         return step
 
     def _prompt_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> list[PromptChunk]:
-        """The chunks whose sequences want a result for every prompt token: its hidden state where the engine pools,
-        else the log-probability of the token after it."""
+        """The chunks whose sequences need a result for every prompt token: its hidden state if the engine pools, else
+        the log-probability of the token after it."""
         wanted, offset = [], 0
         for chunk in chunks:
             seq, first, count = chunk.seq, chunk.start, chunk.num_tokens
@@ -205,21 +206,21 @@ class Engine:
             offset += -(-chunk.num_tokens // self.buckets.q_block_size) * self.buckets.q_block_size
         return wanted
 
-    def _decode(self, chosen: tuple[tuple[Sequence, int], ...]) -> InFlightStep:
-        changing = [seq for seq, _ in chosen if seq.logits_processor.dynamic]
-        if changing:
-            biases = {row: self._bias_row(seq) for seq in changing if (row := seq.row) is not None}
+    def _decode(self, scheduled: tuple[tuple[EngineSequence, int], ...]) -> InFlightStep:
+        dynamic = [seq for seq, _ in scheduled if seq.logits_processor.dynamic]
+        if dynamic:
+            biases = {row: self._bias_row(seq) for seq in dynamic if (row := seq.row) is not None}
             self.device.run(
                 self.runner.set_logit_biases, *build_logit_biases(self.buckets, biases, self.spec.vocab_size)
             )
-        seqs, vector = build_decode(self.buckets, chosen, self.sampling_state, self.scheduler.block_tables)
-        max_steps = max(steps for _, steps in chosen)
+        seqs, vector = build_decode(self.buckets, scheduled, self.sampling_state, self.scheduler.block_tables)
+        max_steps = max(steps for _, steps in scheduled)
         output = self.device.run(self.runner.decode, seqs, vector, max_steps)
         self.stats.decode_steps += max_steps
-        return InFlightStep(output, [(seq, column, steps) for column, (seq, steps) in enumerate(chosen)])
+        return InFlightStep(output, [(seq, column, steps) for column, (seq, steps) in enumerate(scheduled)])
 
-    def _set_sampling_row(self, seq: Sequence) -> None:
-        """Write the token counts and biases of a sequence that has just got its row."""
+    def _set_sampling_row(self, seq: EngineSequence) -> None:
+        """Write the token counts and biases of a sequence that has just been given a row."""
         assert seq.row is not None
         counts = None
         if seq.has_penalties:
@@ -228,25 +229,25 @@ class Engine:
         if seq.has_penalties or bias is not None:
             self.device.run(self.runner.set_sampling_row, seq.row, counts, bias)
 
-    def _bias_row(self, seq: Sequence) -> np.ndarray | None:
-        """f32[V] to add to the logits of a sequence's next token; None = nothing, also where its constraint raises."""
+    def _bias_row(self, seq: EngineSequence) -> np.ndarray | None:
+        """f32[V] to add to the logits of a sequence's next token; None = no bias, or its logits processor raised."""
         try:
             return seq.logits_processor.bias_row(seq.output_ids.tolist())
         except Exception as error:
-            self._broken[seq.seq_id] = error
+            self._bias_errors[seq.seq_id] = error
             return None
 
     # -- reading results ---------------------------------------------------------------------------------------------
 
     def _collect(self, step: InFlightStep) -> list[OutputProcessor]:
-        """Wait for a dispatch, let the outputs take its results, and return those that changed."""
-        begin = time.perf_counter()
+        """Wait for a dispatch, give its results to the outputs, and return those that changed."""
+        start = time.perf_counter()
         for call in step.calls:
             call.result()
         logprobs = None if step.prompt_logprobs is None else step.prompt_logprobs.result()
         result = StepResult(step.output.result(), logprobs)
         result.wait()
-        self.stats.wait_s += time.perf_counter() - begin
+        self.stats.wait_s += time.perf_counter() - start
         changed = []
         for chunk in step.prompt_chunks:
             if not chunk.seq.finished:

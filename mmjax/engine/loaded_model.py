@@ -1,4 +1,4 @@
-"""A loaded model: its engines, and the host code before and behind them."""
+"""A loaded model: its engines, and the host code around them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.engine import Engine
 from mmjax.engine.logits.structured_output import CompiledGrammar, GrammarCompiler
 from mmjax.inputs.input_processor import EngineInput, InputProcessor
+from mmjax.inputs.params import ParamsChecker
 from mmjax.inputs.prompt_urls import fetch_prompt
 from mmjax.multimodal.connector import Connect
 from mmjax.spec import ModelSpec
@@ -20,11 +21,11 @@ from mmjax.types import RequestError, SamplingParams
 
 @dataclasses.dataclass
 class LoadedModel:
-    """engines: one per replica. connect: makes what fetches media. generation_config: sampling defaults. eos_ids: end
-    tokens, the primary one first. seeds: of requests that name none. request_ids: of all requests.
+    """engines: one per replica. connect: makes media connectors. generation_config: sampling defaults. eos_ids:
+    end-of-sequence tokens, the primary one first. seeds: for requests without a seed. request_ids: for all requests.
 
-    The thread that steps the engines alone may use them, the two iterators and the reset methods. Everything else may
-    be used from any thread.
+    Only the thread that steps the engines may use them, the two iterators and the reset methods. Everything else may be
+    used from any thread.
     """
 
     engines: list[Engine]
@@ -32,6 +33,7 @@ class LoadedModel:
     chat: ChatRenderer
     connect: Connect
     tokenizer: Tokenizer | None
+    params_checker: ParamsChecker
     grammar_compiler: GrammarCompiler
     spec: ModelSpec
     buckets: BucketConfig
@@ -50,16 +52,16 @@ class LoadedModel:
     # -- prompts -----------------------------------------------------------------------------------------------------
 
     def process(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
-        """A prompt as `LLM.generate` takes it, ready for the engine. TypeError for an object that is not a prompt,
-        RequestError for a prompt that cannot be processed."""
+        """Process a prompt as `LLM.generate` takes it. TypeError for an object that is not a prompt, RequestError for
+        a prompt that cannot be processed."""
         return self.input_processor.process(self.input_processor.parse(prompt), tokenization_kwargs)
 
     def process_chat(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
-        """`process` for a prompt that a chat template has written: special tokens are in its text already."""
+        """`process` for a prompt written by a chat template, whose text already has its special tokens."""
         return self.process(prompt, {"add_special_tokens": False, **(tokenization_kwargs or {})})
 
     async def fetch(self, prompt: Any) -> Any:
-        """A prompt whose media are URLs, with the data they stand for."""
+        """Replace the URLs in a prompt by the media they refer to."""
         return await fetch_prompt(prompt, self.connect, self.input_processor.config)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -82,7 +84,7 @@ class LoadedModel:
         return SamplingParams.from_generation_config(self.generation_config)
 
     def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
-        """The grammar of `structured_outputs`, if there are any. Takes long: keep it off the engine's thread."""
+        """The grammar of `structured_outputs`, if set. Slow: do not call it on the engine's thread."""
         structured = params.structured_outputs
         return None if structured is None else self.grammar_compiler.compile(structured)
 
@@ -93,7 +95,7 @@ class LoadedModel:
         return min(self.engines, key=lambda engine: engine.num_unfinished)
 
     def counters(self) -> dict[str, float]:
-        """Counters since start by name, those of all engines added up: see `LLM.get_metrics`."""
+        """Counters since start by name, summed over the engines; see `LLM.get_metrics`."""
         cache = self.input_processor.cache
         counters: dict[str, float] = {
             "startup_s": self.startup_s,
@@ -107,18 +109,18 @@ class LoadedModel:
         return counters
 
     def load(self) -> tuple[int, int, float]:
-        """(sequences on the device, sequences that wait, share of the KV cache's blocks in use), as they stand."""
+        """(running sequences, waiting sequences, share of the KV cache's blocks in use) at this moment."""
         running = sum(len(engine.scheduler.running) for engine in self.engines)
         waiting = sum(len(engine.scheduler.waiting) for engine in self.engines)
         used = [1 - engine.block_pool.num_free / max(engine.block_pool.num_blocks - 1, 1) for engine in self.engines]
         return running, waiting, max(used)
 
     def reset_mm_cache(self) -> None:
-        """Forget processed media and their embeddings."""
+        """Empty the caches of processed media and of their embeddings."""
         self.input_processor.cache.clear()
         for engine in self.engines:
             engine.encoder_cache.clear()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes. False, and nothing done, while requests run."""
+        """Empty the prefix cache. Returns False, and does nothing, while requests run."""
         return all([engine.block_pool.reset_prefix_cache() for engine in self.engines])

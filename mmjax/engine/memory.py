@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Protocol
+from typing import Protocol
+
+import numpy as np
 
 from mmjax.config import BLOCK_SIZES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, EngineArgs
 from mmjax.engine.buckets import BucketConfig
 from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim, kv_cache_heads, kv_heads_first, q_block_size
 from mmjax.spec import ModelSpec
 
-# Padding between two bucket sizes is wasted work, which a CPU cannot afford; more buckets take longer to compile, and
-# compiling for a GPU is slow.
+# Padding up to a bucket is wasted work, which hurts most on a CPU; more buckets take longer to compile, which hurts
+# most on a GPU.
 MIN_TOKEN_BUCKET = {"cpu": 128, "gpu": 256, "tpu": 256}
 TOKEN_BUCKET_FACTOR = {"cpu": 2, "gpu": 4, "tpu": 4}
-MAX_STOP_IDS = 16  # stop tokens per sequence that the device watches for
-EMBED_ROWS = 256  # embeddings per write of those that need no encoder: an image of most families is one or two writes
+MAX_STOP_IDS = 16  # stop tokens per sequence that the device checks
+EMBED_ROWS = 256  # embeddings per write, if they need no encoder: one or two writes per image in most families
 CPU_CACHE_BYTES = 1 << 30
-WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for the temporary arrays of programs
+WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for temporary arrays of the programs
 
 
 class Device(Protocol):
-    """What is asked of a `jax.Device`."""
+    """The part of `jax.Device` that planning needs."""
 
     def memory_stats(self) -> dict[str, int] | None: ...
 
@@ -41,9 +43,9 @@ class EngineMemory:
     def plan(
         cls, args: EngineArgs, spec: ModelSpec, platform: str, *, kv_dtype: str, tp_size: int, device: Device
     ) -> EngineMemory:
-        """Sizes that fit into the memory of `device`, which holds the weights already.
+        """Choose sizes that fit into the memory of `device`, which already holds the weights.
 
-        Raises ValueError when one sequence of max_model_len tokens does not fit.
+        Raises ValueError if one sequence of max_model_len tokens does not fit.
         """
         planner = _Planner(args, spec, platform)
         budget = planner.cache_bytes(device)
@@ -75,7 +77,7 @@ class _Planner:
     def block_bytes(self, kv_dtype: str, tp_size: int) -> int:
         """Bytes of one block over all layers, on one device."""
         shape, dtype = kv_block_shape(self.spec, self.block_size, kv_dtype, self.platform, tp_size)
-        return 2 * self.spec.num_layers * math.prod(shape) // tp_size * int(dtype.itemsize)
+        return 2 * self.spec.num_layers * math.prod(shape) // tp_size * dtype.itemsize
 
     def cache_bytes(self, device: Device) -> int:
         """Bytes that the KV cache may take on one device."""
@@ -88,13 +90,13 @@ class _Planner:
         return max(free - min(WORKSPACE_BYTES, free // 4), free // 4)
 
     def cache_size(self, budget: int, block_bytes: int) -> tuple[int, int]:
-        """(max_model_len, number of blocks). ValueError when a sequence of max_model_len does not fit the budget."""
+        """(max_model_len, number of blocks). ValueError if a sequence of max_model_len tokens does not fit."""
         cross_blocks = -(-self.spec.cross_len // self.block_size)
         affordable = budget // block_bytes - 1
         requested, positions = self.args.max_model_len, self.spec.max_positions
         if isinstance(requested, int) and requested > positions:
             raise ValueError(
-                f"max_model_len {requested} is greater than the {positions} positions that the model was made for"
+                f"max_model_len {requested} is greater than the {positions} positions that the model supports"
             )
         max_model_len = requested if isinstance(requested, int) and requested > 0 else positions
         fits = (affordable - cross_blocks) * self.block_size
@@ -105,19 +107,19 @@ class _Planner:
                 raise ValueError(
                     f"one sequence of max_model_len {max_model_len} tokens needs "
                     f"{max_model_len * block_bytes / self.block_size / 2**30:.2f} GiB of cache, but only "
-                    f"{budget / 2**30:.2f} GiB are there, enough for {max(fits, 0)} tokens. Lower max_model_len (or "
-                    "set it to 'auto'), or raise "
+                    f"{budget / 2**30:.2f} GiB are available, enough for {max(fits, 0)} tokens. Lower max_model_len "
+                    "(or set it to 'auto'), or raise "
                     f"{'kv_cache_memory_bytes' if self.platform == 'cpu' else 'gpu_memory_utilization'}."
                 )
         useful = self.max_num_seqs * (-(-max_model_len // self.block_size) + cross_blocks)
         return max_model_len, min(affordable, useful if self.platform == "cpu" else affordable) + 1
 
     def mm_rows(self, max_model_len: int) -> int:
-        """Rows of the mm_embeds buffer: at least those of the largest item that a prompt can hold."""
-        least = max((encoder.embeds_per_group for encoder in self.spec.encoders.values()), default=0)
-        if not least and not self.spec.mm_embed_dim:
+        """Rows of the mm_embeds buffer: at least as many as the largest item of a prompt needs."""
+        min_rows = max((encoder.embeds_per_group for encoder in self.spec.encoders.values()), default=0)
+        if not min_rows and not self.spec.mm_embed_dim:
             return 0
-        return max(self.max_num_batched_tokens, least, min(max_model_len, self.spec.max_item_embeds))
+        return max(self.max_num_batched_tokens, min_rows, min(max_model_len, self.spec.max_item_embeds))
 
     def buckets(self, max_model_len: int, num_mm_rows: int) -> BucketConfig:
         """Every static size of the programs."""
@@ -151,9 +153,9 @@ class _Planner:
 
 
 def kv_block_shape(
-    spec: ModelSpec, block_size: int, dtype: Any, platform: str, tp_size: int
-) -> tuple[tuple[int, int, int], Any]:
-    """(shape, dtype) of the KV cache's blocks, with the axis order and padding of the platform's kernels."""
+    spec: ModelSpec, block_size: int, dtype: str, platform: str, tp_size: int
+) -> tuple[tuple[int, int, int], np.dtype]:
+    """(shape, dtype) of a block of the KV cache, with the axis order and padding of the platform's kernels."""
     heads = kv_cache_heads(spec.num_kv_heads // tp_size, platform) * tp_size
     inner = (heads, block_size) if kv_heads_first(platform) else (block_size, heads)
     return (*inner, kv_cache_head_dim(spec.head_dim, platform)), kv_cache_dtype(dtype, platform)

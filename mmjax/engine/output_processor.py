@@ -1,4 +1,4 @@
-"""The seam between the engine and the outputs: the results of a dispatch, and the protocol of what takes them."""
+"""The interface between engine and outputs: the results of a dispatch, and the protocol that outputs implement."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from mmjax.engine.programs import StepOutput
 from mmjax.engine.sampler import PromptLogprobs, SamplerOutput
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptChunk:
-    """Prompt tokens [first, first + num_tokens) of a sequence that wants a result for each of them. offset: where these
-    results begin in the dispatch's arrays."""
+    """Prompt tokens [first, first + num_tokens) of a sequence that needs a result for each of them. offset: where these
+    results start in the dispatch's arrays."""
 
-    seq: Sequence
+    seq: EngineSequence
     offset: int
     first: int
     num_tokens: int
@@ -54,18 +54,18 @@ class StepResult:
 
     def logprobs(self, column: int, token_ids: np.ndarray) -> LogprobsChunk:
         """The log-probabilities of the tokens i32[n] that `token_ids` returned for this column."""
-        s, n = self._sampled, len(token_ids)
-        arrays = (s.logprobs, s.ranks, s.top_ids, s.top_logprobs)
-        if np.ndim(s.token_ids) == 1:  # a prefill samples once
+        sampled, n = self._sampled, len(token_ids)
+        arrays = (sampled.logprobs, sampled.ranks, sampled.top_ids, sampled.top_logprobs)
+        if np.ndim(sampled.token_ids) == 1:  # a prefill samples once
             return LogprobsChunk(token_ids, *(np.asarray(x)[column][None] for x in arrays))
         return LogprobsChunk(token_ids, *(np.asarray(x)[:n, column] for x in arrays))
 
     def prompt_logprobs(self, chunk: PromptChunk) -> LogprobsChunk:
         """The log-probabilities of a chunk of a prompt."""
         assert self._prompt_logprobs is not None
-        here = slice(chunk.offset, chunk.offset + chunk.num_tokens)
+        tokens = slice(chunk.offset, chunk.offset + chunk.num_tokens)
         token_ids = chunk.seq.token_ids[chunk.first : chunk.first + chunk.num_tokens]
-        return LogprobsChunk(token_ids, *(np.asarray(x)[here] for x in self._prompt_logprobs))
+        return LogprobsChunk(token_ids, *(np.asarray(x)[tokens] for x in self._prompt_logprobs))
 
     def last_hidden(self, column: int) -> np.ndarray:
         """f32[1, D]: the hidden state of the last prompt token of the sequence in this column."""
@@ -98,16 +98,16 @@ class OutputProcessor(Protocol):
     """Makes the output of one sequence from what the device computes for it. Only the engine's thread calls it.
 
     finish_reason: None until the output is complete. stop_reason: the stop token or stop string that ended it. error:
-    set by the engine when the output could not be made.
+    set by the engine if the output could not be made.
     """
 
-    seq: Sequence
+    seq: EngineSequence
     finish_reason: str | None
     stop_reason: int | str | None
     error: Exception | None
 
     def take_prompt(self, result: StepResult, chunk: PromptChunk) -> None:
-        """Take the results of a chunk of the prompt. Called only for sequences with `needs_all_tokens`."""
+        """Take the results for a chunk of the prompt. Only called for sequences with `needs_all_tokens`."""
         ...
 
     def take(self, result: StepResult, column: int, steps: int) -> None:
@@ -116,5 +116,5 @@ class OutputProcessor(Protocol):
         ...
 
     def finish(self, reason: str, stop: int | str | None) -> None:
-        """End the output: it is complete, or its request was aborted."""
+        """End the output, because it is complete or its request was aborted."""
         ...

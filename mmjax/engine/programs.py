@@ -1,33 +1,35 @@
-"""The device programs of a step, before they are compiled: pure functions of parameters, state and inputs."""
+"""The device programs of a step, not yet compiled: pure functions of parameters, state and inputs."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 
 from mmjax.batch import Batch, KVCache, nest
 from mmjax.engine import sampler
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.sampling_state import SAMPLING_FIELDS
+from mmjax.models.base import CrossModel, Model
 from mmjax.nn.weight import WeightValue
 from mmjax.spec import ModelSpec
 
 Array = jax.Array
 Params = list[WeightValue]
-LOGPROB_BLOCK = 128  # hidden states per block of prompt log-probabilities: bounds the logits that exist at once
+LOGPROB_BLOCK = 128  # hidden states per block of prompt log-probabilities; bounds the memory for logits
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceState:
-    """All that lives on the device between steps; donated to every program that changes it.
+    """Everything that stays on the device between steps. It is donated to every program that changes it.
 
     mm_embeds: [M, W], embeddings of media. last_token: i32[R] and stopped: bool[R], each row's newest token and whether
     it was a stop. token_counts: i32[R, V] and logit_bias: f32[R, V], see `sampler`.
@@ -44,10 +46,10 @@ class DeviceState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepOutput:
-    """What a prefill or decode program gives, on the device.
+    """The results of a prefill or decode program, on the device.
 
-    sampled: of a generating engine; its arrays have a leading axis of steps after a decode. last_hidden: f32[S, D] of
-    a pooling engine, the hidden states where prompts end. hidden: [T, D] of a prefill.
+    sampled: if the engine generates; after a decode its arrays have a leading axis of steps. last_hidden: f32[S, D], if
+    the engine pools: the hidden states at the ends of prompts. hidden: [T, D], after a prefill.
     """
 
     sampled: sampler.SamplerOutput | None = None
@@ -68,8 +70,8 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class StepFunctions:
-    """The functions that the programs compute. paths: of the parameters, in order. stops_early: whether a decode loop
-    ends as soon as every row has stopped, instead of running its full length."""
+    """The functions that programs run. paths: the parameters' names, in order. stops_early: whether a decode loop ends
+    as soon as every row has stopped, instead of running its full length."""
 
     graph: nnx.GraphDef[Any]
     paths: tuple[str, ...]
@@ -78,14 +80,15 @@ class StepFunctions:
     replicated: NamedSharding
     stops_early: bool
 
-    def _model(self, params: Params) -> Any:
-        return nnx.merge(self.graph, nest(dict(zip(self.paths, params, strict=True))))
+    def _model(self, params: Params) -> Model:
+        model: Model = nnx.merge(self.graph, nest(dict(zip(self.paths, params, strict=True))))
+        return model
 
     @jax.named_scope("sampler")
     def _sample(
-        self, model: Any, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
+        self, model: Model, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
     ) -> tuple[DeviceState, sampler.SamplerOutput]:
-        """Sample one token from hidden [S, D] for the rows that are active bool[S]."""
+        """Sample one token from hidden [S, D] for each row where active bool[S] is set."""
         logits = jax.lax.with_sharding_constraint(model.logits(hidden), self.replicated)
         metadata = sampler.SamplingMetadata(
             **{name: f[name] for name, _ in SAMPLING_FIELDS}, seed=f["seed"], stop_ids=f["stop_ids"]
@@ -116,14 +119,14 @@ class StepFunctions:
     def prefill(
         self, params: Params, state: DeviceState, vector: Array, *, tokens: int
     ) -> tuple[DeviceState, StepOutput]:
-        """Run T tokens of prompts, and sample for the sequences whose prompts end here. An engine that pools returns
-        the hidden states there instead."""
+        """Run T prompt tokens, and sample one token for each sequence whose prompt ends here. An engine that pools
+        returns the hidden states at these ends instead."""
         f = self.buckets.prefill_layout(tokens).unpack(vector)
         block_size, q_block = self.buckets.block_size, self.buckets.q_block_size
         model = self._model(params)
         seq_index = jnp.repeat(f["seq_index"], q_block, total_repeat_length=tokens)
-        at = f["positions"].clip(0)
-        slots = f["block_table"][seq_index, at // block_size] * block_size + at % block_size
+        positions = f["positions"].clip(0)
+        slots = f["block_table"][seq_index, positions // block_size] * block_size + positions % block_size
         batch = Batch(
             token_ids=f["token_ids"],
             rope_positions=f["rope_positions"],
@@ -147,25 +150,25 @@ class StepFunctions:
     def decode(
         self, params: Params, state: DeviceState, vector: Array, *, seqs: int, steps: int, greedy: bool
     ) -> tuple[DeviceState, StepOutput]:
-        """Up to `steps` tokens for each of S sequences, fed back on the device; -1 where a row had stopped.
+        """Sample up to `steps` tokens for each of S sequences, and feed them back on the device. Tokens are -1 where a
+        row had stopped.
 
         greedy: no row asks for more than its likeliest token.
         """
         f = self.buckets.decode_layout(seqs).unpack(vector)
         model = self._model(params)
-        blank = self._blank(seqs, steps)
 
-        def alive(step: Array, state: DeviceState) -> Array:
+        def is_active(step: Array, state: DeviceState) -> Array:
             return (step < f["num_steps"]) & ~state.stopped[f["row"]]
 
-        def more(carry: tuple[Array, DeviceState, sampler.SamplerOutput]) -> Array:
-            return jnp.any(alive(carry[0], carry[1]))
+        def any_active(carry: tuple[Array, DeviceState, sampler.SamplerOutput]) -> Array:
+            return jnp.any(is_active(carry[0], carry[1]))
 
-        def one(
+        def decode_step(
             carry: tuple[Array, DeviceState, sampler.SamplerOutput],
         ) -> tuple[Array, DeviceState, sampler.SamplerOutput]:
             step, state, out = carry
-            active = alive(step, state)
+            active = is_active(step, state)
             batch = self._decode_batch(f, state.last_token, step, active)
             hidden, kv_cache = model(batch, state.kv_cache, state.mm_embeds)
             state = dataclasses.replace(state, kv_cache=kv_cache)
@@ -173,34 +176,34 @@ class StepFunctions:
                 state, token_ids = self._sample_greedy(model, hidden, f, state, active)
                 new = jnp.where(active, token_ids, -1)
                 return step + 1, state, dataclasses.replace(out, token_ids=out.token_ids.at[step].set(new))
-            now = dict(f) | {
+            fields = dict(f) | {
                 "output_len": f["output_len"] + step,
                 "min_tokens_left": (f["min_tokens_left"] - step).clip(0),
             }
-            state, sampled = self._sample(model, hidden, now, state, active)
+            state, sampled = self._sample(model, hidden, fields, state, active)
             sampled = dataclasses.replace(sampled, token_ids=jnp.where(active, sampled.token_ids, -1))
-            out = jax.tree.map(lambda all, new: all.at[step].set(new), out, sampled)
+            out = jax.tree.map(lambda steps, new: steps.at[step].set(new), out, sampled)
             return step + 1, state, out
 
-        start = (jnp.int32(0), state, blank)
+        start = (jnp.int32(0), state, self._empty_output(seqs, steps))
         if self.stops_early:
-            _, state, out = jax.lax.while_loop(more, one, start)
+            _, state, out = jax.lax.while_loop(any_active, decode_step, start)
         else:
-            _, state, out = jax.lax.fori_loop(0, steps, lambda _, carry: one(carry), start)
+            _, state, out = jax.lax.fori_loop(0, steps, lambda _, carry: decode_step(carry), start)
         return state, StepOutput(sampled=out)
 
     def _decode_batch(self, f: Mapping[str, Array], last_token: Array, step: Array, active: Array) -> Batch:
         """The newest token of each of S sequences, after `step` tokens of this loop. Rows that are not active
         bool[S] neither write keys nor attend."""
-        own = jnp.arange(active.shape[0], dtype=jnp.int32)
+        seq_index = jnp.arange(active.shape[0], dtype=jnp.int32)
         positions, block_size = f["positions"] + step, self.buckets.block_size
-        slots = f["block_table"][own, positions // block_size] * block_size + positions % block_size
+        slots = f["block_table"][seq_index, positions // block_size] * block_size + positions % block_size
         return Batch(
             token_ids=last_token[f["row"]],
-            rope_positions=jnp.broadcast_to(positions + f["rope_delta"], (self.buckets.rope_axes, *own.shape)),
-            mm_index=jnp.full_like(own, -1),
+            rope_positions=jnp.broadcast_to(positions + f["rope_delta"], (self.buckets.rope_axes, *seq_index.shape)),
+            mm_index=jnp.full_like(seq_index, -1),
             slot_mapping=jnp.where(active, slots, -1),
-            seq_index=own,
+            seq_index=seq_index,
             q_start=positions,
             block_table=f["block_table"],
             context_lens=jnp.where(active, positions + 1, 0),
@@ -208,30 +211,32 @@ class StepFunctions:
             cross_context_lens=jnp.where(active, f["cross_context_lens"], 0),
         )
 
-    def _blank(self, seqs: int, k: int) -> sampler.SamplerOutput:
+    def _empty_output(self, seqs: int, steps: int) -> sampler.SamplerOutput:
         top = self.buckets.max_logprobs
         return sampler.SamplerOutput(
-            token_ids=jnp.full((k, seqs), -1, jnp.int32),
-            logprobs=jnp.zeros((k, seqs), jnp.float32),
-            ranks=jnp.zeros((k, seqs), jnp.int32),
-            top_ids=jnp.zeros((k, seqs, top), jnp.int32),
-            top_logprobs=jnp.zeros((k, seqs, top), jnp.float32),
+            token_ids=jnp.full((steps, seqs), -1, jnp.int32),
+            logprobs=jnp.zeros((steps, seqs), jnp.float32),
+            ranks=jnp.zeros((steps, seqs), jnp.int32),
+            top_ids=jnp.zeros((steps, seqs, top), jnp.int32),
+            top_logprobs=jnp.zeros((steps, seqs, top), jnp.float32),
         )
 
     def encode(
         self, params: Params, state: DeviceState, features: Mapping[str, Array], dest: Array, *, name: str
     ) -> DeviceState:
-        """Encode media, and write the embeddings where the batch will look for them."""
+        """Encode media, and write the embeddings to the rows `dest` of mm_embeds; for cross attention, write keys and
+        values to the slots `dest` of the KV cache."""
         model = self._model(params)
         with jax.named_scope(name):
             encoded = model.encode(name, features)
         if self.spec.is_encoder_decoder:
-            return dataclasses.replace(state, kv_cache=model.write_cross_kv(encoded, state.kv_cache, dest))
+            kv_cache = cast(CrossModel, model).write_cross_kv(encoded, state.kv_cache, dest)
+            return dataclasses.replace(state, kv_cache=kv_cache)
         mm_embeds = state.mm_embeds.at[dest].set(encoded.astype(state.mm_embeds.dtype), mode="drop")
         return dataclasses.replace(state, mm_embeds=mm_embeds)
 
     def write_embeds(self, state: DeviceState, rows: Array, dest: Array) -> DeviceState:
-        """Write embeddings that need no encoder."""
+        """Write embeddings that need no encoder to the rows `dest` of mm_embeds."""
         return dataclasses.replace(
             state, mm_embeds=state.mm_embeds.at[dest].set(rows.astype(state.mm_embeds.dtype), mode="drop")
         )
@@ -241,11 +246,11 @@ class StepFunctions:
         model = self._model(params)
         block = min(LOGPROB_BLOCK, hidden.shape[0])
 
-        def one(part: tuple[Array, Array]) -> Any:
-            logits = jax.lax.with_sharding_constraint(model.logits(part[0]), self.replicated)
-            return sampler.prompt_logprobs(logits, part[1], self.buckets.max_logprobs)
+        def of_block(inputs: tuple[Array, Array]) -> sampler.PromptLogprobs:
+            logits = jax.lax.with_sharding_constraint(model.logits(inputs[0]), self.replicated)
+            return sampler.prompt_logprobs(logits, inputs[1], self.buckets.max_logprobs)
 
-        out = jax.lax.map(one, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block)))
+        out = jax.lax.map(of_block, (hidden.reshape(-1, block, hidden.shape[1]), targets.reshape(-1, block)))
         logprobs: sampler.PromptLogprobs = jax.tree.map(lambda x: x.reshape(hidden.shape[0], *x.shape[2:]), out)
         return logprobs
 
@@ -256,13 +261,13 @@ class StepFunctions:
         )
 
     def set_logit_biases(self, state: DeviceState, rows: Array, biases: Array) -> DeviceState:
-        """Set what is added to the logits of some rows."""
+        """Set the logit biases of some rows."""
         return dataclasses.replace(state, logit_bias=state.logit_bias.at[rows].set(biases))
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramInputs:
-    """What the arguments of programs are made of: parameters and state, or only their shapes and shardings."""
+    """The arguments that programs share: parameters and state, or only their shapes and shardings."""
 
     functions: StepFunctions
     params: Params
@@ -273,8 +278,8 @@ class ProgramInputs:
     def state_sharding(self) -> Any:
         return jax.tree.map(lambda x: x.sharding, self.state)
 
-    def array(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An input that every device gets whole."""
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+        """The shape of an input that is replicated on every device."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.functions.replicated)
 
 
@@ -286,7 +291,7 @@ class ProgramKey(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Prefill:
-    """A prefill of chunks of prompts, `tokens` in all."""
+    """A prefill of `tokens` prompt tokens in all."""
 
     tokens: int
 
@@ -323,7 +328,7 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class Encode:
-    """An encoding of media by the named encoder, of `num_inputs` inputs."""
+    """An encoding of `num_inputs` inputs by the named encoder."""
 
     encoder: str
     num_inputs: int

@@ -3,16 +3,16 @@
 The order of operations, per row (S rows of V logits):
 
  1. log-probabilities and ranks are of the raw logits, before anything below;
- 2. while min_tokens_left > 0 the stop ids are impossible;
+ 2. while min_tokens_left > 0, stop ids are excluded;
  3. logit_bias is added: the request's, and -inf for tokens that are not allowed; in transcripts with timestamps, where
     all timestamp tokens together are now likelier than any other token, only they remain;
  4. penalties, as defined by the CTRL paper (repetition, over prompt and output) and OpenAI (presence, frequency, over
     the output only);
  5. temperature 0: the first of the largest logits. Otherwise logits / temperature, then
- 6. min_p, top_k, top_p, each on what the previous one left; ties at a threshold are all kept;
+ 6. min_p, top_k, top_p, each applied to the tokens left by the previous one; tokens tied at a threshold all stay;
  7. one token is drawn by the Gumbel-max trick.
 
-What no row of a batch needs is skipped at run time (`lax.cond`). Measured with S = 16, V = 151936, in ms:
+Steps that no row of a batch needs are skipped at run time (`lax.cond`). Measured with S = 16, V = 151936, in ms:
 
                  greedy  temperature  + min_p  + top_k  + top_p  penalties or bias  |  jnp.argmax  jnp.sort
     one CPU core    1.0          7.0      7.0       30       30                  3  |          12       657
@@ -46,16 +46,16 @@ PromptLogprobs = tuple[Array, Array, Array, Array]
 class SamplingMetadata:
     """The sampling parameters and state of the S rows of a step."""
 
-    temperature: Array  # f32[S]; 0 = greedy
+    temperature: Array  # f32[S]; this and the next six are fields of SamplingParams, and "off" is the same value
     top_k: Array  # i32[S]; 0 = off
-    top_p: Array  # f32[S]; 1 = off
-    min_p: Array  # f32[S]; 0 = off
-    presence_penalty: Array  # f32[S]; 0 = off
-    frequency_penalty: Array  # f32[S]; 0 = off
-    repetition_penalty: Array  # f32[S]; 1 = off
+    top_p: Array  # f32[S]
+    min_p: Array  # f32[S]
+    presence_penalty: Array  # f32[S]
+    frequency_penalty: Array  # f32[S]
+    repetition_penalty: Array  # f32[S]
     seed: Array  # i32[S, 2]; the low 64 bits of the request's seed, low word first
     output_len: Array  # i32[S]; how many output tokens the sequence already has
-    row: Array  # i32[S]; the sequence's row of token_counts and logit_bias; padding has a row that no sequence has
+    row: Array  # i32[S]; the sequence's row of token_counts and logit_bias; padding uses a row that no sequence has
     has_penalties: Array  # bool[S]; False = the three penalties are ignored and token_counts neither read nor updated
     has_bias: Array  # bool[S]; False = logit_bias is ignored
     first_timestamp: Array  # i32[S]; of biased rows: the id from which all tokens are timestamps; 0 = none is
@@ -77,7 +77,7 @@ class SamplerOutput:
 
 
 def token_counts_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab: int) -> np.ndarray:
-    """On the host: one row i32[V] of token_counts. Ids outside the vocabulary (of embeddings) are left out."""
+    """Compute one row i32[V] of token_counts on the host. Ids outside the vocabulary (of embeddings) are ignored."""
 
     def valid(ids: Sequence[int]) -> np.ndarray:
         array = np.asarray(ids, np.int64).reshape(-1)
@@ -91,7 +91,7 @@ def token_counts_row(prompt_ids: Sequence[int], output_ids: Sequence[int], vocab
 def count_tokens(token_counts: Array, metadata: SamplingMetadata, token: Array, active: Array) -> Array:
     """Count token i32[S] in token_counts i32[R, V] for rows that are active bool[S] and have penalties.
 
-    In place when token_counts is donated. Other rows are dropped, so several padding rows may share one table row.
+    In place if token_counts is donated. Updates of other rows are dropped, so padding rows may share one table row.
     """
     row = jnp.where(active & metadata.has_penalties, metadata.row, token_counts.shape[0])
     return token_counts.at[row, token].add(jnp.int32(1), mode="drop")
@@ -145,7 +145,7 @@ def prompt_logprobs(logits: Array, targets: Array, num_logprobs: int) -> PromptL
 
 
 def _choose(logits: Array, metadata: SamplingMetadata, token_counts: Array, logit_bias: Array) -> Array:
-    """The token of each row, where some row has more than greedy sampling."""
+    """The token of each row, when some row needs more than the argmax of its logits."""
     adjusted = metadata.has_penalties | metadata.has_bias | (metadata.min_tokens_left > 0)
     x = _when(adjusted, lambda x: _adjust(x, metadata, token_counts, logit_bias), logits)
     drawn = metadata.temperature > 0
@@ -153,7 +153,7 @@ def _choose(logits: Array, metadata: SamplingMetadata, token_counts: Array, logi
 
 
 def _when(needed: Array, change: Callable[[Array], Array], x: Array) -> Array:
-    """change(x) if any row needs it, else x: which costs a copy of x, so do not chain these on the common path."""
+    """change(x) if any row needs it, else x. Returning x costs a copy, so do not chain these on the common path."""
     return lax.cond(jnp.any(needed), change, lambda x: x, x)
 
 
@@ -200,7 +200,7 @@ def _draw(x: Array, metadata: SamplingMetadata) -> Array:
     x = x / jnp.where(metadata.temperature > 0, metadata.temperature, jnp.float32(1))[:, None]
 
     def key(seed: Array, index: Array) -> Array:
-        words = seed[::-1].astype(jnp.uint32)  # as jax.random.key(seed) has them
+        words = seed[::-1].astype(jnp.uint32)  # in the order of jax.random.key(seed)
         return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index.astype(jnp.uint32))
 
     return _categorical(_weights(x, metadata), jax.vmap(key)(metadata.seed, metadata.output_len))
@@ -209,7 +209,7 @@ def _draw(x: Array, metadata: SamplingMetadata) -> Array:
 def _weights(x: Array, metadata: SamplingMetadata) -> Array:
     """f32[S, V]: probabilities of x f32[S, V] relative to the likeliest token's, 0 where step 6 excludes a token.
 
-    The likeliest token is never excluded. Each exclusion is one threshold per row; only its search may be skipped.
+    The likeliest token is never excluded. Each rule is one threshold per row; only the search for it may be skipped.
     """
     size, vocab = x.shape
     best = jnp.max(x, axis=-1, keepdims=True)

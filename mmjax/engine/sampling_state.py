@@ -6,26 +6,25 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mmjax.engine.sequence import Sequence as Seq
+from mmjax.engine.sequence import EngineSequence
+from mmjax.types import SAMPLING_PARAMETERS
 
-SAMPLING_FIELDS: tuple[tuple[str, str], ...] = (
-    ("temperature", "f32"),
-    ("top_k", "i32"),
-    ("top_p", "f32"),
-    ("min_p", "f32"),
-    ("presence_penalty", "f32"),
-    ("frequency_penalty", "f32"),
-    ("repetition_penalty", "f32"),
-    ("output_len", "i32"),
-    ("row", "i32"),
+PARAMETERS: tuple[tuple[str, str], ...] = tuple(
+    (name, parameter.dtype) for name, parameter in SAMPLING_PARAMETERS.items() if parameter.dtype is not None
+)
+# What of a sequence never changes while it has its row: its parameters, and what is derived from them.
+ROW_FIELDS = (
+    *PARAMETERS,
     ("has_penalties", "bool"),
     ("has_bias", "bool"),
     ("first_timestamp", "i32"),
-    ("min_tokens_left", "i32"),
     ("want_logprobs", "bool"),
 )
+SAMPLING_FIELDS = (*ROW_FIELDS, ("output_len", "i32"), ("row", "i32"), ("min_tokens_left", "i32"))
+"""(name, dtype) of each field of `sampler.SamplingMetadata` that is one number per sequence of a batch."""
 
-
+# Padding sequences have all parameters off. Those that are off at 0 are left out: a packed batch begins as zeros.
+PADDING = tuple((name, off) for name, _ in PARAMETERS if (off := SAMPLING_PARAMETERS[name].off))
 LARGEST = np.iinfo(np.int32).max  # more than any vocabulary or length
 
 
@@ -41,29 +40,22 @@ def all_plain_greedy(f: Mapping[str, np.ndarray]) -> bool:
 class SamplingState:
     """What the sampler must know of each running sequence, by table row, so that packing a step is a few gathers."""
 
-    FIELDS = (
-        *((name, dtype) for name, dtype in SAMPLING_FIELDS if name not in ("output_len", "row", "min_tokens_left")),
-    )
-
     def __init__(self, num_rows: int, max_stop_ids: int, cross_blocks_per_seq: int) -> None:
         n = num_rows
-        self.fields = {name: np.zeros(n, np.float32 if dtype == "f32" else np.int32) for name, dtype in self.FIELDS}
+        self.fields = {name: np.zeros(n, np.float32 if dtype == "f32" else np.int32) for name, dtype in ROW_FIELDS}
         self.fields["seed"] = np.zeros((n, 2), np.int32)
         self.fields["stop_ids"] = np.full((n, max_stop_ids), -1, np.int32)
         self.fields["cross_block_table"] = np.zeros((n, cross_blocks_per_seq), np.int32)
         self.fields["cross_context_lens"] = np.zeros(n, np.int32)
         self.min_tokens = np.zeros(n, np.int32)
 
-    def set(self, seq: Seq, cross_keys: int) -> None:
-        """Note a sequence that has just got its row."""
+    def set(self, seq: EngineSequence, cross_keys: int) -> None:
+        """Fill the row that a sequence has just been given."""
         p, f, row = seq.params, self.fields, seq.row
-        f["temperature"][row] = p.temperature
-        f["top_k"][row] = min(max(p.top_k, 0), LARGEST)
-        f["top_p"][row] = p.top_p
-        f["min_p"][row] = p.min_p
-        f["presence_penalty"][row] = p.presence_penalty
-        f["frequency_penalty"][row] = p.frequency_penalty
-        f["repetition_penalty"][row] = p.repetition_penalty
+        for name, dtype in PARAMETERS:
+            value = getattr(p, name)
+            # top_k may be -1, and larger than an int32
+            f[name][row] = min(max(value, 0), LARGEST) if dtype == "i32" else value
         f["has_penalties"][row] = seq.has_penalties
         f["has_bias"][row] = seq.has_bias
         f["first_timestamp"][row] = seq.logits_processor.first_timestamp

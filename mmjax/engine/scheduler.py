@@ -1,4 +1,4 @@
-"""Which sequences run in the next dispatch, and how many tokens of each. Touches no tensor."""
+"""Decides which sequences run in the next dispatch, and how many tokens of each. Uses no device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from mmjax.engine.block_pool import BlockPool
 from mmjax.engine.encoder_cache import EncoderCache
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.processors.base import MediaItem
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """What one dispatch can hold.
+    """The limits of one dispatch.
 
     q_block_size: a prefill rounds each chunk up to a multiple of it. max_encoder_inputs: by encoder name. encoder_of:
     modality -> encoder name. cross_len: keys per item that cross attention reads, 0 for decoder-only models.
@@ -35,9 +35,9 @@ class SchedulerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledChunk:
-    """Tokens [start, start + num_tokens) of a sequence. is_last: no more tokens need a prefill after these."""
+    """Tokens [start, start + num_tokens) of a sequence. is_last: the sequence needs no more prefill after these."""
 
-    seq: Sequence
+    seq: EngineSequence
     start: int
     num_tokens: int
     is_last: bool
@@ -46,7 +46,7 @@ class ScheduledChunk:
 @dataclasses.dataclass(frozen=True)
 class ScheduledEncode:
     """One item for the named encoder, whose output goes to rows i32[n] of the mm_embeds buffer, or into blocks for
-    cross attention. The name is empty for an item that came as embeddings."""
+    cross attention. The name is empty for an item given as embeddings."""
 
     encoder: str
     item: MediaItem
@@ -58,15 +58,15 @@ class ScheduledEncode:
 class SchedulerOutput:
     """One dispatch: chunks of prompts (and the media they need), or decode steps.
 
-    decode: (sequence, steps it takes). interleaved_decode: it is one decode step, and more chunks of prompts follow.
-    started: sequences that have just got a row.
+    decode: (sequence, steps it takes). interleaved_decode: it is a single decode step, and more chunks of prompts
+    follow. started: sequences that have just been given a row.
     """
 
     encode: tuple[ScheduledEncode, ...] = ()
     prefill: tuple[ScheduledChunk, ...] = ()
-    decode: tuple[tuple[Sequence, int], ...] = ()
+    decode: tuple[tuple[EngineSequence, int], ...] = ()
     interleaved_decode: bool = False
-    started: tuple[Sequence, ...] = ()
+    started: tuple[EngineSequence, ...] = ()
 
 
 class NeedsResults(Exception):
@@ -74,8 +74,8 @@ class NeedsResults(Exception):
 
 
 class Scheduler:
-    """First come, first served. Long prompts run in chunks, with a decode step between two of them. Where blocks run
-    out, the youngest sequence is preempted."""
+    """First come, first served. Long prompts run in chunks, with a decode step between two chunks. If blocks run out,
+    the youngest sequence is preempted."""
 
     def __init__(
         self, config: SchedulerConfig, block_pool: BlockPool, encoder_cache: EncoderCache, *, prefix_caching: bool
@@ -84,14 +84,14 @@ class Scheduler:
         self.block_pool = block_pool
         self.encoder_cache = encoder_cache
         self.prefix_caching = prefix_caching
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[EngineSequence] = deque()
+        self.running: list[EngineSequence] = []
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self.block_tables = np.zeros((config.max_num_seqs, config.max_blocks_per_seq), np.int32)
         self.preemptions = 0
         self._prefilled_last = False
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: EngineSequence) -> None:
         """Queue a sequence."""
         self.waiting.append(seq)
 
@@ -101,9 +101,9 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def schedule(self, *, in_flight: bool) -> SchedulerOutput | None:
-        """The next dispatch, or None when there is nothing to do.
+        """The next dispatch, or None if there is nothing to do.
 
-        Raises NeedsResults when that depends on results still in flight.
+        Raises NeedsResults if that depends on results still in flight.
         """
         decode_turn = self._prefilled_last and bool(self._decodable())
         output = None if decode_turn else self._schedule_prefill()
@@ -118,8 +118,8 @@ class Scheduler:
         self._prefilled_last = output is not None and bool(output.prefill)
         return output
 
-    def finish(self, seq: Sequence) -> None:
-        """Forget a sequence and free its row and blocks."""
+    def finish(self, seq: EngineSequence) -> None:
+        """Remove a sequence, and free its row and blocks."""
         seq.finished = True
         if seq.row is not None:
             self.running.remove(seq)
@@ -127,7 +127,7 @@ class Scheduler:
         elif seq in self.waiting:
             self.waiting.remove(seq)
 
-    def cache_blocks(self, seq: Sequence, num_computed: int) -> None:
+    def cache_blocks(self, seq: EngineSequence, num_computed: int) -> None:
         """Put the full blocks within the first `num_computed` tokens into the prefix cache."""
         if not self.prefix_caching:
             return
@@ -136,7 +136,7 @@ class Scheduler:
             self.block_pool.cache_block(seq.block_ids[i], hashes[i])
         seq.num_hashed_blocks = max(seq.num_hashed_blocks, len(hashes))
 
-    def _decodable(self) -> list[Sequence]:
+    def _decodable(self) -> list[EngineSequence]:
         return [s for s in self.running if not s.is_prefilling and s.num_sampled < s.max_tokens]
 
     def _schedule_decode(self, in_flight: bool, *, interleaved: bool) -> SchedulerOutput | None:
@@ -146,9 +146,9 @@ class Scheduler:
             if in_flight:
                 raise NeedsResults
             steps = 1
-        chosen = []
+        scheduled = []
         for seq in ready:
-            if seq.row is None:  # this loop has preempted it
+            if seq.row is None:  # preempted by this loop
                 continue
             n = min(steps, seq.max_tokens - seq.num_sampled)
             if self._allocate(seq, seq.num_scheduled + n) or (n > 1 and self._allocate(seq, seq.num_scheduled + 1)):
@@ -158,14 +158,14 @@ class Scheduler:
             else:
                 n = self._preempt_for(seq)
             if n:
-                chosen.append((seq, n))
-        chosen = [(seq, n) for seq, n in chosen if seq.row is not None]
-        for seq, n in chosen:
+                scheduled.append((seq, n))
+        scheduled = [(seq, n) for seq, n in scheduled if seq.row is not None]
+        for seq, n in scheduled:
             seq.num_scheduled += n
-        return SchedulerOutput(decode=tuple(chosen), interleaved_decode=interleaved) if chosen else None
+        return SchedulerOutput(decode=tuple(scheduled), interleaved_decode=interleaved) if scheduled else None
 
-    def _allocate(self, seq: Sequence, num_tokens: int) -> bool:
-        """Give the sequence blocks for that many tokens. False where too few are free."""
+    def _allocate(self, seq: EngineSequence, num_tokens: int) -> bool:
+        """Give the sequence enough blocks for this many tokens. Returns False if too few are free."""
         more = self.block_pool.blocks_for(num_tokens) - len(seq.block_ids)
         if more > self.block_pool.num_free:
             return False
@@ -175,8 +175,8 @@ class Scheduler:
             seq.block_ids.extend(block_ids)
         return True
 
-    def _preempt_for(self, seq: Sequence) -> int:
-        """Preempt the youngest sequences until `seq` can take one step. Returns its steps: 0 if it was itself
+    def _preempt_for(self, seq: EngineSequence) -> int:
+        """Preempt the youngest sequences until `seq` can run one step. Returns its steps: 0 if it was itself
         preempted, else 1."""
         while not self._allocate(seq, seq.num_scheduled + 1):
             victim = self.running[-1]
@@ -189,7 +189,7 @@ class Scheduler:
                 return 0
         return 1
 
-    def _free(self, seq: Sequence) -> None:
+    def _free(self, seq: EngineSequence) -> None:
         assert seq.row is not None
         self.block_pool.free(seq.block_ids)
         self.block_pool.free(seq.cross_block_ids)
@@ -203,7 +203,7 @@ class Scheduler:
         budget, q_block_size = self.config.max_num_batched_tokens, self.config.q_block_size
         chunks: list[ScheduledChunk] = []
         encode: list[ScheduledEncode] = []
-        started: list[Sequence] = []
+        started: list[EngineSequence] = []
         for seq in [s for s in self.running if s.is_prefilling] + list(self.waiting):
             if budget < q_block_size or len(chunks) == self.config.max_num_seqs:
                 break
@@ -219,16 +219,16 @@ class Scheduler:
             chunks.append(ScheduledChunk(seq, seq.num_scheduled, count, is_last))
             seq.num_scheduled += count
             budget -= -(-count // q_block_size) * q_block_size
-            # They are not computed yet, but the device runs in order: another sequence that uses them reads them later.
+            # Not computed yet, but the device runs dispatches in order: whoever finds these blocks reads them later.
             self.cache_blocks(seq, seq.num_scheduled)
-        for chunk in chunks:  # not earlier: this dispatch still reads these rows, so it must not overwrite them
+        for chunk in chunks:  # after the loop: this dispatch reads these rows, so no item of it may overwrite them
             self._release_media(chunk.seq)
         if not chunks and not encode:
             return None
         return SchedulerOutput(encode=tuple(encode), prefill=tuple(chunks), started=tuple(started))
 
-    def _start(self, seq: Sequence, encode: list[ScheduledEncode]) -> bool:
-        """Give a waiting sequence a row and blocks for all its tokens. False where too few are free."""
+    def _start(self, seq: EngineSequence, encode: list[ScheduledEncode]) -> bool:
+        """Give a waiting sequence a row and blocks for all its tokens. Returns False if too few are free."""
         if not self.free_rows:
             return False
         pool = self.block_pool
@@ -270,7 +270,7 @@ class Scheduler:
         """The hash of an item's block number `index` for cross attention."""
         return hashlib.blake2b(f"cross {index} {item_hash}".encode(), digest_size=16).digest()
 
-    def _encode_cross(self, seq: Sequence, hashes: list[bytes], encode: list[ScheduledEncode]) -> list[int]:
+    def _encode_cross(self, seq: EngineSequence, hashes: list[bytes], encode: list[ScheduledEncode]) -> list[int]:
         """Schedule the encoding of the sequence's items into new blocks."""
         block_ids, per_item = self.block_pool.allocate(len(hashes)), self._cross_blocks_per_item
         for block_id, block_hash in zip(block_ids, hashes, strict=True):
@@ -281,8 +281,8 @@ class Scheduler:
             encode.append(ScheduledEncode(self.config.encoder_of[item.modality], item, no_rows, item_block_ids))
         return block_ids
 
-    def _release_media(self, seq: Sequence) -> None:
-        """Release the items all of whose spans have been scheduled."""
+    def _release_media(self, seq: EngineSequence) -> None:
+        """Release the items whose spans have all been scheduled."""
         done = {span.item_hash for span in seq.prompt.spans if span.start + span.length <= seq.num_scheduled}
         needed = {span.item_hash for span in seq.prompt.spans if span.start + span.length > seq.num_scheduled}
         for item_hash in done - needed:
@@ -298,12 +298,12 @@ class Scheduler:
         return not scheduled or scheduled + num_inputs <= self.config.max_encoder_inputs[name]
 
     def _encoder(self, item: MediaItem) -> str:
-        """The name of an item's encoder; empty for an item that came as embeddings."""
+        """The name of an item's encoder; empty for an item given as embeddings."""
         return "" if item.embeds is not None else self.config.encoder_of[item.modality]
 
-    def _schedule_media(self, seq: Sequence, count: int, encode: list[ScheduledEncode]) -> int:
-        """Schedule the encoding of what the next `count` tokens need. Returns how many of them can run: those before
-        the first item that cannot be encoded in this dispatch."""
+    def _schedule_media(self, seq: EngineSequence, count: int, encode: list[ScheduledEncode]) -> int:
+        """Schedule the encoding of the items that the next `count` tokens need. Returns how many of these tokens can
+        run: those before the first item that cannot be encoded in this dispatch."""
         start, end = seq.num_scheduled, seq.num_scheduled + count
         for span in seq.prompt.spans:
             if span.start < end and span.start + span.length > start:

@@ -1,16 +1,16 @@
-"""The state of one sequence: its tokens, its blocks, and how much of it the device has been given."""
+"""The state of one sequence: its tokens, its blocks, and how much of it has been scheduled."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from mmjax.engine.block_pool import block_hash
-from mmjax.engine.logits import LogitsProcessor, NoConstraints
+from mmjax.engine.logits import LogitsProcessor, NoBias
 from mmjax.processors.base import MediaItem
 from mmjax.types import SamplingParams
 
@@ -18,7 +18,7 @@ _seq_ids = itertools.count()
 
 
 class MediaSpan(NamedTuple):
-    """Tokens [start, start + length) take the embeddings of an item, from number embed_offset on."""
+    """Tokens [start, start + length) take the embeddings of an item, starting with number embed_offset."""
 
     start: int
     length: int
@@ -29,11 +29,11 @@ class MediaSpan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnginePrompt:
-    """What all sequences of a request share. token_ids: i32[T]. rope_positions: i32[R, T]; token i >= T has position
-    i + rope_delta on every axis.
+    """The prompt that all sequences of a request share.
 
-    encoder_items: (hash, item) of what an encoder-decoder reads through cross attention. cache_salt: mixed into the
-    hashes of blocks.
+    token_ids: i32[T]. rope_positions: i32[R, T]; token i >= T has position i + rope_delta on every axis. encoder_items:
+    (hash, item) of the media that an encoder-decoder reads through cross attention. cache_salt: mixed into the hashes
+    of blocks.
     """
 
     token_ids: np.ndarray
@@ -44,11 +44,11 @@ class EnginePrompt:
     cache_salt: bytes = b""
 
 
-class Sequence:
+class EngineSequence:
     """A prompt and the tokens sampled after it.
 
     num_scheduled: tokens whose keys are in the cache once everything dispatched so far has run. num_tokens: tokens that
-    the host knows. What lies between the two is in flight. needs_all_tokens: every token of the prompt must run, even
+    the host knows. The tokens between the two are in flight. needs_all_tokens: every token of the prompt must run, even
     those whose keys are in the prefix cache.
     """
 
@@ -60,7 +60,7 @@ class Sequence:
         *,
         max_model_len: int,
         seed: int = 0,
-        stop_ids: Seq[int] = (),
+        stop_ids: Sequence[int] = (),
         logits_processor: LogitsProcessor | None = None,
         needs_all_tokens: bool = False,
     ) -> None:
@@ -70,11 +70,11 @@ class Sequence:
         self.params = params
         self.seed_words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
         self.stop_ids = tuple(stop_ids)
-        self.logits_processor = logits_processor or NoConstraints()
+        self.logits_processor = logits_processor or NoBias()
         self.needs_all_tokens = needs_all_tokens
         self.prompt_len = len(prompt.token_ids)
-        room = max_model_len - self.prompt_len
-        self.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        longest = max_model_len - self.prompt_len
+        self.max_tokens = longest if params.max_tokens is None else min(params.max_tokens, longest)
         self.token_ids = np.empty(self.prompt_len + self.max_tokens, np.int32)
         self.token_ids[: self.prompt_len] = prompt.token_ids
         self.num_tokens = self.prompt_len
@@ -113,8 +113,7 @@ class Sequence:
     @property
     def has_penalties(self) -> bool:
         """Whether the sampler needs the counts of this sequence's tokens."""
-        p = self.params
-        return p.presence_penalty != 0 or p.frequency_penalty != 0 or p.repetition_penalty != 1
+        return self.params.has_penalties
 
     def append_tokens(self, token_ids: list[int]) -> None:
         """Take the next output tokens."""
@@ -135,7 +134,7 @@ class Sequence:
         return self.hashes[:num_blocks]
 
     def reset(self) -> None:
-        """Set back to nothing computed, as preemption does. The caller has freed the blocks and the row."""
+        """Start over after a preemption. The caller has freed the blocks and the row."""
         self.num_scheduled = 0
         self.prefill_target = self.num_tokens
         self.num_hashed_blocks = 0

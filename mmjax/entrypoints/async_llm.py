@@ -1,4 +1,4 @@
-"""`AsyncLLM`: the engines on a thread of their own, for callers on an event loop."""
+"""`AsyncLLM`: runs the engines on a thread of their own, for callers on an event loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmjax.entrypoints.llm import LLM
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.outputs.completion import Delta
 from mmjax.outputs.request import EngineRequest, GenerateRequest, PoolingRequest
-from mmjax.types import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams, ValidationError
+from mmjax.types import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,14 +27,14 @@ Output = TypeVar("Output", covariant=True)
 
 
 class EngineDeadError(RuntimeError):
-    """The engine's thread has ended, by an error or because it was closed. No request can be served."""
+    """The engine's thread has ended, because of an error or because it was closed. No request can be served."""
 
 
 class RequestStream(Generic[Output]):
-    """A request as its caller sees it. The engine's thread runs it; its deltas and its end arrive on the caller's event
+    """The caller's side of a request. The engine's thread runs the request; its deltas arrive on the caller's event
     loop.
 
-    output: None until the request has ended. closed: the caller has dropped it, or it has failed.
+    output: None until the request has finished. closed: the caller has dropped the stream, or the request has failed.
     """
 
     def __init__(self, start: Callable[[], EngineRequest[Output]], *, streaming: bool) -> None:
@@ -44,24 +44,24 @@ class RequestStream(Generic[Output]):
         self._start = start
         self._request: EngineRequest[Output] | None = None
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()  # None: the request has ended
+        self._queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()  # None: the request has finished
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """The deltas of a streaming request, until it ends. Raises what made it fail."""
+        """The deltas of a streaming request, until it finishes. Raises the error if it fails."""
         while (item := await self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
 
     def fail(self, error: BaseException) -> None:
-        """Raise an error on the caller's side. May be called on any thread."""
+        """Raise an error on the caller's side. May be called from any thread."""
         self._put(error)
 
     # -- on the engine's thread --------------------------------------------------------------------------------------
 
     @property
     def states(self) -> Sequence[OutputProcessor]:
-        """The states of the request's outputs; none before it has been started."""
+        """The output processors of the request; none before it has started."""
         return () if self._request is None else self._request.states
 
     def start(self) -> None:
@@ -70,17 +70,17 @@ class RequestStream(Generic[Output]):
             return
         try:
             self._request = self._start()
-        except Exception as error:  # this request's own: the others go on
+        except Exception as error:  # of this request only; the others continue
             self.closed = True
             self.fail(error)
 
     def record_times(self, state: OutputProcessor) -> None:
-        """Note the time at which one of the outputs changed."""
+        """Record that one of the outputs has changed now."""
         if self._request is not None:
             self._request.record_times(state)
 
     def publish(self) -> bool:
-        """Send the caller what is new. Returns whether the request has ended. Raises what went wrong with it."""
+        """Send new deltas to the caller. Returns whether the request has finished. Raises its error if it failed."""
         assert self._request is not None
         self._request.check()
         if self.streaming:
@@ -93,7 +93,7 @@ class RequestStream(Generic[Output]):
         return True
 
     def abort(self) -> None:
-        """End the request, if it has been started."""
+        """Abort the request, if it has started."""
         if self._request is not None:
             self._request.abort()
 
@@ -107,8 +107,8 @@ class RequestStream(Generic[Output]):
 class AsyncLLM:
     """An LLM for many concurrent callers; `llm` must not be used for generation beside it.
 
-    Prompts are processed on the LLM's worker threads. One thread alone uses the engines: it calls what others have put
-    into its inbox, and steps. The event loop never waits for either.
+    Prompts are processed on the LLM's worker threads. Only the engine's thread uses the engines: between steps, it
+    makes the calls that other threads have put into its inbox. The event loop never waits for either.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -128,7 +128,7 @@ class AsyncLLM:
     # -- prompts -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
-        """Process one prompt as `LLM.generate` takes it. Raises RequestError for what is wrong with it."""
+        """Process one prompt as `LLM.generate` takes it. RequestError for a prompt that cannot be processed."""
         return await self._on_worker(self.model.process, prompt, tokenization_kwargs)
 
     async def prepare_chat(
@@ -147,9 +147,9 @@ class AsyncLLM:
         """Process a prompt whose media are URLs (http, https, data, file), and whose embeddings are base64 tensors."""
         return await self.prepare(await self.model.fetch(prompt), tokenization_kwargs)
 
-    async def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text. special: with the special tokens that the tokenizer puts around it."""
-        return await self._on_worker(functools.partial(self.model.encode, text, add_special_tokens=special))
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The token ids of a text. add_special_tokens: whether the tokenizer adds its special tokens around it."""
+        return await self._on_worker(functools.partial(self.model.encode, text, add_special_tokens=add_special_tokens))
 
     async def texts(self, token_lists: Sequence[Sequence[int]]) -> list[str]:
         """`decode` of several lists, on a worker thread: they may be long."""
@@ -162,38 +162,31 @@ class AsyncLLM:
     # -- parameters --------------------------------------------------------------------------------------------------
 
     async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
-        """Check parameters, and compile the grammar they ask for on a worker thread, where it delays no other request.
+        """Check parameters, and compile their grammar, if any, on a worker thread, where it delays no other request.
 
-        RequestError for parameters that cannot be served.
+        RequestError for parameters that this model cannot serve.
         """
-        self.llm.verify(params)
+        self.model.params_checker.check_sampling(params)
         if params.structured_outputs is None:
             return None
         return await self._on_worker(self.model.compile_grammar, params)
 
     def check_length(self, engine_input: EngineInput, params: SamplingParams) -> None:
         """ValidationError when the prompt leaves too little room for max_tokens."""
-        longest, length = self.model.max_model_len, len(engine_input.token_ids)
-        if params.max_tokens is not None and length + params.max_tokens > longest:
-            raise ValidationError(
-                f"This model's maximum context length is {longest} tokens, but {length + params.max_tokens} were asked "
-                f"for: {length} of the prompt and {params.max_tokens} of the answer. Shorten either.",
-                parameter="max_tokens",
-                value=params.max_tokens,
-            )
+        self.model.params_checker.check_max_tokens(len(engine_input.token_ids), params)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
     async def generate(
         self, engine_input: EngineInput, params: SamplingParams, grammar: CompiledGrammar | None = None
     ) -> RequestOutput:
-        """Generate the output of one prompt. If this is cancelled or raises, the request's blocks are freed at once."""
+        """Generate the output of one prompt. If this is cancelled or fails, the request's blocks are freed at once."""
         return await self._finish(self.submit(engine_input, params, grammar, streaming=False))
 
     async def generate_all(
         self, requests: Sequence[tuple[EngineInput, SamplingParams]], grammar: CompiledGrammar | None = None
     ) -> list[RequestOutput]:
-        """Generate the outputs of several prompts together, in their order. When one fails, the others are dropped."""
+        """Generate the outputs of several prompts together, in their order. If one fails, the others are dropped."""
         streams: list[RequestStream[RequestOutput]] = []
         try:
             for engine_input, params in requests:
@@ -204,10 +197,10 @@ class AsyncLLM:
                 self.drop(stream)
 
     async def embed(self, engine_input: EngineInput, params: PoolingParams) -> PoolingRequestOutput:
-        """The embedding of one prompt. ValueError unless the model was loaded to pool."""
+        """The embedding of one prompt. RequestError unless the model was loaded to pool."""
         self.check()
-        self.llm.check_pooling("embed")
-        [checked] = self.llm.pooling_params(params, 1, "embed")
+        self.model.params_checker.check_pooling("embed")
+        [checked] = self.model.params_checker.pooling_params(params, 1, "embed")
         stream = RequestStream(lambda: PoolingRequest(self.model, engine_input, checked), streaming=False)
         self._submit(stream)
         return await self._finish(stream)
@@ -220,19 +213,19 @@ class AsyncLLM:
         *,
         streaming: bool,
     ) -> RequestStream[RequestOutput]:
-        """Queue a request. The caller must `drop` the stream when it needs no more of it.
+        """Queue a request. The caller must `drop` the stream in the end.
 
-        grammar: what `compile_grammar` made of the parameters; without it the engine's thread compiles. Raises
-        EngineDeadError where nothing can run any more, ValueError for parameters that cannot be served.
+        grammar: from `compile_grammar`; without it, the engine's thread compiles it. EngineDeadError if that thread has
+        ended, RequestError for parameters that this model cannot serve.
         """
         self.check()
-        self.llm.verify(params)
+        self.model.params_checker.check_sampling(params)
         stream = RequestStream(lambda: GenerateRequest(self.model, engine_input, params, grammar), streaming=streaming)
         self._submit(stream)
         return stream
 
     async def stream(self, stream: RequestStream[RequestOutput]) -> AsyncIterator[Delta]:
-        """The deltas of a streaming request, step by step. Leaving early ends the request."""
+        """The deltas of a streaming request, step by step. Closing this early aborts the request."""
         try:
             async for delta in stream.deltas():
                 yield delta
@@ -240,7 +233,7 @@ class AsyncLLM:
             self.drop(stream)
 
     def drop(self, stream: RequestStream[object]) -> None:
-        """The caller needs no more of a request: if it still runs, it ends now."""
+        """Release a request. If it is still running, it is aborted."""
         self._streams.discard(stream)
         if stream.output is None and not stream.closed:
             stream.closed = True
@@ -253,7 +246,7 @@ class AsyncLLM:
             stream.fail(self._dead_error())
 
     async def _finish(self, stream: RequestStream[Output]) -> Output:
-        """Wait for the end of a request."""
+        """Wait until a request has finished."""
         try:
             async for _ in stream.deltas():
                 pass
@@ -263,13 +256,13 @@ class AsyncLLM:
         return stream.output
 
     async def _on_worker(self, work: Callable[..., T], *args: Any) -> T:
-        """Call something slow on one of the LLM's worker threads."""
+        """Call a slow function on one of the LLM's worker threads."""
         return await asyncio.get_running_loop().run_in_executor(self.llm.workers, work, *args)
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
     async def between_steps(self, work: Callable[[], T]) -> T:
-        """Call something on the engine's thread, between two steps."""
+        """Call a function on the engine's thread, between two steps."""
         self.check()
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
@@ -287,21 +280,21 @@ class AsyncLLM:
         return await asyncio.wrap_future(done)
 
     def load(self) -> tuple[int, int, float]:
-        """(sequences on the device, sequences that wait, share of the KV cache's blocks in use), as they stand."""
+        """(running sequences, waiting sequences, share of the KV cache's blocks in use) at this moment."""
         return self.model.load()
 
     @property
     def open(self) -> int:
-        """Requests that are queued or running."""
+        """The number of requests that are queued or running."""
         return len(self._streams)
 
     def check(self) -> None:
-        """Raises EngineDeadError when no request can be served any more."""
+        """EngineDeadError if the engine's thread has ended."""
         if self._closed or self.fault is not None or not self._thread.is_alive():
             raise self._dead_error()
 
     def close(self) -> None:
-        """End all requests and the engine's thread. Idempotent."""
+        """Abort all requests and end the engine's thread. Idempotent."""
         if not self._closed:
             self._closed = True
             self._inbox.put(None)
@@ -326,7 +319,7 @@ class AsyncLLM:
                 stream.fail(self._dead_error())
 
     def _handle_inbox(self) -> bool:
-        """Call what is in the inbox, waiting for something while the engines have no work. False: close."""
+        """Make the calls in the inbox; while the engines have no work, wait for one. Returns False to close."""
         busy = any(engine.has_work for engine in self.model.engines)
         while True:
             try:
@@ -338,7 +331,7 @@ class AsyncLLM:
                     self._abort(stream)
                 return False
             call()
-            busy = True  # what else is there is called without waiting for more
+            busy = True  # make the other calls in the inbox without waiting for more
 
     def _start(self, stream: RequestStream[object]) -> None:
         stream.start()
@@ -354,7 +347,7 @@ class AsyncLLM:
             self._stream_of.pop(state.seq.seq_id, None)
 
     def _publish(self, changed: Sequence[OutputProcessor]) -> None:
-        """Send the callers what a step has changed."""
+        """Send the results of a step to the callers."""
         streams: dict[RequestStream[object], None] = {}
         for state in changed:
             stream = self._stream_of.get(state.seq.seq_id)
@@ -364,7 +357,7 @@ class AsyncLLM:
         for stream in streams:
             try:
                 ended = stream.publish()
-            except Exception as error:  # this request's own: the others go on
+            except Exception as error:  # of this request only; the others continue
                 stream.closed = ended = True
                 stream.fail(error)
                 stream.abort()

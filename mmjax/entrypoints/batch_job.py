@@ -1,4 +1,4 @@
-"""The prompts of one call, run to their ends."""
+"""Runs the prompts of one call to completion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import concurrent.futures
 import types
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -14,10 +14,20 @@ from mmjax.engine.engine import Engine
 from mmjax.outputs.request import EngineRequest
 
 Output = TypeVar("Output")
-UseTqdm = bool | Callable[..., Any]
-"""Whether to show progress bars, or what makes them in place of `tqdm`."""
 
-MAX_PROCESSED_AHEAD = 32  # prompts processed before the engine has taken them: bounds the decoded media held at once
+
+class TqdmBar(Protocol):
+    """The part of `tqdm` that is used."""
+
+    def update(self, n: int) -> object: ...
+
+    def close(self) -> object: ...
+
+
+UseTqdm = bool | Callable[..., TqdmBar]
+"""Whether to show progress bars, or a function that makes them in place of `tqdm`."""
+
+MAX_PROCESSED_AHEAD = 32  # prompts processed before the engine takes them; bounds the memory for decoded media
 
 Start = Callable[[], EngineRequest[Output]]
 """Starts a request. Called on the thread that steps the engines."""
@@ -27,8 +37,8 @@ Prepare = Callable[[], Start[Output]]
 
 
 class BatchJob(Generic[Output]):
-    """Prepares prompts on worker threads, in order, while the engines already run the first. Leaving it as a context
-    manager with an exception aborts every request."""
+    """Prepares prompts on worker threads, in order, while the engines already run the first ones. As a context manager,
+    it aborts every request if an exception leaves it."""
 
     def __init__(
         self, engines: Sequence[Engine], workers: concurrent.futures.Executor, use_tqdm: UseTqdm, total: int
@@ -59,14 +69,14 @@ class BatchJob(Generic[Output]):
         self._unprepared.append((i, prepare))
 
     def run(self) -> dict[int, Output]:
-        """Run all prompts to their ends: outputs by prompt number. Raises what went wrong with any of them."""
+        """Run all prompts to completion. Returns outputs by prompt number. Raises the first error of a prompt."""
         while self._unprepared or self._prepared or self._running:
             self._start_prepared(wait=not self._running)
             for engine in self.engines:
                 for state in engine.step():
                     i, request = self._running.get(state.seq.seq_id, (-1, None))
                     if request is None:
-                        continue  # of an earlier call that was interrupted
+                        continue  # left from an earlier call that was interrupted
                     request.check()
                     request.record_times(state)
                     if request.finished and i not in self.outputs:
@@ -74,7 +84,7 @@ class BatchJob(Generic[Output]):
         return self.outputs
 
     def _start_prepared(self, *, wait: bool) -> None:
-        """Start the requests whose prompts are prepared, and have the next ones prepared. wait: for the first one."""
+        """Start the requests whose prompts are prepared, and prepare the next prompts. wait: for the first one."""
         while self._unprepared and len(self._prepared) < MAX_PROCESSED_AHEAD:
             i, prepare = self._unprepared.popleft()
             self._prepared.append((i, self.workers.submit(prepare)))
@@ -93,7 +103,7 @@ class BatchJob(Generic[Output]):
         self._bars[1].update(1)
 
     def _abort(self) -> None:
-        """End what is queued or running, and let the engines finish what is in flight."""
+        """Abort all requests, and let the engines finish the dispatches in flight."""
         for _, future in self._prepared:
             future.cancel()
         for _, request in self._running.values():
@@ -103,6 +113,6 @@ class BatchJob(Generic[Output]):
                 engine.step()
 
 
-def _progress_bar(use_tqdm: UseTqdm, total: int, name: str) -> Any:
-    make = use_tqdm if callable(use_tqdm) else tqdm
+def _progress_bar(use_tqdm: UseTqdm, total: int, name: str) -> TqdmBar:
+    make: Callable[..., TqdmBar] = use_tqdm if callable(use_tqdm) else tqdm
     return make(total=total, desc=name, disable=not use_tqdm, dynamic_ncols=True)

@@ -1,4 +1,4 @@
-"""`LLM`: prompts in, outputs out."""
+"""`LLM`: takes prompts, and returns their outputs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mmjax.chat import ChatOptions, RenderedChat, load_template, split
-from mmjax.config import EngineArgs, env_number
+from mmjax.config import EngineArgs
 from mmjax.engine.loaded_model import LoadedModel
 from mmjax.entrypoints.batch_job import BatchJob, Prepare, Start, UseTqdm
 from mmjax.entrypoints.load_model import load_model
 from mmjax.inputs import parse
 from mmjax.inputs.input_processor import EngineInput
-from mmjax.outputs.pooling import as_embeddings, pooling_params
+from mmjax.inputs.params import check_count
+from mmjax.outputs.pooling import as_embeddings
 from mmjax.outputs.request import GenerateRequest, PoolingRequest
 from mmjax.types import (
     EmbeddingRequestOutput,
@@ -24,11 +25,8 @@ from mmjax.types import (
     PoolingRequestOutput,
     RequestError,
     RequestOutput,
-    RequestTypeError,
     SamplingParams,
-    ValidationError,
 )
-from mmjax.types.sampling import MAX_N
 
 logger = logging.getLogger(__name__)
 Output = TypeVar("Output")
@@ -45,7 +43,7 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         self.args = EngineArgs(str(model), **kwargs)
         self.model: LoadedModel = load_model(self.args)
-        self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="render")
+        self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="inputs")
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -65,13 +63,14 @@ class LLM:
         `multi_modal_data`, `mm_processor_kwargs`, `multi_modal_uuids`, `cache_salt`; or, with enable_prompt_embeds, a
         dict with `prompt_embeds` [T, D]. sampling_params: None = the model's defaults; one for all prompts; or one per
         prompt. priority: per prompt, lower first. Raises TypeError for an object that is not a prompt, ValueError for a
-        prompt that cannot be served; the engine stays usable.
+        prompt that cannot be processed; the engine stays usable.
         """
         batch = parse.split_prompts(prompts)
         params = self._sampling_params(sampling_params, len(batch))
-        self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
-        process = self._parse(batch, tokenization_kwargs)
-        return self._run(list(map(self._prepare_generate, process, params)), use_tqdm, priority)
+        _check_adapters(len(batch), lora_request)
+        _check_priority(len(batch), priority)
+        processes = self._parse(batch, tokenization_kwargs)
+        return self._run(list(map(self._prepare_generate, processes, params)), use_tqdm, priority)
 
     def chat(
         self,
@@ -111,14 +110,14 @@ class LLM:
         )
         conversations = split(messages)
         params = self._sampling_params(sampling_params, len(conversations))
-        self._check_lengths(len(conversations), lora_request=lora_request)
+        _check_adapters(len(conversations), lora_request)
         rendered = [self.model.chat.render(conversation, options) for conversation in conversations]
 
         def process(chat: RenderedChat) -> EngineInput:
             return self.model.process_chat(self.model.chat.fetch(chat), tokenization_kwargs)
 
-        work = [functools.partial(process, chat) for chat in rendered]
-        return self._run(list(map(self._prepare_generate, work, params)), use_tqdm)
+        processes = [functools.partial(process, chat) for chat in rendered]
+        return self._run(list(map(self._prepare_generate, processes, params)), use_tqdm)
 
     # -- embeddings --------------------------------------------------------------------------------------------------
 
@@ -137,7 +136,7 @@ class LLM:
         Prompts are those of `generate`, media included. Raises as `generate` does, and RequestError unless the model
         was loaded with runner="pooling".
         """
-        self.check_pooling("embed")
+        self.model.params_checker.check_pooling("embed")
         return as_embeddings(
             self.encode(
                 prompts,
@@ -163,35 +162,23 @@ class LLM:
     ) -> list[PoolingRequestOutput]:
         """`embed` with NumPy arrays. pooling_task: "embed" (unless the parameters say otherwise), or "token_embed" for
         the final hidden states of all tokens [T, D]."""
-        self.check_pooling("encode")
+        self.model.params_checker.check_pooling("encode")
         batch = parse.split_prompts(prompts)
-        params = self.pooling_params(pooling_params, len(batch), pooling_task)
-        self._check_lengths(len(batch), lora_request=lora_request, priority=priority)
-        process = self._parse(batch, tokenization_kwargs)
-        return self._run(list(map(self._prepare_pooling, process, params)), use_tqdm, priority)
-
-    def check_pooling(self, method: str) -> None:
-        """RequestError unless the model was loaded to pool."""
-        if not self.args.pooling:
-            raise RequestError(
-                f"LLM.{method}() is only supported for pooling models. Try passing `--runner pooling` to use the model "
-                "as a pooling model.",
-                "wrong_runner",
-            )
-
-    def pooling_params(self, given: Any, count: int, task: str | None = None) -> list[PoolingParams]:
-        """Checked parameters, one per prompt. RequestError for those this model cannot serve."""
-        return pooling_params(given, count, task, self.model.spec.hidden_size)
+        params = self.model.params_checker.pooling_params(pooling_params, len(batch), pooling_task)
+        _check_adapters(len(batch), lora_request)
+        _check_priority(len(batch), priority)
+        processes = self._parse(batch, tokenization_kwargs)
+        return self._run(list(map(self._prepare_pooling, processes, params)), use_tqdm, priority)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
     def _parse(
         self, prompts: Sequence[Any], tokenization_kwargs: dict[str, Any] | None
     ) -> list[Callable[[], EngineInput]]:
-        """Check the form of every prompt. Returns what processes each of them."""
-        inputs = self.model.input_processor
-        parsed = [inputs.parse(prompt) for prompt in prompts]
-        return [functools.partial(inputs.process, prompt, tokenization_kwargs) for prompt in parsed]
+        """Check the form of every prompt. Returns a function per prompt that processes it."""
+        input_processor = self.model.input_processor
+        parsed = [input_processor.parse(prompt) for prompt in prompts]
+        return [functools.partial(input_processor.process, prompt, tokenization_kwargs) for prompt in parsed]
 
     def _prepare_generate(self, process: Callable[[], EngineInput], params: SamplingParams) -> Prepare[RequestOutput]:
         def prepare() -> Start[RequestOutput]:
@@ -212,7 +199,7 @@ class LLM:
     def _run(
         self, prepares: Sequence[Prepare[Output]], use_tqdm: UseTqdm, priority: Sequence[int] | None = None
     ) -> list[Output]:
-        """Run prompts to their ends; the outputs are in the order of the prompts."""
+        """Run prompts to completion. Returns the outputs in the order of the prompts."""
         count = len(prepares)
         order = sorted(range(count), key=lambda i: priority[i]) if priority is not None else range(count)
         with BatchJob[Output](self.model.engines, self.workers, use_tqdm, count) as job:
@@ -223,49 +210,10 @@ class LLM:
             logger.info("after %d prompts: %s", count, self.get_metrics())
         return [outputs[i] for i in range(count)]
 
-    def _check_lengths(self, count: int, *, lora_request: Any = None, priority: Sequence[int] | None = None) -> None:
-        """RequestError for lists that do not match the prompts, and for LoRA adapters."""
-        for name, values in (("lora_request", lora_request), ("priority", priority)):
-            if isinstance(values, Sequence) and len(values) != count:
-                raise RequestError(
-                    f"The lengths of prompts ({count}) and {name} ({len(values)}) must be the same.", "length_mismatch"
-                )
-        if lora_request is not None:
-            raise RequestError("LoRA is not supported: pass lora_request=None.", "lora_unsupported")
-
-    def _sampling_params(
-        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
-    ) -> list[SamplingParams]:
-        """Checked parameters, one per prompt."""
-        if given is None:
-            given = self.get_default_sampling_params()
-        if isinstance(given, SamplingParams) or not isinstance(given, Sequence):
-            params = [given] * count  # `verify` refuses other objects
-        else:
-            params = list(given)
-            if len(params) != count:
-                raise RequestError(
-                    f"The lengths of prompts ({count}) and params ({len(params)}) must be the same.", "length_mismatch"
-                )
-        for p in {id(p): p for p in params}.values():
-            self.verify(p)
-        return params
-
-    def verify(self, params: Any) -> None:
-        """RequestError for sampling parameters that this model cannot serve."""
-        if self.args.pooling:
-            raise RequestError(
-                "LLM.generate() is only supported for generative models. Try passing `--runner generate` to use the "
-                "model as a generative model.",
-                "wrong_runner",
-            )
-        if not isinstance(params, SamplingParams):
-            raise RequestTypeError(f"sampling_params should be SamplingParams, got {type(params).__name__}")
-        params.verify(self.model.vocab_size, self.args.max_logprobs)
-        if params.n > (most := env_number("MAX_N_SEQUENCES", MAX_N)):
-            raise ValidationError(f"n must be at most {most:g}, got {params.n}.", parameter="n", value=params.n)
-        if params.stop and self.model.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer: do not set skip_tokenizer_init.", "no_tokenizer")
+    def _sampling_params(self, given: Any, count: int) -> list[SamplingParams]:
+        """Checked parameters, one per prompt; the defaults if none are given."""
+        defaults = self.get_default_sampling_params() if given is None else given
+        return self.model.params_checker.sampling_params(defaults, count)
 
     # -- the model and its caches ------------------------------------------------------------------------------------
 
@@ -276,7 +224,7 @@ class LLM:
         return self.model.tokenizer.hf
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses without `sampling_params`: the defaults of the model's generation_config.json."""
+        """The parameters that `generate` uses if none are given, from the model's generation_config.json."""
         return self.model.default_sampling_params()
 
     def get_metrics(self) -> dict[str, float]:
@@ -284,9 +232,23 @@ class LLM:
         return self.model.counters()
 
     def reset_mm_cache(self) -> None:
-        """Forget processed media and their embeddings."""
+        """Empty the caches of processed media and of their embeddings."""
         self.model.reset_mm_cache()
 
     def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes. False, and nothing done, while requests run."""
+        """Empty the prefix cache. Returns False, and does nothing, while requests run."""
         return self.model.reset_prefix_cache()
+
+
+def _check_adapters(count: int, lora_request: Any) -> None:
+    """RequestError for LoRA adapters, which are not supported."""
+    if isinstance(lora_request, Sequence):
+        check_count("lora_request", lora_request, count)
+    if lora_request is not None:
+        raise RequestError("LoRA is not supported: pass lora_request=None.", "lora_unsupported")
+
+
+def _check_priority(count: int, priority: Sequence[int] | None) -> None:
+    """RequestError unless there is one priority per prompt."""
+    if isinstance(priority, Sequence):
+        check_count("priority", priority, count)

@@ -23,6 +23,7 @@ from mmjax.engine.loaded_model import LoadedModel
 from mmjax.engine.logits.structured_output import GrammarCompiler
 from mmjax.engine.memory import EngineMemory
 from mmjax.inputs.input_processor import InputConfig, InputProcessor
+from mmjax.inputs.params import ParamsChecker
 from mmjax.loader.checkpoint import Checkpoint, find_model
 from mmjax.loader.params import load_params, param_specs
 from mmjax.loader.precision import Precision
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 def load_model(args: EngineArgs) -> LoadedModel:
     """Load a model and compile its programs. ValueError for a model that cannot be loaded or does not fit."""
-    begin = time.perf_counter()
+    start = time.perf_counter()
     checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token, overrides=args.hf_overrides)
     replicas = _replica_devices(_start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
@@ -57,7 +58,7 @@ def load_model(args: EngineArgs) -> LoadedModel:
     first = engines[0]
     input_processor = _input_processor(args, processor, tokenizer, first, limits)
     connect = functools.partial(_connect, args, input_processor)
-    startup_s = time.perf_counter() - begin
+    startup_s = time.perf_counter() - start
     logger.info("ready in %.1f s, of which %.1f s compiling", startup_s, compile_s)
     return LoadedModel(
         engines=engines,
@@ -65,6 +66,14 @@ def load_model(args: EngineArgs) -> LoadedModel:
         chat=_chat_renderer(args, checkpoint, input_processor, connect),
         connect=connect,
         tokenizer=tokenizer,
+        params_checker=ParamsChecker(
+            vocab_size=first.spec.vocab_size,
+            hidden_size=first.spec.hidden_size,
+            max_model_len=first.memory.max_model_len,
+            max_logprobs=args.max_logprobs,
+            pooling=args.pooling,
+            has_tokenizer=tokenizer is not None,
+        ),
         grammar_compiler=GrammarCompiler(tokenizer, first.spec.vocab_size, eos_ids),
         spec=first.spec,
         buckets=first.buckets,
@@ -79,20 +88,19 @@ def load_model(args: EngineArgs) -> LoadedModel:
 
 
 def _check_options(args: EngineArgs, processor: Processor) -> None:
-    """ValidationError for media_io_kwargs and mm_processor_kwargs with which no request could be served."""
+    """ValidationError for media_io_kwargs and mm_processor_kwargs that would make every request fail."""
     from mmjax.inputs.processor_kwargs import check_kwargs_for
     from mmjax.multimodal.media import MediaConnector  # imports an HTTP client
 
-    checks: dict[str, Callable[[Any], object]] = {
-        "media_io_kwargs": MediaConnector,
-        "mm_processor_kwargs": functools.partial(check_kwargs_for, processor),
-    }
-    for name, check in checks.items():
-        given = getattr(args, name)
+    checks: list[tuple[str, Mapping[str, Any] | None, Callable[[Mapping[str, Any]], object]]] = [
+        ("media_io_kwargs", args.media_io_kwargs, MediaConnector),
+        ("mm_processor_kwargs", args.mm_processor_kwargs, functools.partial(check_kwargs_for, processor)),
+    ]
+    for name, given, check in checks:
         try:
             check(given or {})
         except ValidationError:
-            raise  # it names a variable of the environment
+            raise  # it is about an environment variable
         except RequestError as error:
             message = f"--{name.replace('_', '-')}: {str(error).removeprefix(f'{name}: ')}"
             raise ValidationError(message, parameter=name, value=given) from error
@@ -168,7 +176,7 @@ def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
 
 
 def _start_jax(args: EngineArgs) -> types.ModuleType:
-    """Import jax, with the memory share and the compilation cache that it reads when it starts."""
+    """Import jax. It reads the share of memory and the compilation cache when it starts, so set them first."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
     import jax
 
@@ -195,7 +203,7 @@ def _replica_devices(jax: types.ModuleType, args: EngineArgs) -> list[list[jax.D
 def _load_engine(
     args: EngineArgs, checkpoint: Checkpoint, devices: list[jax.Device], limits: Mapping[str, int]
 ) -> Engine:
-    """The engine of one replica: its weights are on its devices, its programs not compiled yet."""
+    """The engine of one replica, with its weights on its devices and its programs not compiled yet."""
     from mmjax import sharding
     from mmjax.engine.model_runner import ModelRunner
 
@@ -204,7 +212,7 @@ def _load_engine(
     dummy = args.load_format == "dummy"
     config = checkpoint.model_config(dummy=dummy, headless=args.pooling)
     if args.pooling and config.spec.is_encoder_decoder:
-        raise ValueError("runner 'pooling' is for decoder-only models: an encoder-decoder has no vectors to give")
+        raise ValueError("runner 'pooling' is for decoder-only models, not for encoder-decoder models")
     encoders = {
         name
         for name, encoder in config.spec.encoders.items()
@@ -235,7 +243,7 @@ def _load_engine(
 
 
 def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> ModelSpec:
-    """The model's spec with those of its encoders that requests may use."""
+    """The model's spec, with only the encoders that requests may use."""
     mm_embed_dim = spec.mm_embed_dim if encoders or args.enable_mm_embeds else 0
     if args.enable_prompt_embeds and not spec.is_encoder_decoder:
         mm_embed_dim = spec.mm_embed_dim or spec.hidden_size
@@ -250,11 +258,13 @@ def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> Model
 def _generation_config(
     args: EngineArgs, checkpoint: Checkpoint, tokenizer: Tokenizer | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """(sampling defaults, end tokens): those of the model's generation_config.json, overridden by the caller's."""
+    """(sampling defaults, end-of-sequence tokens) of the model's generation_config.json, overridden by the caller's."""
     stored = checkpoint.files.get("generation_config.json", {})
     config = checkpoint.config
-    ends = stored.get("eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id")))
-    eos_ids = [int(token) for token in np.atleast_1d(ends)] if ends is not None else []
+    stored_eos = stored.get(
+        "eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    )
+    eos_ids = [int(token) for token in np.atleast_1d(stored_eos)] if stored_eos is not None else []
     if tokenizer is not None and tokenizer.eos_id is not None:
         eos_ids = [tokenizer.eos_id, *eos_ids]
     defaults = dict(stored) if args.generation_config == "auto" else {}

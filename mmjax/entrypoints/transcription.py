@@ -19,9 +19,9 @@ from mmjax.multimodal.audio import decode, load, split_audio
 from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestOutput, SamplingParams, ValidationError
 
-OVERLAP_S = 1.0  # a recording is cut within the last second of each window, where it is quietest
-ENERGY_WINDOW = 1600  # samples over which loudness is measured
-TIMESTAMP_STEP_S = 0.02  # between two timestamp tokens
+OVERLAP_S = 1.0  # a recording is cut in the last second of each window, at the quietest point
+ENERGY_WINDOW = 1600  # samples per measurement of loudness
+TIMESTAMP_STEP_S = 0.02  # seconds between two timestamp tokens
 SUPPRESS_BIAS = -100.0  # added to the logits of the model's suppress_tokens
 
 
@@ -85,7 +85,7 @@ class Transcript:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TranscriptionJob:
-    """A task whose chunks are processed, ready for the engine."""
+    """A task with its chunks processed for the engine."""
 
     recording: Recording
     language: str
@@ -133,7 +133,7 @@ class Speech:
     # -- preparing ---------------------------------------------------------------------------------------------------
 
     async def decode(self, sound: bytes) -> Recording:
-        """Decode a sound file, or the sound track of a video. RequestError for a file that cannot be decoded."""
+        """Decode an audio file, or the audio track of a video. RequestError for a file that cannot be decoded."""
         return await asyncio.get_running_loop().run_in_executor(self.engine.llm.workers, self._decode, sound)
 
     def _decode(self, sound: bytes) -> Recording:
@@ -156,16 +156,16 @@ class Speech:
             )
 
     async def prepare(self, recording: Recording, task: SpeechTask, params: SamplingParams) -> TranscriptionJob:
-        """Detect the language if the task names none, and process every chunk."""
+        """Detect the language if the task has none, and process every chunk."""
         self.check(task)
         language = task.language or await self.language_of(recording.chunks[0])
         token_ids = await self._decoder_prompt(task, language)
         if self.suppressed_ids:
             bias = dict.fromkeys(self.suppressed_ids, SUPPRESS_BIAS) | (params.logit_bias or {})
             params = dataclasses.replace(params, logit_bias=bias)
-        room = self.engine.model.max_model_len - len(token_ids)
-        params = dataclasses.replace(params, max_tokens=min(params.max_tokens or room, room))
-        self.engine.llm.verify(params)
+        longest = self.engine.model.max_model_len - len(token_ids)
+        params = dataclasses.replace(params, max_tokens=min(params.max_tokens or longest, longest))
+        self.engine.model.params_checker.check_sampling(params)
         engine_inputs = [await self._process(chunk, token_ids) for chunk in recording.chunks]
         return TranscriptionJob(recording, language, engine_inputs, params)
 
@@ -193,9 +193,9 @@ class Speech:
             token_ids += [self.languages[language], self._id_of(task_token)]
         token_ids.append(self.first_timestamp_id if task.timestamps else self.no_timestamps_id)
         if task.prompt.strip():
-            previous = await self.engine.encode(" " + task.prompt.strip(), special=False)
-            room = self.engine.model.max_model_len // 2 - 1
-            token_ids = [self.previous_text_id, *previous[-room:], *token_ids]
+            previous = await self.engine.encode(" " + task.prompt.strip(), add_special_tokens=False)
+            longest = self.engine.model.max_model_len // 2 - 1
+            token_ids = [self.previous_text_id, *previous[-longest:], *token_ids]
         return token_ids
 
     def _id_of(self, token: str) -> int:
@@ -215,7 +215,7 @@ class Speech:
     # -- running -----------------------------------------------------------------------------------------------------
 
     async def transcribe(self, job: TranscriptionJob, *, timestamps: bool) -> Transcript:
-        """Run all chunks together."""
+        """Run all chunks together, and join their texts."""
         params = dataclasses.replace(job.params, logprobs=0) if timestamps else job.params
         outputs = await self.engine.generate_all([(engine_input, params) for engine_input in job.engine_inputs])
         segments: list[TranscriptSegment] = []
@@ -229,9 +229,10 @@ class Speech:
         return Transcript(text.strip(), job.language, job.recording.seconds, segments, outputs)
 
     async def stream(self, job: TranscriptionJob, outputs: list[RequestOutput]) -> AsyncGenerator[str, None]:
-        """The same text piece by piece; each chunk's output is added to `outputs` when it is complete."""
+        """`transcribe` without timestamps, in pieces. Each chunk's output is added to `outputs` once complete."""
         streams: list[RequestStream[RequestOutput]] = []
-        held_back, started = "", False  # the whole text is stripped: blanks are held back until more text follows
+        # The whole text is stripped, so trailing spaces are held back until more text follows.
+        held_back, started = "", False
         try:
             for engine_input in job.engine_inputs:
                 streams.append(self.engine.submit(engine_input, job.params, streaming=True))

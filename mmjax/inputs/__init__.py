@@ -1,6 +1,6 @@
 """Checks prompts and prepares them for the engine.
 
-The names of vLLM's `vllm.inputs` are here too, so that `mmjax.inputs.TextPrompt` works.
+It also exports the names of vLLM's `vllm.inputs`, such as `TextPrompt`.
 """
 
 from mmjax.types.prompts import (

@@ -1,7 +1,7 @@
-"""`InputProcessor`: a parsed prompt becomes tokens, positions and processed media, ready for the engine.
+"""`InputProcessor`: turns a parsed prompt into the engine's input: token ids, positions and processed media.
 
-The steps: count the media, tokenize, process every item or find it in the cache, expand placeholders, check the length,
-compute positions. Nothing here touches a device.
+The steps: count the media, tokenize, process every item or take it from the cache, expand placeholders, check the
+length, compute positions. Nothing here uses a device.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ log = logging.getLogger(__name__)
 
 
 class ProcessingError(RuntimeError):
-    """A processor has failed on an item that nobody found anything wrong with. That is a bug, and no RequestError."""
+    """A processor failed on an item that passed all checks: a bug, not a mistake of the caller."""
 
 
 TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
 
 
 class HashedItem(NamedTuple):
-    """A processed item and the hash under which every cache holds it: equal hashes mean equal features."""
+    """A processed item and its hash, the key of every cache: equal hashes mean equal features."""
 
     modality: str
     item_hash: str
@@ -57,9 +57,10 @@ class HashedItem(NamedTuple):
 class EngineInput:
     """A prompt that the engine can schedule.
 
-    items: one per span, in the order of spans; where they fill no tokens, in the order given. spans: they count the
-    items of each modality on its own. Token i >= T has rotary position i + rope_delta on every axis. timestamps: of a
-    transcript with timestamps. is_embeds: the prompt came as embeddings, and its tokens, all 0, mean nothing.
+    items: one per span, in the order of spans; if there are no spans, in the order given. spans: each refers to an item
+    by its modality and its index in that modality. Token i >= T has rotary position i + rope_delta on every axis.
+    timestamps: for a transcript with timestamps. is_embeds: the prompt was given as embeddings, and its token ids are
+    meaningless zeros.
     """
 
     prompt: str | None
@@ -76,7 +77,7 @@ class EngineInput:
 
 
 class _MediaOptions(NamedTuple):
-    """The options of all media of a prompt. serial: the prompt's number, for hashes where nothing is cached."""
+    """The options of all media of a prompt. serial: the prompt's number, for hashes if nothing is cached."""
 
     processor_kwargs: Mapping[str, Any]
     io_kwargs: Mapping[str, Mapping[str, Any]]
@@ -85,21 +86,22 @@ class _MediaOptions(NamedTuple):
     serial: int
 
 
-# Prompts processed at once, however many threads there are. More of them keep Python's lock from the thread that feeds
-# the device: on 16 cores, 20 made a batch of images wait 90 to 140 ms before its first dispatch, 4 to 8 make it wait 30
-# to 45 ms and keep up with an H100.
+# Prompts processed at the same time, on however many threads. More of them keep the GIL from the thread that feeds the
+# device: on 16 cores, with 20 a batch of images waited 90 to 140 ms for its first dispatch; with 4 to 8 it waits 30 to
+# 45 ms, and they keep up with an H100.
 MAX_CONCURRENT = min(8, (os.cpu_count() or 1) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """What an input processor needs to know of the model, the engine and the operator's choices.
+    """The properties of the model, the engine and the operator's settings that an input processor needs.
 
     limit_mm_per_prompt, mm_processor_kwargs, media_io_kwargs: see `EngineArgs`. cache_gb: GiB of processed media to
-    keep; 0 keeps none. Without both this cache and prefix caching, uuids of media are ignored. generates: whether there
-    must be room for an output token. max_item_embeds: embeddings of one item that the encoder cache holds; None for any
-    number. max_item_inputs: encoder inputs of one item, by modality. media_embeds_dim: width of the embeddings that may
-    come in place of media, prompt_embeds_dim: in place of a whole prompt; None accepts none. mm_embed_dim: width of the
+    cache; 0 disables the cache. Without this cache and without prefix caching, uuids of media are ignored. generates:
+    whether there must be room for an output token. max_item_embeds: the most embeddings of an item that the encoder
+    cache holds; None for any number. max_item_inputs: the most encoder inputs of an item, by modality.
+    media_embeds_dim: width of embeddings in place of media, prompt_embeds_dim: in place of a whole prompt; None refuses
+    them. mm_embed_dim: width of the
     engine's mm_embeds buffer. block_size: tokens per block of the KV cache.
     """
 
@@ -123,9 +125,9 @@ class InputConfig:
 
 
 class InputProcessor:
-    """Turns prompts into the engine's inputs for one model. May be used from several threads.
+    """Turns prompts into engine inputs for one model. May be used from several threads.
 
-    `processor` None: a plain language model, which takes no media. `tokenizer` None: prompts must be token ids.
+    processor: None for a text-only model. tokenizer: None if prompts must be token ids.
     """
 
     def __init__(self, processor: Processor | None, tokenizer: Tokenizer | None, config: InputConfig) -> None:
@@ -133,7 +135,7 @@ class InputProcessor:
         self.mm_limits = parse.mm_limits(config.limit_mm_per_prompt)
         self.processor_kwargs = dict(config.mm_processor_kwargs or {})
         self.io_kwargs = {modality: dict(kwargs) for modality, kwargs in (config.media_io_kwargs or {}).items()}
-        _background(self.io_kwargs)  # a bad color is reported at start
+        _background(self.io_kwargs)  # report a bad color at start
         dim = config.media_embeds_dim
         self.embeds = MediaEmbedsReader(processor, dim) if processor and dim is not None else None
         self.cache = ProcessorCache(int(config.cache_gb * 2**30))
@@ -141,14 +143,14 @@ class InputProcessor:
         placeholder_ids = (
             [tokenizer.id_of(name) for name in processor.placeholder_token.values()] if processor and tokenizer else []
         )
-        # placeholders may lie past the vocabulary: their embeddings are never looked up
+        # placeholders may be outside the vocabulary, since their embeddings are never looked up
         self.out_of_vocab_ids = {token for token in placeholder_ids if token is not None and token >= config.vocab_size}
         self._concurrency = threading.Semaphore(MAX_CONCURRENT)
         self._serials = itertools.count()
         self._warned: set[str] = set()
 
     def parse(self, prompt: Any) -> ParsedPrompt:
-        """Check the form of a prompt as a caller writes it; see `mmjax.inputs.parse`."""
+        """Check the form of a caller's prompt; see `mmjax.inputs.parse`."""
         parsed = parse.parse_prompt(
             prompt,
             encoder_decoder=self.config.encoder_decoder,
@@ -167,12 +169,12 @@ class InputProcessor:
 
     def check_count(self, modality: str, count: int, num_embeds: int) -> None:
         """RequestError if `count` items of a modality are more than the model or the operator allows. num_embeds of
-        them come as embeddings."""
+        them are given as embeddings."""
         model_limits = self.processor.mm_limits if self.processor else {}
         if num_embeds and self.embeds is None:
             raise parse.embeds_disabled(modality)
         if num_embeds and not self.mm_limits[modality]:
-            count -= num_embeds  # where embeddings are enabled, a limit of 0 refuses everything but them
+            count -= num_embeds  # if embeddings are enabled, a limit of 0 refuses all but them
         parse.check_count(modality, count, self.mm_limits[modality], model_limits.get(modality, 0))
 
     def merged_io_kwargs(self, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -195,9 +197,10 @@ class InputProcessor:
         }
 
     def process(self, prompt: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
-        """Prepare a prompt for the engine. RequestError for everything that the caller can correct.
+        """Prepare a prompt for the engine. RequestError for anything that the caller can correct.
 
-        tokenization_kwargs: add_special_tokens (bool), truncate_prompt_tokens (keep the last n; -1: max_model_len).
+        tokenization_kwargs: add_special_tokens (bool), truncate_prompt_tokens (use the last n tokens; -1:
+        max_model_len).
         """
         with self._concurrency:
             if prompt.prompt_embeds is not None:
@@ -270,14 +273,14 @@ class InputProcessor:
             raise RequestError(
                 "Without a tokenizer (skip_tokenizer_init) prompts must be `prompt_token_ids`.", "no_tokenizer"
             )
-        special, keep = self._tokenization_options(options)
+        add_special_tokens, max_kept = self._tokenization_options(options)
         text = self._with_placeholders(prompt)
-        max_tokens = None if keep is not None else self.config.max_model_len
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=special, max_tokens=max_tokens)
+        max_tokens = None if max_kept is not None else self.config.max_model_len
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
         token_ids = self.processor.tokenize(text, encode) if self.processor else encode(text)
-        if keep is not None:
-            return token_ids[max(0, len(token_ids) - keep) :]
-        if len(token_ids) > self.config.max_model_len:  # checked here, before any media are decoded
+        if max_kept is not None:
+            return token_ids[max(0, len(token_ids) - max_kept) :]
+        if len(token_ids) > self.config.max_model_len:  # checked before any media are decoded
             raise ValidationError(
                 f"This model's maximum context length is {self.config.max_model_len} tokens, but the text alone has "
                 f"{len(token_ids)}. {self._too_long(len(token_ids))}",
@@ -287,22 +290,22 @@ class InputProcessor:
         return token_ids
 
     def _tokenization_options(self, options: Mapping[str, Any]) -> tuple[bool, int | None]:
-        """(whether to add special tokens, how many tokens to keep or None for all)."""
+        """(whether to add special tokens, how many tokens to use or None for all)."""
         for name in options:
             if name not in TOKENIZATION_KWARGS:
                 raise ValidationError(
                     f"Unknown key in tokenization_kwargs; known are {TOKENIZATION_KWARGS}.", parameter=name
                 )
-        keep = options.get("truncate_prompt_tokens")
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < -1):
-            raise ValidationError("Must be an integer >= -1.", parameter="truncate_prompt_tokens", value=keep)
-        # the processor of an encoder-decoder adds its start tokens itself
-        special = bool(options.get("add_special_tokens", not self.config.encoder_decoder))
-        return special, self.config.max_model_len - 1 if keep == -1 else keep
+        truncate = options.get("truncate_prompt_tokens")
+        if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < -1):
+            raise ValidationError("Must be an integer >= -1.", parameter="truncate_prompt_tokens", value=truncate)
+        # an encoder-decoder's processor adds the start tokens itself
+        add_special_tokens = bool(options.get("add_special_tokens", not self.config.encoder_decoder))
+        return add_special_tokens, self.config.max_model_len - 1 if truncate == -1 else truncate
 
     def _with_placeholders(self, prompt: ParsedPrompt) -> str:
-        """The text, with `<image>`, `<video>` and `<audio>` replaced by the model's placeholders: only where the text
-        has none of the model's own for that modality and exactly as many generic ones as items."""
+        """The text, with `<image>`, `<video>` and `<audio>` replaced by the model's placeholders, if the text has no
+        placeholder of the model for that modality, and exactly as many generic ones as there are items."""
         text = prompt.text or ""
         if self.processor is None:
             return text
@@ -325,7 +328,7 @@ class InputProcessor:
             f"The decoder prompt (length {length}) is longer than the maximum model length of "
             f"{self.config.max_model_len}. "
             "Make sure that `max_model_len` is no smaller than the number of text tokens plus multimodal tokens, and "
-            "leave room for at least one token of the answer."
+            "leave room for at least one output token."
         )
 
     # --- media
@@ -343,9 +346,9 @@ class InputProcessor:
         }
 
     def _merged_processor_kwargs(self, prompt: ParsedPrompt) -> dict[str, Any]:
-        """The engine's `mm_processor_kwargs`, overridden by the prompt's; those that the processor does not accept are
-        dropped."""
-        assert self.processor is not None, "the counts have been checked: without a processor no media are accepted"
+        """The engine's `mm_processor_kwargs`, overridden by the prompt's; without those that the processor does not
+        accept."""
+        assert self.processor is not None, "without a processor, the check of counts refuses all media"
         merged = {**self.processor_kwargs, **prompt.processor_kwargs}
         check_kwargs(merged)
         for name in merged.keys() - self.processor.accepted_kwargs:
@@ -359,7 +362,7 @@ class InputProcessor:
         if data is not None and not isinstance(data, EmbedsInput):
             size_check.check_size(modality, data, self.config.media_limits)
         item_hash = self._item_hash(modality, index, media, options)
-        uncached = isinstance(data, EmbedsInput) and media.uuid is None  # such items are cheap to make again
+        uncached = isinstance(data, EmbedsInput) and media.uuid is None  # such items are cheap to make
         item = None if uncached else self.cache.get(item_hash)
         if item is None:
             if data is None:
@@ -373,7 +376,7 @@ class InputProcessor:
         return HashedItem(modality, item_hash, item)
 
     def _item_hash(self, modality: str, index: int, media: MediaInput, options: _MediaOptions) -> str:
-        """The hash under which the caches hold an item; one of its own where nothing is cached."""
+        """The key of an item in the caches; a unique one if nothing is cached."""
         kwargs, io_kwargs = options.processor_kwargs, options.io_kwargs.get(modality, {})
         if not self.uses_hashes:
             return f"{options.serial}-{modality}-{index}"
@@ -404,23 +407,23 @@ class InputProcessor:
             )
 
     def _min_num_embeds(self, modality: str, media: Any, kwargs: Mapping[str, Any]) -> int:
-        """A lower bound of an item's embeddings, known before it is resized: `min_pixels` can ask for an image of
-        billions of pixels, on which a processor would spend minutes."""
+        """A lower bound of an item's embeddings, known before it is resized: with `min_pixels`, an image may be resized
+        to billions of pixels, which would take a processor minutes."""
         assert self.processor is not None
         if modality == "image":
             return self.processor.num_embeds(modality, image_size(media), kwargs)
-        if modality == "video":  # half of one frame's, because a limit on all frames together may shrink each of them
+        if modality == "video":  # half of one frame's, because a limit on all frames together may shrink each
             return self.processor.num_embeds(modality, (1, *media.frames.shape[1:3]), kwargs) // 2
         return 0
 
     def _process_item(self, modality: str, index: int, data: Any, options: _MediaOptions) -> MediaItem:
         """Decode and process one item. RequestError for an item that cannot be decoded or processed, ProcessingError
-        for any other failure; neither message quotes anything of the item."""
+        for any other failure; neither message quotes the item."""
         assert self.processor is not None
         kwargs = options.processor_kwargs
         try:
             if isinstance(data, EmbedsInput):
-                assert self.embeds is not None, "parsing has refused embeddings that are not enabled"
+                assert self.embeds is not None, "parsing refuses embeddings that are not enabled"
                 return self.embeds.to_media_item(modality, index, data, kwargs)
             media = self._decode(modality, data, options.background)
             self._check_num_embeds(modality, index, self._min_num_embeds(modality, media, kwargs))

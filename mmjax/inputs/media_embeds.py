@@ -1,7 +1,7 @@
 """Embeddings in place of media: split into items, and checked before anything is scheduled.
 
-`Processor.embed_fields` names the arrays that a family takes for a modality: the embeddings and, where their number
-does not determine an item, a size per item. `Processor.item_for_embeds` makes the item of a size, without embeddings.
+`Processor.embed_fields` names the arrays that a family takes for a modality: the embeddings and, if their number does
+not determine the item, its size. `Processor.item_for_embeds` makes an item of that size, without embeddings.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ MAX_SIZE = 1 << 31  # embeddings or patches of one item
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmbedsInput:
-    """One item that comes as embeddings: its arrays by name, as given."""
+    """One item given as embeddings: its arrays by name."""
 
     fields: Mapping[str, Any]
 
 
 class MediaEmbedsReader:
-    """Reads the embeddings of one model. width: of an embedding, which in some models exceeds the hidden size."""
+    """Reads the embeddings of one model. width: of an embedding, in some models more than the hidden size."""
 
     def __init__(self, processor: Processor, width: int):
         self.processor, self.width = processor, width
@@ -44,7 +44,7 @@ class MediaEmbedsReader:
         )
 
     def field_names(self, modality: str) -> tuple[str, ...]:
-        """The arrays that embeddings of a modality come in. RequestError when the model takes none."""
+        """The names of the arrays of a modality's embeddings. RequestError if the model takes no embeddings of it."""
         names = self.processor.embed_fields.get(modality)
         if names is None:
             known = ", ".join(self.processor.embed_fields) or "no modality"
@@ -63,9 +63,10 @@ class MediaEmbedsReader:
         return EmbedsInput({name: fields[name] for name in names})
 
     def parse_items(self, modality: str, data: Any) -> list[EmbedsInput]:
-        """Every item in a dictionary of arrays for all, or in an array [n, embeds, W], or [embeds, W] for one item.
+        """The items in a dictionary of arrays for all items, in an array [n, embeds, W], or in [embeds, W] for one
+        item.
 
-        Where the model takes sizes, the embeddings of several items may lie end to end: the sizes say where each ends.
+        If the model takes sizes, the embeddings of several items may be concatenated: the sizes tell them apart.
         """
         names = self.field_names(modality)
         fields = data if isinstance(data, Mapping) else {names[0]: data}
@@ -85,7 +86,7 @@ class MediaEmbedsReader:
         return [EmbedsInput({names[0]: part, names[1]: size}) for part, size in zip(parts, sizes, strict=True)]
 
     def _split(self, modality: str, names: Sequence[str], embeds: Any, sizes: np.ndarray) -> list[Any]:
-        """The embeddings of each item, out of an array in which they lie end to end."""
+        """The embeddings of each item, from an array that concatenates them."""
         if not is_array(embeds):
             raise _not_an_array(modality, names[0], embeds)
         if len(sizes) == 1:
@@ -93,7 +94,7 @@ class MediaEmbedsReader:
         counts = [self._item_of_size(modality, names[1], size, {}).num_embeds for size in sizes]
         if embeds.ndim != 2 or sum(counts) != len(embeds):
             raise RequestError(
-                f"`{names[0]}` has shape {tuple(embeds.shape)}, but `{names[1]}` speaks of {len(counts)} items of "
+                f"`{names[0]}` has shape {tuple(embeds.shape)}, but `{names[1]}` describes {len(counts)} items of "
                 f"{counts} rows, {sum(counts)} together.",
                 "bad_embeds",
             )
@@ -145,7 +146,7 @@ class MediaEmbedsReader:
             raise RequestError(f"{title} embedding[{index}] must hold floats, got {embeds.dtype}.", "bad_embeds")
         if not len(embeds):
             raise RequestError(f"{title} embedding[{index}] is empty: its shape is {shape}.", "bad_embeds")
-        embeds = embeds.astype(np.float32)  # always a copy: the caller may write to the array later
+        embeds = embeds.astype(np.float32)  # a copy, because the caller may write to the array later
         if not np.isfinite(embeds).all():
             raise RequestError(f"{title} embedding[{index}] contains NaN or infinite values.", "bad_embeds")
         return embeds

@@ -1,8 +1,7 @@
 """Checks the form of prompts, before any work is done.
 
 RequestTypeError for objects of the wrong type, RequestError for wrong values. Media are split into items, but neither
-decoded
-nor hashed.
+decoded nor hashed.
 """
 
 import dataclasses
@@ -19,12 +18,12 @@ from mmjax.multimodal.arrays import is_array, is_tensor, to_numpy
 from mmjax.multimodal.image import unwrap
 from mmjax.types import MODALITIES, UNLIMITED, RequestError, RequestTypeError, read_limit
 
-MAX_ITEMS = 1 << 16  # in one array: a broadcast array can have a shape far beyond memory
+MAX_ITEMS = 1 << 16  # in one array, since a broadcast array can have a shape far beyond memory
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MediaInput:
-    """One media item as given. data: an `EmbedsInput` for embeddings; None for an item that is in the processor cache
+    """One media item as given. data: an `EmbedsInput` for embeddings; None for an item that the processor cache has
     under its uuid."""
 
     data: Any
@@ -233,7 +232,7 @@ def _uuids(modality: str, given: Any) -> list[str | None]:
 def split_items(modality: str, data: Any, embeds: MediaEmbedsReader | None = None) -> list[Any]:
     """The items in the value of one modality: one item, a list of items, or an array whose first axis counts them.
 
-    Dictionaries are embeddings, and so are arrays for which `_is_embeds`; in a list they may stand among raw media.
+    Dictionaries are embeddings, and so are arrays for which `_is_embeds`; in a list they may be mixed with raw media.
     """
     if data is None:
         return []
@@ -250,7 +249,7 @@ def split_items(modality: str, data: Any, embeds: MediaEmbedsReader | None = Non
                 raise RequestError(f"An array of shape {tuple(data.shape)} is too many {modality}s.", "too_many_items")
             return list(data if hasattr(data, "__getitem__") else to_numpy(data))
         raise RequestError(
-            f"An array of shape {tuple(data.shape)} is no {modality}: one {modality} has {axes} axes, several "
+            f"An array of shape {tuple(data.shape)} cannot be read as {modality}: one item has {axes} axes, several "
             f"have {axes + 1}.",
             "bad_media",
         )
@@ -273,16 +272,15 @@ def _list_item(modality: str, data: Any, embeds: MediaEmbedsReader | None) -> An
 def _is_embeds(modality: str, array: Any, embeds: MediaEmbedsReader | None, *, in_list: bool) -> bool:
     """Whether an array is embeddings and not raw media.
 
-    An array with too few axes for raw media is: [embeds, W] for an image or a video. Arrays of torch and JAX are in
-    every ambiguous case: with three axes outside of a list (where they are never one image), and with two in a list of
-    audio. NumPy arrays with three axes are an image and those with two a stereo clip, unless they hold floats of the
-    model's width.
+    Arrays with too few axes for raw media are embeddings: [embeds, W] for an image or a video. In ambiguous cases
+    (three axes outside a list, two in a list of audio), arrays of torch and JAX are embeddings. NumPy arrays with three
+    axes are an image and those with two a stereo clip, unless they hold floats of the model's width.
     """
     if array.ndim not in (2, 3):
         return False
     likely = is_tensor(array) or (embeds is not None and embeds.looks_like(modality, array))
     if array.ndim == 2:
-        if modality == "audio":  # outside of a list: clips of one length; in a list: maybe the channels of one clip
+        if modality == "audio":  # outside a list: clips of equal length; in a list: maybe the channels of one clip
             return likely and in_list
         return likely or in_list or embeds is not None
     if modality == "image" and in_list:
@@ -308,13 +306,13 @@ def is_one_item(modality: str, data: Sequence[Any]) -> bool:
         if modality == "audio" and (second is None or isinstance(second, numbers.Real)):
             return True
     if modality == "video":
-        # a flat list of 3-D arrays is one video, as are PIL images; arrays with four axes are videos themselves
+        # a flat list of 3-D arrays or PIL images is one video; each array with four axes is a video of its own
         return all(isinstance(f, Image.Image) or (is_array(f) and f.ndim == 3) for f in data)
     return isinstance(first, numbers.Real) and not isinstance(first, bool)
 
 
 def embeds_disabled(modality: str) -> RequestError:
-    """The error for embeddings where the operator has not enabled them."""
+    """The error for embeddings that the operator has not enabled."""
     return RequestError(
         f"You must set `--enable-mm-embeds` to input `{modality}_embeds`. (Three-axis arrays of torch or JAX, lists of "
         f"2-D arrays and dictionaries are read as embeddings; pass raw {modality} data as NumPy or PIL.)",
@@ -329,7 +327,8 @@ def mm_limits(limits: Mapping[str, Any] | None) -> dict[str, int]:
 
 
 def check_count(modality: str, count: int, limit: int, model_limit: int | None) -> None:
-    """RequestError when a prompt holds more items than the operator's limit or the model's, which may be None."""
+    """RequestError if a prompt has more items than the operator's limit or the model's. model_limit: None for no
+    limit."""
     most = limit if model_limit is None else min(limit, model_limit)
     if count > most:
         can_raise = model_limit is None or most < model_limit

@@ -10,8 +10,8 @@ from mmjax.processors.base import MediaItem
 
 
 class ProcessorCache:
-    """Processed items by key, least recently used out first, within a budget of bytes. An item above the budget is not
-    stored. Counts lookups and hits. Safe from any thread."""
+    """An LRU cache of processed items within a budget of bytes. An item above the budget is not stored. Counts lookups
+    and hits. May be used from several threads."""
 
     def __init__(self, budget_bytes: int):
         self.queries = self.hits = 0
@@ -35,6 +35,6 @@ class ProcessorCache:
                 self._items[key] = item
 
     def clear(self) -> None:
-        """Forget every item; the statistics go on."""
+        """Remove every item. The statistics are not reset."""
         with self._lock:
             self._items.clear()

@@ -15,12 +15,12 @@ BOOLS = frozenset(
     }
 )  # fmt: skip
 NESTED = frozenset({"size", "images_kwargs", "videos_kwargs"})
-# sizes that every family accepts, whatever its patches
+# sizes that every family accepts, whatever its patch size
 TYPICAL_SIZES = {"image": (896, 896), "video": (2, 896, 896), "audio": (16_000,)}
 
 
 def given_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given: None stands for one that is not, at any depth."""
+    """The options without those that are None, at any depth: None means not given."""
     return {
         name: given_kwargs(value) if isinstance(value, Mapping) else value
         for name, value in kwargs.items()
@@ -29,7 +29,7 @@ def given_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """RequestError for a value that no family accepts. None counts as not given."""
+    """RequestError for a value that no family accepts. None means not given."""
     for name, value in kwargs.items():
         if value is None:
             continue

@@ -9,7 +9,7 @@ from mmjax.processors.base import MediaItem
 from mmjax.types import RequestError
 
 PROMPT_MODALITY = "prompt"
-NO_TOKEN = np.iinfo(np.int32).max  # the token id of an embedding: in no vocabulary, so penalties ignore it
+NO_TOKEN = np.iinfo(np.int32).max  # the token id of an embedding: outside every vocabulary, so penalties ignore it
 
 
 def read_prompt_embeds(given: Any, width: int) -> np.ndarray:
@@ -39,8 +39,8 @@ def read_prompt_embeds(given: Any, width: int) -> np.ndarray:
 
 
 def to_items(embeds: np.ndarray, width: int, block_size: int) -> list[MediaItem]:
-    """Items of `block_size` embeddings each, copied to float32 [n, width]. Where the mm_embeds buffer is wider than the
-    decoder, the rest, which is added to later layers, is 0. RequestError for values that are not finite."""
+    """Items of `block_size` embeddings each, copied to float32 [n, width]. If the mm_embeds buffer is wider than the
+    decoder, the other columns, which are added to later layers, are 0. RequestError for values that are not finite."""
     wide = np.zeros((len(embeds), width), np.float32)
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused
         wide[:, : embeds.shape[1]] = embeds

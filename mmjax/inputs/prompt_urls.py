@@ -1,4 +1,4 @@
-"""Prompts as JSON can carry them: media as URLs, embeddings as tensors in base64."""
+"""Prompts in the form that JSON can carry: media as URLs, embeddings as tensors in base64."""
 
 import asyncio
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from mmjax.types import RequestError
 
 
 async def fetch_prompt(prompt: Any, connect: Connect, config: InputConfig) -> Any:
-    """The prompt as `LLM.generate` takes it: with what its URLs and base64 tensors stand for.
+    """The prompt as `LLM.generate` takes it: its URLs and base64 tensors replaced by media and arrays.
 
-    Whatever is not of the form described here is left as it is, for the input processor to refuse.
+    Anything in another form is left as it is, for the input processor to refuse.
     """
     if not isinstance(prompt, Mapping):
         return prompt

@@ -1,4 +1,4 @@
-"""Opens a checkpoint, from a directory or a hub id: its configuration, its family and its stored tensors."""
+"""Opening a checkpoint by directory or hub id: its configuration, its family and its tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.converters.table import Part, Tensor, convert
-from mmjax.models import Family
+from mmjax.loader.family import Family
 from mmjax.models.base import Config
 
 DEMO = "demo"  # the name of the model that ships with mmjax
@@ -24,8 +24,8 @@ HEAD = "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model directory. config: config.json. files: all *config.json by name. token: for the hub, where parts of the
-    model may lie."""
+    """A model directory. config: config.json. files: all *config.json by name. token: for the hub, which may have parts
+    of the model."""
 
     directory: Path
     family: Family
@@ -42,18 +42,18 @@ class Checkpoint:
         token: str | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
-        """Open a local directory or a hub id. overrides: values that replace those of config.json, such as the
-        locations of parts that lie in other checkpoints. ValueError for an incomplete checkpoint."""
+        """Open a local directory or a hub id. overrides: values that replace those of config.json, such as the names of
+        checkpoints with parts of the model. Raises ValueError for an incomplete checkpoint."""
         directory = find_model(model, revision=revision, token=token)
         files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}
         nested = files.get("processor_config.json", {})
-        for part, name in (
+        for key, name in (
             ("image_processor", "preprocessor_config.json"),
             ("feature_extractor", "preprocessor_config.json"),
             ("video_processor", "video_preprocessor_config.json"),
         ):
-            if part in nested and name not in files:  # as save_pretrained of transformers 5 writes them
-                files[name] = nested[part]
+            if key in nested and name not in files:  # save_pretrained of transformers 5 writes them so
+                files[name] = nested[key]
         if "config.json" not in files:
             raise ValueError(f"{directory} holds no config.json; is it a model directory?")
         config = files["config.json"] | dict(overrides or {})
@@ -65,20 +65,20 @@ class Checkpoint:
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """The stored tensors: by published names, or in a converted directory by paths of parameters."""
+        """The stored tensors, by published name, or by path of the parameter in a converted directory."""
         if self.converted:
             from mmjax.converters.orbax import open_converted
 
             return open_converted(self.directory)
         from mmjax.converters.safetensors import open_checkpoint
 
-        own = open_checkpoint(self.directory)
-        tensors: dict[str, Tensor] = dict(own)
+        stored = open_checkpoint(self.directory)
+        tensors: dict[str, Tensor] = dict(stored)
         for part in self.family.table.parts:
-            if self.config.get(part.key) and not any(name.startswith(part.here) for name in own):
+            if self.config.get(part.key) and not any(name.startswith(part.prefix) for name in stored):
                 for name, tensor in open_checkpoint(find_part(part, self.config, self.token)).items():
-                    if name.startswith(part.there):
-                        tensors[part.here + name.removeprefix(part.there)] = tensor
+                    if name.startswith(part.source_prefix):
+                        tensors[part.prefix + name.removeprefix(part.source_prefix)] = tensor
         return tensors
 
     @property
@@ -87,21 +87,22 @@ class Checkpoint:
         return (self.directory / "mmjax.json").is_file()
 
     def model_config(self, *, dummy: bool = False, headless: bool = False) -> Config:
-        """The family's configuration. The head is tied where config.json says so and where none is stored.
+        """The family's configuration. The head is tied if config.json says so, or if no head is stored.
 
-        dummy: look at no tensors. headless: leave out the head, for models that compute no logits.
+        dummy: read no tensors. headless: leave out the head, for a model that computes no logits.
         """
-        flag = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
+        tied = self.config.get("tie_word_embeddings", self.config.get("text_config", {}).get("tie_word_embeddings"))
         if dummy:
-            has_head = not flag
+            has_head = not tied
         elif self.converted:
             has_head = "text.head" in self.tensors
         else:
             has_head = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
-        return self.family.config.from_hf(self.config, self.files, tied=bool(flag) or headless or not has_head)
+        return self.family.config.from_hf(self.config, self.files, tied=bool(tied) or headless or not has_head)
 
     def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, value) of every parameter, one at a time. ConversionError for a checkpoint that does not fit."""
+        """(path, value) of every parameter, one at a time. Raises ConversionError for a checkpoint that does not
+        fit."""
         if not self.converted:
             yield from convert(self.tensors, self.family.table, shapes)
             return
@@ -130,14 +131,14 @@ def find_model(model: str, *, revision: str | None = None, token: str | None = N
 
     try:
         return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub's client raises a dozen types of exceptions
+    except Exception as error:  # huggingface_hub raises a dozen types of exceptions
         raise ValueError(
             f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
         ) from error
 
 
 def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
-    """The directory of a part of a model that lies in another checkpoint. ValueError if there is none."""
+    """The directory of the checkpoint that has a part of a model. Raises ValueError if there is none."""
     try:
         return find_model(config[part.key], token=token)
     except ValueError as error:
@@ -147,7 +148,7 @@ def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty for other JSON. ValueError for a file that is not JSON."""
+    """The JSON object in a file; empty for other JSON values. Raises ValueError for a file that is not JSON."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -11,8 +11,8 @@ from mmjax.config import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Names of dtypes. weight_dtype: to which the weights are rounded. compute_dtype: in which they are then stored,
-    and in which the model computes. matmul_dtype: of matrices and the KV cache, where it is not compute_dtype."""
+    """Names of dtypes. weight_dtype: the weights are rounded to it. compute_dtype: the weights are then stored in it,
+    and the model computes in it. matmul_dtype: of matrices and of the KV cache, if it is not compute_dtype."""
 
     weight_dtype: str
     compute_dtype: str
@@ -27,8 +27,8 @@ class Precision:
     def of(cls, requested: str, config: Mapping[str, Any], platform: str) -> Precision:
         """From `EngineArgs.dtype`, config.json and the platform.
 
-        XLA:CPU emulates half precision, which makes a decode step take 10 times as long. The exception are products of
-        bfloat16 on processors that have instructions for them.
+        XLA:CPU emulates half precision, which makes a decode step take 10 times as long. It does not emulate bfloat16
+        products on processors that have instructions for them.
         """
         from mmjax.kernels import multiplies_bfloat16
 

@@ -1,8 +1,9 @@
-"""What the engine calls of a family's configuration and of its module."""
+"""The interfaces of a family's configuration and of its model, as the loader and the engine use them."""
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 from jaxtyping import Array, Float, Float32, Int
 
@@ -10,26 +11,32 @@ from mmjax.batch import Batch, KVCache
 from mmjax.nn.encoder import Features
 from mmjax.spec import ModelSpec
 
-AnyConfig = TypeVar("AnyConfig", bound="Config")  # not Self: beartype knows it only where a class is decorated whole
+ConfigT = TypeVar("ConfigT", bound="Config")  # not Self: beartype resolves it only in a class that it decorates
 
 
 class Config(Protocol):
     """A family's configuration: the sizes that the model is declared with."""
 
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
+        """From config.json and the other *config.json files by name. tied: whether the head is the embedding. Raises
+        ValueError for what the family does not support."""
+        ...
+
     @property
     def spec(self) -> ModelSpec: ...
 
-    def for_tp(self: AnyConfig, tp_size: int) -> AnyConfig:
-        """The configuration whose sharded sizes divide over `tp_size` devices."""
+    def for_tp(self: ConfigT, tp_size: int) -> ConfigT:
+        """The same sizes, padded to divide over `tp_size` devices."""
         ...
 
-    def for_max_len(self: AnyConfig, max_model_len: int) -> AnyConfig:
-        """The configuration for sequences of at most `max_model_len` tokens: rotary frequencies may depend on it."""
+    def for_max_len(self: ConfigT, max_model_len: int) -> ConfigT:
+        """The configuration for sequences of at most `max_model_len` tokens, on which rotary frequencies may depend."""
         ...
 
 
 class Model(Protocol):
-    """What a family's module offers. All are called inside jit."""
+    """A family's model. All methods are called inside jit."""
 
     def __call__(
         self, batch: Batch, kv_cache: KVCache, mm_embeds: Float[Array, "M W"]
@@ -45,8 +52,8 @@ class Model(Protocol):
         ...
 
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
-        """Embeddings of media, from the fields of the named encoder of `ModelSpec.encoders`. For cross attention:
-        hidden states, `keys_per_input` for each input."""
+        """Embeddings of media. name, features: an encoder of `ModelSpec.encoders`, and its fields. An encoder-decoder
+        returns hidden states, `keys_per_input` for each input."""
         ...
 
 
@@ -54,5 +61,5 @@ class CrossModel(Model, Protocol):
     """An encoder-decoder."""
 
     def write_cross_kv(self, encoded: Float[Array, "U D"], kv_cache: KVCache, slot_mapping: Int[Array, "U"]) -> KVCache:
-        """Write every layer's cross-attention keys and values of what `encode` returned, at the layer's slots."""
+        """Write the cross-attention keys and values of `encoded`, output of `encode`, at the slots of each layer."""
         ...

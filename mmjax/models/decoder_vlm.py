@@ -1,4 +1,4 @@
-"""What all families but Whisper share: a decoder that reads tokens and, among them, media embeddings."""
+"""Base of all families but Whisper: a decoder over token embeddings, some of which media embeddings replace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmjax.batch import Batch, KVCache
 from mmjax.nn.decoder import Decoder, DecoderConfig
 from mmjax.spec import ModelSpec
 
-AnyConfig = TypeVar("AnyConfig", bound="Config")  # not Self: beartype knows it only where a class is decorated whole
+ConfigT = TypeVar("ConfigT", bound="Config")  # not Self: beartype resolves it only in a class that it decorates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Config:
 
     @property
     def spec(self) -> ModelSpec:
-        """Sizes for the engine, of text alone; a family adds its encoders."""
+        """Sizes for the engine, of the decoder alone; a family adds its encoders."""
         t = self.text
         return ModelSpec(
             num_layers=t.num_layers,
@@ -35,13 +35,13 @@ class Config:
             rope_axes=t.rope.num_axes,
         )
 
-    def for_max_len(self: AnyConfig, max_model_len: int) -> AnyConfig:
+    def for_max_len(self: ConfigT, max_model_len: int) -> ConfigT:
         """The same model for sequences of at most `max_model_len` tokens."""
         return dataclasses.replace(self, text=self.text.for_max_len(max_model_len))
 
 
 class Model(nnx.Module):
-    """See `mmjax.models.base.Model`; `encode` is the family's."""
+    """See `mmjax.models.base.Model`; a family with encoders adds `encode`."""
 
     def __init__(self, c: Config) -> None:
         self.text = Decoder(c.text)

@@ -17,7 +17,7 @@ from mmjax.nn.vision.projector import Projector
 from mmjax.processors.llava import image_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
-LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it out
+LLAMA_DEFAULTS = {  # of transformers' LlamaConfig; the published text_config leaves them out
     "hidden_size": 4096,
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
@@ -30,7 +30,7 @@ LLAMA = {  # what LlamaConfig fills in when the published text_config leaves it 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. drop_class: whether the language model does without the class token's embedding."""
+    """Sizes. drop_class: whether the embedding of the class token is dropped."""
 
     vision: ClipConfig
     act: str
@@ -44,7 +44,7 @@ class Config(decoder_vlm.Config):
         if not isinstance(layer, int):
             raise ValueError(f"vision_feature_layer must be one layer, got {layer}")
         return cls(
-            text=DecoderConfig.from_hf(LLAMA | config["text_config"], bias=False, tie_embeddings=tied),
+            text=DecoderConfig.from_hf(LLAMA_DEFAULTS | config["text_config"], bias=False, tie_embeddings=tied),
             vision=ClipConfig.from_hf(config["vision_config"], layer),
             act=config.get("projector_hidden_act", "gelu"),
             drop_class=config.get("vision_feature_select_strategy", "default") == "default",

@@ -1,7 +1,8 @@
-"""LLaVA-OneVision: SigLIP over an image and over the crops of it at its own resolution, and Qwen2.
+"""LLaVA-OneVision: SigLIP over an image and over crops of it at a higher resolution, and Qwen2.
 
-The number of embeddings does not follow from the crops: margins are cut off, large images and the frames of videos are
-scaled down after the tower, rows of patches end with a newline. So each embedding says which patches it is made from.
+The number of crops does not determine the number of embeddings: margins are cut off, large images and video frames are
+scaled down after the tower, and each row of patches ends with a newline. So a field of the encoder says which patches
+each embedding is made from.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from mmjax.nn.weight import weight
 from mmjax.processors.llava_onevision import NEWLINE, SLACK, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
-MIN_FRAMES = 64  # of the longest video that always fits
+MIN_FRAMES = 64  # frames of the longest video that fits in every configuration
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. max_crops: of the largest image, without the view of the whole. max_item_embeds: of the largest image."""
+    """Sizes. max_crops, max_item_embeds: crops, without the global view, and embeddings of the largest image."""
 
     vision: SiglipConfig
     act: str
@@ -49,7 +50,7 @@ class Config(decoder_vlm.Config):
             )
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=False)
         patches, aspect = vision.grid_size**2, config.get("vision_aspect_ratio", "anyres_max_9")
-        most = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # larger images are scaled down
+        max_patches = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # larger images are scaled down
         grids = [
             (height // vision.image_size, width // vision.image_size)
             for height, width in config["image_grid_pinpoints"]
@@ -61,18 +62,18 @@ class Config(decoder_vlm.Config):
             pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
             max_crops=max(math.prod(grid) for grid in grids),
             max_item_embeds=patches
-            + max(min(math.prod(grid) * patches, most) + grid[0] * vision.grid_size for grid in grids),
+            + max(min(math.prod(grid) * patches, max_patches) + grid[0] * vision.grid_size for grid in grids),
         )
 
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        side = self.vision.grid_size
-        patches = side**2
+        grid = self.vision.grid_size
+        patches = grid**2
         encoder = EncoderSpec(
             crop_fields(self.vision.image_size, patches),
             modalities=("image", "video"),
-            embeds_per_group=patches + side,  # crops below each other add one newline per row of patches
+            embeds_per_group=patches + grid,  # in a column of crops, each row of patches adds a newline
             max_item_inputs=max(self.max_crops + 1, MIN_FRAMES),
         )
         return dataclasses.replace(
@@ -102,7 +103,7 @@ class Model(decoder_vlm.Model):
         x = self.projector(self.vision.encode_images(self.c.pixels.normalize(features["pixels"], axis=1)))
         with jax.named_scope("gather"):
             total = jnp.zeros((), jnp.float32)
-            for j in range(4):  # one after the other: all four at once would be the largest array by far
+            for j in range(4):  # one at a time: all four together would be by far the largest array
                 part = jnp.take(x, index[:, j], axis=0, mode="clip").astype(jnp.float32)
                 total = total + part * weights[:, j, None]
             return jnp.where(index[:, :1] == NEWLINE, self.newline[...], total.astype(x.dtype))

@@ -1,6 +1,6 @@
-"""MiniCPM-V 2.6: SigLIP over slices of any shape, a resampler of each to the same number of embeddings, and Qwen2.
+"""MiniCPM-V 2.6: SigLIP over slices of any shape, a resampler from each to a fixed number of embeddings, and Qwen2.
 
-An encoder input is a patch; slices are packed end to end, each with a segment id of its own, without padding between.
+An encoder input is a patch. Slices are packed end to end without padding, each with its own segment id.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from mmjax.processors.minicpmv import AREA_FACTOR, patch_fields
 from mmjax.sharding import round_up
 from mmjax.spec import EncoderSpec, ModelSpec
 
-VERSION = 2.6  # the architecture's name also stands for 2.0 and 2.5, which are other models
-EPS = 1e-6  # of the resampler's norms; the config does not name it
-HEAD_DIM = 128  # of the resampler; its heads follow from the width
-MIN_FRAMES = 64  # of the longest video that always fits
+VERSION = 2.6  # versions 2.0 and 2.5 have the same architecture in config.json and are other models
+EPS = 1e-6  # of the resampler's norms; config.json does not name it
+HEAD_DIM = 128  # of the resampler, which has width / HEAD_DIM heads
+MIN_FRAMES = 64  # frames of the longest video that fits in every configuration
 NO_SEGMENT = np.iinfo(np.int32).max
-MASKED = float(np.finfo(np.float32).min)  # not infinity: where there is no slice, every score is masked
+MASKED = float(np.finfo(np.float32).min)  # finite: where there is no slice, every scores is masked
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. queries: embeddings of a slice. heads: of the resampler. slice_patches: patches of a square slice; others
-    have about as many. max_slices: of the largest image, without the view of the whole.
+    """Sizes. num_queries: embeddings of a slice. num_heads: of the resampler. slice_patches: patches of a square slice;
+    others have about as many. max_slices: of the largest image, without the global view.
     """
 
     vision: SiglipConfig
     pixels: PixelNorm
-    queries: int
-    heads: int
+    num_queries: int
+    num_heads: int
     slice_patches: int
     max_slices: int
 
@@ -52,38 +52,38 @@ class Config(decoder_vlm.Config):
         """From config.json and preprocessor_config.json. Raises ValueError for another version than 2.6."""
         if config["version"] != VERSION:
             raise ValueError(f"MiniCPM-V {config['version']} is another model; only {VERSION} is supported")
-        prepare = files["preprocessor_config.json"]
+        preprocessor = files["preprocessor_config.json"]
         layer = -2 if config.get("drop_vision_last_layer", True) else -1
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=True)
-        mean, std = prepare["norm_mean"], prepare["norm_std"]
+        mean, std = preprocessor["norm_mean"], preprocessor["norm_std"]
         return cls(
             text=DecoderConfig.from_hf(config, bias=True, tie_embeddings=tied),
             vision=vision,
             pixels=PixelNorm(1 / 255, tuple(mean), tuple(std)),
-            queries=config["query_num"],
-            heads=config["hidden_size"] // HEAD_DIM,
-            slice_patches=(prepare["scale_resolution"] // vision.patch_size) ** 2,
-            max_slices=prepare["max_slice_nums"],
+            num_queries=config["query_num"],
+            num_heads=config["hidden_size"] // HEAD_DIM,
+            slice_patches=(preprocessor["scale_resolution"] // vision.patch_size) ** 2,
+            max_slices=preprocessor["max_slice_nums"],
         )
 
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
         group_size = max(1, self.slice_patches // AREA_FACTOR)  # no slice has fewer patches
-        # few images have more than 9/8 of these patches in all their slices
-        largest = max(self.max_slices + 1, MIN_FRAMES) * self.slice_patches * 9 // 8
+        # the slices of few images have more than 9/8 as many patches as square slices
+        max_patches = max(self.max_slices + 1, MIN_FRAMES) * self.slice_patches * 9 // 8
         encoder = EncoderSpec(
             patch_fields(self.vision.patch_dim),
             modalities=("image", "video"),
             group_size=group_size,
-            embeds_per_group=self.queries,
-            max_item_inputs=round_up(largest, group_size),
+            embeds_per_group=self.num_queries,
+            max_item_inputs=round_up(max_patches, group_size),
         )
         return dataclasses.replace(
             super().spec,
             mm_embed_dim=self.text.hidden_size,
             encoders={"vision": encoder},
-            max_item_embeds=(self.max_slices + 1) * self.queries,
+            max_item_embeds=(self.max_slices + 1) * self.num_queries,
         )
 
     def for_tp(self, tp_size: int) -> Config:
@@ -92,16 +92,16 @@ class Config(decoder_vlm.Config):
             self,
             text=self.text.for_tp(tp_size),
             vision=self.vision.for_tp(tp_size),
-            heads=round_up(self.heads, tp_size),
+            num_heads=round_up(self.num_heads, tp_size),
         )
 
 
 class Resampler(nnx.Module):
-    """One attention of learned queries over the patches of each slice, whose positions are sines and cosines."""
+    """Cross attention of learned queries over the patches of each slice, with sinusoidal positions."""
 
     def __init__(self, c: Config) -> None:
-        width, n, h = c.text.hidden_size, c.heads, HEAD_DIM
-        self.query = weight(c.queries, width, axes=("position", "embed"))
+        width, n, h = c.text.hidden_size, c.num_heads, HEAD_DIM
+        self.query = weight(c.num_queries, width, axes=("position", "embed"))
         self.key = weight(c.vision.tower.hidden_size, width, axes=("embed", "embed_out"))
         self.query_norm = weight(width, axes=("embed",))
         self.query_norm_bias = weight(width, axes=("embed",))
@@ -118,9 +118,9 @@ class Resampler(nnx.Module):
 
     @jax.named_scope("resampler")
     def __call__(
-        self, x: Float[Array, "U C"], patch_coords: Int[Array, "U 2"], segment_ids: Int[Array, "U"], slices: int
+        self, x: Float[Array, "U C"], patch_coords: Int[Array, "U 2"], segment_ids: Int[Array, "U"], num_slices: int
     ) -> Float[Array, "E D"]:
-        """The embeddings of each of `slices` slices; slice s is segment s. patch_coords: (row, column) in the slice."""
+        """The embeddings of all slices; slice s is segment s. patch_coords: (row, column) of a patch in its slice."""
         query = layer_norm(self.query[...], self.query_norm[...], self.query_norm_bias[...], EPS)
         value = layer_norm(x @ self.key[...], self.key_norm[...], self.key_norm_bias[...], EPS)
         key = value + sincos_2d(patch_coords, value.shape[-1]).astype(value.dtype)
@@ -128,7 +128,7 @@ class Resampler(nnx.Module):
             weight_einsum("ud,dnh->unh", part, self.qkv[:, :, j]) + self.qkv_bias[:, j]
             for j, part in enumerate((query, key, value))
         )
-        y = self._attend(q, k, v, segment_ids, slices)
+        y = self._attend(q, k, v, segment_ids, num_slices)
         y = self.o.einsum("qnh,nhd->qd", y) + self.o_bias[...]
         return layer_norm(y, self.last_norm[...], self.last_norm_bias[...], EPS) @ self.out[...]
 
@@ -138,29 +138,29 @@ class Resampler(nnx.Module):
         k: Float[Array, "U N H"],
         v: Float[Array, "U N H"],
         segment_ids: Int[Array, "U"],
-        slices: int,
+        num_slices: int,
     ) -> Float[Array, "E N H"]:
-        """All queries over each slice's keys; E = slices * queries."""
-        window = min(k.shape[0], AREA_FACTOR * self.c.slice_patches)  # no slice has more patches
+        """All queries over the keys of each slice; E = num_slices * queries."""
+        max_keys = min(k.shape[0], AREA_FACTOR * self.c.slice_patches)  # of a slice
         segment_ids = jnp.where(segment_ids < 0, NO_SEGMENT, segment_ids)
-        first = jnp.searchsorted(segment_ids, jnp.arange(slices, dtype=segment_ids.dtype))
+        first = jnp.searchsorted(segment_ids, jnp.arange(num_slices, dtype=segment_ids.dtype))
 
-        def one(segment: tuple[Int[Array, ""], Int[Array, ""]]) -> Float[Array, "queries N H"]:
+        def attend_slice(segment: tuple[Int[Array, ""], Int[Array, ""]]) -> Float[Array, "queries N H"]:
             number, start = segment
-            ids, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, window) for a in (segment_ids, k, v))
-            score = jnp.einsum("qnh,unh->nqu", q, keys, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
-            score = jnp.where(ids == number, score, MASKED)
-            return jnp.einsum("nqu,unh->qnh", jax.nn.softmax(score).astype(values.dtype), values)
+            ids, keys, values = (jax.lax.dynamic_slice_in_dim(a, start, max_keys) for a in (segment_ids, k, v))
+            scores = jnp.einsum("qnh,unh->nqu", q, keys, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
+            scores = jnp.where(ids == number, scores, MASKED)
+            return jnp.einsum("nqu,unh->qnh", jax.nn.softmax(scores).astype(values.dtype), values)
 
-        out = jax.lax.map(one, (jnp.arange(slices, dtype=segment_ids.dtype), first))
+        out = jax.lax.map(attend_slice, (jnp.arange(num_slices, dtype=segment_ids.dtype), first))
         return out.reshape(-1, *q.shape[1:])
 
 
 def sincos_2d(coords: Int[Array, "U 2"], width: int) -> Float32[Array, "U {width}"]:
-    """Positions of (row, column): sines and cosines of the column, then of the row."""
-    count = width // 4
-    rate = 1.0 / 10000 ** (np.arange(count, dtype=np.float32) / np.float32(count))
-    angle = coords[:, ::-1].astype(jnp.float32)[:, :, None] * jnp.asarray(rate, jnp.float32)
+    """Sinusoidal positions of (row, column): sines and cosines of the column, then of the row."""
+    num_freqs = width // 4
+    inv_freq = 1.0 / 10000 ** (np.arange(num_freqs, dtype=np.float32) / np.float32(num_freqs))
+    angle = coords[:, ::-1].astype(jnp.float32)[:, :, None] * jnp.asarray(inv_freq, jnp.float32)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(-1, width)
 
 

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision and VLM2Vec: CLIP over square crops and over a view of the whole image, separators, and Phi-3."""
+"""Phi-3.5-vision and VLM2Vec: CLIP over square crops and a global view of an image, learned separators, and Phi-3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mmjax.nn.weight import weight
 from mmjax.processors.phi3_v import CLIP_IMAGE_SIZE, CLIP_PATCH_SIZE, DIVIDER, NEWLINE, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
 
-CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the published config only names
+CLIP_LARGE: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, of which config.json has only the name
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -29,8 +29,8 @@ CLIP_L: Mapping[str, Any] = {  # openai/clip-vit-large-patch14-336, which the pu
     "image_size": CLIP_IMAGE_SIZE,
     "patch_size": CLIP_PATCH_SIZE,
 }
-FEATURE_LAYER = -2  # the hidden state of the tower that is used, where the config does not say
-MIN_CROPS = 16  # recommended for single images: that many always fit, whatever the files say
+FEATURE_LAYER = -2  # the hidden state of the tower that is used, by default
+MIN_CROPS = 16  # crops that fit in every configuration: the number recommended for single images
 NO_VIEW = np.iinfo(np.int32).max
 
 
@@ -52,37 +52,37 @@ class Config(decoder_vlm.Config):
             raise ValueError(f"images are laid out in a way that is not supported: {layout}, {feature} features")
         if order not in ("sub_glb", "glb_sub"):
             raise ValueError(f"hd_transform_order {order!r} is not supported; known: sub_glb, glb_sub")
-        prepare = files["preprocessor_config.json"]
-        vision = {**CLIP_L, **tower.get("vision_config", {})}
+        preprocessor = files["preprocessor_config.json"]
+        vision = {**CLIP_LARGE, **tower.get("vision_config", {})}
         return cls(
             text=DecoderConfig.from_hf(config, bias=False, tie_embeddings=tied),
             vision=ClipConfig.from_hf(vision, tower.get("layer_idx", FEATURE_LAYER)),
-            pixels=PixelNorm.from_hf(prepare),
-            max_crops=max(MIN_CROPS, prepare.get("num_crops", 0)),
+            pixels=PixelNorm.from_hf(preprocessor),
+            max_crops=max(MIN_CROPS, preprocessor.get("num_crops", 0)),
         )
 
     @property
     def embeds_per_edge(self) -> int:
-        """Embeddings along one edge of a crop: each takes a square of four patches."""
+        """Embeddings along one edge of a crop. Each is made from a square of four patches."""
         return self.vision.grid_size // 2
 
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
         edge = self.embeds_per_edge
-        # n inputs (crops and the view) in one column are n * edge lines of edge + 1 embeddings, and one divider
-        most = edge * (edge + 1) + 1
+        # n inputs (crops and the global view) in one column have n * edge rows of edge + 1 embeddings, and one divider
+        max_embeds = edge * (edge + 1) + 1
         encoder = EncoderSpec(
             crop_fields(self.vision.image_size, edge),
             modalities=("image",),
-            embeds_per_group=most,
+            embeds_per_group=max_embeds,
             max_item_inputs=self.max_crops + 1,
         )
         return dataclasses.replace(
             super().spec,
             mm_embed_dim=self.text.hidden_size,
             encoders={"vision": encoder},
-            max_item_embeds=(self.max_crops + 1) * (most - 1) + 1,
+            max_item_embeds=(self.max_crops + 1) * (max_embeds - 1) + 1,
         )
 
     def for_tp(self, tp_size: int) -> Config:
@@ -107,7 +107,7 @@ class Projector(nnx.Module):
 
 
 class Model(decoder_vlm.Model):
-    """See `mmjax.models.base.Model`. newline: ends a row of squares. divider: separates the crops and the view."""
+    """See `mmjax.models.base.Model`. newline: ends each row of embeddings. divider: separates crops and global view."""
 
     def __init__(self, c: Config) -> None:
         square = 4 * c.vision.tower.hidden_size
@@ -134,33 +134,35 @@ class Model(decoder_vlm.Model):
 def global_views(
     pixels: Float32[Array, "I 3 size size"], crop_coords: Int[Array, "I 4"], view_index: Int[Array, "I"]
 ) -> Float32[Array, "I 3 size size"]:
-    """Fill in the pixels of global views, which are zero.
+    """Compute the pixels of global views, which are zero in `pixels`.
 
-    A view is its image's canvas resized by bicubic interpolation (a = -0.75, edges repeated, no antialiasing), which is
-    linear: every crop, at crop_coords (row, rows, column, columns) of the canvas, adds its part to the input view_index
-    (-1: to none).
+    A view is the canvas of its image, resized by bicubic interpolation (a = -0.75, edges repeated, no antialiasing).
+    That is linear, so every crop adds its part. crop_coords: (row, number of rows, column, number of columns) of the
+    crop in its canvas. view_index: the input that is the crop's global view, or -1.
     """
     size = pixels.shape[-1]
-    down, across = (_resize_weights(crop_coords[:, 2 * axis], crop_coords[:, 2 * axis + 1], size) for axis in (0, 1))
-    exact = jax.lax.Precision.HIGHEST  # bytes do not fit the rounded inputs of a fast product
-    parts = jnp.einsum("uyp,ucpq,uxq->ucyx", down, pixels, across, precision=exact)
+    row, rows, column, columns = crop_coords.T
+    row_weights, column_weights = _resize_weights(row, rows, size), _resize_weights(column, columns, size)
+    exact = jax.lax.Precision.HIGHEST  # a fast product would round the pixels
+    parts = jnp.einsum("uyp,ucpq,uxq->ucyx", row_weights, pixels, column_weights, precision=exact)
     return pixels.at[jnp.where(view_index >= 0, view_index, NO_VIEW)].add(parts, mode="drop")
 
 
-def _resize_weights(at: Int[Array, "I"], count: Int[Array, "I"], size: int) -> Float32[Array, "I {size} {size}"]:
-    """The weight of each pixel of crop `at` of `count` in a line (last axis) in each pixel of the view."""
+def _resize_weights(index: Int[Array, "I"], count: Int[Array, "I"], size: int) -> Float32[Array, "I {size} {size}"]:
+    """Weights of bicubic interpolation along one axis: for each pixel of the view (middle axis), that of each pixel of
+    the crop (last axis). index: of the crop among the `count` crops along this axis of the canvas."""
     source = (jnp.arange(size, dtype=jnp.float32) + 0.5) * count.astype(jnp.float32)[:, None] - 0.5
     first = jnp.floor(source)
     total = jnp.zeros((), jnp.float32)
     for tap in (-1, 0, 1, 2):
-        pixel = (first.astype(jnp.int32) + tap).clip(0, count[:, None] * size - 1) - at[:, None] * size
+        pixel = (first.astype(jnp.int32) + tap).clip(0, count[:, None] * size - 1) - index[:, None] * size
         weights = _cubic(jnp.abs(source - first - tap))
         total = total + jnp.where(pixel[:, :, None] == jnp.arange(size, dtype=jnp.int32), weights[:, :, None], 0.0)
     return total
 
 
 def _cubic(x: Float32[Array, "*shape"], a: float = -0.75) -> Float32[Array, "*shape"]:
-    """Keys' interpolation kernel at distances x >= 0."""
+    """The interpolation kernel of Keys (1981), at distances x >= 0."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return jnp.where(x <= 1, near, jnp.where(x < 2, far, 0.0))

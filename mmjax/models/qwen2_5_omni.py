@@ -17,12 +17,12 @@ class Config(qwen_omni.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (the whole model's, or the thinker's alone) and preprocessor_config.json."""
-        thinker, prepare = config.get("thinker_config", config), files["preprocessor_config.json"]
-        vision = QwenVisionConfig.qwen2_5(thinker["vision_config"], prepare)
+        thinker, preprocessor = config.get("thinker_config", config), files["preprocessor_config.json"]
+        vision = QwenVisionConfig.qwen2_5(thinker["vision_config"], preprocessor)
         return cls(
             text=DecoderConfig.from_hf(thinker["text_config"], bias=True, tie_embeddings=tied),
             vision=vision,
-            max_item_embeds=qwen_vl.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
+            max_item_embeds=qwen_vl.max_pixels(preprocessor) // (vision.patch_size * vision.merge_size) ** 2,
             audio=OmniAudioConfig.from_hf(thinker["audio_config"]),
             max_mel_frames=qwen_omni.max_mel_frames(files),
         )

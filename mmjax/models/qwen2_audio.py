@@ -1,4 +1,4 @@
-"""Qwen2-Audio: Whisper's encoder, the mean of every two of its steps, a dense layer, and Qwen2."""
+"""Qwen2-Audio: Whisper's encoder, the mean of every two steps, a dense layer, and Qwen2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmjax.processors.qwen2_audio import audio_fields
 from mmjax.processors.whisper_chunks import CHUNK_STEPS
 from mmjax.spec import EncoderSpec, ModelSpec
 
-ENCODER = {  # what Qwen2AudioEncoderConfig fills in
+ENCODER_DEFAULTS = {  # of transformers' Qwen2AudioEncoderConfig
     "d_model": 1280,
     "encoder_layers": 32,
     "encoder_attention_heads": 20,
@@ -40,7 +40,7 @@ class Config(decoder_vlm.Config):
         """From config.json."""
         return cls(
             text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
-            audio=WhisperEncoderConfig.from_hf(ENCODER | config["audio_config"]),
+            audio=WhisperEncoderConfig.from_hf(ENCODER_DEFAULTS | config["audio_config"]),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Qwen2-VL: patches of any number in one packed sequence, two-axis rope in the tower and three-axis in the decoder."""
+"""Qwen2-VL: images of any size as packed patches, two-axis rope in the tower and three-axis rope in the decoder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Config(qwen_vl.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (flat as published, or with a text_config) and preprocessor_config.json."""
-        prepare = files["preprocessor_config.json"]
-        vision = QwenVisionConfig.qwen2(config["vision_config"], prepare)
+        preprocessor = files["preprocessor_config.json"]
+        vision = QwenVisionConfig.qwen2(config["vision_config"], preprocessor)
         return cls(
             text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tie_embeddings=tied),
             vision=vision,
-            max_item_embeds=qwen_vl.max_pixels(prepare) // (vision.patch_size * vision.merge_size) ** 2,
+            max_item_embeds=qwen_vl.max_pixels(preprocessor) // (vision.patch_size * vision.merge_size) ** 2,
         )
 
 

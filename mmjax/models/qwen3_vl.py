@@ -1,4 +1,4 @@
-"""Qwen3-VL, dense and with experts: embeddings of inner vision layers are added after the first decoder layers."""
+"""Qwen3-VL, dense or with experts: the first decoder layers add embeddings of inner vision layers (DeepStack)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class Config(qwen_vl.Config):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
-        """From config.json and the preprocessor files; the area of a video counts all its frames."""
-        prepare = files["preprocessor_config.json"]
-        video = files.get("video_preprocessor_config.json", prepare)
-        vision = QwenVisionConfig.qwen3(config["vision_config"], prepare)
+        """From config.json and the preprocessor files; the maximum area of a video is that of all its frames."""
+        preprocessor = files["preprocessor_config.json"]
+        video = files.get("video_preprocessor_config.json", preprocessor)
+        vision = QwenVisionConfig.qwen3(config["vision_config"], preprocessor)
         text = dict(config["text_config"])
         name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
         text[name] = {**text[name], "mrope_interleaved": True}  # config.json does not say so
         embed_area = (vision.patch_size * vision.merge_size) ** 2
-        most = max(qwen_vl.max_pixels(prepare), qwen_vl.max_pixels(video) // vision.temporal_patch_size)
+        max_area = max(qwen_vl.max_pixels(preprocessor), qwen_vl.max_pixels(video) // vision.temporal_patch_size)
         return cls(
             text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied, qk_norm=True, norm_topk_prob=True),
             vision=vision,
-            max_item_embeds=most // embed_area,
+            max_item_embeds=max_area // embed_area,
         )
 
 

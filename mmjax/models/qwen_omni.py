@@ -1,4 +1,4 @@
-"""What the Omni thinkers share: a decoder, a vision tower and an audio tower."""
+"""Base of the Omni thinkers: a decoder, a vision tower and an audio tower."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmjax.spec import EncoderSpec, ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Config(qwen_vl.Config):
-    """Sizes. max_mel_frames: of the longest clip that the preprocessor lets through."""
+    """Sizes. max_mel_frames: of the longest clip that the preprocessor accepts."""
 
     audio: OmniAudioConfig
     max_mel_frames: int
@@ -49,8 +49,8 @@ class Config(qwen_vl.Config):
 
 def max_mel_frames(files: Mapping[str, dict[str, Any]]) -> int:
     """Mel frames of the feature extractor's window."""
-    prepare = files.get("processor_config.json", {}).get("feature_extractor") or files["preprocessor_config.json"]
-    return int(prepare["chunk_length"] * prepare["sampling_rate"]) // int(prepare["hop_length"])
+    preprocessor = files.get("processor_config.json", {}).get("feature_extractor") or files["preprocessor_config.json"]
+    return int(preprocessor["chunk_length"] * preprocessor["sampling_rate"]) // int(preprocessor["hop_length"])
 
 
 class Model(qwen_vl.Model):
@@ -65,4 +65,4 @@ class Model(qwen_vl.Model):
         if name != "audio":
             return super().encode(name, features)
         embeds = self.audio.encode(features)
-        return jnp.pad(embeds, ((0, 0), (0, self.mm_embed_dim - embeds.shape[1])))  # no DeepStack embeddings of audio
+        return jnp.pad(embeds, ((0, 0), (0, self.mm_embed_dim - embeds.shape[1])))  # audio has no DeepStack embeddings

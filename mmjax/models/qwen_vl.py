@@ -1,4 +1,4 @@
-"""What the Qwen vision families share: a decoder and a vision tower."""
+"""Base of the Qwen vision families: a decoder and a vision tower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmjax.spec import EncoderSpec, ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. max_item_embeds: embeddings of the largest item that the preprocessor lets through."""
+    """Sizes. max_item_embeds: embeddings of the largest item that the preprocessor yields."""
 
     vision: QwenVisionConfig
     max_item_embeds: int
@@ -44,9 +44,9 @@ class Config(decoder_vlm.Config):
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
-def max_pixels(prepare: Mapping[str, Any]) -> int:
-    """The largest area that a preprocessor file allows; `max_pixels` and `size` both hold areas."""
-    return int(prepare.get("max_pixels") or prepare["size"]["longest_edge"])
+def max_pixels(preprocessor: Mapping[str, Any]) -> int:
+    """The largest area that a preprocessor file allows; `max_pixels` and `size` are both areas."""
+    return int(preprocessor.get("max_pixels") or preprocessor["size"]["longest_edge"])
 
 
 class Model(decoder_vlm.Model):

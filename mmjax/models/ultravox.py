@@ -1,4 +1,4 @@
-"""Ultravox: Whisper's encoder, eight of its steps stacked into an embedding, a gated projector, and Llama."""
+"""Ultravox: Whisper's encoder, a gated projector of eight stacked steps to an embedding, and Llama."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mmjax.processors.ultravox import audio_fields
 from mmjax.processors.whisper_chunks import CHUNK_STEPS
 from mmjax.spec import EncoderSpec, ModelSpec
 
-EPS = 1e-6  # of the projector's norms; the config does not name it
-MIN_WINDOWS = 4  # of the longest clip that always fits: 2 minutes
+EPS = 1e-6  # of the projector's norms; config.json does not name it
+MIN_WINDOWS = 4  # windows of the longest clip that fits in every configuration: 2 minutes
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. stack_factor: encoder steps of an embedding. projector_dim: width inside the projector, gate included.
-    norm_before_last: whether the projector's second norm comes before its last layer (since v0.5) or after it."""
+    """Sizes. stack_factor: encoder steps per embedding. projector_dim: inner width of the projector, gate included.
+    norm_before_last: whether the projector's second norm is before its last layer (since v0.5) or after it."""
 
     audio: WhisperEncoderConfig
     stack_factor: int
@@ -40,10 +40,10 @@ class Config(decoder_vlm.Config):
         """From config.json with the configs of its two parts in it. Raises ValueError for another language model or
         projector."""
         text, act = config["text_config"], config.get("projector_act", "swiglu")
-        kind = text.get("model_type", "llama")
-        if kind != "llama" or act != "swiglu":
+        text_type = text.get("model_type", "llama")
+        if text_type != "llama" or act != "swiglu":
             raise ValueError(
-                f"Ultravox on {kind!r} with projector_act {act!r} is not supported: on 'llama' with 'swiglu' it is"
+                f"Ultravox on {text_type!r} with projector_act {act!r} is not supported: on 'llama' with 'swiglu' it is"
             )
         return cls(
             text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied),
@@ -88,8 +88,8 @@ class Projector(nnx.Module):
 
     @jax.named_scope("projector")
     def __call__(self, x: Float[Array, "E stacked"]) -> Float[Array, "E D"]:
-        """Stacked steps to embeddings. The second half is the gate, unlike Llama's."""
-        y = jnp.einsum("rc,cph->rph", rms_norm(x, self.norm1[...], EPS), self.fc1[...])
+        """Embeddings of stacked steps. The second half is the gate; in Llama, the first half is."""
+        y = jnp.einsum("ec,cph->eph", rms_norm(x, self.norm1[...], EPS), self.fc1[...])
         y = y[:, 0] * jax.nn.silu(y[:, 1])
         if self.norm_before_last:
             return rms_norm(y, self.norm2[...], EPS) @ self.fc2[...]

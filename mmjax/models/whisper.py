@@ -1,4 +1,4 @@
-"""Whisper: an audio encoder, and a decoder that reads it by cross attention; both keep keys in the KV cache."""
+"""Whisper: an audio encoder, and a decoder with cross attention to it, whose keys are in the KV cache too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmjax.spec import EncoderSpec, ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the encoder, in `audio`, and of the decoder. padded_vocab_size: rows of the embedding, with padding."""
+    """Sizes of the encoder, in `audio`, and of the decoder. padded_vocab_size: rows of the embedding with padding."""
 
     audio: WhisperEncoderConfig
     hidden_size: int
@@ -40,7 +40,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
-        """From config.json. The head is always the embedding."""
+        """From config.json. The head is the embedding, whatever `tied` says."""
         width = config["d_model"]
         return cls(
             audio=WhisperEncoderConfig.from_hf(config),
@@ -82,7 +82,7 @@ class Config:
         )
 
     def for_max_len(self, max_model_len: int) -> Config:
-        """The same: positions are a stored table."""
+        """The same configuration: positions are a stored table."""
         return self
 
 
@@ -141,13 +141,13 @@ class WhisperDecoderLayer(nnx.Module):
         slot_mapping: Int[Array, "U"],
         first_block: Int[Array, ""],
     ) -> KVCache:
-        """Write the keys and values of the encoder's output at this layer's slots."""
+        """Write the cross-attention keys and values of the encoder's output at the slots of this layer."""
         kv = self.cross_kv.einsum("td,dkph->tkph", encoded) + self.cross_kv_bias[...]
         return write_kv(kv[:, :, 0], kv[:, :, 1], kv_cache, slot_mapping, first_block)
 
 
 class WhisperDecoder(nnx.Module):
-    """The decoder's weights."""
+    """The weights of the decoder."""
 
     def __init__(self, c: Config) -> None:
         self.embed = weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))

@@ -1,4 +1,4 @@
-"""Converts arrays of any library to NumPy, by their attributes and not by their types: torch is never imported."""
+"""Converts arrays of any library to NumPy, by their attributes and not their types, so torch is never imported."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def is_array(value: Any) -> bool:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether a value is an array of another library than NumPy."""
+    """Whether a value is an array of a library other than NumPy."""
     if isinstance(value, (np.ndarray, np.generic, type)):
         return False
     shaped = hasattr(value, "ndim") and hasattr(value, "shape") and hasattr(value, "dtype")

@@ -1,4 +1,4 @@
-"""Audio of any kind to mono float32 at a model's rate: arrays of common layouts, sound files, sound tracks."""
+"""Converts audio to mono float32 at a model's sampling rate: arrays of any layout, audio files, audio tracks."""
 
 import dataclasses
 import enum
@@ -20,18 +20,17 @@ from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
 from mmjax.types import RequestError
 
-FEW_CHANNELS = 8  # an axis up to this long beside a longer one holds channels
-RATES = (100, 10_000_000)  # Hz; outside, a number is no sampling rate, and resampling could allocate without bound
+RATES = (100, 10_000_000)  # Hz; with rates outside, resampling could allocate without bound
 SAME_RATE = 1e-6
 LARGEST_TERM = 1 << 16
 BLOCK = 1 << 18  # frames per read
 
 
 def decode(media: Any, rate: int | None, *, limits: MediaLimits = DEFAULT) -> np.ndarray:
-    """What a caller may pass as one audio item -> mono float32 [n] at `rate` Hz.
+    """One audio item, in any form that callers may pass, as mono float32 [n] at `rate` Hz.
 
     `media` is an array or list of samples, already at `rate`, or a tuple (samples, sampling rate or None). Integers are
-    scaled by their full scale. RequestError: empty, NaN or infinite samples, more than two axes, no target rate.
+    divided by their full scale. RequestError for empty, NaN or infinite samples, more than two axes, or no target rate.
     """
     samples, source = media if isinstance(media, tuple) and len(media) == 2 else (media, None)
     mono = to_mono(_to_float(samples))
@@ -81,8 +80,7 @@ def _to_float(samples: Any) -> np.ndarray:
 def to_mono(audio: np.ndarray) -> np.ndarray:
     """[n], [channels, n] or [n, channels] -> the mean over channels, [n].
 
-    Of two axes the one up to 8 long beside a longer one holds the channels; where that does not decide, the shorter
-    axis does, and the first of two equal ones.
+    Of two axes, the shorter one holds the channels; of two equal ones, the first.
     """
     if audio.ndim == 1:
         return audio
@@ -94,10 +92,10 @@ def to_mono(audio: np.ndarray) -> np.ndarray:
 
 
 def librosa() -> ModuleType:
-    """Import librosa. Its parts take seconds to import, so call this only when there is sound to work on.
+    """Import librosa. It takes seconds to import, so only call this when there is audio to process.
 
-    numba compiles some of them the first time that they are imported on a machine, and fails if it cannot cache the
-    result. Its default folders, beside librosa and in the home directory, may be read-only; the one set here is not.
+    numba compiles parts of it on the first import on a machine, and fails if it cannot cache the result. Its default
+    folders, beside librosa and in the home directory, may be read-only; the one set here is writable.
     """
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
     import librosa
@@ -110,13 +108,13 @@ def resample(audio: np.ndarray, source: float, target: float) -> np.ndarray:
 
     A polyphase filter over the ratio in lowest terms: 44.1 kHz to 16 kHz is 160/441, never an integer step. librosa's
     other methods filter more sharply, but with each of them whisper-tiny.en transcribes an 8 kHz recording differently.
-    Raises RequestError for what is no sampling rate.
+    RequestError for an invalid sampling rate.
     """
     _check_rates(source, target)
     if abs(float(source) - float(target)) <= SAME_RATE:
         return audio
     ratio = Fraction(float(target)) / Fraction(float(source))
-    # the filter is as long as the larger term: odd rates are approximated, to a millionth of a Hz and better
+    # the filter is as long as the larger term, so odd rates are approximated, to a millionth of a Hz or better
     ratio = 1 / (1 / ratio).limit_denominator(LARGEST_TERM) if ratio > 1 else ratio.limit_denominator(LARGEST_TERM)
     made: np.ndarray = librosa().resample(  # the length is exact already; `fix` would compute it from rounded rates
         np.asarray(audio, np.float32), orig_sr=ratio.denominator, target_sr=ratio.numerator, res_type="polyphase",
@@ -134,14 +132,14 @@ def _check_rates(*rates: Any) -> None:
 
 
 def load(source: bytes | Path, *, limits: MediaLimits = DEFAULT) -> tuple[np.ndarray, int]:
-    """Decode a sound file or the sound track of a video: (mono float32 [n] at its own rate, that rate)."""
+    """Decode an audio file or the audio track of a video: (mono float32 [n], its sampling rate)."""
     from soundfile import LibsndfileError
 
     opened = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         return _read_sound(opened, limits)
     except LibsndfileError:
-        pass  # unknown to libsndfile: mp4, m4a, webm and the like
+        pass  # not supported by libsndfile: mp4, m4a, webm and the like
     except OSError as error:
         raise _unreadable() from error
     with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
@@ -156,7 +154,8 @@ def load(source: bytes | Path, *, limits: MediaLimits = DEFAULT) -> tuple[np.nda
 
 
 def _read_sound(file: Any, limits: MediaLimits) -> tuple[np.ndarray, int]:
-    """Read block by block, so that a lying header or a bomb is stopped at the limit and not by the allocator."""
+    """Read block by block, so that a wrong header or a decompression bomb is stopped at the limit, not by the
+    allocator."""
     import soundfile
 
     with soundfile.SoundFile(file) as sound:
@@ -192,7 +191,7 @@ def split_audio(
     """Cut mono audio [n] into clips of at most `max_clip_duration_s`, at the quietest places.
 
     Each cut lies in the last `overlap_duration_s` of a full clip, where a window of `min_energy_window_size` samples
-    has the least energy; without overlap all but the last are full. No sample is lost or repeated: the clips
+    has the least energy; without overlap, all clips but the last are full. No sample is lost or repeated: the clips
     concatenate to the input. Empty input gives no clips.
     """
     audio = np.asarray(audio_data)
@@ -241,7 +240,7 @@ class ChannelReduction(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class AudioSpec:
-    """How many channels a model takes, None: as they come."""
+    """How many channels a model takes; None for any number."""
 
     target_channels: int | None = 1
     channel_reduction: ChannelReduction = ChannelReduction.MEAN
@@ -259,8 +258,8 @@ PASSTHROUGH_AUDIO_SPEC = AudioSpec(target_channels=None)
 def normalize_audio(audio: Any, spec: AudioSpec) -> Any:
     """Audio with the channels of `spec`, in the array library and dtype it came in: [n] for one, else [channels, n].
 
-    The longer of two axes is time, unless the other is as long: then rows are channels. Of more channels than wanted
-    the first are kept, except that one is made by `channel_reduction`.
+    The longer of two axes is time, unless the other is as long: then rows are channels. Surplus
+    channels are dropped, except that a single channel is made by `channel_reduction`.
     """
     if not spec.needs_normalization:
         return audio
@@ -280,16 +279,16 @@ def normalize_audio(audio: Any, spec: AudioSpec) -> Any:
     if channels.shape[0] == 1 or spec.channel_reduction is ChannelReduction.FIRST:
         return channels[0]
     if spec.channel_reduction is ChannelReduction.MAX:
-        return getattr(channels, "amax", channels.max)(0)  # of torch, `max` also says where
+        return getattr(channels, "amax", channels.max)(0)  # torch's `max` also returns indices
     return channels.mean(0) if spec.channel_reduction is ChannelReduction.MEAN else channels.sum(0)
 
 
 class NoTargetRate(RequestError, RuntimeError):
-    """Resampling was asked for without a rate to resample to. Also a RuntimeError, as which some callers expect it."""
+    """Resampling without a target rate. Also a RuntimeError, which some callers expect."""
 
 
 class AudioResampler:
-    """Resamples to one rate. The methods of vLLM are accepted; all of them use the same filter here."""
+    """Resamples to one rate. vLLM's methods are accepted, but all use the same filter here."""
 
     METHODS = ("pyav", "resampy", "scipy", "torchaudio", "soxr")
 

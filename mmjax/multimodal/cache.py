@@ -1,8 +1,8 @@
-"""A cache on disk of fetched files, in the directory that MMJAX_MEDIA_CACHE names; without it there is no cache.
+"""A disk cache of fetched files, in the directory MMJAX_MEDIA_CACHE. If that is unset, there is no cache.
 
-A file is named by a hash of its URL and of the policy under which it was fetched, so a stricter policy never finds what
-it would refuse. It holds a digest and the data; its modification time is when it was fetched, its access time when it
-was last used. Several processes may share a directory.
+A file's name is a hash of its URL and of the policy under which it was fetched, so a stricter policy never finds a file
+that it would refuse. A file holds a digest and the data; its modification time is when it was fetched, its access time
+when it was last used. Several processes may share a directory.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from mmjax.types import ValidationError
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = re.compile(r"[0-9a-f]{64}(\.part\w+)?")  # no other files of the directory are read, counted or removed
+FILE_NAME = re.compile(r"[0-9a-f]{64}(\.part\w+)?")  # other files in the directory are not read, counted or removed
 DIGEST_SIZE = hashlib.sha256().digest_size
 ABANDONED_S = 3600.0  # an unfinished file this old was left by a process that died
 
@@ -32,7 +32,7 @@ ABANDONED_S = 3600.0  # an unfinished file this old was left by a process that d
 class MediaCache:
     """Files in a directory. May be used from several threads.
 
-    max_bytes: of all files together. ttl_s: seconds after which a file is fetched again. 0: no limit.
+    max_bytes: of all files together. ttl_s: seconds after which a file is fetched again. 0 means no limit.
     """
 
     directory: Path
@@ -49,12 +49,12 @@ class MediaCache:
             return None
         directory = Path(name).expanduser()
         if directory.exists() and not directory.is_dir():
-            message = f"MMJAX_MEDIA_CACHE must name a folder, but {directory} is none."
+            message = f"MMJAX_MEDIA_CACHE must name a folder, but {directory} is not one."
             raise ValidationError(message, parameter="MMJAX_MEDIA_CACHE", value=name)
         return cls(directory, max_bytes, hours * 3600)
 
     def get(self, url: str, policy: FetchPolicy) -> bytes | None:
-        """The data of a URL fetched under this policy; None where there are none that can be used."""
+        """The cached data of a URL under this policy, or None."""
         try:
             # links are not followed, and files of other users of the machine are not trusted
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -80,8 +80,8 @@ class MediaCache:
         return data
 
     def put(self, url: str, policy: FetchPolicy, data: bytes) -> None:
-        """Store fetched data, and remove the least recently used files where there are too many bytes. Never raises:
-        without the file, the next fetch of the URL only takes longer."""
+        """Store fetched data, and remove the least recently used files if the cache is too large. Never raises: without
+        the file, the next fetch of the URL only takes longer."""
         if self.max_bytes and len(data) + DIGEST_SIZE > self.max_bytes:
             return
         path = self._path(url, policy)
@@ -99,7 +99,7 @@ class MediaCache:
                 raise
             self._evict()
         except OSError as error:
-            log.warning("MMJAX_MEDIA_CACHE: a file cannot be kept in %s (%s)", self.directory, error.strerror)
+            log.warning("MMJAX_MEDIA_CACHE: a file cannot be stored in %s (%s)", self.directory, error.strerror)
 
     def _path(self, url: str, policy: FetchPolicy) -> Path:
         rules = f"{sorted(policy.domains)} {policy.redirects} {policy.block_private} "

@@ -1,5 +1,5 @@
-"""What fetches media, as chat and inputs see it. `mmjax.multimodal.media.MediaConnector` is one: it imports an HTTP
-client, and so it is imported when the first connector is made."""
+"""The protocol of connectors, which fetch media. `mmjax.multimodal.media.MediaConnector` implements it; it imports an
+HTTP client, so it is imported only when the first connector is made."""
 
 from __future__ import annotations
 

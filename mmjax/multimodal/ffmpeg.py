@@ -1,4 +1,4 @@
-"""Calls the bundled ffmpeg so that a hostile file can only be decoded: no playlists, no network, no other files."""
+"""Calls the bundled ffmpeg, restricted for hostile files: no playlists, no network, no other files."""
 
 import contextlib
 import functools
@@ -15,20 +15,20 @@ import numpy as np
 
 from mmjax.multimodal.media_limits import FFMPEG_TIMEOUT_S
 
-# containers that hold their media themselves; playlist-like formats (hls, concat, dash, …) can name other files
+# containers that hold their media; playlist-like formats (hls, concat, dash, …) can refer to other files
 DEMUXERS = (
     "mov,matroska,avi,flv,asf,mpegts,mpeg,mpegvideo,m4v,h264,hevc,ivf,nut,gif,apng,"
     "ogg,mp3,aac,flac,wav,w64,aiff,amr,ac3"
 )
-MAX_PIXELS = 1 << 26  # of a frame, twice those of 8K
+MAX_PIXELS = 1 << 26  # of a frame, twice as many as 8K has
 MAX_ALLOCATION = 1 << 30
 NO_TIMESTAMP = -(2**63)  # of a packet or frame without one
 DISCARDED = 4  # flag of a packet that is decoded but not shown
 
 
 class VideoStream(NamedTuple):
-    """A video stream, by its packets. timestamps: of each frame in display order, in units of the container; None where
-    the packets have none. rate: frames per second, 0 if unknown."""
+    """A video stream, described by its packets. timestamps: of each frame in display order, in units of the container;
+    None where the packets have none. rate: frames per second, 0 if unknown."""
 
     frames: int
     rate: float
@@ -46,7 +46,7 @@ def _binary() -> str:
 
 @contextlib.contextmanager
 def as_file(source: bytes | Path, folder: Path) -> Iterator[Path]:
-    """A path to the media. A pipe would not do: mp4 may have its index at the end."""
+    """A path to the media. A pipe does not work, because mp4 may have its index at the end."""
     if isinstance(source, bytes):
         file = folder / "media"
         file.write_bytes(source)
@@ -142,7 +142,7 @@ class FrameDecoder:
         self._log_reader.join()
 
     def _timestamp(self, count: int) -> int:
-        """The timestamp of a frame that has arrived; its line of the log may still be on its way."""
+        """The timestamp of a frame that has arrived; its log line may not have arrived yet."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._timestamps) > count or self._ended)
             return self._timestamps[count] if len(self._timestamps) > count else NO_TIMESTAMP
@@ -177,8 +177,8 @@ def decodable_timestamps(file: Path) -> list[int]:
 
 
 def is_damaged(file: Path) -> bool:
-    """Whether the decoder reports errors in the video. A run of its own: `FrameDecoder` cannot tell them apart in its
-    log."""
+    """Whether the decoder reports errors in the video. This is a run of its own, because `FrameDecoder` cannot tell
+    errors apart in its log."""
     try:
         return bool(run(file, ["-map", "0:v:0", "-f", "null", "-"])[1].strip())
     except subprocess.CalledProcessError:

@@ -1,6 +1,6 @@
-"""Hashes of media: equal content gives equal ids, different content different ones.
+"""Hashes of media: equal content has equal ids, different content has different ids.
 
-Every value is fed to the hash as type tag, length and bytes, so that no two sequences of values share an encoding.
+Every value is fed to the hash as a type tag, a length and bytes, so no two sequences of values have the same encoding.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from mmjax.multimodal.image import DECODE_ERRORS, exif_of, read
 from mmjax.types import RequestError
 
 MAX_COPY_BYTES = 1 << 24
-# blake3 is vLLM's default. Python has no such hash, and ids never leave the process, so another one serves as well.
+# blake3 is vLLM's default. Python does not have it, and ids never leave the process, so another hash works too.
 ALGORITHMS = {"sha256": hashlib.sha256, "sha512": hashlib.sha512, "blake3": hashlib.sha256}
 
 
 def content_id(
     model: str, modality: str, media: Any, processor_kwargs: Mapping[str, Any], io_kwargs: Mapping[str, Any]
 ) -> str:
-    """Id of a media item by its content and everything that changes how it is decoded and processed."""
+    """The id of a media item, from its content and everything that changes how it is decoded and processed."""
     return _digest("content", model, modality, media, processor_kwargs, io_kwargs)
 
 
@@ -38,8 +38,8 @@ def named_id(
     processor_kwargs: Mapping[str, Any],
     io_kwargs: Mapping[str, Any],
 ) -> str:
-    """Id of a media item by the caller's uuid. Never equal to a content id; different for every cache salt, so that
-    tenants with different salts can neither read nor plant each other's items."""
+    """The id of a media item, from the caller's uuid. It never equals a content id, and it differs for every cache
+    salt, so that tenants with different salts can neither read nor replace each other's items."""
     return _digest("named", model, modality, name, salt, processor_kwargs, io_kwargs)
 
 
@@ -72,7 +72,7 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
             _feed(digest, key)
             _feed(digest, value[key])
     elif isinstance(value, (list, tuple)):
-        if len(value) > 64 and all(type(x) is float for x in value):  # audio samples: as one buffer
+        if len(value) > 64 and all(type(x) is float for x in value):  # audio samples, fed as one buffer
             _leaf(digest, b"L", np.asarray(value, np.float64))
             return
         _count(digest, b"T", len(value))
@@ -114,7 +114,7 @@ def _feed_scalar(digest: "hashlib._Hash", value: Any) -> None:
 
 
 def _feed_image(digest: "hashlib._Hash", image: Image.Image) -> None:
-    """Feed mode, size, orientation, transparency, palette and pixels; or the UUID that the EXIF ImageID holds."""
+    """Feed mode, size, orientation, transparency, palette and pixels; or only the UUID in the EXIF ImageID."""
     exif = exif_of(image)
     declared = exif.get(ExifTags.Base.ImageID)
     if isinstance(declared, uuid.UUID):

@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 Color = tuple[int, int, int]
 T = TypeVar("T")
 WHITE: Color = (255, 255, 255)
-# formats with external handlers (EPS, WMF) and those that nobody puts into a prompt are not opened
+# formats with external handlers (EPS, WMF) or that nobody puts into a prompt are refused
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO", "AVIF")  # MPO files open as JPEG
 MODES = ("RGB", "RGBA", "L", "LA")  # values of image_mode
 SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "RGBa", "La"})
-# a damaged file makes Pillow raise whatever its plugins run into, such as RuntimeError (AVIF) and AssertionError (PNG)
+# for a damaged file, Pillow's plugins raise anything, such as RuntimeError (AVIF) and AssertionError (PNG)
 DECODE_ERRORS = Exception
 
 _load_lock = threading.Lock()  # the same lazily opened image may be in several prompts of a batch
@@ -36,13 +36,13 @@ _load_lock = threading.Lock()  # the same lazily opened image may be in several 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MediaWithBytes(Generic[T]):
-    """A decoded item and the bytes it was decoded from. It has the attributes of the item."""
+    """A decoded item and the bytes from which it was decoded. It has the attributes of the item."""
 
     media: T
     original_bytes: bytes = dataclasses.field(repr=False)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "media":  # `media` is missing while a copy is being made
+        if name.startswith("__") or name == "media":  # `media` is missing while the object is copied
             raise AttributeError(name)
         return getattr(self.media, name)
 
@@ -56,7 +56,7 @@ def unwrap(media: Any) -> Any:
 
 
 def background_color(value: Any) -> Color:
-    """A checked background color."""
+    """Check a background color."""
     is_triple = isinstance(value, (list, tuple)) and len(value) == 3
     if not is_triple or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 255 for v in value):
         raise RequestError(
@@ -73,7 +73,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def checked_mode(mode: Any) -> str:
-    """A checked image_mode."""
+    """Check an image_mode."""
     if mode not in MODES:
         raise RequestError(f"image_mode must be one of {', '.join(MODES)}, got {mode!r}.", "bad_media_kwargs")
     return str(mode)
@@ -82,14 +82,14 @@ def checked_mode(mode: Any) -> str:
 def load(
     source: bytes | Path, *, mode: str = "RGB", background: Color = WHITE, limits: MediaLimits = DEFAULT
 ) -> Image.Image:
-    """Decode an encoded image completely; the first frame of an animation. RequestError if that fails."""
+    """Decode an encoded image completely; of an animation, the first frame. RequestError if that fails."""
     if not isinstance(source, bytes):
         try:
             source = source.read_bytes()
         except OSError as error:
             raise _failed(error.strerror or type(error).__name__) from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about large images: `upright` checks the size
+        warnings.simplefilter("ignore")  # about large images, since `upright` checks the size
         image = _open(source, limits)
         return convert_image_mode(upright(image, limits), mode, background=background)
 
@@ -105,7 +105,7 @@ def _open(source: bytes, limits: MediaLimits) -> Image.Image:
             raise _too_large(None, limits) from error
     except DECODE_ERRORS as error:
         raise _failed(error) from error
-    with _load_lock:  # the operator allows more pixels than Pillow, whose only limit is global
+    with _load_lock:  # the operator allows more pixels than Pillow, whose limit is global
         pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(io.BytesIO(source), formats=_formats())
@@ -116,7 +116,7 @@ def _open(source: bytes, limits: MediaLimits) -> Image.Image:
 
 
 def decode(media: Any, *, background: Color = WHITE, limits: MediaLimits = DEFAULT) -> Image.Image | np.ndarray:
-    """An image as callers may pass it, as an RGB image or uint8 [H, W, 3]."""
+    """One image, in any form that callers may pass, as an RGB image or uint8 [H, W, 3]."""
     if isinstance(media, Image.Image):
         return to_rgb(media, background=background, limits=limits)
     if is_array(media):
@@ -144,15 +144,15 @@ def upright(image: Image.Image, limits: MediaLimits = DEFAULT) -> Image.Image:
     check_size(image, limits)
     try:
         read(image)
-        turned = exif_of(image).get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies upright images, too
+        turned = exif_of(image).get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose also copies upright images
         return ImageOps.exif_transpose(image) if turned else image
     except DECODE_ERRORS as error:
         raise _failed(error) from error
 
 
 def convert_image_mode(image: Image.Image, to_mode: str, *, background: Color = WHITE) -> Image.Image:
-    """An image in another mode. Lost transparency shows the background; 16-bit grayscale is scaled to 8 bits, not
-    clipped."""
+    """An image in another mode. Transparency that is lost shows the background; 16-bit grayscale is scaled to 8 bits,
+    not clipped."""
     if image.mode == checked_mode(to_mode):
         return image
     try:
@@ -213,7 +213,7 @@ def _flatten(image: Image.Image, background: Color) -> Image.Image:
 def frames_from_array(array: np.ndarray, modality: str, *, background: Color = WHITE) -> np.ndarray:
     """[T, H, W, C] or [T, C, H, W] of any number type, C in {1, 3, 4}, as uint8 [T, H, W, 3], copied only if need be.
 
-    Channels are last where the last axis is 3 or 4, or 1 where no other axis could be channels; else they are first.
+    Channels are last if the last axis is 3 or 4, or 1 and no other axis can be channels; otherwise they are first.
     """
     *_, first, middle, last = shape = array.shape[1:]
     if 0 in array.shape:
@@ -242,7 +242,7 @@ def frames_from_array(array: np.ndarray, modality: str, *, background: Color = W
 
 
 def _to_uint8(array: np.ndarray, modality: str) -> np.ndarray:
-    """Values of any number type in 0..255 (uint16: 0..65535; floats none of which exceeds 1.0: 0..1) as uint8."""
+    """Values of any number type in 0..255 (uint16: 0..65535; floats up to 1.0: 0..1) as uint8."""
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
@@ -255,7 +255,7 @@ def _to_uint8(array: np.ndarray, modality: str) -> np.ndarray:
     if not -1 < low <= high < 256:
         raise RequestError(
             f"The values of a {modality} array must lie in 0..255, got {low:g}..{high:g}. Pass raw pixels: "
-            "normalisation is part of the model.",
+            "normalization is part of the model.",
             "bad_media",
         )
     if array.dtype.kind == "f" and high <= 1.0:

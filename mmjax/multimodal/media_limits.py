@@ -9,7 +9,7 @@ FFMPEG_TIMEOUT_S = 120.0
 
 @dataclasses.dataclass(frozen=True)
 class MediaLimits:
-    """Limits of one item; 0 switches a limit off."""
+    """Limits of one item; 0 means no limit."""
 
     source_bytes: int = 256 << 20  # as fetched, read from a file, or decoded from base64
     image_pixels: int = 178_956_970  # Pillow's own error level

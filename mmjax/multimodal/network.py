@@ -1,7 +1,7 @@
 """Fetches bytes over HTTP from hosts that the operator allows, and from no other machine.
 
-A host name is resolved here, its addresses are checked, and the connection goes to one of the checked addresses: a name
-that resolves differently the next time gains nothing. Every redirect is checked, too.
+Host names are resolved here, their addresses are checked, and connections go to the checked addresses, so it does not
+help an attacker if a name resolves differently the next time. Every redirect is checked too.
 """
 
 import asyncio
@@ -26,29 +26,29 @@ from mmjax.version import __version__
 
 T = TypeVar("T")
 
-# characters that programs read differently: backslashes, control characters
+# characters that programs interpret differently: backslashes, control characters
 AMBIGUOUS = re.compile(r"[\x00-\x1f\x7f\\]")
 HOST = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+", re.IGNORECASE)
 MAX_REDIRECTS = 10
-MAX_ADDRESSES = 4  # of one host that are tried
+MAX_ADDRESSES = 4  # tried per host
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
-BACKOFF = 4.0  # factor of the time limit and of the pause from attempt to attempt; the first pause is one second
+BACKOFF = 4.0  # the time limit and the pause grow by this factor with each attempt; the first pause is one second
 
-# in a public range, yet answered by the cloud's own services
+# in a public range, but used for services of the cloud
 METADATA_ADDRESSES = frozenset({"168.63.129.16"})
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as IPv6-only networks see them
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # IPv4 addresses as seen by IPv6-only networks
 
 
 class FetchTimeout(RequestError, TimeoutError):
-    """The other side took too long."""
+    """The server took too long."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FetchPolicy:
-    """From where media may be fetched, and with how many attempts. domains: allowed hosts; empty allows all.
+    """The hosts from which media may be fetched, and the number of attempts. domains: allowed hosts; empty allows all.
 
-    block_private: only hosts with public addresses, unless their names are in `domains`. Proxies of the environment are
-    not used then, since the addresses to which they connect cannot be checked.
+    block_private: only hosts with public addresses, unless their names are in `domains`. Proxies from the environment
+    are then not used, since the addresses to which they connect cannot be checked.
     """
 
     domains: frozenset[str] = frozenset()
@@ -70,12 +70,12 @@ class FetchPolicy:
 
 
 class _Retry(Exception):
-    """A failure that may pass. The argument is the error to raise if no attempt is left."""
+    """A failure that may be temporary. The argument is the error to raise if no attempt is left."""
 
 
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the open internet. False for private, local and reserved ones, and for text that
-    is no address."""
+    is not an address."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -130,10 +130,10 @@ def _is_listed(url: httpx.URL, policy: FetchPolicy) -> bool:
 
 
 async def fetch(url: str, policy: FetchPolicy, timeout_s: float) -> bytes:
-    """GET a URL. The time limit is for the first attempt, redirects and body included; later attempts have more time.
+    """GET a URL. timeout_s: for the first attempt, including redirects and body; later attempts have more time.
 
-    RequestError for whatever fails: a forbidden host or address, an HTTP error, too many bytes, no connection, a
-    FetchTimeout. Only failed connections, timeouts and server errors are tried again.
+    RequestError for any failure: a forbidden host or address, an HTTP error, too many bytes, no connection, or a
+    FetchTimeout. Only failed connections, timeouts and server errors are retried.
     """
     parsed = parse(url, policy)
     for attempt in range(policy.attempts):
@@ -219,7 +219,7 @@ async def _get_from(url: httpx.URL, address: str | None, policy: FetchPolicy, ti
         headers["Host"] = url.netloc.decode("ascii")
         target, extensions = url.copy_with(host=address), {"sni_hostname": url.raw_host.decode("ascii")}
     direct = address is not None or policy.block_private
-    # a client per request: it shares neither cookies nor the connections of another event loop
+    # a client per request, so that cookies and connections are not shared across event loops
     async with (
         httpx.AsyncClient(verify=_ssl_context(), trust_env=not direct, timeout=timeout) as client,
         client.stream("GET", target, headers=headers, extensions=extensions) as response,
@@ -326,5 +326,5 @@ def wait_for(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def in_worker(work: Callable[..., T], *arguments: Any) -> T:
-    """Call something slow on a worker thread for media, so that the event loop stays responsive."""
+    """Call a slow function on a worker thread for media, so that the event loop stays responsive."""
     return await asyncio.get_running_loop().run_in_executor(_background.workers(), work, *arguments)

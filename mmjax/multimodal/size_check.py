@@ -1,6 +1,6 @@
 """Checks the size of media as given, before anything is decoded, hashed or copied.
 
-Broadcast views and lazily opened images can have shapes far beyond memory, which later steps would try to allocate.
+Broadcast views and lazily opened images can have shapes far beyond memory, which later steps would allocate.
 """
 
 import math
@@ -16,7 +16,7 @@ from mmjax.types import RequestError
 
 
 def check_size(modality: str, data: Any, limits: MediaLimits) -> None:
-    """RequestError for an item above the limits. Whatever else may be wrong with it is not checked."""
+    """RequestError for an item above the limits. Nothing else is checked."""
     if isinstance(data, tuple) and len(data) == 2 and (data[1] is None or not is_array(data[1])):
         media, metadata = data
         if modality == "audio" or (modality == "video" and isinstance(metadata, Mapping)):

@@ -1,7 +1,7 @@
 """Encodes tensors as base64 text of the files that `torch.save` writes, without torch, and without running pickles.
 
 Such a file is a ZIP archive of a pickle that describes the tensor, and of its bytes. The pickle is parsed as data:
-opcodes and names that no dense tensor needs are refused. `.npy` files are read, too.
+opcodes and names that a dense tensor does not need are refused. `.npy` files are read too.
 """
 
 import base64
@@ -33,7 +33,7 @@ STORAGES = {
     "LongStorage": np.dtype("i8"),
     "BoolStorage": np.dtype("?"),
 }
-# how files begin
+# the first bytes of files
 LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9")  # of torch before 1.6
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
 MAX_AXES = 8
@@ -44,7 +44,7 @@ VALUE_OPCODES = ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_B
 
 
 class Storage(NamedTuple):
-    """A flat array, which lies under a key in the archive."""
+    """A flat array, stored under a key in the archive."""
 
     dtype: np.dtype
     key: str
@@ -61,11 +61,11 @@ class TensorView(NamedTuple):
 
 
 class _Mark:
-    """Marks where a tuple on the stack begins."""
+    """Marks the start of a tuple on the stack."""
 
 
 def tensor2base64(x: Any) -> str:
-    """The file that `torch.save` would write of an array of any library, in base64: what vLLM's clients send."""
+    """The file that `torch.save` would write for an array of any library, in base64, as vLLM's clients send it."""
     return base64.b64encode(write_tensor(x)).decode("ascii")
 
 
@@ -132,7 +132,7 @@ def _read_npy(data: bytes, limits: MediaLimits) -> np.ndarray:
 
 
 def _read_zip(data: bytes, limits: MediaLimits) -> np.ndarray:
-    if data.count(b"PK\x01\x02") > MAX_ENTRIES:  # before zipfile makes its list of entries
+    if data.count(b"PK\x01\x02") > MAX_ENTRIES:  # checked before zipfile lists the entries
         raise _refused("the archive has too many entries")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {info.filename: info for info in archive.infolist()}
@@ -145,7 +145,7 @@ def _read_zip(data: bytes, limits: MediaLimits) -> np.ndarray:
             raise _too_large(limits)
         pickles = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise _refused("the archive is none of torch.save")
+            raise _refused("the archive was not written by torch.save")
         if entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
             raise _refused("its description is too long for one tensor")
         root = pickles[0].removesuffix("data.pkl")
@@ -183,7 +183,7 @@ def _check_view(view: TensorView, limits: MediaLimits) -> None:
 
 
 def parse_pickle(data: bytes) -> TensorView:
-    """The one tensor that a pickle describes. RequestError for anything else in it."""
+    """The one tensor that a pickle describes. RequestError if it describes anything else."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     argument: Any
@@ -222,7 +222,7 @@ def parse_pickle(data: bytes) -> TensorView:
         elif name not in ("PROTO", "FRAME"):
             raise _refused(f"its description uses {name}, which no dense tensor needs")
     if len(stack) != 1 or not isinstance(stack[0], TensorView):
-        raise _refused("it holds something else than one tensor")
+        raise _refused("it holds something other than one tensor")
     return stack[0]
 
 
@@ -262,12 +262,12 @@ STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
 def _storage(reference: Any) -> Storage:
     tag, dtype, key, _, length = reference
     if tag != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-        raise _refused("it refers to something else than a storage")
+        raise _refused("it refers to something other than a storage")
     return Storage(dtype, key, length)
 
 
 def write_tensor(x: Any) -> bytes:
-    """The file that `torch.save` would write of an array; `torch.load` reads it. RequestError for other dtypes."""
+    """The file that `torch.save` would write for an array; `torch.load` reads it. RequestError for other dtypes."""
     array = np.ascontiguousarray(_in_own_dtype(x))
     storage = next((name for name, dtype in STORAGES.items() if dtype == array.dtype), None)
     if storage is None:
@@ -293,7 +293,9 @@ def write_tensor(x: Any) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in parts.items():
-            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), content)  # without a time: equal arrays, equal files
+            archive.writestr(
+                zipfile.ZipInfo(f"archive/{name}"), content
+            )  # without a timestamp, so that equal arrays make equal files
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Reads media from `data:` URLs, and from `file:` URLs below the one allowed directory."""
+"""Reads media from `data:` URLs, and from `file:` URLs below the allowed directory."""
 
 import base64
 import binascii
@@ -12,7 +12,7 @@ from mmjax.types import RequestError
 
 
 class LocalFilesDisabled(RequestError, RuntimeError):
-    """A file: URL where the operator allows none. Also a RuntimeError, which callers written for vLLM expect."""
+    """A file: URL, although the operator allows none. Also a RuntimeError, which callers written for vLLM expect."""
 
 
 def scheme_of(url: object) -> str:
@@ -69,8 +69,8 @@ def allowed_directory(path: str | os.PathLike[str]) -> Path | None:
 def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT) -> bytes:
     """The content of a file below `allowed`, a resolved directory. Neither `..` nor links lead out of it.
 
-    RequestError where no directory is allowed, for paths outside of it, and for files that are not regular, cannot be
-    read or are too large.
+    RequestError if no directory is allowed, for paths outside it, and for files that are not regular, cannot be read
+    or are too large.
     """
     if allowed is None:
         raise LocalFilesDisabled("Cannot load local files without `--allowed-local-media-path`.", "forbidden_url")
@@ -87,7 +87,7 @@ def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT)
         real = Path(path).resolve()
         if not real.is_relative_to(allowed):
             raise outside
-        # a pipe must not block, and a link that has replaced the file meanwhile must not be followed
+        # do not block on a pipe, and do not follow a link that has meanwhile replaced the file
         handle = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, RequestError):
@@ -114,5 +114,5 @@ def read_file_url(url: str, allowed: Path | None, limits: MediaLimits = DEFAULT)
 
 
 def _real_path(handle: int) -> Path:
-    """The path of an open file: a directory on the way may have become a link after it was resolved."""
+    """The path of an open file, since a directory in its path may have become a link after it was resolved."""
     return Path(os.readlink(f"/proc/self/fd/{handle}"))

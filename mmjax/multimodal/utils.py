@@ -1,4 +1,4 @@
-"""Shorthands for single items under the names that scripts for vLLM import: fetch one, or encode one as base64."""
+"""Functions that scripts for vLLM import: fetch one media item, or encode one as base64."""
 
 import mimetypes
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def fetch_image(image_url: str, image_io_kwargs: Options = None) -> Image.Image:
 
 
 def fetch_audio(audio_url: str, audio_io_kwargs: Options = None) -> tuple[np.ndarray, float]:
-    """(mono float32 samples, sampling rate) of the sound at an http(s) or data URL."""
+    """(mono float32 samples, sampling rate) of the audio at an http(s) or data URL."""
     return _connector("audio", audio_io_kwargs).fetch_audio(audio_url)
 
 
@@ -37,12 +37,12 @@ def encode_image_base64(image: Image.Image, *, image_mode: str = "RGB", format: 
 
 
 def encode_audio_base64(audio: Any, sampling_rate: int, *, format: str = "WAV") -> str:
-    """Samples, [n] or channels beside time, as a file in base64."""
+    """Samples [n], [channels, n] or [n, channels], as a file in base64."""
     return AudioMediaIO().encode_base64((audio, sampling_rate), audio_format=format)
 
 
 def encode_video_base64(frames: Any, *, format: str = "JPEG") -> str:
-    """Frames as JPEG files in base64 between commas."""
+    """Frames as JPEG files in base64, separated by commas."""
     return VideoMediaIO().encode_base64(frames, video_format=format)
 
 

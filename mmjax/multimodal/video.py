@@ -1,4 +1,4 @@
-"""Converts videos to frames: lists of images, arrays of either layout, and files, of which frames are sampled."""
+"""Converts videos to frames: lists of images, arrays of either layout, and files, from which frames are sampled."""
 
 import dataclasses
 import logging
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("opencv", "opencv_dynamic")  # vLLM's names of two sampling rules; both decode with ffmpeg
 MAX_NUMBER = 2**31 - 1  # of any size, count, area, rate or frame index
-MIN_RATE = 1e-6  # frames a second; with fewer, times leave the range of positions
-MAX_FILTER_CHARS = 100_000  # an argument of a program may have 128 KiB
+MIN_RATE = 1e-6  # frames per second; with fewer, timestamps exceed the range of positions
+MAX_FILTER_CHARS = 100_000  # an argument of a program may be 128 KiB long
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +37,8 @@ class Video:
 
 
 def decode(media: Any, *, background: image.Color = image.WHITE, limits: MediaLimits = DEFAULT) -> Video:
-    """A video as callers may pass it: a list of PIL images or 3-D arrays, a 4-D array, or (one of these, metadata)."""
+    """One video, in any form that callers may pass: a list of PIL images or 3-D arrays, a 4-D array, or (one of these,
+    metadata)."""
     frames, metadata = media if isinstance(media, tuple) and len(media) == 2 else (media, {})
     if not isinstance(metadata, Mapping):
         raise RequestError(f"Video metadata must be a dictionary, got {type(metadata).__name__}.", "bad_media")
@@ -72,7 +73,7 @@ def _to_array(frames: Any, background: image.Color, limits: MediaLimits) -> np.n
 
 
 def _check_metadata(metadata: Mapping[str, Any], num_frames: int) -> dict[str, Any]:
-    """The metadata, with what processors rely on checked: positive rates, and one index for each frame."""
+    """Check what processors rely on in metadata: positive rates, and one index per frame."""
     checked = dict(metadata)
     for name in ("fps", "duration", "total_num_frames"):
         value = checked.get(name)
@@ -113,12 +114,12 @@ def _stack(frames: list[np.ndarray]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video file to take. RequestError for unusable values.
+    """Which frames of a video file to sample. RequestError for invalid values.
 
-    video_backend "opencv": at most num_frames (-1: all), evenly spread, and with fps above 0 at most that many per
-    second. "opencv_dynamic": fps frames per second (default 2); of videos longer than max_duration seconds as many as
-    of one that long. frame_recovery: a frame that cannot be decoded is replaced by the next one that can, unless that
-    comes after the next sampled frame; at the end of a damaged stream, by the last one that can.
+    video_backend "opencv": at most num_frames (-1: all), evenly spaced, and if fps is above 0, at most that many per
+    second. "opencv_dynamic": fps frames per second (default 2); of videos longer than max_duration seconds, as many as
+    of a video that long. frame_recovery: a frame that cannot be decoded is replaced by the next one that can, unless
+    that comes after the next sampled frame; at the end of a damaged stream, by the last one that can.
     """
 
     num_frames: int = 32
@@ -164,11 +165,11 @@ def uniform_indices(total: int, rate: float, num_frames: int, fps: float) -> lis
 
 
 def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> list[int]:
-    """A frame every 1/fps seconds. Of videos longer than max_duration, as many as of one that long, evenly spread."""
+    """A frame every 1/fps seconds. Of videos longer than max_duration, as many as of a video that long."""
     if rate <= 0:
         raise RequestError("Could not open video stream: its frame rate is unknown.", "bad_media")
     last, duration = total - 1, total / rate
-    if duration <= max_duration and fps >= rate:  # however many are asked for, there are no more
+    if duration <= max_duration and fps >= rate:  # there are no more frames than these
         indices = list(range(total))
     elif duration <= max_duration:
         indices = [min(last, math.ceil(i * rate / fps)) for i in range(math.floor(duration * fps))]
@@ -181,8 +182,8 @@ def timed_indices(total: int, rate: float, fps: float, max_duration: float) -> l
 
 
 def load(source: bytes | Path, sampling: FrameSampling = FrameSampling(), *, limits: MediaLimits = DEFAULT) -> Video:
-    """Decode the sampled frames of a video file. Those that cannot be decoded or replaced are left out, with a warning.
-    RequestError for a file without frames, and for more than the limits allow."""
+    """Decode the sampled frames of a video file. Frames that can be neither decoded nor replaced are left out, with a
+    warning. RequestError for a file without frames, and for more than the limits allow."""
     with tempfile.TemporaryDirectory(prefix="mmjax-") as folder, ffmpeg.as_file(source, Path(folder)) as file:
         try:
             stream = ffmpeg.probe_video(file)
@@ -214,7 +215,7 @@ def _sample(
     found = _read(file, stream, wanted, limits)
     missing = [index for index in wanted if index not in found]
     timestamps = stream.timestamps
-    if missing and timestamps and not ffmpeg.is_damaged(file):  # some packets hold no frame of their own
+    if missing and timestamps and not ffmpeg.is_damaged(file):  # some packets contain no frame
         timestamps = ffmpeg.decodable_timestamps(file)
         stream = stream._replace(frames=len(timestamps), timestamps=timestamps)
         wanted = sampling.indices(stream.frames, stream.rate) if timestamps else []
@@ -233,8 +234,8 @@ def _sample(
 def replacements(wanted: list[int], missing: list[int], decodable: list[int]) -> list[int]:
     """Indices of the frames that replace the missing ones of those wanted, out of the decodable ones; all ascending.
 
-    A missing frame is replaced by the first decodable one before the next wanted one; where no decodable frame follows
-    at all, by the last decodable one, provided that it comes after every frame taken so far.
+    A missing frame is replaced by the first decodable one before the next wanted one; if no decodable frame follows,
+    by the last decodable one, provided that it comes after every frame used so far.
     """
     is_missing, replaced = set(missing), []
     last = -1  # the last frame in the result
@@ -267,11 +268,11 @@ def _check_num_frames(count: int, frame_bytes: int, limits: MediaLimits) -> None
 
 
 def _read(file: Path, stream: ffmpeg.VideoStream, wanted: list[int], limits: MediaLimits) -> dict[int, np.ndarray]:
-    """The frames with the wanted indices, by index, as far as they can be decoded."""
+    """Those of the wanted frames that can be decoded, by index."""
     if not wanted:
         return {}
     timestamps = stream.timestamps
-    keys = [timestamps[index] for index in wanted] if timestamps else wanted  # what the filter selects by
+    keys = [timestamps[index] for index in wanted] if timestamps else wanted  # the filter's criterion
     select: str | None = "+".join(f"eq({'pts' if timestamps else 'n'},{key})" for key in keys)
     if len(wanted) == stream.frames or (select and len(select) > MAX_FILTER_CHARS):
         select = None
@@ -285,7 +286,7 @@ def _read(file: Path, stream: ffmpeg.VideoStream, wanted: list[int], limits: Med
                 continue
             found[index_of[key]] = frame
             num_bytes += frame.nbytes
-            if limits.video_bytes and num_bytes > limits.video_bytes:  # frames are larger than the stream's header says
+            if limits.video_bytes and num_bytes > limits.video_bytes:  # frames exceed the size in the stream's header
                 _check_num_frames(len(found) + 1, frame.nbytes, limits)
             if len(found) == len(wanted):
                 break

@@ -1,4 +1,4 @@
-"""Attention as the models call it: keys and values are written to the KV cache, queries attend through block tables."""
+"""Attention over the paged KV cache, and within the segments of an encoder sequence, with heads split over the mesh."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from mmjax.batch import Batch, KVCache
 from mmjax.kernels import kv_heads_first, paged_decode, paged_prefill, segment_attention, write_kv_cache
 from mmjax.sharding import map_heads
 
-QUERY = ("position", "kv_heads", "group", "head_dim")
-KEY = ("position", "kv_heads", "head_dim")
-ENCODER_INPUT = ("position", "heads", "head_dim")
+Q_AXES = ("position", "kv_heads", "group", "head_dim")
+KV_AXES = ("position", "kv_heads", "head_dim")
+ENCODER_AXES = ("position", "heads", "head_dim")
+KVArray = Num[Array, "num_blocks _ _ cache_H"]  # the keys or the values of a KVCache
 
 
 def kv_cache_axes() -> tuple[str, str, str, str]:
@@ -23,7 +24,7 @@ def kv_cache_axes() -> tuple[str, str, str, str]:
     return ("depth", *inner, "head_dim")
 
 
-def _block_size(cache: Num[Array, "num_blocks _ _ cache_H"]) -> int:
+def _block_size(cache: KVArray) -> int:
     return cache.shape[kv_cache_axes().index("position")]
 
 
@@ -37,19 +38,19 @@ def attend(
     *,
     scale: float,
 ) -> tuple[Float[Array, "T K G H"], KVCache]:
-    """Causal attention over each sequence's cache blocks, after writing k and v into them.
+    """(output, new cache): write k and v into the cache blocks of their sequences, then attend causally to those.
 
-    first_block: the layer's first block id.
+    first_block: id of the layer's first block.
     """
     block_size, cache_axes = _block_size(kv_cache.k), kv_cache_axes()
 
-    def run(
+    def write_and_attend(
         q: Float[Array, "T K G H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        k_cache: Num[Array, "num_blocks _ _ cache_H"],
-        v_cache: Num[Array, "num_blocks _ _ cache_H"],
-    ) -> tuple[Array, Array, Array]:
+        k_cache: KVArray,
+        v_cache: KVArray,
+    ) -> tuple[Float[Array, "T K G H"], KVArray, KVArray]:
         slots = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * block_size, -1)
         with jax.named_scope("kv_cache/write"):
             k_cache, v_cache = write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slots)
@@ -58,28 +59,28 @@ def attend(
         )
         return out, k_cache, v_cache
 
-    out, k_cache, v_cache = map_heads(run, (QUERY, KEY, KEY, cache_axes, cache_axes), (QUERY, cache_axes, cache_axes))(
-        q, k, v, kv_cache.k, kv_cache.v
-    )
+    out, k_cache, v_cache = map_heads(
+        write_and_attend, (Q_AXES, KV_AXES, KV_AXES, cache_axes, cache_axes), (Q_AXES, cache_axes, cache_axes)
+    )(q, k, v, kv_cache.k, kv_cache.v)
     return out, KVCache(k_cache, v_cache)
 
 
 def cross_attend(
     q: Float[Array, "T K G H"], kv_cache: KVCache, batch: Batch, first_block: Int[Array, ""], *, scale: float
 ) -> Float[Array, "T K G H"]:
-    """Attention over all of the encoder's keys of each sequence."""
+    """Each token attends to all encoder keys of its sequence. first_block: id of the layer's first block."""
 
-    def run(
+    def attend_heads(
         q: Float[Array, "T K G H"],
-        k_cache: Num[Array, "num_blocks _ _ cache_H"],
-        v_cache: Num[Array, "num_blocks _ _ cache_H"],
+        k_cache: KVArray,
+        v_cache: KVArray,
     ) -> Float[Array, "T K G H"]:
         block_table = batch.cross_block_table + first_block
         return _paged_attention(
             q, k_cache, v_cache, block_table, batch.cross_context_lens, batch, causal=False, scale=scale
         )
 
-    return map_heads(run, (QUERY, kv_cache_axes(), kv_cache_axes()), QUERY)(q, kv_cache.k, kv_cache.v)
+    return map_heads(attend_heads, (Q_AXES, kv_cache_axes(), kv_cache_axes()), Q_AXES)(q, kv_cache.k, kv_cache.v)
 
 
 @jax.named_scope("kv_cache/write")
@@ -90,20 +91,22 @@ def write_kv(
     slot_mapping: Int[Array, "T"],
     first_block: Int[Array, ""],
 ) -> KVCache:
-    """Write k and v at the layer's slots (negative: dropped), without attending."""
+    """Write k and v at the layer's slots; negative slots are dropped. first_block: id of the layer's first block."""
     block_size, cache_axes = _block_size(kv_cache.k), kv_cache_axes()
     slot_mapping = jnp.where(slot_mapping >= 0, slot_mapping + first_block * block_size, -1)
 
-    def run(
+    def write_heads(
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        k_cache: Num[Array, "num_blocks _ _ cache_H"],
-        v_cache: Num[Array, "num_blocks _ _ cache_H"],
-    ) -> tuple[Array, Array]:
+        k_cache: KVArray,
+        v_cache: KVArray,
+    ) -> tuple[KVArray, KVArray]:
         return write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slot_mapping)
 
     return KVCache(
-        *map_heads(run, (KEY, KEY, cache_axes, cache_axes), (cache_axes, cache_axes))(k, v, kv_cache.k, kv_cache.v)
+        *map_heads(write_heads, (KV_AXES, KV_AXES, cache_axes, cache_axes), (cache_axes, cache_axes))(
+            k, v, kv_cache.k, kv_cache.v
+        )
     )
 
 
@@ -118,23 +121,23 @@ def encoder_attention(
     segment_len: int | None,
     key_mask: Bool[Array, "U"] | None = None,
 ) -> Float[Array, "U N H"]:
-    """Attention among positions of equal segment id.
+    """Each position attends to the positions with its segment id.
 
-    segment_len: the length of every segment, where all have the same. key_mask: False for positions that attend but are
+    segment_len: the length of every segment, if all have the same. key_mask: False for positions that attend but are
     not attended to.
     """
-    run = functools.partial(
+    attend_segments = functools.partial(
         segment_attention, segment_ids=segment_ids, scale=scale, segment_len=segment_len, key_mask=key_mask
     )
-    return map_heads(lambda q, k, v: run(q, k, v), (ENCODER_INPUT, ENCODER_INPUT, ENCODER_INPUT), ENCODER_INPUT)(
-        q, k, v
-    )
+    return map_heads(
+        lambda q, k, v: attend_segments(q, k, v), (ENCODER_AXES, ENCODER_AXES, ENCODER_AXES), ENCODER_AXES
+    )(q, k, v)
 
 
 def _paged_attention(
     q: Float[Array, "T K G H"],
-    k_cache: Num[Array, "num_blocks _ _ cache_H"],
-    v_cache: Num[Array, "num_blocks _ _ cache_H"],
+    k_cache: KVArray,
+    v_cache: KVArray,
     block_table: Int[Array, "S P"],
     context_lens: Int[Array, "S"],
     batch: Batch,
@@ -142,7 +145,7 @@ def _paged_attention(
     causal: bool,
     scale: float,
 ) -> Float[Array, "T K G H"]:
-    """Query blocks of one token are a decode step (token s is of sequence s); longer ones are chunks of prompts."""
+    """A decode step has query blocks of one token, and token s is of sequence s; a prefill step has longer ones."""
     tokens, heads, _, head_dim = q.shape
     q = _pad_heads(q, k_cache)
     num_blocks = batch.seq_index.shape[0]
@@ -150,21 +153,27 @@ def _paged_attention(
         with jax.named_scope("paged_decode"):
             out = paged_decode(q, k_cache, v_cache, block_table, context_lens, scale=scale)
     else:
-        blocks = q.reshape(num_blocks, tokens // num_blocks, *q.shape[1:])
+        query_blocks = q.reshape(num_blocks, tokens // num_blocks, *q.shape[1:])
         seq_index, q_start = batch.seq_index, batch.q_start
         with jax.named_scope("paged_prefill"):
             out = paged_prefill(
-                blocks, k_cache, v_cache, block_table, seq_index, q_start, context_lens, causal=causal, scale=scale
+                query_blocks,
+                k_cache,
+                v_cache,
+                block_table,
+                seq_index,
+                q_start,
+                context_lens,
+                causal=causal,
+                scale=scale,
             )
         out = out.reshape(q.shape)
     return out[:, :heads, :, :head_dim]
 
 
-def _pad_heads(
-    x: Float[Array, "T K *group H"], cache: Num[Array, "num_blocks _ _ cache_H"]
-) -> Float[Array, "T _ *group cache_H"]:
-    """Zero-pad x to the cache's heads and head size: zeros change no score, and their outputs are cut off."""
-    heads, width = cache.shape[kv_cache_axes().index("kv_heads")] - x.shape[1], cache.shape[3] - x.shape[-1]
-    if heads == width == 0:
+def _pad_heads(x: Float[Array, "T K *group H"], cache: KVArray) -> Float[Array, "T _ *group cache_H"]:
+    """Zero-pad x to the heads and the head size of the cache. Zeros change no score; the caller drops their outputs."""
+    extra_heads, extra_dim = cache.shape[kv_cache_axes().index("kv_heads")] - x.shape[1], cache.shape[3] - x.shape[-1]
+    if extra_heads == extra_dim == 0:
         return x
-    return jnp.pad(x, [(0, 0), (0, heads), *[(0, 0)] * (x.ndim - 3), (0, width)])
+    return jnp.pad(x, [(0, 0), (0, extra_heads), *[(0, 0)] * (x.ndim - 3), (0, extra_dim)])

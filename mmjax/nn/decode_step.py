@@ -69,7 +69,7 @@ def run(
                 parts, kv_cache = layer(parts, cos_sin, kv_cache, batch, jnp.int32(i * num_blocks))
         with jax.named_scope("norm"):
             return add_rms_norm(parts[:1], parts[1:, None], norm, eps=c.eps)[1], kv_cache
-    pending: Array | None = None
+    pending: Float[Array, "*parts S D"] | None = None
     for i, layer in enumerate(jit_layers(layers, functools.partial(_rows, tiles=tiles))):
         with jax.named_scope(f"layer_{i}"):
             x, pending, kv_cache = layer(x, pending, cos_sin, kv_cache, batch, jnp.int32(i * num_blocks))

@@ -1,4 +1,4 @@
-"""The language model that most families share: the decoder of Llama, Qwen2 and Qwen3 over a paged KV cache."""
+"""The decoder of Llama, Qwen2 and Qwen3 over a paged KV cache: the language model of all families but Whisper."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QWEN2_DEFAULTS: dict[str, Any] = {  # what transformers' Qwen2Config fills in wh
 def split_heads(kv_heads: int, q_per_kv: int, tp_size: int) -> tuple[int, int]:
     """(kv_heads, q_per_kv) that divide over `tp_size` devices.
 
-    Key/value heads are repeated, each copy serving a part of its queries, where that divides evenly; otherwise heads of
+    Key/value heads are repeated if that divides evenly, each copy with a part of its query heads. Otherwise heads of
     zeros are added, whose output is zero.
     """
     if kv_heads % tp_size == 0:
@@ -130,7 +130,7 @@ class DecoderConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of attention scores."""
+        """The factor that attention scores are multiplied by."""
         return self.head_dim**-0.5 * self.rope.attention_factor**2
 
 
@@ -191,8 +191,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         self.embed = weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
-        # Listed, not stacked: a scan over stacked weights copies each layer's weights out before use, which made a
-        # decode step 1.9 to 2.8 times slower on an H100.
+        # A list, not stacked weights: a scan copies the weights of each layer before it uses them, which made a decode
+        # step 1.9 to 2.8 times slower on an H100.
         dense = range(c.num_layers) if c.moe is None else c.moe.dense_layers
         self.layers = nnx.List([DecoderLayer(c, sparse=i not in dense) for i in range(c.num_layers)])
         self.norm = weight(c.hidden_size, axes=("embed",))
@@ -205,8 +205,8 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "T D"], KVCache]:
         """Hidden states after the final norm, and the cache with the batch's keys and values written.
 
-        mm_embeds: the media embeddings that `batch.mm_index` refers to, D * (1 + n) numbers each: the first D take the
-        place of the token's embedding, the n sets beside them are added after each of the first n layers.
+        mm_embeds: the media embeddings that `batch.mm_index` refers to, D * (1 + n) numbers each. The first D replace
+        the token's embedding; the other n sets of D are added to the outputs of the first n layers (DeepStack).
         """
         with jax.named_scope("embed"):
             x = self.embed.lookup(batch.token_ids).astype(mm_embeds.dtype)

@@ -1,4 +1,4 @@
-"""The encoder stack that image and audio towers share: pre-norm layers of attention within segments and an MLP."""
+"""The encoder stack of image and audio towers: pre-norm layers of attention within segments and a feed-forward."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mmjax.nn.rope import apply_rope
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
 
-Activation = Callable[[Array], Array]
-Features = Mapping[str, Shaped[Array, "..."]]  # an encoder's input arrays by name, as its `EncoderSpec.fields` say
+Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+Features = Mapping[str, Shaped[Array, "..."]]  # an encoder's input arrays, by name of the FeatureField
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -65,8 +65,8 @@ class EncoderConfig:
         )
 
 
-class EncoderLayers(nnx.Module):
-    """All layers, their weights stacked on a leading axis."""
+class EncoderLayer(nnx.Module):
+    """A layer. It declares the weights of all layers, stacked on a leading axis; a scan calls it with those of one."""
 
     def __init__(self, c: EncoderConfig) -> None:
         n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
@@ -92,7 +92,7 @@ class EncoderLayers(nnx.Module):
         segment_len: int | None,
         key_mask: Bool[Array, "U"] | None = None,
     ) -> Float[Array, "U C"]:
-        """One layer, of the weights that a scan has indexed."""
+        """The layer's output. The weights must have no leading axis."""
         c = self.c
         with jax.named_scope("attn"):
             y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
@@ -112,10 +112,10 @@ class EncoderLayers(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Layers run in order, by a scan: an encoder is bound by arithmetic, and a scan saves compile time."""
+    """Layers in a scan, which saves compile time. It costs little: an encoder is bound by arithmetic, not by memory."""
 
     def __init__(self, c: EncoderConfig) -> None:
-        self.blocks = EncoderLayers(c)
+        self.layers = EncoderLayer(c)
 
     def __call__(
         self,
@@ -126,9 +126,9 @@ class Encoder(nnx.Module):
         segment_len: int | None = None,
         key_mask: Bool[Array, "U"] | None = None,
     ) -> Float[Array, "U C"]:
-        """The last layer's output. Positions attend those of equal segment id; segment_len, key_mask: see
-        `encoder_attention`. angles: rotate q and k."""
-        graph, weights = nnx.split(self.blocks)
+        """The output of the last layer. segment_ids, segment_len, key_mask: see `encoder_attention`. angles: of rotary
+        positions."""
+        graph, weights = nnx.split(self.layers)
 
         @jax.named_scope("layer")
         def body(x: Float[Array, "U C"], layer: Any) -> tuple[Float[Array, "U C"], None]:

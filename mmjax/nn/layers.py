@@ -1,4 +1,4 @@
-"""Equal layers, run in order and traced once, whatever their number."""
+"""Layers of equal structure, traced once for all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from flax import nnx
 
 
 def jit_layers(layers: Sequence[nnx.Module], method: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """For each layer a function like `method(layer, *arrays)`; layers of equal structure differ in their weights only.
+    """For each layer, the function `lambda *arrays: method(layer, *arrays)`.
 
-    All layers of a structure share one inner jit, so that their Python is traced once per program instead of once per
-    layer (28 layers: a warm start in a third of the time). XLA inlines the calls, and compiles the same program.
+    Layers of equal structure share one inner jit, so that their Python is traced once per program and not once per
+    layer (28 layers: a warm start in a third of the time). XLA inlines the calls and compiles the same program.
     """
     jitted: dict[Any, Callable[..., Any]] = {}
     out = []

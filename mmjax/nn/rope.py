@@ -8,28 +8,30 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Float64, Int
+
+Frequencies = Float64[np.ndarray, "half_H"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """The frequency of each of the H / 2 rotated pairs, and the axis whose position rotates it.
 
-    inv_freq: inverse frequencies. slot_axis: the axis of each pair (0 for one-dimensional rope; else time, height or
-    width). attention_factor: what rotated queries and keys are each multiplied by (attention has its square in the
-    scale). short_inv_freq: used instead of inv_freq where no sequence is longer than original_max_positions.
+    inv_freq: inverse frequencies. pair_axis: the axis of each pair (0 for one-dimensional rope; else time, height or
+    width). attention_factor: multiplies rotated queries and keys; `DecoderConfig.scale` applies its square to the
+    scores instead. short_inv_freq: replaces inv_freq if no sequence is longer than original_max_positions.
     """
 
     inv_freq: tuple[float, ...]
-    slot_axis: tuple[int, ...]
+    pair_axis: tuple[int, ...]
     attention_factor: float = 1.0
     short_inv_freq: tuple[float, ...] = ()
     original_max_positions: int = 0
 
     @property
     def num_axes(self) -> int:
-        """How many axes positions have (R)."""
-        return max(self.slot_axis) + 1
+        """The number of position axes (R)."""
+        return max(self.pair_axis) + 1
 
     @classmethod
     def from_hf(cls, head_dim: int, theta: float, scaling: dict[str, object] | None) -> Rope:
@@ -39,10 +41,10 @@ class Rope:
         longrope (also called su; `scaling` then holds max_position_embeddings and original_max_position_embeddings
         too). Raises ValueError for any other.
         """
-        inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        inv_freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         axis = [0] * (head_dim // 2)
         scaling = scaling or {}
-        kind = str(scaling.get("rope_type", scaling.get("type", "default")))
+        rope_type = str(scaling.get("rope_type", scaling.get("type", "default")))
         sections = scaling.get("mrope_section")
         if isinstance(sections, list):
             if sum(sections) != head_dim // 2:
@@ -50,19 +52,21 @@ class Rope:
             axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
             if scaling.get("mrope_interleaved"):  # height and width take every third pair while they last
                 axis = [i % 3 if i < 3 * sections[i % 3] else 0 for i in range(head_dim // 2)]
-        if kind == "linear":
-            inverse = inverse / float(str(scaling["factor"]))
-        elif kind == "llama3":
-            inverse = _llama3(inverse, scaling)
-        elif kind in ("longrope", "su"):
-            return _longrope(inverse, scaling)
-        elif kind not in ("default", "mrope"):
-            raise ValueError(f"rope type {kind!r} is not supported; known: default, mrope, linear, llama3, longrope")
-        return cls(tuple(inverse.tolist()), tuple(axis))
+        if rope_type == "linear":
+            inv_freq = inv_freq / float(str(scaling["factor"]))
+        elif rope_type == "llama3":
+            inv_freq = _llama3(inv_freq, scaling)
+        elif rope_type in ("longrope", "su"):
+            return _longrope(inv_freq, scaling)
+        elif rope_type not in ("default", "mrope"):
+            raise ValueError(
+                f"rope type {rope_type!r} is not supported; known: default, mrope, linear, llama3, longrope"
+            )
+        return cls(tuple(inv_freq.tolist()), tuple(axis))
 
     def for_max_len(self, max_model_len: int) -> Rope:
-        """For sequences of at most `max_model_len` tokens: one set of frequencies for all, so that cached keys stay
-        valid."""
+        """For sequences of at most `max_model_len` tokens. All use one set of frequencies, so that cached keys stay
+        valid while a sequence grows."""
         return (
             dataclasses.replace(self, inv_freq=self.short_inv_freq)
             if self.short_inv_freq and max_model_len <= self.original_max_positions
@@ -71,31 +75,31 @@ class Rope:
 
     def angles(self, positions: Int[Array, "R T"]) -> Float32[Array, "T half_H"]:
         """The angle by which each pair of each token is rotated."""
-        chosen = positions[jnp.asarray(self.slot_axis)] if self.num_axes > 1 else positions
+        chosen = positions[jnp.asarray(self.pair_axis)] if self.num_axes > 1 else positions
         return chosen.astype(jnp.float32).T * jnp.asarray(self.inv_freq, jnp.float32)
 
 
-def _llama3(inverse: np.ndarray, scaling: dict[str, object]) -> np.ndarray:
-    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones not at all, smoothly between."""
+def _llama3(inv_freq: Frequencies, scaling: dict[str, object]) -> Frequencies:
+    """Llama 3.1's scaling: long wavelengths grow by `factor`, short ones stay, and those between are interpolated."""
     factor, low, high, original = (
         float(str(scaling[name]))
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     )
-    wave = 2 * math.pi / inverse
-    smooth = np.clip((original / wave - low) / (high - low), 0.0, 1.0)
-    return (1 - smooth) * inverse / factor + smooth * inverse
+    wavelength = 2 * math.pi / inv_freq
+    ramp = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1 - ramp) * inv_freq / factor + ramp * inv_freq
 
 
-def _longrope(inverse: np.ndarray, scaling: dict[str, object]) -> Rope:
-    """Phi-3's scaling: a divisor per frequency, one set for long contexts and one for short ones."""
-    # in float32 as published: after a thousand tokens, one last bit is an angle of 1e-4
-    wave = (1 / inverse).astype(np.float32)
-    sets = [1 / (np.asarray(scaling[name], np.float32) * wave) for name in ("long_factor", "short_factor")]
+def _longrope(inv_freq: Frequencies, scaling: dict[str, object]) -> Rope:
+    """Phi-3's scaling: each frequency has a divisor for long contexts and one for short contexts."""
+    # in float32, as the published code: at position 1000, the last bit of a frequency changes the angle by 1e-4
+    wavelength = (1 / inv_freq).astype(np.float32)
+    divisors = (np.asarray(scaling[name], np.float32) for name in ("long_factor", "short_factor"))
+    long, short = (tuple((1 / (divisor * wavelength)).tolist()) for divisor in divisors)
     longest, original = (
         int(str(scaling[name])) for name in ("max_position_embeddings", "original_max_position_embeddings")
     )
     factor = math.sqrt(1 + math.log(longest / original) / math.log(original)) if longest > original else 1.0
-    long, short = (tuple(each.tolist()) for each in sets)
     return Rope(long, (0,) * len(long), attention_factor=factor, short_inv_freq=short, original_max_positions=original)
 
 

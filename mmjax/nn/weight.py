@@ -1,4 +1,4 @@
-"""Declaring a parameter by shape and logical axes, and reading it whether it is stored in int8 or not."""
+"""Parameters: declared by shape and logical axes, stored as floats or in int8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-@no_type_check  # jax also builds it with shapes and shardings in place of arrays
+@no_type_check  # jax also constructs it with shapes or shardings instead of arrays
 class QuantizedArray:
     """An int8 weight: values * scale, with one scale per output channel (length 1 along the contracted axes)."""
 
@@ -53,8 +53,8 @@ class Weight(nnx.Param[Any]):
         table = self[...]
         if table.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
             return jnp.take(table, ids, axis=0, mode="clip")
-        # As integers: XLA:CPU cannot gather bfloat16 and would convert the whole table each time. The barrier ties the
-        # integer view to the ids: without it XLA would hoist the view out of loops, as a copy of the table.
+        # Gather integers: XLA:CPU cannot gather bfloat16, and would convert the whole table each time. The barrier ties
+        # the integer view to the ids. Without it, XLA would hoist the view out of loops as a copy of the table.
         table, ids = jax.lax.optimization_barrier((table, ids))
         bits = jax.lax.bitcast_convert_type(table, jnp.uint16)
         return jax.lax.bitcast_convert_type(jnp.take(bits, ids, axis=0, mode="clip"), jnp.bfloat16)
@@ -73,8 +73,8 @@ def index_value(value: WeightValue, index: Int[Array, ""]) -> WeightValue:
 def weight_einsum(equation: str, x: Float[Array, "..."], value: WeightValue, **kwargs: Any) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, weight)`, in x's dtype. A wider x is rounded to the weight's dtype first.
 
-    The scales of int8 are applied to the output: XLA:GPU reads int8 memory in a product whose weight is only converted,
-    but writes out the whole weight first if it is multiplied too.
+    The scales of an int8 weight are applied to the output. XLA:GPU fuses the conversion of a weight into the product,
+    but if the weight is also multiplied by its scales, it first writes the whole result to memory.
     """
     if not isinstance(value, QuantizedArray):
         if value.dtype == x.dtype:
@@ -99,29 +99,29 @@ def weight(*shape: int, axes: tuple[str, ...], dtype: DTypeLike = jnp.float32) -
 
 
 def is_matrix(axes: tuple[str, ...]) -> bool:
-    """Whether a weight of these axes is read through `Weight.einsum`, `weight_einsum` and `Weight.lookup` alone. The
-    weights of experts are not: they are passed on whole."""
+    """Whether the model reads a weight of these axes only through `Weight.einsum`, `weight_einsum` and `Weight.lookup`.
+    It passes the weights of experts on whole."""
     return "experts" not in axes and bool(contracted_axes(axes))
 
 
 def quantize(value: Float[Array, "..."], contracted: tuple[int, ...]) -> QuantizedArray:
-    """Round to int8, -127 to 127 over the largest magnitude of each output channel.
+    """Round to int8: in each output channel, 127 stands for the largest magnitude.
 
     contracted: the axes that products sum over.
     """
     exact = value.astype(jnp.float32)
     largest = jnp.max(jnp.abs(exact), axis=contracted, keepdims=True)
-    # rounded to the dtype it is stored in before it is used, and never zero: padded channels are all zero
+    # values are divided by the scale as it is stored; it is never zero, though padded channels are
     scale = jnp.where(largest > 0, largest / 127, 1.0).astype(value.dtype)
     values = jnp.round(exact / scale.astype(jnp.float32)).clip(-127, 127)
     return QuantizedArray(values.astype(jnp.int8), scale)
 
 
 def contracted_axes(axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The dimensions that a product with this weight sums over, from its logical axes; () for other weights.
+    """The dimensions that a product with a weight of these logical axes sums over; () for a weight that is no matrix.
 
-    Such a weight leads from the width to heads, a feed-forward or the vocabulary, or back; the axes of experts and
-    layers are never summed over.
+    A matrix maps the width to heads, to a feed-forward or to the vocabulary, or back. No product sums over experts or
+    layers.
     """
     inner = {"kv_heads", "heads", "mlp", "expert_mlp", "vocab"} & set(axes)
     if "embed" not in axes or not inner:

@@ -1,1 +1,1 @@
-"""Turns what the device computed into the outputs of requests."""
+"""Turns the results of dispatches into the outputs of requests."""

@@ -1,4 +1,4 @@
-"""The output of one sequence of text: its tokens, its text, its log-probabilities, and where it ends."""
+"""The output of one generated sequence: its tokens, text, log-probabilities and finish reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mmjax.engine.output_processor import LogprobsChunk, PromptChunk, StepResult
-from mmjax.engine.sequence import Sequence
+from mmjax.engine.sequence import EngineSequence
 from mmjax.outputs.detokenizer import Detokenizer
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import CompletionOutput, Logprob
@@ -26,9 +26,9 @@ class Delta:
 
 
 class CompletionState:
-    """The `OutputProcessor` of a sequence of text. eos_id: the end-of-sequence token, which leaves stop_reason None."""
+    """The `OutputProcessor` of a generated sequence. eos_id: the end-of-sequence token; it leaves stop_reason None."""
 
-    def __init__(self, seq: Sequence, tokenizer: Tokenizer | None, eos_id: int | None) -> None:
+    def __init__(self, seq: EngineSequence, tokenizer: Tokenizer | None, eos_id: int | None) -> None:
         self.seq = seq
         self.eos_id = eos_id
         self.finish_reason: str | None = None
@@ -43,10 +43,13 @@ class CompletionState:
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None and seq.params.detokenize:
             self._detokenizer = Detokenizer(tokenizer, seq.prompt.token_ids.tolist(), seq.params)
-        self._delta_start: tuple[int, int] | None = (0, 0)  # (characters, tokens) of all deltas; None after the last
+        self._delta_start: tuple[int, int] | None = (
+            0,
+            0,
+        )  # (characters, tokens) in all deltas so far; None after the last
 
     def take(self, result: StepResult, column: int, steps: int) -> None:
-        """Take the tokens that a dispatch has sampled, up to where the output ends."""
+        """Take the tokens sampled by a dispatch, up to the end of the output."""
         token_ids = result.token_ids(column, steps)
         self._append(token_ids, None if self.logprobs is None else result.logprobs(column, token_ids))
 
@@ -70,7 +73,7 @@ class CompletionState:
         return "" if self._detokenizer is None else self._detokenizer.text
 
     def new_delta(self) -> Delta | None:
-        """What the output has gained since this was last called; None where it has gained nothing."""
+        """What the output has gained since the last delta; None if nothing."""
         if self._delta_start is None:
             return None
         text, seq, ended = self.text, self.seq, self.finish_reason is not None
@@ -101,7 +104,7 @@ class CompletionState:
         )
 
     def _append(self, token_ids: np.ndarray, logprobs: LogprobsChunk | None) -> None:
-        """Take sampled tokens i32[n] and their log-probabilities."""
+        """Append sampled tokens i32[n] and their log-probabilities."""
         seq, before = self.seq, self.seq.num_tokens
         new_ids, end = self._until_end(token_ids.tolist())
         seq.append_tokens(new_ids)

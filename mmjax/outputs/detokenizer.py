@@ -1,7 +1,7 @@
 """Converts tokens to text as they are sampled, and finds stop strings.
 
-A token's text depends on its neighbors in two ways only: a character may be spread over several tokens, and some
-tokenizers drop the space before the very first word. So each token is converted to bytes once, an incremental UTF-8
+A token's text depends on its neighbors in only two ways: a character may span several tokens, and some tokenizers drop
+the space before the first word. So each token is converted to bytes once, an incremental UTF-8
 decoder joins them, and the cost is linear in the length of the output.
 """
 
@@ -19,7 +19,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TextDecoder(Protocol):
-    """What detokenizing needs of a tokenizer."""
+    """The part of a tokenizer that detokenizing needs."""
 
     def __hash__(self) -> int: ...
 
@@ -39,10 +39,10 @@ class Detokenizer:
     text: the text released so far. stopped: the stop string that ended the output, or None. consumed: how many tokens
     of the latest `push` belong to the output; all of them unless a stop string has ended it.
 
-    Text that may be the beginning of a stop string is held back until it turns out not to be, and so are incomplete
-    characters. A stop string counts if a token after the first `min_tokens` completes it. Of several, the one completed
-    first counts, and of those completed by the same character the longest: so the result depends neither on how text is
-    split into tokens nor on how tokens are split into pushes.
+    Text that may be the start of a stop string is held back until it is known not to be one, and so are incomplete
+    characters. A stop string counts if a token after the first `min_tokens` completes it. Of several stop strings, the
+    one completed first counts; of those completed by the same character, the longest. So the result depends neither on
+    how the text is split into tokens nor on how the tokens are split into pushes.
     """
 
     def __init__(self, tokenizer: TextDecoder, prompt_ids: Sequence[int], params: SamplingParams) -> None:
@@ -67,7 +67,7 @@ class Detokenizer:
         return self._released[0]
 
     def push(self, new_ids: Sequence[int]) -> str:
-        """Take the next tokens of the output. Returns the text they release. Tokens after a stop string are ignored."""
+        """Take the next tokens of the output. Returns the text that they release. Tokens after a stop are ignored."""
         self.consumed = 0
         texts = []
         for token in new_ids:
@@ -123,12 +123,12 @@ class Detokenizer:
 
 
 class _StopMatcher:
-    """Knuth-Morris-Pratt matching of one stop string. matched: how many of its characters end the text so far."""
+    """Knuth-Morris-Pratt matching of one stop string. matched: how many of its characters the text so far ends with."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.matched = 0
-        self._border = [0]  # of each prefix: the longest proper prefix that is also its suffix
+        self._border = [0]  # for each prefix, the length of its longest proper prefix that is also a suffix
         for char in text[1:]:
             self._border.append(self._extend(self._border[-1], char))
 
@@ -149,14 +149,14 @@ class _StopMatcher:
 class _TokenBytes:
     """The bytes of each token of a byte-level BPE tokenizer, or of a SentencePiece-like one with byte tokens.
 
-    The text is what the tokenizer itself would decode, except that a run of byte tokens that is partly invalid UTF-8
-    keeps its valid characters. The tokenizer would drop them, too, and one would have to wait for the end of the run.
+    The text is the tokenizer's own, except that valid characters survive in a run of byte tokens that is partly invalid
+    UTF-8. The tokenizer would drop them too, so text could only be released at the end of such a run.
     """
 
     def __init__(self, tokenizer: TextDecoder) -> None:
         self._tokenizer = tokenizer
         self.special_ids = tokenizer.special_ids
-        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # any ordinary token would do
+        self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # any ordinary token works
         self._anchor_text = tokenizer.decode(self._anchor, False)
         start = tokenizer.encode(" a", add_special_tokens=False)[:1]
         spelling = "".join(tokenizer.token_of(token) or "" for token in start)
@@ -170,7 +170,7 @@ class _TokenBytes:
         return codecs.getincrementaldecoder("utf-8")("replace" if self.byte_level else _EACH_BYTE)
 
     def get(self, token: int) -> tuple[bytes, bool]:
-        """The token's bytes in the middle of a text, and whether they may continue a character begun before them.
+        """The token's bytes in the middle of a text, and whether they may continue the previous token's character.
 
         No bytes for an id that the tokenizer does not have.
         """

@@ -1,4 +1,4 @@
-"""A request in an engine: its sequences, the states that make their outputs, and its times."""
+"""A request in an engine: its sequences, their output processors, and its timestamps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mmjax.engine.logits.bias import LogitsBias
 from mmjax.engine.logits.structured_output import CompiledGrammar, StructuredOutput
 from mmjax.engine.logits.timestamp_rules import TimestampRules
 from mmjax.engine.output_processor import OutputProcessor
-from mmjax.engine.sequence import EnginePrompt, MediaSpan
-from mmjax.engine.sequence import Sequence as EngineSequence
+from mmjax.engine.sequence import EnginePrompt, EngineSequence, MediaSpan
 from mmjax.inputs.input_processor import EngineInput
+from mmjax.inputs.params import POOLING_TASKS
 from mmjax.inputs.prompt_embeds import NO_TOKEN
 from mmjax.outputs.completion import CompletionState, Delta
-from mmjax.outputs.pooling import TASKS, PoolingState
+from mmjax.outputs.pooling import PoolingState
 from mmjax.types import (
     PoolingOutput,
     PoolingParams,
@@ -34,11 +34,11 @@ from mmjax.types import (
 Output = TypeVar("Output")
 
 MIN_NORM = 1e-12  # vectors shorter than this are not normalized
-NO_SAMPLING = SamplingParams(temperature=0, max_tokens=1, detokenize=False)  # a pooled sequence ends with its prompt
+NO_SAMPLING = SamplingParams(temperature=0, max_tokens=1, detokenize=False)  # a pooled sequence ends after its prompt
 
 
 class EngineRequest(abc.ABC, Generic[Output]):
-    """A request that runs in the least busy engine. Made and used on the thread that steps the engines."""
+    """A request that runs on the least busy engine. Created and used on the thread that steps the engines."""
 
     states: Sequence[OutputProcessor]
 
@@ -53,14 +53,14 @@ class EngineRequest(abc.ABC, Generic[Output]):
 
     @abc.abstractmethod
     def output(self) -> Output:
-        """The request's output so far, as users see it."""
+        """The request's output so far, in the form that users receive."""
 
     def new_deltas(self) -> list[Delta]:
-        """What the outputs have gained since this was last called."""
+        """What the outputs have gained since the last deltas."""
         return []
 
     def check(self) -> None:
-        """Raise what kept the engine from making one of the outputs, if anything did."""
+        """Raise the error of an output that could not be made, if there is one."""
         for state in self.states:
             if state.error is not None:
                 raise state.error
@@ -74,7 +74,7 @@ class EngineRequest(abc.ABC, Generic[Output]):
         return all(state.finish_reason is not None for state in self.states)
 
     def record_times(self, state: OutputProcessor) -> None:
-        """Note the time at which one of the outputs changed."""
+        """Record that one of the outputs has changed now."""
         now, metrics = time.monotonic(), self.metrics
         if metrics.first_token_time is None and state.seq.output_len:
             metrics.first_token_time = now
@@ -85,8 +85,8 @@ class EngineRequest(abc.ABC, Generic[Output]):
 
 
 class GenerateRequest(EngineRequest[RequestOutput]):
-    """A request for text. grammar: what `LoadedModel.compile_grammar` made of its parameters; compiled here, on the
-    engine's thread, if it is missing. RequestError for parameters that do not fit the prompt or the model."""
+    """A request for text. grammar: from `LoadedModel.compile_grammar`; compiled here, on the engine's thread, if it is
+    missing. RequestError for parameters that do not fit the prompt or the model."""
 
     states: Sequence[CompletionState]
 
@@ -117,12 +117,12 @@ class GenerateRequest(EngineRequest[RequestOutput]):
         )
 
     def new_deltas(self) -> list[Delta]:
-        """What the outputs have gained since this was last called."""
+        """What the outputs have gained since the last deltas."""
         return [delta for state in self.states if (delta := state.new_delta()) is not None]
 
 
 class PoolingRequest(EngineRequest[PoolingRequestOutput]):
-    """A request for an embedding, in an engine that pools."""
+    """A request for an embedding. The engine must pool."""
 
     def __init__(self, model: LoadedModel, engine_input: EngineInput, params: PoolingParams) -> None:
         self.params = params
@@ -132,7 +132,7 @@ class PoolingRequest(EngineRequest[PoolingRequestOutput]):
                 engine_prompt(engine_input, encoder_decoder=model.spec.is_encoder_decoder),
                 NO_SAMPLING,
                 max_model_len=model.max_model_len,
-                needs_all_tokens=TASKS[params.task or "embed"],
+                needs_all_tokens=POOLING_TASKS[params.task or "embed"],
             )
         )
         super().__init__(model, engine_input, [self.state])
@@ -153,8 +153,8 @@ class PoolingRequest(EngineRequest[PoolingRequestOutput]):
 
 
 def engine_prompt(engine_input: EngineInput, *, encoder_decoder: bool) -> EnginePrompt:
-    """What the sequences of a request share. Media fill spans of the prompt; those of an encoder-decoder fill none, and
-    are read through cross attention."""
+    """The prompt that the sequences of a request share. Media fill spans of the prompt; an encoder-decoder reads them
+    through cross attention instead."""
     token_ids = np.full_like(engine_input.token_ids, NO_TOKEN) if engine_input.is_embeds else engine_input.token_ids
     positions, delta = engine_input.rope_positions, engine_input.rope_delta
     salt = (engine_input.cache_salt or "").encode()
@@ -175,7 +175,9 @@ def _completion_states(
     """The states of the request's `n` outputs."""
     stop_ids = _stop_ids(model, params)
     if engine_input.is_embeds and params.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs are of tokens, and this prompt is embeddings.", "no_prompt_tokens")
+        raise RequestError(
+            "prompt_logprobs needs a prompt of tokens, but this prompt is embeddings.", "no_prompt_tokens"
+        )
     prompt = engine_prompt(engine_input, encoder_decoder=model.spec.is_encoder_decoder)
     logits_processors = _logits_processors(model, engine_input, params, grammar)
     seed = params.seed if params.seed is not None else next(model.seeds)
@@ -203,7 +205,7 @@ def _stop_ids(model: LoadedModel, params: SamplingParams) -> tuple[int, ...]:
     stop_ids = tuple(dict.fromkeys([*own, *requested]))
     if len(stop_ids) > model.buckets.max_stop_ids:
         raise RequestError(
-            f"stop_token_ids: {len(stop_ids)} stop tokens (the model's own included) were asked for, "
+            f"stop_token_ids: {len(stop_ids)} stop tokens (the model's own included) were requested, "
             f"at most {model.buckets.max_stop_ids} are supported.",
             "too_many_stop_tokens",
         )
@@ -213,7 +215,7 @@ def _stop_ids(model: LoadedModel, params: SamplingParams) -> tuple[int, ...]:
 def _logits_processors(
     model: LoadedModel, engine_input: EngineInput, params: SamplingParams, grammar: CompiledGrammar | None
 ) -> list[LogitsProcessor]:
-    """The constraints of each output. A grammar keeps a state per output; the others can be shared."""
+    """The logits processor of each output. One with a grammar has state; the others can be shared."""
     bias = LogitsBias(params, model.vocab_size, model.tokenizer)
     if params.structured_outputs is not None:
         grammar = grammar or model.grammar_compiler.compile(params.structured_outputs)

@@ -202,7 +202,7 @@ class Processor(base.Processor):
         if tokenizer is None:
             raise ValueError("MiniCPM-V needs its tokenizer: only there stand the ids of the tokens around images")
         self.tokenizer, prepare = tokenizer, files["preprocessor_config.json"]
-        vision, self.queries = config["vision_config"], config["query_num"]
+        vision, self.num_queries = config["vision_config"], config["query_num"]
         self.slicer = Slicer(
             slice_size=prepare["scale_resolution"],
             patch=prepare["patch_size"],
@@ -211,7 +211,7 @@ class Processor(base.Processor):
         self.max_slices: int = prepare["max_slice_nums"] if prepare.get("slice_mode", True) else 1
         self.use_image_id: bool = prepare.get("use_image_id", True)
         self.tags = {name: self._tag(prepare.get(name, text)) for name, text in TAGS.items()}
-        self.query_run = [self.tags["unk"]] * self.queries
+        self.query_run = [self.tags["unk"]] * self.num_queries
         texts = {
             modality: DetokenizedPrompt(tokenizer, self._encode(text)).text
             for modality, text in self.placeholder_text.items()
@@ -229,9 +229,9 @@ class Processor(base.Processor):
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Placeholder tokens of an image (height, width) or a video (frames, height, width)."""
         if modality == "video":
-            return size[0] * self.queries
+            return size[0] * self.num_queries
         grid = self.slicer.grid(size[-2], size[-1], self._max_slices(kwargs))
-        return self.queries * (1 + (math.prod(grid) if grid else 0))
+        return self.num_queries * (1 + (math.prod(grid) if grid else 0))
 
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """An image or a video, as `patch_fields`."""
@@ -251,7 +251,7 @@ class Processor(base.Processor):
             "patch_coords": np.concatenate([coords for _, coords in positions]),
             "segment_ids": np.repeat(np.arange(len(views), dtype=np.int32), [len(ids) for ids, _ in positions]),
         }
-        num_inputs, num_embeds = len(features["pixels"]), len(views) * self.queries
+        num_inputs, num_embeds = len(features["pixels"]), len(views) * self.num_queries
         return MediaItem(modality, features, num_inputs, num_embeds, item_grid)
 
     def _image_grid(self, grid: Grid | None, kwargs: ProcessorKwargs) -> tuple[int, ...]:
@@ -259,13 +259,13 @@ class Processor(base.Processor):
 
     def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
         """The item of an image (width, height), or of a video of so many embeddings, without them."""
-        if len(size) != (2 if modality == "image" else 1) or (modality == "video" and size[0] % self.queries):
+        if len(size) != (2 if modality == "image" else 1) or (modality == "video" and size[0] % self.num_queries):
             fix = "a video needs a multiple of" if modality == "video" else "`image_sizes` are (width, height), at"
-            raise RequestError(f"{fix} {self.queries} rows to a view, got {list(size)}.", "bad_embeds")
+            raise RequestError(f"{fix} {self.num_queries} rows to a view, got {list(size)}.", "bad_embeds")
         if modality == "video":
-            return MediaItem(modality, {}, num_inputs=0, num_embeds=size[0], grid=(size[0] // self.queries,))
+            return MediaItem(modality, {}, num_inputs=0, num_embeds=size[0], grid=(size[0] // self.num_queries,))
         grid = self.slicer.grid(size[1], size[0], self._max_slices(kwargs))
-        num_embeds = self.queries * (1 + (math.prod(grid) if grid else 0))
+        num_embeds = self.num_queries * (1 + (math.prod(grid) if grid else 0))
         return MediaItem(modality, {}, num_inputs=0, num_embeds=num_embeds, grid=self._image_grid(grid, kwargs))
 
     def _max_slices(self, kwargs: ProcessorKwargs) -> int:
@@ -310,13 +310,14 @@ class Processor(base.Processor):
 
     def _runs(self, tokens: Sequence[int]) -> list[int]:
         """The starts of the runs of placeholder tokens."""
-        opening, count = (self.tags["im_start"], self.tags["slice_start"]), self.queries
+        opening, count = (self.tags["im_start"], self.tags["slice_start"]), self.num_queries
         starts = (at + 1 for at, token in enumerate(tokens) if token in opening)
         return [start for start in starts if list(tokens[start : start + count]) == self.query_run]
 
     def _spans_at(self, modality: str, index: int, starts: Sequence[int]) -> list[PlaceholderSpan]:
         return [
-            PlaceholderSpan(at, self.queries, modality, index, view * self.queries) for view, at in enumerate(starts)
+            PlaceholderSpan(start, self.num_queries, modality, index, view * self.num_queries)
+            for view, start in enumerate(starts)
         ]
 
     def _spans(self, tokens: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> list[PlaceholderSpan]:
@@ -326,7 +327,7 @@ class Processor(base.Processor):
         while starts:
             numbered = starts[0] >= 2 and tokens[starts[0] - 2] == self.tags["im_id_end"]
             modality = "video" if left["video"] and not numbered else "image"
-            views = items[modality][left[modality][0]].num_embeds // self.queries if left[modality] else math.inf
+            views = items[modality][left[modality][0]].num_embeds // self.num_queries if left[modality] else math.inf
             if views > len(starts):
                 break
             spans += self._spans_at(modality, left[modality].pop(0), starts[: int(views)])

@@ -57,6 +57,6 @@ class Processor(WhisperClipProcessor):
                 self.mel.samples / self.mel.rate,
             )
         features = split_window(self.mel(media), steps, steps, 0)
-        del features["wanted_steps"]  # the same as audio_steps
+        del features["output_steps"]  # the same as audio_steps
         features["step_index"] = np.arange(0, 2 * num_embeds, 2, dtype=np.int32)
         return MediaItem(modality, features, num_inputs=len(features["first_step"]), num_embeds=num_embeds)

@@ -23,11 +23,11 @@ from mmjax.tokenizer.tokenizer import Tokenizer
 
 
 def audio_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
-    """Chunks of a window. wanted_steps: how many of its steps embeddings are made from, which may be more than are
-    sound. step_index, num_steps: the first of the steps that are stacked into an embedding, and how many there are."""
+    """Chunks of a window. output_steps: how many of its steps embeddings are made from, which may be more than are
+    audio. step_index, num_steps: the first of the steps that are stacked into an embedding, and how many there are."""
     return (
         *chunk_fields(num_mel_bins),
-        FeatureField("wanted_steps"),
+        FeatureField("output_steps"),
         FeatureField("step_index", axis="embeds", index_stride=CHUNK_STEPS),
         FeatureField("num_steps", axis="embeds"),
     )
@@ -63,7 +63,7 @@ class Processor(WhisperClipProcessor):
         first_chunk = np.cumsum([0, *(len(window["first_step"]) for window in windows)])
         embeds = []
         for window, first in zip(windows, first_chunk, strict=False):
-            steps = int(window["wanted_steps"].sum())
+            steps = int(window["output_steps"].sum())
             at = np.arange(0, steps, self.stack_factor, dtype=np.int32)
             embeds.append(
                 {"step_index": at + int(first) * CHUNK_STEPS, "num_steps": np.minimum(steps - at, self.stack_factor)}

@@ -54,14 +54,14 @@ def log_mel(files: Mapping[str, dict[str, Any]]) -> LogMel:
     )
 
 
-def split_window(mel: np.ndarray, audio_steps: int, wanted_steps: int, window: int) -> Features:
-    """A window of mel features float32 [bins, frames] in chunks: `chunk_fields`, and wanted_steps of each chunk.
+def split_window(mel: np.ndarray, audio_steps: int, output_steps: int, window: int) -> Features:
+    """A window of mel features float32 [bins, frames] in chunks: `chunk_fields`, and output_steps of each chunk.
 
-    audio_steps: steps that are sound. wanted_steps: steps that embeddings are made from, at least those. window: its
+    audio_steps: steps that are sound. output_steps: steps that embeddings are made from, at least those. window: its
     number within the clip.
     """
     bins, frames = mel.shape
-    count = math.ceil(wanted_steps / CHUNK_STEPS)
+    count = math.ceil(output_steps / CHUNK_STEPS)
     padded = np.zeros((FRAMES_BEFORE + max(frames, 2 * CHUNK_STEPS * count) + FRAMES_AFTER, bins), np.float32)
     padded[FRAMES_BEFORE : FRAMES_BEFORE + frames] = mel.T
     first = np.arange(count, dtype=np.int32) * CHUNK_STEPS
@@ -77,7 +77,7 @@ def split_window(mel: np.ndarray, audio_steps: int, wanted_steps: int, window: i
         "first_step": first,
         "num_frames": np.maximum(frames - 2 * first, 0).astype(np.int32),
         "audio_steps": per_chunk(audio_steps),
-        "wanted_steps": per_chunk(wanted_steps),
+        "output_steps": per_chunk(output_steps),
     }
 
 

@@ -1,1 +1,1 @@
-"""Converts text to tokens and back. Imports no jax."""
+"""Converts text to tokens and back. Does not import JAX."""

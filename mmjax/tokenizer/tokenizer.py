@@ -1,7 +1,7 @@
-"""Converts text to token ids and back, by tokenizer.json.
+"""Converts text to token ids and back, with the tokenizer in tokenizer.json.
 
-`tokenizers` reads the file, and not transformers: importing that takes seconds, and its AutoTokenizer may build a
-tokenizer that encodes differently from the published file.
+The file is read with `tokenizers`, not with transformers, which takes seconds to import and whose AutoTokenizer may
+encode differently from the published file.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Tokenizer:
                 'with `transformers.AutoTokenizer.from_pretrained("<model>").save_pretrained("<directory>")`.'
             )
         self._backend = Backend.from_file(str(file))
-        self._backend.no_truncation()  # some published files contain the settings of a training run
+        self._backend.no_truncation()  # some published files contain settings of the training run
         self._backend.no_padding()
         self.config: dict[str, Any] = _read_json(self.directory / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
@@ -38,7 +38,7 @@ class Tokenizer:
         self.pad_id = self._id_from_config("pad_token")
 
     def encode(self, text: str, add_special_tokens: bool = True, *, max_tokens: int | None = None) -> list[int]:
-        """The token ids of a text. max_tokens: text too long to fit is refused before the (slow) tokenization."""
+        """The token ids of a text. max_tokens: text that cannot fit is refused before the slow tokenization."""
         if max_tokens is not None and len(text) > max_tokens * self.longest_token:
             raise ValidationError(
                 f"This model's maximum context length is {max_tokens} tokens. However, your request has {len(text)} "
@@ -59,7 +59,7 @@ class Tokenizer:
         return text
 
     def text_of(self, index: int) -> str:
-        """The text of one token by itself. Cached: log-probabilities need those of the same tokens again and again."""
+        """The text of one token by itself. Cached, because log-probabilities often need the same tokens."""
         text = self._texts.get(index)
         if text is None:
             text = self._texts[index] = self.decode([index], False)
@@ -77,13 +77,13 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens, added ones included. A model's embedding may have more rows."""
+        """The number of tokens, including added ones. A model's embedding may have more rows."""
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
         return size
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token: text of more than n times as many is more than n tokens."""
+        """Characters of the longest token. Text with more than n times as many has more than n tokens."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property

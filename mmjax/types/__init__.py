@@ -25,12 +25,21 @@ from mmjax.types.prompts import (
     TextPrompt,
     TokensPrompt,
 )
-from mmjax.types.sampling import PoolingParams, RequestOutputKind, SamplingParams
+from mmjax.types.sampling import (
+    GENERATION_KEYS,
+    SAMPLING_PARAMETERS,
+    PoolingParams,
+    RequestOutputKind,
+    SamplingParameter,
+    SamplingParams,
+)
 
 __all__ = [
     "FINISH_REASONS",
+    "GENERATION_KEYS",
     "LIMIT_OPTIONS",
     "MODALITIES",
+    "SAMPLING_PARAMETERS",
     "UNLIMITED",
     "CompletionOutput",
     "EmbeddingOutput",
@@ -51,6 +60,7 @@ __all__ = [
     "RequestOutputKind",
     "RequestTypeError",
     "SampleLogprobs",
+    "SamplingParameter",
     "SamplingParams",
     "SingletonPrompt",
     "TextPrompt",

@@ -1,1 +1,1 @@
-"""Names that scripts import from vLLM's package of this name. Their code lies elsewhere."""
+"""Names that scripts for vLLM import from its package of this name. Their code is elsewhere."""

@@ -1,4 +1,4 @@
-"""Which templates want lists of parts."""
+"""Detects which templates expect lists of parts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Messages to contents: where placeholders go, how they count, what else of a message is kept."""
+"""Messages to contents: positions and numbers of placeholders, and other fields of messages."""
 
 from typing import Any
 
@@ -95,7 +95,7 @@ def test_media_in_the_order_of_the_conversation() -> None:
     assert [m.value[-1] for m in media_of(read_messages(messages))] == ["a", "s", "b", "c"]
 
 
-def test_what_else_a_message_says() -> None:
+def test_other_fields_of_a_message() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2]}'}}
     messages = [
         {"role": "user", "name": "Ann", "content": "hi", "weight": 0},
@@ -106,7 +106,7 @@ def test_what_else_a_message_says() -> None:
     assert first == {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "hi"}]}
     assert second["tool_calls"][0]["function"] == {"name": "f", "arguments": {"x": [1, 2]}}
     assert second["reasoning"] == second["reasoning_content"] == "hm" and third["tool_call_id"] == "1"
-    assert call["function"]["arguments"] == '{"x": [1, 2]}'  # the caller's own is left alone
+    assert call["function"]["arguments"] == '{"x": [1, 2]}'  # the caller's message is not changed
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Parts of a message: every form that clients write, and every mistake in its own words."""
+"""Parts of a message: every form that clients use, and the error for every mistake."""
 
 import logging
 from typing import Any
@@ -26,7 +26,7 @@ TEXTS = [
     ({"type": "text", "text": None}, None),
 ]
 
-# part -> (kind, form, value, uuid)
+# part -> (modality, source, value, uuid)
 MEDIA: list[tuple[dict[str, Any], tuple[str, str, Any, str | None]]] = [
     ({"type": "image_url", "image_url": {"url": URL}}, ("image", "url", URL, None)),
     ({"type": "image_url", "image_url": {"url": URL, "detail": "high", "x": 1}, "y": 2}, ("image", "url", URL, None)),
@@ -117,14 +117,14 @@ def test_media(part: dict[str, Any], expected: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize(("part", "words"), WRONG)
-def test_mistakes_say_where_and_what(part: Any, words: str) -> None:
+def test_errors_name_the_part_and_the_fix(part: Any, words: str) -> None:
     with pytest.raises(RequestError) as caught:
         read_part(part, "messages[0].content[1]")
     assert words in str(caught.value) and "messages[0].content[1]" in str(caught.value)
 
 
 @pytest.mark.parametrize("part", [3, None, ["text"], b"text"])
-def test_what_is_no_part(part: Any) -> None:
+def test_objects_that_are_not_parts(part: Any) -> None:
     with pytest.raises(TypeError, match=r"messages\[0\] should be a string or a dictionary"):
         read_part(part, "messages[0]")
 
@@ -136,7 +136,7 @@ def test_unknown_types_are_not_implemented_and_bad_requests(name: str, hint: str
     assert isinstance(caught.value, UnknownPart) and isinstance(caught.value, ValueError) and hint in str(caught.value)
 
 
-def test_what_is_ignored_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_fields_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_part({"type": "image_url", "image_url": {"url": URL, "detail": "low"}}, "here")
         read_part({"type": "text", "text": None}, "here")

@@ -1,4 +1,4 @@
-"""From messages to prompts: formats, options, counts, and media fetched together, with and without an event loop."""
+"""Messages to prompts: formats, options, counts, and concurrent fetching, with and without an event loop."""
 
 import asyncio
 import concurrent.futures
@@ -25,7 +25,7 @@ PRINT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 
 
 class Source:
-    """Stands for a connector: the URL is the medium. `bad` fails, `slow` waits until it is cancelled."""
+    """A connector that returns the URL as the media item. `bad` fails, `slow` waits until it is cancelled."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -58,7 +58,7 @@ class Source:
 
 
 class AtOnce(concurrent.futures.Executor):
-    """Does what it is given before it says so."""
+    """An executor that runs a call before `submit` returns."""
 
     def submit(self, work: Any, /, *arguments: Any, **options: Any) -> "concurrent.futures.Future[Any]":
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -74,20 +74,20 @@ def make(template: str | None = PRINT, *, source: Source | None = None, limit: i
         check_count(modality, count, limit, None)
 
     def connect(io_kwargs: Mapping[str, Any]) -> Source:
-        asked.append(io_kwargs)
+        connect_calls.append(io_kwargs)
         return source or Source()
 
-    asked: list[Mapping[str, Any]] = []
+    connect_calls: list[Mapping[str, Any]] = []
     stored = StoredTemplates({"default": template} if template else {}, {}, {})
     chat = ChatRenderer(
         stored, placeholder={"image": "<|image_{i}|>", "video": "<v>"}, check=check, connect=connect, **options
     )
-    chat.asked = asked  # type: ignore[attr-defined]
+    chat.connect_calls = connect_calls  # type: ignore[attr-defined]
     return chat
 
 
 def prompt_of(chat: ChatRenderer, messages: Any, options: ChatOptions) -> dict[str, Any]:
-    """The prompt of one conversation, its media fetched."""
+    """The prompt of one conversation, with its media fetched."""
     return chat.fetch(chat.render(messages, options))
 
 
@@ -113,10 +113,12 @@ def test_format_follows_the_template(caplog: pytest.LogCaptureFixture) -> None:
     assert make(PRINT).render(messages, PLAIN).prompt == "[user]<|image_1|>\na\nb"
     assert make(PRINT, interleave=True).render(messages, PLAIN).prompt == "[user]a\n<|image_1|>\nb"
     with caplog.at_level(logging.WARNING):
-        made = make(PRINT).render(messages, ChatOptions(chat_template_content_format="openai"))
-        assert made.prompt == "[user][{'type': 'text', 'text': 'a'}, {'type': 'image'}, {'type': 'text', 'text': 'b'}]"
+        prompt = make(PRINT).render(messages, ChatOptions(chat_template_content_format="openai"))
+        assert (
+            prompt.prompt == "[user][{'type': 'text', 'text': 'a'}, {'type': 'image'}, {'type': 'text', 'text': 'b'}]"
+        )
         assert make(LOOP, interleave=True).render(messages, PLAIN).prompt == "[user]a<image>b"
-    assert "looks as if it wants contents as 'string'" in caplog.text
+    assert "seems to expect contents as 'string'" in caplog.text
     assert "interleave_mm_strings has no effect" in caplog.text
 
 
@@ -132,7 +134,7 @@ def test_templates_of_call_operator_and_model() -> None:
         )
 
 
-def test_everything_a_prompt_needs() -> None:
+def test_all_fields_of_a_prompt() -> None:
     source = Source()
     rows = np.zeros((2, 4), np.float32)
     messages = user(
@@ -147,30 +149,30 @@ def test_everything_a_prompt_needs() -> None:
     )
     options = ChatOptions(mm_processor_kwargs={"x": 1}, media_io_kwargs={"video": {"fps": 1}}, cache_salt="s")
     chat = make(source=source)
-    made = prompt_of(chat, messages, options)
-    data, names = made["multi_modal_data"], made["multi_modal_uuids"]
-    assert made["prompt"].startswith("[user]<|image_1|>\n<v>\n<|image_2|>") and made["prompt"].endswith("\ntext")
+    prompt = prompt_of(chat, messages, options)
+    data, names = prompt["multi_modal_data"], prompt["multi_modal_uuids"]
+    assert prompt["prompt"].startswith("[user]<|image_1|>\n<v>\n<|image_2|>") and prompt["prompt"].endswith("\ntext")
     assert data["video"] == ["video at v"] and data["audio"] == ["audio at data:audio/wav;base64,QUJD"]
     assert data["image"][:2] == ["image at a", None] and data["image"][4] is None
     assert data["image"][2]["image_embeds"].shape == (2, 4) and data["image"][3]["image_embeds"] is rows
     assert names == {"image": ["A", "B", None, "E", "F"], "video": [None], "audio": [None]}
-    assert (made["mm_processor_kwargs"], made["cache_salt"]) == ({"x": 1}, "s")
-    assert chat.asked == [{"video": {"fps": 1}}] == [made["media_io_kwargs"]]  # type: ignore[attr-defined]
+    assert (prompt["mm_processor_kwargs"], prompt["cache_salt"]) == ({"x": 1}, "s")
+    assert chat.connect_calls == [{"video": {"fps": 1}}] == [prompt["media_io_kwargs"]]  # type: ignore[attr-defined]
     again = asyncio.run(prompt_of_async(chat, messages, options))
-    assert again["prompt"] == made["prompt"] and again["multi_modal_uuids"] == names
+    assert again["prompt"] == prompt["prompt"] and again["multi_modal_uuids"] == names
     assert again["multi_modal_data"]["image"][:2] == data["image"][:2] and sorted(source.seen[:3]) == sorted(
         source.seen[3:]
     )
 
 
 def test_media_are_fetched_together() -> None:
-    made = prompt_of(make(source=Source()), user(image("meet"), image("meet")), PLAIN)
-    assert made["multi_modal_data"]["image"] == ["image at meet"] * 2
+    prompt = prompt_of(make(source=Source()), user(image("meet"), image("meet")), PLAIN)
+    assert prompt["multi_modal_data"]["image"] == ["image at meet"] * 2
 
 
-def test_text_alone_connects_nowhere() -> None:
+def test_text_alone_makes_no_connector() -> None:
     chat = make()
-    assert prompt_of(chat, user("a"), PLAIN)["multi_modal_data"] == {} and chat.asked == []  # type: ignore[attr-defined]
+    assert prompt_of(chat, user("a"), PLAIN)["multi_modal_data"] == {} and chat.connect_calls == []  # type: ignore[attr-defined]
     assert asyncio.run(prompt_of_async(chat, user("a"), PLAIN))["prompt"] == "[user]a"
 
 
@@ -183,7 +185,7 @@ def test_counts_are_checked_before_anything_is_fetched() -> None:
 
 def test_the_first_failure_ends_the_request() -> None:
     chat = make()
-    vars(chat)["_threads"] = AtOnce()  # both have failed when the first is asked for
+    vars(chat)["_threads"] = AtOnce()  # both have failed before the first result is read
     with pytest.raises(RequestError, match="cannot fetch bad1"):
         prompt_of(chat, user(image("a"), image("bad1"), image("bad2")), PLAIN)
     source = Source()
@@ -192,12 +194,12 @@ def test_the_first_failure_ends_the_request() -> None:
     assert source.cancelled == ["slow"]
 
 
-def test_the_sound_of_videos() -> None:
+def test_audio_of_videos() -> None:
     options = ChatOptions(mm_processor_kwargs={"use_audio_in_video": True})
     messages = user({"type": "video_url", "video_url": {"url": "v"}, "uuid": "V"}, "x")
-    made = prompt_of(make(), messages, options)
-    assert made["multi_modal_data"] == {"video": ["video at v"], "audio": ["audio at v"]}
-    assert made["multi_modal_uuids"] == {"video": ["V"], "audio": ["V"]} and made["prompt"] == "[user]<v>\nx"
+    prompt = prompt_of(make(), messages, options)
+    assert prompt["multi_modal_data"] == {"video": ["video at v"], "audio": ["audio at v"]}
+    assert prompt["multi_modal_uuids"] == {"video": ["V"], "audio": ["V"]} and prompt["prompt"] == "[user]<v>\nx"
     by_default = make(processor_kwargs={"use_audio_in_video": True})
     assert set(prompt_of(by_default, messages, PLAIN)["multi_modal_data"]) == {"video", "audio"}
     assert set(prompt_of(make(), messages, PLAIN)["multi_modal_data"]) == {"video"}
@@ -217,12 +219,12 @@ def test_the_sound_of_videos() -> None:
         ({"documents": ["x"]}, TypeError, "documents should be a list of dictionaries"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_invalid_options(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         ChatOptions(**options)
 
 
-# family -> [(messages, case of the recorded answers whose prompt they must give)]
+# family -> [(messages, case of the recorded outputs with the expected prompt)]
 IMAGE, VIDEO = {"type": "image_url", "image_url": {"url": "x"}}, {"type": "video_url", "video_url": {"url": "x"}}
 AUDIO = {"type": "audio_url", "audio_url": {"url": "x"}}
 RECORDED = {

@@ -1,4 +1,4 @@
-"""Which template is used, what it sees, and what it may not do."""
+"""Selection of templates, their variables, and what the sandbox forbids."""
 
 import json
 import logging
@@ -29,10 +29,10 @@ def written(template: str, messages: Any = HI, stored: StoredTemplates = NONE, *
     return apply(template, messages, stored, **{**OPTIONS, **options})
 
 
-def test_where_templates_come_from() -> None:
+def test_sources_of_templates() -> None:
     both = StoredTemplates({"default": "P{}", "extra": "E{}"}, {"default": "T{}", "tool_use": "U{}"}, {}, "F{}")
-    assert both.resolve(None, tools=False) == "P{}"  # the processor's goes first ...
-    assert both.resolve(None, tools=True) == "U{}"  # ... but knows no tools
+    assert both.resolve(None, tools=False) == "P{}"  # the processor's has priority ...
+    assert both.resolve(None, tools=True) == "U{}"  # ... but does not print tools
     assert both.resolve("extra", tools=False) == "E{}" and both.resolve("tool_use", tools=False) == "U{}"
     assert both.resolve("{{ 1 }}", tools=True) == "{{ 1 }}"
     assert StoredTemplates({}, {"default": "T{}"}, {}, "F{}").resolve(None, tools=True) == "T{}"
@@ -42,7 +42,7 @@ def test_where_templates_come_from() -> None:
     with pytest.raises(ChatTemplateResolutionError, match="or one of rag"):
         StoredTemplates({}, {"rag": "R{}"}, {}).resolve(None, tools=False)
     with pytest.raises(RequestError, match="neither Jinja text nor the name"):
-        both.resolve("/etc/passwd", tools=False)  # what a request says is never a path
+        both.resolve("/etc/passwd", tools=False)  # text from a request is never a path
 
 
 def test_reading_a_directory(tmp_path: Path, tiny_dir: Any) -> None:
@@ -72,14 +72,14 @@ def test_fallbacks() -> None:
     assert written(CHATML) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" and written(BASIC) == "hi"
 
 
-def test_what_an_operator_may_write(tmp_path: Path) -> None:
+def test_templates_of_the_operator(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{{ 'file' }}")
     stored = StoredTemplates({}, {"rag": "R{}"}, {})
     assert load_template(str(file), stored) == load_template(file, stored) == "{{ 'file' }}"
     assert load_template("{{ 'inline' }}", stored) == "{{ 'inline' }}" and load_template("rag", stored) == "rag"
     assert load_template(None, stored) is None
-    # the page's command names a file that lies elsewhere: what it means comes with mmjax
+    # the page's command names a file of vLLM's repository; mmjax ships the template
     assert "join" in str(load_template("vlm2vec_phi3v.jinja", stored))
     for wrong in ("missing.jinja", str(tmp_path), "a\0b"):
         with pytest.raises(RequestError, match="looks like a file path, but it failed to be opened"):
@@ -126,7 +126,7 @@ def test_continuing() -> None:
     assert written(parts, [{"role": "assistant", "content": content}], **goon) == "ab"
     assert content[1] == {"type": "text", "text": "b"}
     for wrong in ([{"role": "assistant", "content": [{"type": "image"}]}], [{"role": "assistant", "content": None}]):
-        with pytest.raises(RequestError, match="text to go on from"):
+        with pytest.raises(RequestError, match="text to continue"):
             written(chatml, wrong, **goon)
     with pytest.raises(RequestError, match="does not print the last message"):
         written("{{ messages[0].content }}", messages, **goon)
@@ -180,7 +180,7 @@ def test_templates_cannot_leave_the_sandbox(name: str) -> None:
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception.__globals__ }}", "{{ '{0.__class__}'.format(1) }}"])
-def test_internals_are_not_there(template: str) -> None:
+def test_internals_are_unreachable(template: str) -> None:
     assert render(template, {}) == ""
 
 

@@ -1,4 +1,4 @@
-"""The parameter paths and shapes of the three families, written out by hand from a config.json."""
+"""The parameter paths and shapes of three families, written by hand from a config.json."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ def tower(prefix: str, depth: int, width: int, heads: int, mlp: int) -> Shapes:
         "fc2": (mlp, width),
         "fc2_bias": (width,),
     }
-    return {f"{prefix}.blocks.{name}": (depth, *shape) for name, shape in sizes.items()}
+    return {f"{prefix}.layers.{name}": (depth, *shape) for name, shape in sizes.items()}
 
 
 def qwen2_vl(config: Mapping[str, Any]) -> Shapes:
@@ -55,12 +55,12 @@ def qwen2_vl(config: Mapping[str, Any]) -> Shapes:
         **decoder(config, config["num_key_value_heads"], bias=True, tied=config["tie_word_embeddings"]),
         **tower("vision", vision["depth"], width, vision["num_heads"], int(width * vision["mlp_ratio"])),
         "vision.patch": (1176, width),
-        "vision.merge.norm": (width,),
-        "vision.merge.norm_bias": (width,),
-        "vision.merge.fc1": (merged, merged),
-        "vision.merge.fc1_bias": (merged,),
-        "vision.merge.fc2": (merged, config["hidden_size"]),
-        "vision.merge.fc2_bias": (config["hidden_size"],),
+        "vision.merger.norm": (width,),
+        "vision.merger.norm_bias": (width,),
+        "vision.merger.fc1": (merged, merged),
+        "vision.merger.fc1_bias": (merged,),
+        "vision.merger.fc2": (merged, config["hidden_size"]),
+        "vision.merger.fc2_bias": (config["hidden_size"],),
     }
 
 

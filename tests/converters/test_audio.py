@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from mmjax.loader.checkpoint import Checkpoint
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 from mmjax.spec import ModelSpec as Sizes
 from tiny_families import qwen2_audio, ultravox
 
@@ -51,7 +51,7 @@ def fits(config: dict[str, Any], tensors: Mapping[str, Shape], *, tied: bool) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_a_tiny_checkpoint_finds_its_place(family: str, tiny_dir: Make) -> None:
+def test_every_tensor_of_a_tiny_checkpoint_has_a_parameter(family: str, tiny_dir: Make) -> None:
     checkpoint = Checkpoint.open(str(tiny_dir(family)))
     shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
     assert ("text.head" in shapes) != FAMILIES[family]
@@ -67,7 +67,7 @@ def test_every_tensor_of_a_tiny_checkpoint_finds_its_place(family: str, tiny_dir
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_a_reference_checkpoint_finds_its_place(family: str, shared: Path) -> None:
+def test_every_tensor_of_a_reference_checkpoint_has_a_parameter(family: str, shared: Path) -> None:
     checkpoint = Checkpoint.open(str(shared / "reference" / family))
     shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
     assert set(plan(checkpoint.tensors, checkpoint.family.table, shapes).claimed) == set(checkpoint.tensors)
@@ -163,19 +163,19 @@ def test_parts_in_other_checkpoints_make_the_same_model(apart: dict[str, Path], 
             np.testing.assert_array_equal(parts[path], value, path)
 
 
-def test_a_checkpoint_that_holds_its_parts_needs_no_other(apart: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_with_all_parts_needs_no_other(apart: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(apart["whole"], tmp_path / "both")
     config = json.loads((tmp_path / "both/config.json").read_text()) | {"text_model_id": "meta-llama/none"}
     (tmp_path / "both/config.json").write_text(json.dumps(config))
     assert values(Checkpoint.open(str(tmp_path / "both"))).keys() == values(Checkpoint.open(str(apart["whole"]))).keys()
 
 
-def test_a_part_that_is_nowhere_is_named(apart: dict[str, Path]) -> None:
+def test_a_missing_part_is_named_in_the_error(apart: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"(?s)text_model_id.*nowhere.*is neither.*hf_overrides"):
         Checkpoint.open(str(apart["projector"]), overrides={"text_model_id": "./no/where/nowhere"})
 
 
-def test_other_kinds_of_parts_are_refused(tiny_dir: Make) -> None:
+def test_unsupported_parts_are_refused(tiny_dir: Make) -> None:
     files = {file.name: json.loads(file.read_text()) for file in tiny_dir("ultravox").glob("*config.json")}
     config = files["config.json"]
     for changed in ({"projector_act": "gelu"}, {"text_config": config["text_config"] | {"model_type": "gemma3"}}):

@@ -1,4 +1,4 @@
-"""The account of a checkpoint: every tensor counted, and what a model would make of it."""
+"""`mmjax inspect`: every tensor is counted, with the parameter that it becomes."""
 
 from collections.abc import Callable
 from pathlib import Path

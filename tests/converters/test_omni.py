@@ -14,8 +14,8 @@ from mmjax.converters.table import EmptyHoleError, UnclaimedTensorError, plan
 from safetensors.numpy import load_file, save_file
 
 from mmjax.loader.checkpoint import Checkpoint
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 
 Shape = tuple[int, ...]
 FAMILIES = ("qwen2_5_omni", "qwen3_omni_moe")
@@ -157,7 +157,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_published_tensor_has_its_place(family: str, tiny_dir: Callable[[str], Path]) -> None:
+def test_every_published_tensor_has_a_parameter(family: str, tiny_dir: Callable[[str], Path]) -> None:
     names, text, vision, audio = PUBLISHED[family]
     files = {file.name: json.loads(file.read_text()) for file in tiny_dir(family).glob("*config.json")}
     config = files["config.json"]
@@ -174,7 +174,7 @@ def test_every_published_tensor_has_its_place(family: str, tiny_dir: Callable[[s
     assert set(result.ignored) == silent and set(result.claimed) == set(headers) - silent
 
 
-def test_a_missing_layer_and_a_stranger_are_told(tiny_dir: Callable[[str], Path]) -> None:
+def test_a_missing_layer_and_an_unknown_tensor_are_reported(tiny_dir: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint.open(str(tiny_dir("qwen2_5_omni")))
     shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
     tensors = dict(open_checkpoint(checkpoint.directory))
@@ -187,7 +187,7 @@ def test_a_missing_layer_and_a_stranger_are_told(tiny_dir: Callable[[str], Path]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_thinker_alone_is_the_same_model(family: str, tiny_dir: Callable[[str], Path], tmp_path: Path) -> None:
-    """As transformers saves it: config, names, and one file for all that prepares media."""
+    """As transformers saves it: config, names, and one file for all processors."""
     whole, alone = tiny_dir(family), tmp_path / "alone"
     shutil.copytree(whole, alone)
     config = json.loads((whole / "config.json").read_text())["thinker_config"]
@@ -219,7 +219,7 @@ def test_a_thinker_alone_is_the_same_model(family: str, tiny_dir: Callable[[str]
 @pytest.mark.parametrize("prefix", ["thinker.model.", "model."])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_in_memory(family: str, prefix: str, tiny_dir: Callable[[str], Path]) -> None:
-    """transformers keeps the parts side by side under `model.`."""
+    """transformers has the parts side by side under `model.`."""
     checkpoint = Checkpoint.open(str(tiny_dir(family)))
     shapes = {path: leaf.shape for path, leaf in param_specs(checkpoint.family, checkpoint.model_config())[1].items()}
 

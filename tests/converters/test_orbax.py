@@ -1,4 +1,4 @@
-"""Converted checkpoints: the same bits, restorable by stock Orbax, written without holding the model in memory."""
+"""Converted checkpoints: the same bits, restorable by stock Orbax, written without the whole model in memory."""
 
 import json
 import os
@@ -105,8 +105,8 @@ def test_dtypes(stored: Any, wanted: Any, case: Case, tmp_path: Path) -> None:
 def test_a_part_is_read_alone(case: Case, tmp_path: Path) -> None:
     src, table, shapes = case
     convert_checkpoint(src, tmp_path / "out", table=table, shapes=shapes)
-    leaf = open_converted(tmp_path / "out")["vision.blocks.fc1"]
-    assert leaf.shape == shapes["vision.blocks.fc1"] and leaf.nbytes == leaf.read().nbytes
+    leaf = open_converted(tmp_path / "out")["vision.layers.fc1"]
+    assert leaf.shape == shapes["vision.layers.fc1"] and leaf.nbytes == leaf.read().nbytes
     assert same_bits(leaf.read((slice(1, 2), slice(None), slice(0, 5))), leaf.read()[1:2, :, 0:5])
 
 
@@ -143,7 +143,7 @@ def test_text_files_travel_and_weights_do_not(case: Case, tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     total = sum(tensor.nbytes for tensor in open_checkpoint(src).values())
     assert manifest == {
-        "format": 1,
+        "format": 2,
         "family": "qwen2_vl",
         "source_dtypes": {"float32": len(open_checkpoint(src))},
         "dtypes": {"float32": len(shapes)},
@@ -190,9 +190,9 @@ def test_refuses_damaged_checkpoints(case: Case, tmp_path: Path) -> None:
     manifest = tmp_path / "out" / MANIFEST
     for text, words in (
         ("{", "damaged"),
-        ('{"format": 1}', "damaged"),
-        ('{"format": 9, "tensors": 1}', "format 9"),
-        ('{"format": 1, "tensors": 1}', "speaks of 1 tensors"),
+        ('{"format": 2}', "damaged"),
+        ('{"format": 1, "tensors": 1}', "convert the checkpoint again"),
+        ('{"format": 2, "tensors": 1}', "speaks of 1 tensors"),
     ):
         manifest.write_text(text)
         with pytest.raises(CheckpointError, match=words):

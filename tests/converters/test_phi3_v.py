@@ -13,8 +13,8 @@ from mmjax.converters.phi3_v import TABLE
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import ConversionError, Shape, plan
 
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 from tiny_families import phi3_v
 
 WTE = "model.vision_embed_tokens.wte.weight"
@@ -24,7 +24,7 @@ TOWER = {"tower_width": 1024, "tower_mlp": 4096, "tower_layers": 24, "tower_head
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A tensor of which only the header is there."""
+    """A tensor of which only the header is known."""
 
     shape: Shape
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
@@ -51,7 +51,7 @@ def check(tensors: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
 
 
 def last(tensors: Mapping[str, Any]) -> int:
-    """The block of the tower that is not used."""
+    """The layer of the tower that is not used."""
     return max(int(name.split(".layers.")[1].split(".")[0]) for name in tensors if "encoder.layers." in name)
 
 

@@ -17,8 +17,8 @@ import tiny_families.qwen2_5_vl
 import tiny_families.qwen3_moe
 import tiny_families.qwen3_vl
 import tiny_families.qwen3_vl_moe
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 
 Shape = tuple[int, ...]
 Make = Callable[[str], Path]
@@ -172,7 +172,7 @@ def test_square_experts(width: int, mlp: int) -> None:
 
 
 def test_experts_apart(tiny_dir: Make) -> None:
-    """Expert j of layer i lands at index j of layer i's stack; a missing one is a hole with a name."""
+    """Expert j of layer i is at index j of the stack of layer i; a missing one is named in the error."""
     tensors = dict(open_checkpoint(tiny_dir("qwen3_moe")))
     _, table, shapes = directory(tiny_dir("qwen3_moe"))
     stacks = {path: value for path, value in convert(tensors, table, shapes) if ".experts." in path}

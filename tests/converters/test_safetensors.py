@@ -1,4 +1,4 @@
-"""The safetensors reader: what it reads, and every kind of damaged or hostile file that it refuses."""
+"""The safetensors reader: what it reads, and the damaged or hostile files that it refuses."""
 
 import json
 import struct

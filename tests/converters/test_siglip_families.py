@@ -13,8 +13,8 @@ import pytest
 from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Shape, Table, convert, plan
 
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
-from mmjax.models import Family
 from tiny_families import llava_onevision, minicpmv
 
 FAMILIES = {"llava_onevision": "llava_onevision", "minicpmv": "minicpmv26"}  # and their reference checkpoints
@@ -45,7 +45,7 @@ PUBLISHED = {  # name -> family, sizes, vocabulary, whether the head is the embe
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A tensor of which only the header is there."""
+    """A tensor of which only the header is known."""
 
     shape: Shape
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
@@ -71,7 +71,7 @@ def of(directory: Path, *, tied: bool) -> dict[str, Shape]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_a_tiny_checkpoint_finds_its_place(family: str, tiny_dir: Callable[[str], Path]) -> None:
+def test_every_tensor_of_a_tiny_checkpoint_has_a_parameter(family: str, tiny_dir: Callable[[str], Path]) -> None:
     tensors, shapes = open_checkpoint(tiny_dir(family)), of(tiny_dir(family), tied=family == "llava_onevision")
     result = plan(tensors, table(family), shapes)
     assert set(result.claimed) | set(result.ignored) == set(tensors)
@@ -95,7 +95,7 @@ def test_other_layouts_give_the_same_plan(layout: int, tiny_dir: Callable[[str],
 
 
 def test_unused_tensors_are_ignored(tiny_dir: Callable[[str], Path]) -> None:
-    """Summaries of pictures, tables that follow from the sizes, and blocks above the chosen one."""
+    """Pooling heads, tables that follow from the sizes, and layers above the chosen one."""
     for family, prefix in (("llava_onevision", "vision_tower.vision_model."), ("minicpmv", "vpm.")):
         tensors = dict(open_checkpoint(tiny_dir(family)))
         some = tensors[f"{prefix}post_layernorm.weight"]
@@ -135,14 +135,14 @@ def test_published_sizes(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_a_reference_checkpoint_finds_its_place(family: str, shared: Path) -> None:
+def test_every_tensor_of_a_reference_checkpoint_has_a_parameter(family: str, shared: Path) -> None:
     directory = shared / "reference" / FAMILIES[family]
     tensors = open_checkpoint(directory)
     result = plan(tensors, table(family), of(directory, tied=family == "llava_onevision"))
     assert set(result.claimed) | set(result.ignored) == set(tensors)
 
 
-def test_another_minicpm(tiny_dir: Callable[[str], Path]) -> None:
+def test_other_minicpm_versions_are_refused(tiny_dir: Callable[[str], Path]) -> None:
     files = {file.name: json.loads(file.read_text()) for file in tiny_dir("minicpmv").glob("*config.json")}
     files["config.json"]["version"] = 2.5
     with pytest.raises(ValueError, match=r"2\.5 is another model"):

@@ -95,7 +95,7 @@ def test_reads_one_parameter_at_a_time() -> None:
     assert [name for name, tensor in tensors.items() if tensor.reads] == ["model.embed"]
 
 
-def test_optional_rules_need_no_place() -> None:
+def test_optional_rules_need_no_parameter() -> None:
     shorter = {**SHAPES, "tower.ab": (1, 3, 2, 4)}
     assert set(plan(held(**GOOD), TABLE, shorter).ignored) == {"model.buffer.7", "m.tower.1.a", "m.tower.1.b"}
     none = {path: shape for path, shape in SHAPES.items() if path != "tower.ab"}
@@ -167,7 +167,7 @@ def test_refuses_a_tensor_of_two_rules() -> None:
         plan(held(a__0=(2,)), table, {"x.0": (2,), "y": (2,)})
 
 
-def test_refuses_two_rules_for_one_place() -> None:
+def test_refuses_two_rules_for_one_target() -> None:
     table = Table((Rule("a", "x"), Rule("b", "x")))
     with pytest.raises(ClaimedTwiceError, match="'a' and 'b'"):
         plan(held(a=(2,), b=(2,)), table, {"x": (2,)})

@@ -13,7 +13,7 @@ from mmjax.converters.safetensors import open_checkpoint
 from mmjax.converters.table import Table, convert, plan
 
 import tiny
-from mmjax.models import Family
+from mmjax.loader.family import Family
 
 FAMILIES = ("llava", "qwen2_vl", "whisper")
 Expected = Callable[[str, Path], dict[str, tuple[int, ...]]]

@@ -1,4 +1,4 @@
-"""Every transform against the definition of the layout, element by element, on sizes with nothing in common."""
+"""Every transform against the definition of the layout, element by element, on coprime sizes."""
 
 import numpy as np
 import pytest

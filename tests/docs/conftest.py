@@ -1,4 +1,4 @@
-"""The module that makes the documentation's tables, as mkdocs loads it."""
+"""The module that generates the documentation's tables, loaded as mkdocs does."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""The examples of the documentation do what the pages say: each Python block runs, and prints what stands below it.
+"""The examples of the documentation work: each Python block runs, and prints the output shown below it.
 
 "demo" is the model that ships with mmjax; published models are stood in for by tiny ones of their families. A page's
 `http://127.0.0.1:PORT` is the server that its `mmjax serve ... --port PORT` would start, and https://example.org a web
@@ -31,7 +31,9 @@ from prompts import encoder_embeds
 from web import running_site
 
 RUN = ("multimodal_inputs.md", "getting_started.md", "README.md")
-ELSEWHERE = {("getting_started.md", "Vectors")}  # tests/models/test_phi3_v.py asks the same, of an engine that pools
+ELSEWHERE = {
+    ("getting_started.md", "Embedding vectors")
+}  # tests/models/test_phi3_v.py asks the same, of an engine that pools
 TINY = {
     "openai/whisper-small": "whisper",
     "llava-hf/llava-1.5-7b-hf": "llava",
@@ -44,7 +46,7 @@ SMALL: dict[str, Any] = {  # as in tests/vllm_docs, so that the compilation cach
 
 
 def served_models(page: str) -> dict[int, str]:
-    """Port to model, of the servers that a page starts."""
+    """The model on each port, for the servers that a page starts."""
     found = {}
     for command in commands_of(page) + re.findall(r"`(mmjax serve [^`]+)`", PAGES[page].read_text()):
         if command.startswith("mmjax serve"):
@@ -54,14 +56,14 @@ def served_models(page: str) -> dict[int, str]:
 
 
 class Engines:
-    """One engine per model, whatever else an example asks for: those of the first that opens it."""
+    """One engine per model, with the options of the example that opens it first."""
 
     def __init__(self, tiny_dir: Callable[[str], Path]) -> None:
         self.tiny_dir = tiny_dir
         self.made: dict[str, LLM] = {}
 
     def open(self, model: str, **kwargs: Any) -> LLM:
-        """What stands for `LLM(model, **kwargs)`."""
+        """Replaces `LLM(model, **kwargs)`."""
         EngineArgs(model, **kwargs)
         if model not in self.made:
             if model not in TINY:
@@ -81,7 +83,7 @@ def engines(tiny_dir: Callable[[str], Path]) -> Iterator[Engines]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the reader is: with the files that `mmjax demo` makes, and those that the pages say one has."""
+    """The reader's directory, with the files that `mmjax demo` writes and those that the pages mention."""
     home = tmp_path_factory.mktemp("reader")
     show.make(home / "mmjax-demo", show.SEED)
     ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
@@ -93,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def notebooks(engines: Engines, folder: Path) -> Iterator[Callable[[str], Notebook]]:
-    """`notebooks(page)`: the page's examples, as far as they have run."""
+    """`notebooks(page)`: the page's examples, and which of them have run."""
     made: dict[str, Notebook] = {}
     with running_site() as site, pytest.MonkeyPatch.context() as patch:
         site.pages = {f"/{file.name}": file.read_bytes() for file in (folder / "mmjax-demo").iterdir()}
@@ -119,18 +121,18 @@ def notebooks(engines: Engines, folder: Path) -> Iterator[Callable[[str], Notebo
 
 @contextlib.contextmanager
 def server(model: str, llm: LLM) -> Iterator[str]:
-    """The address of a server over an engine that must not be used otherwise meanwhile."""
+    """The address of a server over an engine, which must not be used in other ways meanwhile."""
     engine = AsyncLLM(llm)
     try:
         with listening_server(create_app(engine, ServerSettings(names=(model,)))) as address:
             yield address
     finally:
         engine.close()
-        del engine.llm  # FastAPI remembers the functions of every app, and they would keep the model with its programs
+        del engine.llm  # FastAPI caches the functions of every app, which would keep the model and its programs alive
 
 
 def encode_picture(engines: Engines, folder: Path) -> None:
-    """mmjax-demo/picture.npz: what the demo model's own encoder makes of picture.png."""
+    """Write mmjax-demo/picture.npz: the output of the demo model's encoder for picture.png."""
     setup = next(block for block in blocks_of("multimodal_inputs.md") if block.language == "python")
     exec(setup.code, {})
     llm = engines.made["demo"]

@@ -1,4 +1,4 @@
-"""The pages hang together: files, links, commands and code that they name exist, and the checks run what they say."""
+"""The pages are consistent: files, links, commands and code that they name exist, and CI runs what they say."""
 
 import importlib
 import re
@@ -16,7 +16,7 @@ DOCS = [name for name, path in PAGES.items() if path.parent.name == "docs"]
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with mkdocs' own tags, which are taken as nothing."""
+    """YAML with mkdocs' own tags, which are ignored."""
 
 
 Loader.add_multi_constructor("!", lambda loader, suffix, node: None)
@@ -53,15 +53,15 @@ def test_the_readme_is_short() -> None:
 def test_files_that_are_named_exist() -> None:
     folders = "examples|tests|mmjax|benchmarks|converters|docs|deploy|serve|kernels|engine|nn|processors|models|\\.ci"
     named = re.findall(rf"(?<![\w/.])(?:{folders})/[\w./]+\w", " ".join(page.read_text() for page in PAGES.values()))
-    rooms = ("nn/", "processors/", "models/", "engine/")
-    named = [f"mmjax/{name}" if name.startswith(rooms) else name for name in named]
+    packages = ("nn/", "processors/", "models/", "engine/")
+    named = [f"mmjax/{name}" if name.startswith(packages) else name for name in named]
     assert named
     missing = [name for name in named if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()]
     assert [name for name in missing if "foo" not in name] == []
 
 
 def anchors_of(page: Path) -> set[str]:
-    """The ids that headings get, on the site and on code hosts alike."""
+    """The ids of headings, which are the same on the site and on code hosts."""
     heads = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.M
     )
@@ -69,7 +69,7 @@ def anchors_of(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_link_targets_exist(name: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name].read_text()):
         if "://" in target:
             continue
@@ -87,8 +87,8 @@ def test_code_can_be_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_commands_can_be_given(name: str) -> None:
-    """Every `mmjax ...` line has flags that there are."""
+def test_commands_have_valid_flags(name: str) -> None:
+    """Every `mmjax ...` line only has flags that exist."""
     text = PAGES[name].read_text()
     inline = [line for line in re.findall(r"`(mmjax (?:serve|chat|run-batch|demo|bench) [^`]*)`", text) if "--" in line]
     for line in [*commands_of(name), *inline]:
@@ -109,7 +109,7 @@ def test_scripts_that_are_run_exist(name: str) -> None:
             assert (ROOT / file).is_file(), line
 
 
-def test_public_names_have_their_place() -> None:
+def test_public_names_are_documented() -> None:
     """Every name of `mmjax.__all__` is on the page of the API, and everything on it exists."""
     import mmjax
 
@@ -117,7 +117,7 @@ def test_public_names_have_their_place() -> None:
     told = re.findall(r"^::: ([\w.]+)(.*?)(?=^:::|^#|\Z)", text, re.MULTILINE | re.DOTALL)
     for path, options in told:
         parts = path.split(".")
-        for cut in range(len(parts), 0, -1):  # the longest part of it that is a module
+        for cut in range(len(parts), 0, -1):  # the longest prefix that is a module
             try:
                 found = importlib.import_module(".".join(parts[:cut]))
                 break

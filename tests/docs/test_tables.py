@@ -1,4 +1,4 @@
-"""The tables of the documentation say what the code says: flags, variables, families, routes, metrics."""
+"""The tables of the documentation agree with the code: flags, variables, families, routes, metrics."""
 
 import argparse
 import re
@@ -13,13 +13,14 @@ from mmjax.cli import flags
 from mmjax.cli.main import MODEL_COMMANDS
 from mmjax.config import VARIABLES
 from mmjax.models import FAMILIES
+from mmjax.types import SAMPLING_PARAMETERS
 
 HIDDEN = {"/", "/reset_mm_cache", "/reset_prefix_cache"}  # the page, and what MMJAX_SERVER_DEV_MODE adds
 COMMANDS = (*MODEL_COMMANDS, "bench throughput", "bench latency", "demo", "convert", "inspect")
 
 
 def between(page: str, name: str) -> list[str]:
-    """The rows of the table between two marks, without its head."""
+    """The rows of the table between two marks, without the header."""
     match = re.search(rf"<!-- {name}:.*?-->\n(.*?)<!-- end of {name} -->", PAGES[page].read_text(), re.DOTALL)
     assert match is not None
     return match[1].splitlines()[2:]
@@ -27,7 +28,7 @@ def between(page: str, name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(tables: ModuleType) -> str:
-    """The page of the command line as the site has it."""
+    """The command line page, as on the site."""
     page: str = tables.on_page_markdown(PAGES["cli.md"].read_text())
     return page
 
@@ -45,7 +46,7 @@ def test_flags_of_the_engine(reference: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_flags_of_a_command(name: str, tables: ModuleType, reference: str) -> None:
-    """Every argument of a command that its --help shows stands in the reference, with a meaning."""
+    """Every argument in a command's --help is in the reference, with a description."""
     section = re.search(rf"^## mmjax {name.split()[0]}\n(.*?)(?=^## |\Z)", reference, re.MULTILINE | re.DOTALL)
     assert section is not None
     shared = re.search(r"^## mmjax serve\n(.*?)(?=^## )", reference, re.MULTILINE | re.DOTALL)
@@ -70,7 +71,7 @@ def test_flags_of_the_server(reference: str) -> None:
         assert f"| `{action.option_strings[0]}` | {shown} | {action.help}" in reference
 
 
-def test_every_table_has_its_place(tables: ModuleType) -> None:
+def test_every_table_is_used(tables: ModuleType) -> None:
     """No table is left out, and no mark is left over."""
     marks = [name for page in PAGES.values() for name in tables.MARK.findall(page.read_text())]
     assert sorted(marks) == sorted(tables.TABLES)
@@ -88,7 +89,7 @@ def test_environment(tables: ModuleType, reference: str) -> None:
 
 
 def test_defaults_of_variables(tables: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the code has them, whatever is set where the pages are made."""
+    """As in the code, whatever is set in the environment of the build."""
     monkeypatch.setenv("MMJAX_CACHE_ROOT", "/elsewhere")
     read = tables.variables_read()
     for name, shown in (
@@ -111,6 +112,13 @@ def test_variables_that_pages_name_exist() -> None:
     assert {
         name for name in named if not any(re.fullmatch(name.replace("*", r"\w*"), known) for known in VARIABLES)
     } == (set())
+
+
+def test_sampling_parameters(tables: ModuleType) -> None:
+    page = tables.on_page_markdown(PAGES["server.md"].read_text())
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| (.*) \|$", page, re.MULTILINE))
+    for name, parameter in SAMPLING_PARAMETERS.items():
+        assert name == "output_kind" or rows[name] == parameter.help
 
 
 def test_families() -> None:
@@ -145,7 +153,7 @@ def test_routes() -> None:
 
 
 def test_metrics() -> None:
-    """Every metric that the server has, and no other."""
+    """All metrics of the server, and no others."""
     code = (ROOT / "serve" / "metrics.py").read_text()
     there = set(re.findall(r'"((?:vllm|mmjax):\w+)"', code))
     told = re.findall(r"`((?:vllm|mmjax):\w+)`", "\n".join(between("server.md", "metrics")))
@@ -155,7 +163,7 @@ def test_metrics() -> None:
 
 
 def test_parts_of_messages() -> None:
-    """The parts that the page on inputs lists are those that are read."""
+    """The parts listed on the page on inputs are those that are accepted."""
     from mmjax.chat.parts import MEDIA_TYPES
 
     text = PAGES["multimodal_inputs.md"].read_text()

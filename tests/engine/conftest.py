@@ -1,4 +1,4 @@
-"""One small engine per family for all the tests of this folder."""
+"""One small engine per family for all tests in this folder."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The engine on a thread of its own: what callers on an event loop see of it."""
+"""AsyncLLM: the engine on a thread of its own, with callers on an event loop."""
 
 import asyncio
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ async def streamed(served: AsyncLLM, prompt: object, params: SamplingParams) -> 
     return texts, sizes
 
 
-def test_many_callers_get_what_one_call_gives(qwen: LLM, served: AsyncLLM) -> None:
+def test_concurrent_callers_get_the_same_outputs(qwen: LLM, served: AsyncLLM) -> None:
     async def all_at_once() -> list[tuple[dict[int, str], list[int]]]:
         return await asyncio.gather(*(streamed(served, prompt, sampled(9)) for prompt in PROMPTS))
 
@@ -52,7 +52,7 @@ def test_many_callers_get_what_one_call_gives(qwen: LLM, served: AsyncLLM) -> No
         assert len(sizes) > 2, "it came in pieces"
 
 
-def test_a_caller_that_goes_away_frees_its_pages(qwen: LLM, served: AsyncLLM) -> None:
+def test_a_disconnected_caller_frees_its_blocks(qwen: LLM, served: AsyncLLM) -> None:
     async def leave() -> None:
         task = asyncio.create_task(served.generate(await served.prepare("A long story"), greedy(300)))
         ticket = served.submit(await served.prepare("Another"), greedy(300), streaming=True)
@@ -72,7 +72,7 @@ def test_a_caller_that_goes_away_frees_its_pages(qwen: LLM, served: AsyncLLM) ->
     assert served.open == 0
 
 
-def test_bad_requests_leave_it_serving(served: AsyncLLM) -> None:
+def test_bad_requests_do_not_stop_the_engine(served: AsyncLLM) -> None:
     async def run() -> str:
         with pytest.raises(TypeError):
             await served.prepare(3.5)
@@ -88,7 +88,7 @@ def test_bad_requests_leave_it_serving(served: AsyncLLM) -> None:
     assert asyncio.run(run())
 
 
-def test_a_fault_of_the_engine_reaches_every_caller(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_error_reaches_every_caller(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     served = AsyncLLM(qwen)
     engine = qwen.model.engines[0]
 

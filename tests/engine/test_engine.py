@@ -1,4 +1,4 @@
-"""What an engine owes its users: the same answer alone, in company, cut up, preempted or cached."""
+"""The engine gives the same output alone, in a batch, in chunks, preempted or cached."""
 
 import dataclasses
 import re
@@ -24,17 +24,17 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def alone(shared_llm) -> list[list[int]]:
-    """Each of MIXED by itself."""
+    """The output of each prompt in MIXED alone."""
     llm = shared_llm("qwen2_vl")
     return [output_ids(llm.generate(prompt, greedy(), use_tqdm=False))[0] for prompt in MIXED]
 
 
-def test_answers_do_not_depend_on_company(qwen: LLM, alone: list[list[int]]) -> None:
+def test_outputs_do_not_depend_on_the_batch(qwen: LLM, alone: list[list[int]]) -> None:
     assert output_ids(qwen.generate(MIXED, greedy(), use_tqdm=False)) == alone
     assert output_ids(qwen.generate(MIXED[::-1], greedy(), use_tqdm=False)) == alone[::-1]
 
 
-def test_a_prompt_cut_into_chunks_gives_the_same_answer(make_llm, alone: list[list[int]]) -> None:
+def test_chunked_prefill_gives_the_same_output(make_llm, alone: list[list[int]]) -> None:
     llm = make_llm("qwen2_vl", max_num_batched_tokens=32, enable_prefix_caching=False)
     outputs = llm.generate(MIXED, greedy(), use_tqdm=False)
     longest = max(len(o.prompt_token_ids) for o in outputs)
@@ -42,8 +42,8 @@ def test_a_prompt_cut_into_chunks_gives_the_same_answer(make_llm, alone: list[li
     assert output_ids(outputs) == alone
 
 
-def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, monkeypatch, alone) -> None:
-    """Packing a chunk's media takes long: it must not begin when the chunk before has been read, and all is idle."""
+def test_the_next_chunk_is_queued_before_this_one_is_read(make_llm, monkeypatch, alone) -> None:
+    """Packing a chunk's media is slow, so it must not start only when the previous chunk has been read."""
     llm = make_llm("qwen2_vl", max_num_batched_tokens=32, enable_prefix_caching=False)
     engine, queued, found = llm.model.engines[0], [], []
     prefill, collect = engine._prefill, engine._collect
@@ -63,7 +63,7 @@ def test_the_next_chunk_waits_on_the_device_before_this_one_is_read(make_llm, mo
     assert len(found) > 2 and min(found) == 1, found
 
 
-def test_preempted_sequences_come_back_and_give_the_same_answer(make_llm, qwen: LLM) -> None:
+def test_preempted_sequences_give_the_same_output(make_llm, qwen: LLM) -> None:
     prompts = [chat_text("a" * 10 * i) for i in range(1, 5)]
     expected = output_ids(qwen.generate(prompts, greedy(100), use_tqdm=False))
     page_bytes = 2 * 2 * 16 * 2 * 16 * 4
@@ -73,7 +73,7 @@ def test_preempted_sequences_come_back_and_give_the_same_answer(make_llm, qwen: 
     assert llm.reset_prefix_cache(), "every page came back"
 
 
-def test_prefix_cache_counts_its_hits_and_sees_the_media(qwen: LLM) -> None:
+def test_prefix_cache_counts_hits_and_distinguishes_media(qwen: LLM) -> None:
     first = qwen.generate(image_prompt(random_pixels(1, 112, 112)), greedy(), use_tqdm=False)[0]
     again = qwen.generate(image_prompt(random_pixels(1, 112, 112)), greedy(), use_tqdm=False)[0]
     other = qwen.generate(image_prompt(random_pixels(2, 112, 112)), greedy(), use_tqdm=False)[0]
@@ -84,7 +84,7 @@ def test_prefix_cache_counts_its_hits_and_sees_the_media(qwen: LLM) -> None:
     assert output_ids([first]) == output_ids([again]) != output_ids([other])
 
 
-def test_cache_salt_keeps_prefixes_apart(qwen: LLM) -> None:
+def test_cache_salt_separates_prefixes(qwen: LLM) -> None:
     prompt = {"prompt": chat_text("A sentence that is long enough to fill more than one page of the cache.")}
     cached = [
         qwen.generate(prompt | salt, greedy(2), use_tqdm=False)[0].num_cached_tokens
@@ -93,8 +93,8 @@ def test_cache_salt_keeps_prefixes_apart(qwen: LLM) -> None:
     assert [c > 0 for c in cached] == [False, True, False, True, False]
 
 
-def test_a_cached_prefix_ending_inside_an_image_is_enough(qwen: LLM) -> None:
-    """Half an image from the prefix cache, the rest from its rows: the encoder is asked again if they are gone."""
+def test_a_cached_prefix_may_end_inside_an_image(qwen: LLM) -> None:
+    """Half an image from the prefix cache, the rest from its rows; the encoder runs again if they are gone."""
     image = random_pixels(7, 224, 224)
     expected = output_ids(qwen.generate(image_prompt(image, words="x"), greedy(), use_tqdm=False))
     tokens = qwen.generate(image_prompt(image, words="x"), greedy(1), use_tqdm=False)[0].prompt_token_ids
@@ -106,8 +106,8 @@ def test_a_cached_prefix_ending_inside_an_image_is_enough(qwen: LLM) -> None:
     assert output_ids(qwen.generate(image_prompt(image, words="x"), greedy(), use_tqdm=False)) == expected
 
 
-def test_encoder_cache_holds_only_as_much_as_it_may(make_llm) -> None:
-    """More images than rows: later ones wait for earlier ones, and each answer is right."""
+def test_encoder_cache_is_bounded(make_llm) -> None:
+    """More images than rows: later ones wait for earlier ones, and each output is correct."""
     llm = make_llm("qwen2_vl", max_model_len=256, max_num_batched_tokens=64)
     pictures = [random_pixels(i, 140, 140) for i in range(12)]
     rows = llm.model.engines[0].encoder_cache.capacity
@@ -118,7 +118,7 @@ def test_encoder_cache_holds_only_as_much_as_it_may(make_llm) -> None:
     ]
 
 
-def test_seeds_make_answers_repeatable_and_independent(qwen: LLM) -> None:
+def test_seeds_make_outputs_repeatable_and_independent(qwen: LLM) -> None:
     def params(seed: int | None, n: int = 1) -> SamplingParams:
         return SamplingParams(temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True, n=n)
 
@@ -147,7 +147,7 @@ def test_stopping(qwen: LLM) -> None:
     assert third not in later.token_ids[:6], "while a stop may not happen it cannot be said"
 
 
-def test_stop_strings_cut_text_and_ids(qwen: LLM) -> None:
+def test_stop_strings_truncate_text_and_ids(qwen: LLM) -> None:
     prompt = chat_text("Hello")
     free = qwen.generate(prompt, greedy(24), use_tqdm=False)[0].outputs[0]
     readable = [i for i, c in enumerate(free.text) if c.isascii() and c.isprintable()]
@@ -178,7 +178,7 @@ def test_logprobs_and_prompt_logprobs(qwen: LLM) -> None:
 
 
 def test_prompt_logprobs_agree_with_generation(qwen: LLM) -> None:
-    """What was likely when it was said is as likely when it is read."""
+    """A token has the same log-probability when it is sampled and when it is in a prompt."""
     out = qwen.generate(chat_text("Hello"), greedy(8, logprobs=1), use_tqdm=False)[0]
     said = [e[t].logprob for t, e in zip(out.outputs[0].token_ids, out.outputs[0].logprobs, strict=True)]
     whole = {"prompt_token_ids": out.prompt_token_ids + list(out.outputs[0].token_ids)}
@@ -187,7 +187,7 @@ def test_prompt_logprobs_agree_with_generation(qwen: LLM) -> None:
     assert said == pytest.approx(back, abs=2e-4)
 
 
-def test_constraints_reach_the_device(qwen: LLM) -> None:
+def test_logit_biases_reach_the_device(qwen: LLM) -> None:
     prompt = chat_text("Hello")
     free = output_ids(qwen.generate(prompt, greedy(), use_tqdm=False))[0]
     only = qwen.generate(prompt, greedy(allowed_token_ids=[9, 11]), use_tqdm=False)
@@ -213,7 +213,7 @@ def test_penalties_change_only_their_own_row(qwen: LLM) -> None:
     assert len(set(output_ids(both)[1])) > len(set(free))
 
 
-def test_bad_words_are_never_said(qwen: LLM) -> None:
+def test_bad_words_are_never_sampled(qwen: LLM) -> None:
     prompt = chat_text("Hello")
     free = qwen.generate(prompt, greedy(16), use_tqdm=False)[0].outputs[0]
     pairs = [qwen.model.tokenizer.decode(free.token_ids[i : i + 2], False) for i in range(15)]
@@ -223,14 +223,14 @@ def test_bad_words_are_never_said(qwen: LLM) -> None:
     assert output_ids(out)[1] == list(free.token_ids)
 
 
-def test_long_answers_stop_at_the_models_length(make_llm) -> None:
+def test_long_outputs_stop_at_max_model_len(make_llm) -> None:
     llm = make_llm("qwen2_vl", max_model_len=64)
     out = llm.generate({"prompt_token_ids": [5] * 40}, greedy(1000), use_tqdm=False)[0]
     assert len(out.outputs[0].token_ids) == 24
     assert out.outputs[0].finish_reason == "length"
 
 
-def test_whisper_shares_encoded_audio_between_answers(shared_llm) -> None:
+def test_whisper_shares_encoded_audio_between_outputs(shared_llm) -> None:
     llm = shared_llm("whisper")
     rng = np.random.default_rng(0)
     clips = [(rng.standard_normal(16000 * s).astype(np.float32) * 0.1, 16000) for s in (1, 2, 3)]
@@ -244,7 +244,7 @@ def test_whisper_shares_encoded_audio_between_answers(shared_llm) -> None:
     assert output_ids(llm.generate(prompts[::-1], greedy(), use_tqdm=False)) == alone[::-1]
 
 
-def test_abort_gives_everything_back(qwen: LLM) -> None:
+def test_abort_frees_everything(qwen: LLM) -> None:
     engine = qwen.model.engines[0]
     request = GenerateRequest(qwen.model, qwen.model.process(MIXED[1]), greedy(100))
     for _ in range(4):
@@ -286,7 +286,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_and_the_engine_goes_on(qwen: LLM, case: str, alone: list[list[int]]) -> None:
+def test_bad_input_is_refused_and_the_engine_continues(qwen: LLM, case: str, alone: list[list[int]]) -> None:
     prompt, error, words = BAD[case]
     if case == "placeholder without image":
         prompt = {"prompt": chat_text("<|vision_start|><|image_pad|><|vision_end|>?")}
@@ -306,7 +306,7 @@ WRONG = [
 ]
 
 
-def test_arguments_that_cannot_be(make_llm, qwen: LLM, tiny_dir) -> None:
+def test_invalid_arguments(make_llm, qwen: LLM, tiny_dir) -> None:
     with pytest.raises(TypeError, match="tensor_paralel_size"):
         make_llm("qwen2_vl", tensor_paralel_size=2)
     with pytest.raises(ValueError, match="8 devices"):
@@ -331,21 +331,21 @@ def test_arguments_that_cannot_be(make_llm, qwen: LLM, tiny_dir) -> None:
     assert qwen.generate([]) == []
 
 
-def test_the_operator_bounds_n(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operator_limits_n(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_MAX_N_SEQUENCES", "2")
     with pytest.raises(ValueError, match=r"n must be at most 2, got 3\."):
         qwen.generate("a", SamplingParams(n=3), use_tqdm=False)
 
 
-def test_limits_are_counted_before_anything_is_done(make_llm) -> None:
+def test_limits_are_checked_before_any_work(make_llm) -> None:
     llm = make_llm("qwen2_vl", limit_mm_per_prompt={"image": 1, "video": 0})
     with pytest.raises(ValueError, match=r"At most 1 image\(s\) may be provided in one prompt"):
         llm.generate(image_prompt(random_pixels(1), random_pixels(2)), greedy(), use_tqdm=False)
     assert llm.get_metrics()["mm_cache_queries"] == 0
 
 
-def test_the_step_writes_the_pool_in_place(make_llm) -> None:
-    """The compiled programs alias all state, hold far less than a pool beside it, and copy no array of its shape."""
+def test_steps_write_the_kv_cache_in_place(make_llm) -> None:
+    """The compiled programs alias the whole state, need little memory beside it, and copy no array of its shape."""
     runner = make_llm("qwen2_vl", max_model_len=8192).model.engines[0].runner
     pool = runner.state.kv_cache
     shape = ",".join(map(str, pool.k.shape))

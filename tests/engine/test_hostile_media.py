@@ -1,4 +1,4 @@
-"""Hostile media, sent to running engines: refused in words that help, in bounded time and memory, and harmless.
+"""Hostile media, sent to running engines, are refused with a helpful message, in bounded time and memory.
 
 Every case ends with a good request to the same engine, whose answer must be what it was before.
 """
@@ -61,7 +61,7 @@ def served(make_llm: Callable[..., LLM], place: tuple[Site, Path]) -> Iterator[C
 
 @pytest.fixture(scope="module")
 def answers() -> dict[str, list[list[int]]]:
-    """What each engine says to the good request."""
+    """The output of each engine for the good request."""
     return {}
 
 
@@ -87,7 +87,7 @@ def ask(llm: LLM, case: Case, sent: Any, place: tuple[Site, Path]) -> None:
 
 
 def used() -> tuple[float, int]:
-    """(CPU seconds of this process and its children, peak of memory in KiB). Waiting costs nothing."""
+    """(CPU seconds of this process and its children, peak of memory in KiB). Waiting is not counted."""
     own, theirs = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(one.ru_utime + one.ru_stime for one in (own, theirs)), max(own.ru_maxrss, theirs.ru_maxrss)
 
@@ -111,5 +111,5 @@ def test_hostile_media(
     assert ask_well(llm, family) == good
 
 
-def test_there_are_enough() -> None:
+def test_there_are_enough_cases() -> None:
     assert len({(case.kind, case.name) for case in CASES}) == len(CASES) >= 120

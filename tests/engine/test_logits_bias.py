@@ -26,7 +26,7 @@ def banned(array):
     return np.flatnonzero(np.isneginf(array)).tolist()
 
 
-def test_nothing_asked_gives_no_row():
+def test_no_bias_gives_no_row():
     constraints = LogitsBias(SamplingParams(), VOCAB, None)
     assert constraints.bias_row([1, 2]) is None and not constraints.dynamic
 
@@ -56,7 +56,7 @@ def test_space_that_is_its_own_token_is_not_banned():
 @pytest.mark.parametrize(
     ("output", "expected"), [([], []), ([3], [4]), ([9, 5], [4]), ([5, 9], []), ([4], []), (np.array([0, 3]), [4])]
 )
-def test_last_token_of_a_phrase_is_banned_after_its_beginning(output, expected):
+def test_last_token_of_a_phrase_is_banned_after_the_others(output, expected):
     constraints = LogitsBias(SamplingParams(bad_words=[" new york"]), VOCAB, Words())
     assert constraints.dynamic
     assert banned(constraints.bias_row(output)) == expected

@@ -1,4 +1,4 @@
-"""Vectors for prompts: of last tokens and of all, in any company, in chunks, from the prefix cache, with media."""
+"""Pooling: vectors of the last token and of all tokens, in batches, in chunks, from the prefix cache, with media."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ def pooling(make_llm: MakeLLM) -> LLM:
 
 @pytest.fixture(scope="module")
 def alone(pooling: LLM) -> list[np.ndarray]:
-    """The final hidden states of each prompt's tokens [T, D], as they are, one prompt at a time."""
+    """The final hidden states of each prompt's tokens [T, D], not normalized, one prompt at a time."""
     params = PoolingParams(task="token_embed", use_activation=False)
     found = []
     for prompt in PROMPTS:
@@ -41,10 +41,10 @@ def unit(hidden: np.ndarray) -> np.ndarray:
     return hidden / np.linalg.norm(hidden, axis=-1, keepdims=True)
 
 
-def test_hidden_states_are_those_from_which_tokens_are_chosen(
+def test_hidden_states_are_those_behind_the_logits(
     alone: list[np.ndarray], pooling: LLM, shared_llm: Callable[[str], LLM]
 ) -> None:
-    """Onto the embedding, which is this model's head too, they fall as the logits of an engine that generates."""
+    """Multiplied by the embedding, which is also this model's head, they give the logits of a generating engine."""
     runner = pooling.model.engines[0].runner
     head = np.asarray(runner.params[runner.paths.index("text.embed")])[: pooling.model.vocab_size]
     outputs = shared_llm("qwen2_vl").generate(PROMPTS, greedy(1, logprobs=8), use_tqdm=False)
@@ -57,7 +57,7 @@ def test_hidden_states_are_those_from_which_tokens_are_chosen(
             assert logprobs[token] == pytest.approx(entry.logprob, abs=1e-4)
 
 
-def test_company_and_prefix_cache_change_nothing(alone: list[np.ndarray], pooling: LLM) -> None:
+def test_batch_and_prefix_cache_change_nothing(alone: list[np.ndarray], pooling: LLM) -> None:
     assert pooling.reset_prefix_cache()
     pooling.reset_mm_cache()
     for turn in range(2):
@@ -75,7 +75,7 @@ def test_company_and_prefix_cache_change_nothing(alone: list[np.ndarray], poolin
     )
 
 
-def test_all_tokens_though_they_are_in_the_prefix_cache(alone: list[np.ndarray], pooling: LLM) -> None:
+def test_all_tokens_run_despite_the_prefix_cache(alone: list[np.ndarray], pooling: LLM) -> None:
     pooling.embed(PROMPTS, use_tqdm=False)
     outputs = pooling.encode(PROMPTS, pooling_task="token_embed", use_tqdm=False)
     for hidden, output in zip(alone, outputs, strict=True):
@@ -93,7 +93,7 @@ def test_parameters_of_each_prompt(alone: list[np.ndarray], pooling: LLM) -> Non
     assert pooling.embed([]) == []
 
 
-def test_a_prompt_as_long_as_the_model_allows(make_llm: MakeLLM) -> None:
+def test_the_longest_prompt(make_llm: MakeLLM) -> None:
     llm = make_llm("qwen2_vl", runner="pooling", max_model_len=64)
     ids = list(range(64))
     assert llm.embed(ids, use_tqdm=False)[0].outputs.hidden_size == 64
@@ -123,7 +123,7 @@ def test_no_head_is_loaded_and_nothing_compiled_after_start(make_llm: MakeLLM) -
     assert llm.get_metrics()["compiles_after_warmup"] == 0
 
 
-def test_each_runner_answers_its_own_calls(pooling: LLM, shared_llm: Callable[[str], LLM]) -> None:
+def test_each_runner_refuses_the_other_calls(pooling: LLM, shared_llm: Callable[[str], LLM]) -> None:
     with pytest.raises(ValueError, match="only supported for generative models"):
         pooling.generate("Hi")
     with pytest.raises(ValueError, match="only supported for generative models"):
@@ -152,7 +152,7 @@ def test_refusals(params: Any, task: str | None, error: type[Exception], words: 
     assert len(pooling.embed("Hi", use_tqdm=False)) == 1, "the engine stays usable"
 
 
-def test_an_encoder_decoder_has_no_vectors(make_llm: MakeLLM) -> None:
+def test_an_encoder_decoder_cannot_pool(make_llm: MakeLLM) -> None:
     with pytest.raises(ValueError, match="is for decoder-only models"):
         make_llm("whisper", runner="pooling")
     with pytest.raises(ValidationError, match="convert"):

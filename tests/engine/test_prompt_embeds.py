@@ -1,4 +1,4 @@
-"""Embeddings in place of a whole prompt: the rows that the tokens would have had give the answers of the tokens."""
+"""Embeddings in place of a whole prompt: the embeddings of tokens give the same output as the tokens."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ FAMILIES = ["qwen2_vl", "qwen3_vl", "qwen3_moe"]  # three positions a token; row
 
 @pytest.fixture(scope="module")
 def table(tiny_dir: Callable[[str], Path]) -> Callable[..., np.ndarray]:
-    """`table(family, tokens)`: the rows of the model's own embedding."""
+    """`table(family, tokens)`: rows of the model's embedding."""
 
     def rows(family: str, tokens: Any) -> np.ndarray:
         weights = load_file(tiny_dir(family) / "model.safetensors")
@@ -32,7 +32,7 @@ def table(tiny_dir: Callable[[str], Path]) -> Callable[..., np.ndarray]:
 
 @pytest.fixture(scope="module")
 def taking(make_llm: Any) -> Callable[..., LLM]:
-    """`taking(family)`: an engine that takes such prompts, whose caches are empty."""
+    """`taking(family)`: an engine that accepts such prompts, with empty caches."""
     made: dict[str, LLM] = {}
 
     def get(family: str = "qwen2_vl") -> LLM:
@@ -49,7 +49,7 @@ def tokens_of(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_tokens_answer_as_the_tokens(family: str, taking: Any, table: Any) -> None:
+def test_embeddings_of_tokens_give_the_same_output(family: str, taking: Any, table: Any) -> None:
     llm = taking(family)
     lengths = (1, 16, 33, 150)  # one token, a page, pages and a bit, more than a step takes
     prompts = [tokens_of(n, n) for n in lengths]
@@ -62,7 +62,7 @@ def test_rows_of_tokens_answer_as_the_tokens(family: str, taking: Any, table: An
     assert output_ids(llm.generate(rows[2], greedy(8), use_tqdm=False)) == [want[2]]
 
 
-def test_arrays_of_every_kind(taking: Any, table: Any) -> None:
+def test_arrays_of_every_library(taking: Any, table: Any) -> None:
     llm, tokens = taking(), tokens_of(20)
     rows = table("qwen2_vl", tokens)
     want = output_ids(llm.generate({"prompt_token_ids": tokens}, greedy(6), use_tqdm=False))
@@ -72,8 +72,8 @@ def test_arrays_of_every_kind(taking: Any, table: Any) -> None:
     assert llm.generate({"prompt_embeds": half}, greedy(6), use_tqdm=False)[0].finished
 
 
-def test_pages_are_found_by_content(taking: Any, table: Any) -> None:
-    """Prompts that begin alike share pages; equal lengths of other rows, tokens and other salts do not."""
+def test_blocks_are_cached_by_content(taking: Any, table: Any) -> None:
+    """Prompts with equal prefixes share blocks; other rows, tokens and salts do not."""
     llm = taking()
     tokens = tokens_of(70)
     rows, other = table("qwen2_vl", tokens), table("qwen2_vl", tokens_of(70, 1))
@@ -90,8 +90,8 @@ def test_pages_are_found_by_content(taking: Any, table: Any) -> None:
     )
 
 
-def test_in_chunks_beside_others_and_preempted(make_llm: Any, table: Any) -> None:
-    """Little room for keys and for rows, and neighbours of every kind: the answers stay."""
+def test_chunks_batches_and_preemption(make_llm: Any, table: Any) -> None:
+    """A small KV cache and encoder cache, and other prompts of all kinds, do not change the outputs."""
     small = {"kv_cache_memory_bytes": 130_000, "max_model_len": 160, "max_num_batched_tokens": 64, "max_num_seqs": 4}
     llm = make_llm("qwen2_vl", enable_prompt_embeds=True, **small)
     prompts = [tokens_of(60 + i, i) for i in range(4)]
@@ -104,8 +104,8 @@ def test_in_chunks_beside_others_and_preempted(make_llm: Any, table: Any) -> Non
     assert llm.get_metrics()["preemptions"] > 0
 
 
-def test_rows_of_media_within(taking: Any, table: Any) -> None:
-    """A prompt whose text and picture both are rows."""
+def test_embeddings_of_media_within_the_prompt(taking: Any, table: Any) -> None:
+    """A prompt whose text and image are both embeddings."""
     llm = taking("llava")
     asked = {"prompt": "What is <image>?", "multi_modal_data": {"image": random_pixels(1)}}
     seen = llm.generate(asked, greedy(8), use_tqdm=False)
@@ -118,8 +118,8 @@ def test_rows_of_media_within(taking: Any, table: Any) -> None:
     assert output_ids(llm.generate({"prompt_embeds": rows}, greedy(8), use_tqdm=False)) == output_ids(seen)
 
 
-def test_penalties_count_no_token_of_it(taking: Any, table: Any) -> None:
-    """Rows have no ids: a penalty on repetition sees the answer alone."""
+def test_penalties_ignore_the_prompt(taking: Any, table: Any) -> None:
+    """Embeddings have no ids, so a repetition penalty only sees the output."""
     llm, rows = taking(), table("qwen2_vl", tokens_of(20))
     plain = llm.generate({"prompt_embeds": rows}, greedy(1), use_tqdm=False)[0].outputs[0]
     params = SamplingParams(temperature=0, max_tokens=1, repetition_penalty=1.9, logprobs=2, ignore_eos=True)
@@ -165,20 +165,20 @@ def test_refusals(case: str, taking: Any) -> None:
     assert llm.model.engines[0].num_unfinished == 0
 
 
-def test_only_where_they_are_allowed(make_llm: Any, taking: Any) -> None:
+def test_refused_unless_enabled(make_llm: Any, taking: Any) -> None:
     with pytest.raises(ValueError, match="You must set `--enable-prompt-embeds` to input `prompt_embeds`"):
         make_llm("qwen2_vl", load_format="dummy").generate({"prompt_embeds": ROWS}, use_tqdm=False)
     whisper = make_llm("whisper", max_model_len=64, enable_prompt_embeds=True, load_format="dummy")
     with pytest.raises(TypeError, match="Cannot pass embeddings prompt to encoder-decoder models"):
         whisper.generate({"prompt_embeds": ROWS}, use_tqdm=False)
-    with pytest.raises(ValueError, match="prompt_logprobs are of tokens"):
+    with pytest.raises(ValueError, match="prompt_logprobs needs a prompt of tokens"):
         taking().generate({"prompt_embeds": ROWS}, greedy(1, prompt_logprobs=1), use_tqdm=False)
     with pytest.raises(ValueError, match="placeholder"):
         taking().generate({"prompt": IMAGE}, greedy(1), use_tqdm=False)
 
 
 def test_over_http(taking: Any, table: Any) -> None:
-    """POST /generate takes the rows as a tensor file in base64, and refuses what is none."""
+    """POST /generate takes the rows as a tensor file in base64, and refuses anything else."""
     llm, rows = taking(), table("qwen2_vl", tokens_of(20))
     want = output_ids(llm.generate({"prompt_embeds": rows}, greedy(5), use_tqdm=False))
     params = {"temperature": 0, "max_tokens": 5, "ignore_eos": True}

@@ -1,4 +1,4 @@
-"""The sampler against plain NumPy definitions, and its promises: determinism, independence, exact truncation."""
+"""The sampler against plain NumPy definitions, and its determinism, independence and exact truncation."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ weights = jax.jit(sampler._weights)
 
 
 def rows_of(size, **given):
-    """Rows of which each row asks for `given`: scalars or one value per row. Else greedy, and nothing asked."""
+    """Metadata with the `given` values, scalars or one value per row; greedy and off otherwise."""
     off = dict.fromkeys(["temperature", "min_p", "presence_penalty", "frequency_penalty"], 0.0) | dict(
         top_p=1.0, repetition_penalty=1.0
     )
@@ -91,7 +91,7 @@ def test_distribution_over_several_blocks(vocab):
 
 
 def reference_support(logits, k, p, min_p):
-    """min_p, then top_k, then top_p by sorting; what ties with the last one kept is kept."""
+    """min_p, then top_k, then top_p by sorting; tokens tied with the last one stay."""
     x = logits.astype(np.float64)
     prob = softmax(x)
     keep = prob >= min_p * prob.max() * (1 - 1e-6)
@@ -229,7 +229,7 @@ def test_penalties_equal_their_definition():
     np.testing.assert_array_equal(got[1:], logits[1:])
 
 
-def test_stops_are_impossible_before_min_tokens():
+def test_stops_are_excluded_before_min_tokens():
     vocab = 30
     logits = noise(4, vocab, 9)
     logits[:, 7], logits[:, 11] = 50, 49
@@ -260,7 +260,7 @@ def test_a_row_without_any_possible_token_is_finite():
 
 
 @pytest.mark.parametrize(("vocab", "top"), [(20, 0), (20, 20), (5120, 3), (1031 * 7, 2)])
-def test_report_is_of_the_raw_logits(vocab, top):
+def test_logprobs_are_of_the_raw_logits(vocab, top):
     logits = noise(4, vocab, 11)
     logits[0] = np.round(logits[0])
     rows = rows_of(
@@ -292,7 +292,7 @@ def test_prompt_logprobs():
     np.testing.assert_allclose(values, -np.sort(-logs)[:, :2], rtol=1e-5, atol=1e-5)
 
 
-def test_note_counts_active_penalised_rows_only():
+def test_count_tokens_counts_active_penalized_rows_only():
     vocab = 12
     seen = np.stack([sampler.token_counts_row([3], [], vocab), np.zeros(vocab, np.int32)])
     rows = rows_of(4, has_penalties=[True, False, True, True], row=[0, 0, 1, 1])
@@ -302,7 +302,7 @@ def test_note_counts_active_penalised_rows_only():
     np.testing.assert_array_equal(out, expected)
 
 
-def test_history_row_leaves_out_foreign_ids():
+def test_token_counts_row_ignores_ids_outside_the_vocabulary():
     row = sampler.token_counts_row([0, 99, -1], [2, 2, 50], 10)
     assert row[0] == sampler.IN_PROMPT and row[2] == 2 and row.sum() == sampler.IN_PROMPT + 2
     assert not sampler.token_counts_row([], [], 4).any()

@@ -1,4 +1,4 @@
-"""One device, two or four, one replica or two: the same tokens."""
+"""One, two or four devices, and one or two replicas, give the same tokens."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def one_device(shared_llm) -> dict[str, list[list[int]]]:
     }
 
 
-# Two ways split the heads, four also repeat (Qwen2-VL) or pad them.
+# Two devices split the heads, four also repeat (Qwen2-VL) or pad them.
 @pytest.mark.parametrize(
     ("family", "prompts", "ways"),
     [
@@ -57,12 +57,12 @@ def test_data_parallel_replicas_share_the_work(make_llm, one_device) -> None:
     assert not set(first.runner.state.kv_cache.k.devices()) & set(second.runner.state.kv_cache.k.devices())
 
 
-def test_four_devices_are_there() -> None:
+def test_there_are_four_devices() -> None:
     assert len(jax.devices()) >= 4, "conftest asks for them"
 
 
-def test_fit_deals_query_heads_to_copies_of_their_keys() -> None:
-    """Two kv heads of four queries each on four devices: every query keeps its own keys."""
+def test_fit_assigns_query_heads_to_copies_of_their_keys() -> None:
+    """Two kv heads of four queries each on four devices: every query still attends to its own keys."""
     d, k, g, h = 3, 2, 4, 5
     value = np.random.default_rng(0).standard_normal((d, k, g + 2, h)).astype(np.float32)
     axes = ("embed", "kv_heads", "group_kv", "head_dim")
@@ -74,7 +74,7 @@ def test_fit_deals_query_heads_to_copies_of_their_keys() -> None:
         np.testing.assert_array_equal(out[:, head, 2:], value[:, source, g:])
 
 
-def test_fit_fills_up_with_zeros() -> None:
+def test_fit_pads_with_zeros() -> None:
     leaf = ParamSpec((6, 4), ("vocab", "embed"))
     out = fit_to_mesh(np.ones((6, 4), np.float32), leaf, ParamSpec((8, 4), leaf.axes))
     assert out[:6].all() and not out[6:].any()

@@ -1,4 +1,4 @@
-"""Answers that keep to a schema, a regex, a choice or a grammar, whatever the model would rather say."""
+"""Outputs conform to a schema, a regex, a choice or a grammar, whatever the model prefers."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def texts(llm: LLM, *params: SamplingParams) -> list[str]:
     return [output.outputs[0].text for output in outputs]
 
 
-def test_every_kind_beside_free_neighbours(qwen: LLM) -> None:
+def test_every_constraint_beside_unconstrained_requests(qwen: LLM) -> None:
     free = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     alone = texts(qwen, free)[0]
     schema, regex, choice, grammar, beside = texts(
@@ -46,7 +46,7 @@ def test_every_kind_beside_free_neighbours(qwen: LLM) -> None:
     assert beside == alone
 
 
-def test_answers_of_one_request_are_followed_one_by_one(qwen: LLM) -> None:
+def test_each_output_of_a_request_has_its_own_state(qwen: LLM) -> None:
     params = SamplingParams(n=3, temperature=1.5, top_k=-1, top_p=1.0, seed=1, max_tokens=40,
                             structured_outputs={"regex": r"[a-z]{2,5}\.[0-9]{1,3}"})  # fmt: skip
     answers = [answer.text for answer in qwen.generate(PROMPT, params, use_tqdm=False)[0].outputs]

@@ -1,4 +1,4 @@
-"""Answers that tell times: the rules by themselves, against transformers, and kept by a model that knows nothing."""
+"""Timestamp rules: by themselves, compared with transformers, and followed by a random model."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ VOCAB, END, PLAIN, FIRST, LAST = 40, 10, 19, 20, 35
 START = "<|startoftranscript|>"
 
 
-def timed(*said: int, latest: int = 5, **asked: Any) -> TimestampRules:
-    rules = TimestampTokens(FIRST, LAST, END, no_timestamps_id=PLAIN, max_initial_index=latest, prefix_ids=said)
-    return TimestampRules(rules, VOCAB, LogitsBias(SamplingParams(**asked), VOCAB, None))
+def rules_of(*prefix: int, latest: int = 5, **params: Any) -> TimestampRules:
+    rules = TimestampTokens(FIRST, LAST, END, no_timestamps_id=PLAIN, max_initial_index=latest, prefix_ids=prefix)
+    return TimestampRules(rules, VOCAB, LogitsBias(SamplingParams(**params), VOCAB, None))
 
 
-def allowed(*output: int, said: Sequence[int] = (), **asked: Any) -> list[int]:
-    return np.flatnonzero(np.isfinite(timed(*said, **asked).bias_row(output))).tolist()
+def allowed(*output: int, prefix: Sequence[int] = (), **params: Any) -> list[int]:
+    return np.flatnonzero(np.isfinite(rules_of(*prefix, **params).bias_row(output))).tolist()
 
 
 WORDS = [token for token in range(FIRST) if token != PLAIN]
@@ -40,32 +40,32 @@ def times(least: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("prefix", "expected"),
     [
-        ((), list(range(FIRST, FIRST + 6))),  # a time opens the transcript, and not too late
+        ((), list(range(FIRST, FIRST + 6))),  # a timestamp starts the transcript, and not too late
         ((22,), WORDS),
-        ((22, 1), WORDS + times(23)),  # what was said took time
-        ((22, 1, 2, 25), [END, *times(25)]),  # closed: the next may begin at once
+        ((22, 1), WORDS + times(23)),  # text takes time
+        ((22, 1, 2, 25), [END, *times(25)]),  # closed: the next segment may start at once
         ((22, 1, 2, 25, 25), WORDS),
         ((22, 1, 25, 27, 3), WORDS + times(28)),
         ((22, 1, LAST), [END, LAST]),
-        ((1,), WORDS + times(FIRST)),  # going on with what a prompt began
+        ((1,), WORDS + times(FIRST)),  # continuing a prompt
     ],
 )
-def test_what_may_come_next(said: tuple[int, ...], wanted: list[int]) -> None:
-    assert allowed(*said) == wanted
-    assert allowed(*said[1:], said=said[:1]) == wanted  # whoever said it
+def test_allowed_next_tokens(prefix: tuple[int, ...], expected: list[int]) -> None:
+    assert allowed(*prefix) == expected
+    assert allowed(*prefix[1:], prefix=prefix[:1]) == expected  # in the prompt or in the output
 
 
-def test_other_wishes_hold_beside() -> None:
+def test_other_biases_apply_too() -> None:
     assert allowed(22, 1, allowed_token_ids=[3, 4, 30]) == [3, 4, 30]
-    assert allowed(22, allowed_token_ids=[30]) == WORDS  # where nothing would be left, the rules win
-    assert timed(logit_bias={3: 2.0}).bias_row([22])[3] == 2
-    assert timed().dynamic and timed().first_timestamp == FIRST
+    assert allowed(22, allowed_token_ids=[30]) == WORDS  # if no token is left, the rules win
+    assert rules_of(logit_bias={3: 2.0}).bias_row([22])[3] == 2
+    assert rules_of().dynamic and rules_of().first_timestamp == FIRST
 
 
-def test_times_come_where_together_they_are_likeliest() -> None:
-    """Ten times at 0 weigh as much as one token at 2.3."""
+def test_a_timestamp_follows_when_all_together_are_likeliest() -> None:
+    """Ten timestamps with logit 0 weigh as much as one token with 2.3."""
     logits = np.full((3, VOCAB), -9.0, np.float32)
     logits[:, 3] = [2.2, 2.4, 2.2]
     logits[:, 22:32] = 0
@@ -76,11 +76,11 @@ def test_times_come_where_together_they_are_likeliest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "prefix"),
     [
         (f"{START}<|de|><|transcribe|>", []),
         (f"{START}<|de|><|translate|><|0.00|>", ["<|0.00|>"]),
-        (f"{START}<|0.04|>", ["<|0.04|>"]),  # as English-only models are asked
+        (f"{START}<|0.04|>", ["<|0.04|>"]),  # the prompt of English-only models
         (f"<|startofprev|> x<|transcribe|>{START}<|en|><|transcribe|><|0.00|>a<|0.10|>", ["<|0.00|>", "a", "<|0.10|>"]),
         (f"{START}<|de|><|transcribe|><|notimestamps|>", None),
         (f"{START}<|de|>", None),
@@ -88,25 +88,27 @@ def test_times_come_where_together_they_are_likeliest() -> None:
         (f"<|startofprev|><|0.00|>{START}", None),
     ],
 )
-def test_which_prompts_ask_for_times(prompt: str, said: list[str] | None, tiny_dir: Callable[[str], Path]) -> None:
+def test_prompts_that_request_timestamps(
+    prompt: str, prefix: list[str] | None, tiny_dir: Callable[[str], Path]
+) -> None:
     processor, tokenizer = load_processor("whisper", tiny_dir("whisper"))
     item = processor.process_item("audio", random_chord(1, 0.5), {})
     found = processor.expand_prompt(tokenizer.encode(prompt, add_special_tokens=False), {"audio": [item]}).timestamps
-    if said is None:
+    if prefix is None:
         assert found is None
     else:
-        assert found is not None and [tokenizer.token_of(token) for token in found.prefix_ids] == said
+        assert found is not None and [tokenizer.token_of(token) for token in found.prefix_ids] == prefix
         assert tokenizer.token_of(found.first_id) == "<|0.00|>" and tokenizer.token_of(found.last_id) == "<|4.00|>"
         assert tokenizer.token_of(found.eos_id) == "<|endoftext|>" and found.max_initial_index == 50
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
-def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperature: float) -> None:
+def test_a_random_model_follows_the_rules(shared_llm: Any, temperature: float) -> None:
     llm = shared_llm("whisper")
     tokenizer = llm.model.tokenizer
     first, last, end = (tokenizer.id_of(f"<|{name}|>") for name in ("0.00", "4.00", "endoftext"))
     params = SamplingParams(temperature=temperature, max_tokens=40, seed=3)
-    heard = [
+    prompts = [
         {"prompt": f"{START}<|{name}|><|transcribe|>", "multi_modal_data": {"audio": random_chord(2, 1.0)}}
         for name in ("en", "de", "fr")
     ]
@@ -114,17 +116,17 @@ def test_a_model_that_knows_nothing_keeps_to_the_rules(shared_llm: Any, temperat
         "prompt": f"{START}<|en|><|transcribe|><|notimestamps|>",
         "multi_modal_data": {"audio": random_chord(2, 1.0)},
     }
-    *answers, plain = output_ids(llm.generate([*heard, silent], params, use_tqdm=False))
-    assert output_ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever the company
-    told = 0
+    *answers, plain = output_ids(llm.generate([*prompts, silent], params, use_tqdm=False))
+    assert output_ids(llm.generate(silent, params, use_tqdm=False)) == [plain]  # whatever else is in the batch
+    num_timestamps = 0
     for answer in answers:
-        stamps = [token for token in answer if first <= token <= last]
-        assert first <= answer[0] <= first + 50 and stamps == sorted(stamps)
+        timestamps = [token for token in answer if first <= token <= last]
+        assert first <= answer[0] <= first + 50 and timestamps == sorted(timestamps)
         kinds = "".join("t" if first <= token <= last else "e" if token == end else "w" for token in answer)
         assert set(kinds) <= set("twe") and "ttt" not in kinds
         assert all(kinds.replace("tt", "|").strip("t").split("|")[:-1]), "only the last may hold nothing"
-        told += len(stamps)
-    assert temperature == 0 or told > 6
+        num_timestamps += len(timestamps)
+    assert temperature == 0 or num_timestamps > 6
 
 
 @pytest.mark.parity
@@ -143,10 +145,10 @@ def test_the_rules_are_those_of_transformers() -> None:
         answer: list[int] = []
         for _ in range(12):
             logits = rng.normal(size=vocab).astype(np.float32) * 2
-            wanted = theirs(torch.tensor([[7, 7, *answer]]), torch.from_numpy(logits)[None])[0].numpy()
+            expected = theirs(torch.tensor([[7, 7, *answer]]), torch.from_numpy(logits)[None])[0].numpy()
             rows = rows_of(1, has_bias=True, first_timestamp=FIRST)
             tables = np.zeros((1, vocab), np.int32), ours.bias_row(answer)[None]
-            answer.append(int(np.argmax(wanted)))
+            answer.append(int(np.argmax(expected)))
             assert int(draw(jnp.asarray(logits[None]), rows, *tables)) == answer[-1]
             if answer[-1] == FIRST - 2:
                 break

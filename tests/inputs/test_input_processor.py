@@ -1,4 +1,4 @@
-"""Rendering with tiny checkpoints: placeholders, cache, names, lengths, every refusal in its words."""
+"""Input processing with tiny checkpoints: placeholders, cache, uuids, lengths, and every error message."""
 
 import concurrent.futures
 import logging
@@ -22,7 +22,7 @@ from mmjax.types import RequestError, ValidationError
 
 Make = Callable[[str], Path]
 RED, BLUE = Image.new("RGB", (60, 60), "red"), Image.new("RGB", (60, 60), "blue")
-PLACE = "<|vision_start|><|image_pad|><|vision_end|>"
+PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 CLIP = np.zeros((3, 56, 56, 3), np.uint8)
 
 
@@ -31,39 +31,50 @@ def qwen(tiny_dir: Make) -> InputProcessor:
     return make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"))
 
 
-def render(renderer: InputProcessor, prompt: Any, **options: Any) -> EngineInput:
-    return renderer.process(renderer.parse(prompt), **options)
+def process(input_processor: InputProcessor, prompt: Any, **options: Any) -> EngineInput:
+    return input_processor.process(input_processor.parse(prompt), **options)
 
 
 def image_prompt(*images: Any, uuids: Any = None, **more: Any) -> dict[str, Any]:
     names = {} if uuids is None else {"multi_modal_uuids": {"image": uuids}}
-    return {"prompt": PLACE * len(images) + "Hi", "multi_modal_data": {"image": list(images)}, **names, **more}
+    return {"prompt": PLACEHOLDER * len(images) + "Hi", "multi_modal_data": {"image": list(images)}, **names, **more}
 
 
-def keys(rendered: EngineInput) -> list[str]:
-    return [entry.item_hash for entry in rendered.items]
+def keys(engine_input: EngineInput) -> list[str]:
+    return [entry.item_hash for entry in engine_input.items]
 
 
 def test_items_come_in_the_order_of_the_prompt(qwen: InputProcessor) -> None:
-    video = PLACE.replace("image", "video")
+    video = PLACEHOLDER.replace("image", "video")
     data = {"image": [RED, BLUE], "video": CLIP}
-    made = render(qwen, {"prompt": f"a{PLACE}b{video}{PLACE}c", "multi_modal_data": data, "cache_salt": "s"})
-    assert [(span.modality, span.item_index) for span in made.spans] == [("image", 0), ("video", 0), ("image", 1)]
-    assert [entry.modality for entry in made.items] == ["image", "video", "image"]
-    for span, entry in zip(made.spans, made.items, strict=True):
+    engine_input = process(
+        qwen, {"prompt": f"a{PLACEHOLDER}b{video}{PLACEHOLDER}c", "multi_modal_data": data, "cache_salt": "s"}
+    )
+    assert [(span.modality, span.item_index) for span in engine_input.spans] == [
+        ("image", 0),
+        ("video", 0),
+        ("image", 1),
+    ]
+    assert [entry.modality for entry in engine_input.items] == ["image", "video", "image"]
+    for span, entry in zip(engine_input.spans, engine_input.items, strict=True):
         marker = qwen.tokenizer.id_of(f"<|{span.modality}_pad|>")  # type: ignore[union-attr]
-        run = made.token_ids[span.start : span.start + span.length]
+        run = engine_input.token_ids[span.start : span.start + span.length]
         assert (run == marker).all() and span.length == entry.item.num_embeds == entry.item.num_inputs // 4
-        assert marker not in made.token_ids[[span.start - 1, span.start + span.length]]
-    assert made.rope_positions.shape == (3, len(made.token_ids)) and made.token_ids.dtype == np.int32
-    assert (made.rope_positions[:, -1] + 1 == len(made.token_ids) + made.rope_delta).all()
-    assert (made.prompt, made.cache_salt, made.encoder_token_ids) == (f"a{PLACE}b{video}{PLACE}c", "s", None)
+        assert marker not in engine_input.token_ids[[span.start - 1, span.start + span.length]]
+    assert (
+        engine_input.rope_positions.shape == (3, len(engine_input.token_ids))
+        and engine_input.token_ids.dtype == np.int32
+    )
+    assert (engine_input.rope_positions[:, -1] + 1 == len(engine_input.token_ids) + engine_input.rope_delta).all()
+    assert (engine_input.prompt, engine_input.cache_salt, engine_input.encoder_token_ids) == (
+        f"a{PLACEHOLDER}b{video}{PLACEHOLDER}c",
+        "s",
+        None,
+    )
 
 
-def test_so_many_prompts_are_rendered_at_once_and_no_more(
-    qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A thread more would keep the one that feeds the device from running; who waits is not forgotten."""
+def test_concurrently_processed_prompts_are_limited(qwen: InputProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more would keep the thread that feeds the device from running; those that wait run later."""
     inside, most, plain = [0], [0], qwen._tokenize
 
     def slowly(*arguments: Any) -> Any:
@@ -75,45 +86,50 @@ def test_so_many_prompts_are_rendered_at_once_and_no_more(
 
     monkeypatch.setattr(qwen, "_tokenize", slowly)
     with concurrent.futures.ThreadPoolExecutor(4 * MAX_CONCURRENT) as pool:
-        made = list(pool.map(lambda i: render(qwen, f"Hi {i}"), range(4 * MAX_CONCURRENT)))
-    assert most == [MAX_CONCURRENT] and [one.prompt for one in made] == [f"Hi {i}" for i in range(4 * MAX_CONCURRENT)]
-    for _ in range(MAX_CONCURRENT + 1):  # an error gives its place back
+        engine_input = list(pool.map(lambda i: process(qwen, f"Hi {i}"), range(4 * MAX_CONCURRENT)))
+    assert most == [MAX_CONCURRENT] and [one.prompt for one in engine_input] == [
+        f"Hi {i}" for i in range(4 * MAX_CONCURRENT)
+    ]
+    for _ in range(MAX_CONCURRENT + 1):  # an error releases its slot
         with pytest.raises(RequestError):
-            render(qwen, image_prompt(RED) | {"prompt": "no placeholder"})
+            process(qwen, image_prompt(RED) | {"prompt": "no placeholder"})
 
 
 def test_expanded_ids_may_be_sent_again(qwen: InputProcessor) -> None:
-    once = render(qwen, image_prompt(RED, BLUE))
-    again = render(qwen, {**image_prompt(RED, BLUE), "prompt_token_ids": once.token_ids.tolist()})
+    once = process(qwen, image_prompt(RED, BLUE))
+    again = process(qwen, {**image_prompt(RED, BLUE), "prompt_token_ids": once.token_ids.tolist()})
     np.testing.assert_array_equal(again.token_ids, once.token_ids)
     assert again.spans == once.spans and again.prompt == once.prompt and keys(again) == keys(once)
 
 
 def test_generic_placeholders(qwen: InputProcessor, tiny_dir: Make) -> None:
-    native = render(qwen, image_prompt(RED, BLUE))
-    generic = render(qwen, {**image_prompt(RED, BLUE), "prompt": "<image><image>Hi"})
+    native = process(qwen, image_prompt(RED, BLUE))
+    generic = process(qwen, {**image_prompt(RED, BLUE), "prompt": "<image><image>Hi"})
     np.testing.assert_array_equal(native.token_ids, generic.token_ids)
     assert generic.prompt == "<image><image>Hi"
-    both = render(qwen, {"prompt": f"{PLACE}<video>Hi", "multi_modal_data": {"image": RED, "video": CLIP}})
+    both = process(qwen, {"prompt": f"{PLACEHOLDER}<video>Hi", "multi_modal_data": {"image": RED, "video": CLIP}})
     assert [span.modality for span in both.spans] == ["image", "video"]
-    # with native ones about, or in another number, they are text
-    for prompt in (f"{PLACE}<image>Hi", "<image><image><image>Hi"):
+    # beside the model's own, or in another number, they are text
+    for prompt in (f"{PLACEHOLDER}<image>Hi", "<image><image><image>Hi"):
         with pytest.raises(RequestError, match="2 prompt placeholders corresponding to 2 image items"):
-            render(qwen, {**image_prompt(RED, BLUE), "prompt": prompt})
-    assert render(qwen, {**image_prompt(RED), "prompt": f"{PLACE}<image>Hi"}).spans
+            process(qwen, {**image_prompt(RED, BLUE), "prompt": prompt})
+    assert process(qwen, {**image_prompt(RED), "prompt": f"{PLACEHOLDER}<image>Hi"}).spans
     llava = make_input_processor("llava", tiny_dir("llava"))
-    made = render(llava, {"prompt": "USER: <image>\nHi ASSISTANT:", "multi_modal_data": {"image": RED}})
-    assert made.spans[0].length == 16 and made.token_ids[0] == llava.tokenizer.bos_id  # type: ignore[union-attr]
-    assert made.rope_positions.shape == (1, len(made.token_ids)) and made.rope_delta == 0
+    engine_input = process(llava, {"prompt": "USER: <image>\nHi ASSISTANT:", "multi_modal_data": {"image": RED}})
+    assert engine_input.spans[0].length == 16 and engine_input.token_ids[0] == llava.tokenizer.bos_id  # type: ignore[union-attr]
+    assert engine_input.rope_positions.shape == (1, len(engine_input.token_ids)) and engine_input.rope_delta == 0
 
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
         ({"prompt": "Hi", "multi_modal_data": {"image": RED}}, "1 prompt placeholders corresponding to 1 image items"),
-        ({"prompt": PLACE * 2, "multi_modal_data": {"image": RED}}, "found 2 placeholder tokens"),
-        ({"prompt": PLACE}, "pass the image data it stands for"),
-        ({"prompt": PLACE + "<|video_pad|>", "multi_modal_data": {"image": RED}}, "0 video items, but instead found 1"),
+        ({"prompt": PLACEHOLDER * 2, "multi_modal_data": {"image": RED}}, "found 2 placeholder tokens"),
+        ({"prompt": PLACEHOLDER}, "pass the image data it stands for"),
+        (
+            {"prompt": PLACEHOLDER + "<|video_pad|>", "multi_modal_data": {"image": RED}},
+            "0 video items, but instead found 1",
+        ),
         (
             {"prompt": "x", "multi_modal_data": {"audio": np.zeros(9)}},
             "At most 0 audio(s) may be provided in one prompt.",
@@ -130,58 +146,63 @@ def test_generic_placeholders(qwen: InputProcessor, tiny_dir: Make) -> None:
         (image_prompt(np.full((4, 4, 3), np.inf)), "must lie in 0..255"),
     ],
 )
-def test_refusals_leave_the_renderer_usable(qwen: InputProcessor, prompt: dict[str, Any], words: str) -> None:
+def test_refusals_leave_the_input_processor_usable(qwen: InputProcessor, prompt: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError) as caught:
-        render(qwen, prompt)
+        process(qwen, prompt)
     assert words in str(caught.value)
-    assert len(render(qwen, "Hello").token_ids)
+    assert len(process(qwen, "Hello").token_ids)
 
 
 def test_limits_of_the_operator(tiny_dir: Make) -> None:
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), limit_mm_per_prompt={"image": 1, "video": 0})
+    input_processor = make_input_processor(
+        "qwen2_vl", tiny_dir("qwen2_vl"), limit_mm_per_prompt={"image": 1, "video": 0}
+    )
     advice = r"Set `--limit-mm-per-prompt` to increase this limit\."
     with pytest.raises(RequestError, match=rf"At most 1 image\(s\) may be provided in one prompt\. {advice}"):
-        render(renderer, image_prompt(RED, None, uuids=[None, "a"]))
+        process(input_processor, image_prompt(RED, None, uuids=[None, "a"]))
     with pytest.raises(RequestError, match=rf"At most 0 video\(s\) may be provided in one prompt\. {advice}"):
-        render(renderer, {"prompt": "x", "multi_modal_data": {"video": CLIP}})
-    render(renderer, image_prompt(RED))
+        process(input_processor, {"prompt": "x", "multi_modal_data": {"video": CLIP}})
+    process(input_processor, image_prompt(RED))
 
 
 def test_lengths(tiny_dir: Make) -> None:
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20)
-    assert len(render(renderer, [3] * 19).token_ids) == 19
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20)
+    assert len(process(input_processor, [3] * 19).token_ids) == 19
     for length in (20, 21, 500):
         with pytest.raises(
             RequestError, match=rf"decoder prompt \(length {length}\) is longer than the maximum model len"
         ):
-            render(renderer, [3] * length)
+            process(input_processor, [3] * length)
     with pytest.raises(RequestError, match="number of text tokens plus multimodal tokens"):
-        render(renderer, image_prompt(Image.new("RGB", (200, 200))))  # fits before expansion, not after
+        process(input_processor, image_prompt(Image.new("RGB", (200, 200))))  # fits before expansion, not after
     with pytest.raises(ValidationError, match=r"^This model's maximum context length is 20 tokens") as caught:
-        render(renderer, "# " * 40)
+        process(input_processor, "# " * 40)
     assert caught.value.parameter == "input_tokens" and "is longer than the maximum model length" in str(caught.value)
     with pytest.raises(ValidationError, match=r"^This model's maximum context length is 20 tokens") as caught:
-        render(renderer, "x" * 100_000)
+        process(input_processor, "x" * 100_000)
     assert caught.value.parameter == "input_text"
 
 
 def test_truncation_and_special_tokens(tiny_dir: Make) -> None:
-    renderer = make_input_processor("llava", tiny_dir("llava"), max_model_len=10)
+    input_processor = make_input_processor("llava", tiny_dir("llava"), max_model_len=10)
     text = "Hello there, how are you?"
     bare = make_input_processor("llava", tiny_dir("llava")).tokenizer.encode(text, False)  # type: ignore[union-attr]
-    assert render(renderer, text, tokenization_kwargs={"truncate_prompt_tokens": 4}).token_ids.tolist() == bare[-4:]
-    assert len(render(renderer, text, tokenization_kwargs={"truncate_prompt_tokens": -1}).token_ids) == 9
+    assert (
+        process(input_processor, text, tokenization_kwargs={"truncate_prompt_tokens": 4}).token_ids.tolist()
+        == bare[-4:]
+    )
+    assert len(process(input_processor, text, tokenization_kwargs={"truncate_prompt_tokens": -1}).token_ids) == 9
     roomy = make_input_processor("llava", tiny_dir("llava"))
-    assert render(roomy, text, tokenization_kwargs={"add_special_tokens": False}).token_ids.tolist() == bare
+    assert process(roomy, text, tokenization_kwargs={"add_special_tokens": False}).token_ids.tolist() == bare
     for wrong in ({"truncate_prompt_tokens": -2}, {"truncate_prompt_tokens": "4"}, {"padding": True}):
         with pytest.raises(ValidationError):
-            render(roomy, text, tokenization_kwargs=wrong)
+            process(roomy, text, tokenization_kwargs=wrong)
 
 
-def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=3)
+def test_item_larger_than_the_encoder_cache(tiny_dir: Make) -> None:
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=3)
     with pytest.raises(RequestError) as caught:
-        render(renderer, image_prompt(RED))
+        process(input_processor, image_prompt(RED))
     for words in (
         "image item",
         "length 4",
@@ -192,29 +213,29 @@ def test_item_above_the_encoder_budget(tiny_dir: Make) -> None:
         assert words in str(caught.value)
 
 
-def test_an_item_is_not_enlarged_beyond_the_encoder_budget(tiny_dir: Make) -> None:
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=4096)
+def test_an_item_is_not_enlarged_beyond_the_encoder_cache(tiny_dir: Make) -> None:
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_item_embeds=4096)
     huge = {"min_pixels": 2**31 - 1, "max_pixels": 2**31 - 1}
     clip = {"prompt": "<video>", "multi_modal_data": {"video": np.zeros((8, 56, 56, 3), np.uint8)}}
     begin = time.monotonic()
     for prompt in (image_prompt(RED, mm_processor_kwargs=huge), {**clip, "mm_processor_kwargs": huge}):
         with pytest.raises(RequestError, match="exceeds the pre-allocated encoder cache size 4096"):
-            render(renderer, prompt)
+            process(input_processor, prompt)
     assert time.monotonic() - begin < 10
     for name in huge:
         with pytest.raises(RequestError, match=f"{name} must be at most"):
-            render(renderer, image_prompt(RED, mm_processor_kwargs={name: 10**400}))
+            process(input_processor, image_prompt(RED, mm_processor_kwargs={name: 10**400}))
 
 
 def test_an_option_that_is_none_is_not_given(qwen: InputProcessor) -> None:
-    plain = keys(render(qwen, image_prompt(RED)))
-    assert keys(render(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "size": {"a": None}}))) != plain
-    assert keys(render(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "min_pixels": None}))) == plain
+    plain = keys(process(qwen, image_prompt(RED)))
+    assert keys(process(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "size": {"a": None}}))) != plain
+    assert keys(process(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "min_pixels": None}))) == plain
 
 
 def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
     def counts(picture: Image.Image) -> tuple[int, int]:
-        render(qwen, image_prompt(picture))
+        process(qwen, image_prompt(picture))
         return qwen.cache.queries, qwen.cache.hits
 
     assert [counts(RED), counts(BLUE), counts(RED.copy())] == [(1, 0), (2, 0), (3, 1)]
@@ -222,23 +243,23 @@ def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
     assert counts(RED) == (4, 1) and counts(RED) == (5, 2)
 
 
-def test_names_stand_for_data(qwen: InputProcessor) -> None:
-    first = render(qwen, image_prompt(RED, uuids=["sku-1234-a"]))
-    later = render(qwen, image_prompt(None, BLUE, uuids=["sku-1234-a", None]))
-    assert later.items[0].item is first.items[0].item and keys(later)[1] == keys(render(qwen, image_prompt(BLUE)))[0]
-    # the data under a known name are not looked at again
-    assert render(qwen, image_prompt(BLUE, uuids=["sku-1234-a"])).items[0].item is first.items[0].item
+def test_uuids_replace_data(qwen: InputProcessor) -> None:
+    first = process(qwen, image_prompt(RED, uuids=["sku-1234-a"]))
+    later = process(qwen, image_prompt(None, BLUE, uuids=["sku-1234-a", None]))
+    assert later.items[0].item is first.items[0].item and keys(later)[1] == keys(process(qwen, image_prompt(BLUE)))[0]
+    # data under a cached uuid are ignored
+    assert process(qwen, image_prompt(BLUE, uuids=["sku-1234-a"])).items[0].item is first.items[0].item
     for prompt in (
         image_prompt(None, uuids=["sku-1234-a"], cache_salt="other"),
         image_prompt(None, uuids=["sku-1234-a"], mm_processor_kwargs={"max_pixels": 4000}),
-        image_prompt(None, uuids=[keys(render(qwen, image_prompt(BLUE)))[0]]),  # somebody's content id
+        image_prompt(None, uuids=[keys(process(qwen, image_prompt(BLUE)))[0]]),  # a content id of another item
     ):
         with pytest.raises(RequestError, match="Cache miss"):
-            render(qwen, prompt)
-    video = render(
+            process(qwen, prompt)
+    video = process(
         qwen, {"prompt": "<video>", "multi_modal_data": {"video": CLIP}, "multi_modal_uuids": {"video": "v"}}
     )
-    again = render(
+    again = process(
         qwen, {"prompt": "<video>", "multi_modal_data": {"video": None}, "multi_modal_uuids": {"video": "v"}}
     )
     assert keys(video) == keys(again)
@@ -246,44 +267,44 @@ def test_names_stand_for_data(qwen: InputProcessor) -> None:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_without_caches(tiny_dir: Make, prefix_caching: bool) -> None:
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), cache_gb=0, prefix_caching=prefix_caching)
-    one, two = (render(renderer, image_prompt(RED, uuids=["a"])) for _ in range(2))
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), cache_gb=0, prefix_caching=prefix_caching)
+    one, two = (process(input_processor, image_prompt(RED, uuids=["a"])) for _ in range(2))
     assert (keys(one) == keys(two)) is prefix_caching
-    assert renderer.cache.hits == 0 and renderer.cache.used_bytes == 0
+    assert input_processor.cache.hits == 0 and input_processor.cache.used_bytes == 0
     with pytest.raises(RequestError, match="Cache miss"):
-        render(renderer, image_prompt(None, uuids=["a"]))
+        process(input_processor, image_prompt(None, uuids=["a"]))
 
 
-def test_arrays_changed_after_the_call_do_not_poison(qwen: InputProcessor) -> None:
+def test_arrays_changed_after_the_call_do_not_change_the_cache(qwen: InputProcessor) -> None:
     array = np.full((56, 56, 3), 9, np.uint8)
-    first = render(qwen, image_prompt(array)).items[0]
+    first = process(qwen, image_prompt(array)).items[0]
     before = first.item.features["pixels"].copy()
     array[:] = 200
     np.testing.assert_array_equal(first.item.features["pixels"], before)
-    second = render(qwen, image_prompt(array)).items[0]
+    second = process(qwen, image_prompt(array)).items[0]
     assert second.item_hash != first.item_hash and (second.item.features["pixels"] == 200).all()
     array[:] = 9
-    assert render(qwen, image_prompt(array)).items[0].item is first.item
+    assert process(qwen, image_prompt(array)).items[0].item is first.item
 
 
 def test_processor_kwargs_of_engine_and_prompt(tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
     big = np.zeros((280, 280, 3), np.uint8)
     small = {"max_pixels": 56 * 56}
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), mm_processor_kwargs=small)
-    assert render(renderer, image_prompt(big)).spans[0].length == 4
-    assert render(renderer, image_prompt(big, mm_processor_kwargs={"max_pixels": 10**6})).spans[0].length == 100
-    assert render(renderer, image_prompt(big)).spans[0].length == 4
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), mm_processor_kwargs=small)
+    assert process(input_processor, image_prompt(big)).spans[0].length == 4
+    assert process(input_processor, image_prompt(big, mm_processor_kwargs={"max_pixels": 10**6})).spans[0].length == 100
+    assert process(input_processor, image_prompt(big)).spans[0].length == 4
     with caplog.at_level(logging.WARNING):
-        unknown = render(renderer, image_prompt(big, mm_processor_kwargs={"num_crops": 4}))
+        unknown = process(input_processor, image_prompt(big, mm_processor_kwargs={"num_crops": 4}))
     assert "'num_crops' is not used by this model" in caplog.text
-    assert keys(unknown) == keys(render(renderer, image_prompt(big)))
+    assert keys(unknown) == keys(process(input_processor, image_prompt(big)))
 
 
 def test_background_of_transparent_images(tiny_dir: Make) -> None:
     clear = Image.new("RGBA", (56, 56), (9, 9, 9, 0))
     for options, value in (({}, 255), ({"media_io_kwargs": {"image": {"rgba_background_color": [7, 7, 7]}}}, 7)):
-        renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), **options)
-        assert (render(renderer, image_prompt(clear)).items[0].item.features["pixels"] == value).all()
+        input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), **options)
+        assert (process(input_processor, image_prompt(clear)).items[0].item.features["pixels"] == value).all()
     with pytest.raises(RequestError, match="rgba_background_color"):
         make_input_processor(
             "qwen2_vl", tiny_dir("qwen2_vl"), media_io_kwargs={"image": {"rgba_background_color": "red"}}
@@ -296,16 +317,16 @@ def test_failures_of_a_processor_do_not_show_the_media(qwen: InputProcessor, mon
 
     monkeypatch.setattr(qwen.processor, "process_item", fail)
     with pytest.raises(ProcessingError, match=r"Failed to apply .*qwen2_vl on image item 0 \(KeyError\)") as caught:
-        render(qwen, image_prompt(RED))
+        process(qwen, image_prompt(RED))
     assert "secret" not in str(caught.value) and not isinstance(caught.value, RequestError)
 
 
 def test_whisper(tiny_dir: Make) -> None:
-    renderer = make_input_processor("whisper", tiny_dir("whisper"))
-    start = renderer.tokenizer.id_of("<|startoftranscript|>")  # type: ignore[union-attr]
+    input_processor = make_input_processor("whisper", tiny_dir("whisper"))
+    start = input_processor.tokenizer.id_of("<|startoftranscript|>")  # type: ignore[union-attr]
     sound = {"audio": (np.zeros((2, 800), np.int16), 8000)}
     prefix = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
-    expected = renderer.tokenizer.encode(prefix, False)  # type: ignore[union-attr]
+    expected = input_processor.tokenizer.encode(prefix, False)  # type: ignore[union-attr]
     for prompt, tokens in (
         ({"prompt": "", "multi_modal_data": sound}, [start]),
         ({"prompt": prefix, "multi_modal_data": sound}, expected),
@@ -314,38 +335,42 @@ def test_whisper(tiny_dir: Make) -> None:
         ({"encoder_prompt": {"prompt": "e", "multi_modal_data": sound}, "decoder_prompt": prefix}, expected),
         ({"encoder_prompt": {"prompt": "e", "multi_modal_data": sound}, "decoder_prompt": None}, [start]),
     ):
-        made = render(renderer, prompt)
-        assert made.token_ids.tolist() == tokens and made.rope_positions.tolist() == [list(range(len(tokens)))]
-        assert made.spans == [] and [entry.modality for entry in made.items] == ["audio"]
-        assert made.encoder_token_ids is not None and len(made.encoder_token_ids) == 200
-        assert made.encoder_prompt == ("e" if "encoder_prompt" in prompt else None)
+        engine_input = process(input_processor, prompt)
+        assert engine_input.token_ids.tolist() == tokens and engine_input.rope_positions.tolist() == [
+            list(range(len(tokens)))
+        ]
+        assert engine_input.spans == [] and [entry.modality for entry in engine_input.items] == ["audio"]
+        assert engine_input.encoder_token_ids is not None and len(engine_input.encoder_token_ids) == 200
+        assert engine_input.encoder_prompt == ("e" if "encoder_prompt" in prompt else None)
     with pytest.raises(RequestError, match=r"At most 1 audio\(s\) may be provided in one prompt\.$"):
-        render(renderer, {"prompt": "", "multi_modal_data": {"audio": [sound["audio"]] * 2}})
+        process(input_processor, {"prompt": "", "multi_modal_data": {"audio": [sound["audio"]] * 2}})
     with pytest.raises(RequestError, match="Expected 1 audio item"):
-        render(renderer, "")
+        process(input_processor, "")
     with pytest.raises(RequestError, match="maximum model length of 448"):
-        render(renderer, {"prompt_token_ids": [start] * 448, "multi_modal_data": sound})
+        process(input_processor, {"prompt_token_ids": [start] * 448, "multi_modal_data": sound})
     for bad, words in ((np.array([np.nan]), "NaN"), (np.zeros(0), "empty"), ("a.wav", "Read files first")):
         with pytest.raises(RequestError, match=words):
-            render(renderer, {"prompt": "", "multi_modal_data": {"audio": bad}})
+            process(input_processor, {"prompt": "", "multi_modal_data": {"audio": bad}})
 
 
 def test_a_plain_language_model(tiny_dir: Make) -> None:
     _, tokenizer = load_processor("llava", tiny_dir("llava"))
     plain = InputProcessor(None, tokenizer, InputConfig(model_id="m", vocab_size=500, max_model_len=50))
-    made = render(plain, "Hi")
+    engine_input = process(plain, "Hi")
     assert (
-        made.rope_positions.tolist() == [list(range(len(made.token_ids)))] and made.rope_delta == 0 and made.items == []
+        engine_input.rope_positions.tolist() == [list(range(len(engine_input.token_ids)))]
+        and engine_input.rope_delta == 0
+        and engine_input.items == []
     )
     with pytest.raises(RequestError, match=r"At most 0 image\(s\)"):
-        render(plain, image_prompt(RED))
+        process(plain, image_prompt(RED))
     ids_only = InputProcessor(None, None, InputConfig(model_id="m", vocab_size=500, max_model_len=50))
-    assert render(ids_only, [1, 2]).token_ids.tolist() == [1, 2]
+    assert process(ids_only, [1, 2]).token_ids.tolist() == [1, 2]
     with pytest.raises(RequestError, match="prompt_token_ids"):
-        render(ids_only, "Hi")
+        process(ids_only, "Hi")
 
 
-def test_the_cache_forgets_the_least_recently_used() -> None:
+def test_the_cache_evicts_the_least_recently_used() -> None:
     def item(size: int) -> MediaItem:
         return MediaItem("image", {"pixels": np.zeros((size, 1), np.uint8)}, num_inputs=size, num_embeds=size)
 
@@ -361,17 +386,17 @@ def test_the_cache_forgets_the_least_recently_used() -> None:
 
 
 def test_many_threads(tiny_dir: Make) -> None:
-    renderer = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), cache_gb=50_000 / 2**30)
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), cache_gb=50_000 / 2**30)
     images = [Image.new("RGB", (28 * (1 + i % 5), 56), (i % 5, 0, 0)) for i in range(20)]
-    expected = [render(renderer, image_prompt(picture)) for picture in images]
+    expected = [process(input_processor, image_prompt(picture)) for picture in images]
     faults: list[Exception] = []
 
     def work() -> None:
         try:
             for picture, wanted in zip(images, expected, strict=True):
-                made = render(renderer, image_prompt(picture))
-                np.testing.assert_array_equal(made.token_ids, wanted.token_ids)
-                assert keys(made) == keys(wanted)
+                engine_input = process(input_processor, image_prompt(picture))
+                np.testing.assert_array_equal(engine_input.token_ids, wanted.token_ids)
+                assert keys(engine_input) == keys(wanted)
         except Exception as error:
             faults.append(error)
 
@@ -380,10 +405,10 @@ def test_many_threads(tiny_dir: Make) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not faults and renderer.cache.queries == 100 and renderer.cache.used_bytes <= 50_000
+    assert not faults and input_processor.cache.queries == 100 and input_processor.cache.used_bytes <= 50_000
 
 
-def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
+def test_processing_imports_no_heavy_library(tiny_dir: Make) -> None:
     code = (
         "import sys; from input_processors import make_input_processor; import numpy as np; from pathlib import Path\n"
         f"r = make_input_processor('qwen2_vl', Path({str(tiny_dir('qwen2_vl'))!r}))\n"
@@ -398,8 +423,8 @@ def test_rendering_needs_no_heavy_library(tiny_dir: Make) -> None:
     assert done.stdout.strip() == ""
 
 
-def test_libraries_for_sound_come_with_the_first_sound(tiny_dir: Make, tmp_path: Path) -> None:
-    """And what numba compiles of them is kept in a folder that can be written to."""
+def test_audio_libraries_are_imported_with_the_first_audio(tiny_dir: Make, tmp_path: Path) -> None:
+    """And the code that numba compiles is cached in a writable folder."""
     code = (
         "import os, sys; import numpy as np; from pathlib import Path\n"
         "from input_processors import make_input_processor\n"

@@ -1,4 +1,4 @@
-"""Forms of prompts and media: what is one item, what is many, what is refused and in which words."""
+"""Forms of prompts and media: one item or many, and every error message."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ SOUND = np.zeros(9, np.float32)
 
 
 class Tensor:
-    """An array that is not NumPy's, as torch and JAX have them."""
+    """An array of a library other than NumPy, like those of torch and JAX."""
 
     def __init__(self, *shape: int):
         self.array = np.zeros(shape, np.float32)
@@ -84,7 +84,7 @@ def test_batches() -> None:
         ({"prompt": "x", "mm_processor_kwargs": ["a"]}, False, "mm_processor_kwargs should be a dictionary"),
     ],
 )
-def test_wrong_kinds_of_object_are_type_errors(prompt: Any, encoder_decoder: bool, words: str) -> None:
+def test_wrong_types_are_type_errors(prompt: Any, encoder_decoder: bool, words: str) -> None:
     with pytest.raises(TypeError, match=re.escape(words)):
         parse.parse_prompt(prompt, encoder_decoder=encoder_decoder)
 
@@ -115,10 +115,10 @@ def test_wrong_kinds_of_object_are_type_errors(prompt: Any, encoder_decoder: boo
         ),
         ({"multi_modal_data": {"image": PICTURE}, "multi_modal_uuids": {"image": [3]}}, "list of non-empty strings"),
         ({"multi_modal_data": {"image": PICTURE}, "multi_modal_uuids": {"image": [""]}}, "list of non-empty strings"),
-        ({"multi_modal_data": {"image": np.zeros((4, 5))}}, "An array of shape (4, 5) is no image"),
-        ({"multi_modal_data": {"image": np.zeros((1, 1, 4, 5, 3))}}, "is no image: one image has 3 axes"),
-        ({"multi_modal_data": {"video": IMAGE}}, "is no video: one video has 4 axes, several have 5"),
-        ({"multi_modal_data": {"audio": IMAGE}}, "is no audio"),
+        ({"multi_modal_data": {"image": np.zeros((4, 5))}}, "An array of shape (4, 5) cannot be read as image"),
+        ({"multi_modal_data": {"image": np.zeros((1, 1, 4, 5, 3))}}, "cannot be read as image: one item has 3 axes"),
+        ({"multi_modal_data": {"video": IMAGE}}, "cannot be read as video: one item has 4 axes, several have 5"),
+        ({"multi_modal_data": {"audio": IMAGE}}, "cannot be read as audio"),
         ({"multi_modal_data": {"audio": [SOUND, 16000]}}, "must be a tuple (array, rate), not a list"),
         ({"multi_modal_data": {"image": Tensor(1, 5, 8)}}, "--enable-mm-embeds` to input `image_embeds`"),
         ({"multi_modal_data": {"image": Tensor(5, 8)}}, "--enable-mm-embeds` to input `image_embeds`"),
@@ -231,7 +231,7 @@ def test_names() -> None:
     assert media(data={"image": None}, uuids={"image": ["a", "b"]}) == [(True, "a"), (True, "b")]
     assert media(data={"image": []}, uuids={"image": ["a"]}) == [(True, "a")]
     assert media(uuids={"image": "a"}) == [(True, "a")]
-    # lenient where the data are there
+    # optional if there are data
     lenient: tuple[Any, ...] = (None, {}, {"image": None}, {"image": []}, {"video": None})
     for uuids in lenient:
         assert media(data={"image": PICTURE}, uuids=uuids) == [(False, None)]

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Paged:
-    """`queries[i]` = (seq_index, q_start) is block i of a prefill; decode asks one query of every sequence."""
+    """`queries[i]` = (seq_index, q_start) is block i of a prefill; decode has one query per sequence."""
 
     lengths: tuple[int, ...]
     kv_heads: int = 2
@@ -87,7 +87,7 @@ def bound(dtype: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Blocks in random order, keys [J, K, H] of every sequence beside them. What belongs to no sequence is NaN."""
+    """Blocks in random order, and the keys [J, K, H] of each sequence. Slots of no sequence are NaN."""
 
     k: Array
     v: Array
@@ -137,7 +137,7 @@ def pad_heads(x: Array, impl: str, dtype: object) -> jax.Array:
 
 
 def laid_out(data: Cache, impl: str) -> tuple[Array, Array]:
-    """The caches as the implementation's platform keeps them."""
+    """The caches in the layout of the implementation's platform."""
     if not kernels.kv_heads_first(PLATFORM[impl]):
         return data.k, data.v
     return data.k.swapaxes(1, 2), data.v.swapaxes(1, 2)

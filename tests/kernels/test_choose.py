@@ -1,4 +1,4 @@
-"""The choice of an implementation, its refusals, and the sizes that follow from it."""
+"""The choice of an implementation, the shapes it refuses, and the sizes that follow from it."""
 
 import importlib.util
 import logging
@@ -62,7 +62,7 @@ def test_sizes() -> None:
     assert kernels.kv_cache_dtype(jnp.bfloat16, "gpu") == jnp.bfloat16
 
 
-def test_imported_under_a_strangers_name_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_as_kernels_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers imports a root folder called `kernels` to read its version."""
     monkeypatch.setitem(sys.modules, "jax", None)  # any import of jax would raise
     path = Path(kernels.__file__)

@@ -1,4 +1,4 @@
-"""write_kv_cache: what lands where, what is dropped, and that the cache is not copied."""
+"""write_kv_cache: the slots that are written, those that are dropped, and that the cache is not copied."""
 
 import functools
 from typing import Any

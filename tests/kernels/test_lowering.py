@@ -1,5 +1,4 @@
-"""The kernels lower for devices that this machine lacks: shapes of blocks and unsupported operations show here
-already."""
+"""The kernels lower for devices that this machine lacks, which finds wrong block shapes and unsupported operations."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A family's module by itself: a checkpoint's weights, one padded batch, no engine, no scheduler, no sampler."""
+"""A family's model without the engine: the weights of a checkpoint and one padded batch."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ BLOCK_SIZE, Q_BLOCK_SIZE = 16, 32
 
 
 class Bare:
-    """Runs one prompt of up to `tokens` tokens and media of up to `num_inputs` encoder inputs (by encoder, if it is
-    a mapping), in `dtype` on one device. products: the dtype of the matrices and of the cache, where it is another."""
+    """Runs one prompt of up to `tokens` tokens and media of up to `num_inputs` encoder inputs (by encoder, if it is a
+    mapping), in `dtype` on one device. products: the dtype of the matrices and of the cache, where it is another."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class Bare:
         for name, encoder in self.spec.encoders.items():
             mine = [item for item in items if item.modality in encoder.modalities]
             if mine:
-                rows = np.asarray(self._encode[name](self.params, self._pack(encoder, self.num_inputs[name], mine)))
+                embeds = np.asarray(self._encode[name](self.params, self._pack(encoder, self.num_inputs[name], mine)))
                 ends = np.cumsum([item.num_inputs * encoder.keys_per_input or item.num_embeds for item in mine])
-                found |= {id(item): part for item, part in zip(mine, np.split(rows, ends)[:-1], strict=True)}
+                found |= {id(item): part for item, part in zip(mine, np.split(embeds, ends)[:-1], strict=True)}
         return np.concatenate([found[id(item)] for item in items])
 
     def _pack(self, encoder: EncoderSpec, most: int, items: Sequence[MediaItem]) -> dict[str, np.ndarray]:
@@ -78,11 +78,11 @@ class Bare:
         """float32 [T, V] of a processed prompt."""
         count, size = len(rendered.token_ids), self.tokens
         items = list({id(entry.item): entry.item for entry in rendered.items}.values())
-        rows = self.encode(items) if items else np.zeros((0, self.spec.mm_embed_dim), self.dtype)
-        mm_embeds = np.zeros((max(size, len(rows)), max(self.spec.mm_embed_dim, 1)), self.dtype)
+        embeds = self.encode(items) if items else np.zeros((0, self.spec.mm_embed_dim), self.dtype)
+        mm_embeds = np.zeros((max(size, len(embeds)), max(self.spec.mm_embed_dim, 1)), self.dtype)
         media = np.full(size, -1, np.int32)
         if not self.spec.is_encoder_decoder and items:
-            mm_embeds[: len(rows)] = rows
+            mm_embeds[: len(embeds)] = embeds
             first = {
                 id(item): at for item, at in zip(items, np.cumsum([0, *(i.num_embeds for i in items)]), strict=False)
             }
@@ -94,7 +94,7 @@ class Bare:
         tokens[:count], rope_positions[:, :count] = rendered.token_ids, rendered.rope_positions
         start = positions[::Q_BLOCK_SIZE].copy()
         start[start >= count] = -Q_BLOCK_SIZE
-        blocks, keys = size // BLOCK_SIZE, len(rows) if self.spec.is_encoder_decoder else 0
+        blocks, keys = size // BLOCK_SIZE, len(embeds) if self.spec.is_encoder_decoder else 0
         batch = Batch(
             token_ids=jnp.asarray(tokens),
             rope_positions=jnp.asarray(rope_positions),
@@ -108,9 +108,9 @@ class Bare:
             cross_block_table=jnp.arange(blocks + 1, blocks + 1 + -(-keys // BLOCK_SIZE), dtype=jnp.int32)[None],
             cross_context_lens=jnp.asarray([keys], jnp.int32),
         )
-        return np.asarray(self._forward(self.params, batch, mm_embeds, rows if self.spec.is_encoder_decoder else None))[
-            :count
-        ]
+        return np.asarray(
+            self._forward(self.params, batch, mm_embeds, embeds if self.spec.is_encoder_decoder else None)
+        )[:count]
 
     @functools.cached_property
     def _encode(self):  # type: ignore[no-untyped-def]
@@ -123,14 +123,16 @@ class Bare:
     def _forward(self):  # type: ignore[no-untyped-def]
         spec = self.spec
 
-        def run(params: dict[str, jax.Array], batch: Batch, mm_embeds: jax.Array, rows: jax.Array | None) -> jax.Array:
+        def run(
+            params: dict[str, jax.Array], batch: Batch, mm_embeds: jax.Array, embeds: jax.Array | None
+        ) -> jax.Array:
             model = nnx.merge(self.graph, params)
             count = 1 + batch.block_table.shape[1] + batch.cross_block_table.shape[1]
             size = (spec.num_layers * count, spec.num_kv_heads, BLOCK_SIZE, kv_cache_head_dim(spec.head_dim, "cpu"))
             cache = KVCache(jnp.zeros(size, self.cache_dtype), jnp.zeros(size, self.cache_dtype))
-            if rows is not None:
+            if embeds is not None:
                 first = (1 + batch.block_table.shape[1]) * BLOCK_SIZE
-                cache = model.write_cross_kv(rows, cache, jnp.arange(rows.shape[0], dtype=jnp.int32) + first)
+                cache = model.write_cross_kv(embeds, cache, jnp.arange(embeds.shape[0], dtype=jnp.int32) + first)
             return model.logits(model(batch, cache, mm_embeds)[0])
 
         return jax.jit(run)

@@ -1,4 +1,4 @@
-"""Engines for the tests of this folder: as few as can be, each compiling its programs as they are needed."""
+"""Engines for the tests of this folder: as few as possible, each of which compiles programs on demand."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -52,8 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def reference_llm(shared: Path) -> Iterator[Callable[..., LLM]]:
-    """`reference_llm(family, **kwargs)`: an engine for a reference checkpoint, made once per family and kwargs, and
-    let go when a test asks for another family's."""
+    """`reference_llm(family, **kwargs)`: an engine for a reference checkpoint, made once per family and kwargs, and let
+    go when a test asks for another family's."""
     made: dict[tuple[str, str], LLM] = {}
 
     def get(family: str, **kwargs: Any) -> LLM:
@@ -73,7 +73,7 @@ def reference_llm(shared: Path) -> Iterator[Callable[..., LLM]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_progress_bars() -> Iterator[None]:
-    """Loading bars stay out of the test log."""
+    """No progress bars in the test log."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MMJAX_PROGRESS", "0")
         yield

@@ -45,7 +45,8 @@ RATE = 16000
 
 @dataclasses.dataclass
 class Reply:
-    """A greedy answer. prompt_ids: expanded. logits: f32[T + n - 1, V], of the prompt and every token but the last."""
+    """A greedy completion. prompt_ids: expanded. logits: f32[T + n - 1, V], of the prompt and every token but the
+    last."""
 
     prompt_ids: list[int]
     ids: list[int]
@@ -64,7 +65,7 @@ class Reply:
 
 
 class Published:
-    """The model of a directory as transformers runs it: eager attention, no cache, positions by the published rule."""
+    """transformers' model of a directory: eager attention, no cache, positions by the published rule."""
 
     def __init__(self, family: str, directory: Path, dtype: str = "float32", **options: Any) -> None:
         torch.set_num_threads(1)
@@ -86,7 +87,7 @@ class Published:
             self.feature_extractor = transformers.WhisperFeatureExtractor.from_pretrained(directory)
 
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
-        """Greedy for `steps` tokens or up to the token `stop`, the whole sequence computed anew for each."""
+        """Greedy for `steps` tokens or up to the token `stop`. Every step recomputes the whole sequence."""
         rendered = self.input_processor.process(self.input_processor.parse(question))
         media = {
             name: torch.from_numpy(value).to(self.model.dtype if value.dtype == np.float32 else torch.int64)
@@ -103,7 +104,7 @@ class Published:
         return Reply(tokens, found, logits.numpy())
 
     def _logits(self, tokens: list[int], media: Mapping[str, Any]) -> Any:
-        """f32[T, V] of a prompt and what has been answered so far."""
+        """f32[T, V] of a prompt and the tokens generated so far."""
         ids, extra = torch.tensor([tokens]), dict(media)
         if self.family in PLACED and media:
             extra["position_ids"] = torch.from_numpy(self._positions(tokens, media))
@@ -146,16 +147,16 @@ class Published:
         return {name: np.asarray(value) for name, value in out.items()}
 
     def _hear(self, clips: Sequence[np.ndarray], kwargs: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-        """The frames of all clips, each heard alone, and which are sound."""
+        """The frames of all clips, each computed alone, and the mask of frames that are audio."""
         padding = "do_not_pad" if self.family == "qwen3_omni_moe" else "max_length"
         options = {"sampling_rate": RATE, "padding": padding, "truncation": padding == "max_length"}
-        heard = [
+        extracted = [
             self.feature_extractor(clip, return_attention_mask=True, return_tensors="np", **options) for clip in clips
         ]
-        longest = max(one["input_features"].shape[2] for one in heard)
+        longest = max(one["input_features"].shape[2] for one in extracted)
 
         def together(name: str) -> np.ndarray:
-            parts = [one[name][0] for one in heard]
+            parts = [one[name][0] for one in extracted]
             return np.stack([np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])]) for x in parts])
 
         out = {"input_features": together("input_features"), "feature_attention_mask": together("attention_mask")}
@@ -191,7 +192,7 @@ def _elsewhere(family: str) -> Any:
 
 
 def normalize(item: MediaItem, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
-    """f32 pixels of an item: scaled to 0..1, less the mean, over the deviation, channel by channel."""
+    """f32 pixels of an item: scaled to 0..1, minus the mean, divided by the deviation of each channel."""
     prepare = files["preprocessor_config.json"]
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
     pixels = item.features["pixels"]

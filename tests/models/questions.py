@@ -18,7 +18,7 @@ HOMELESS = ("minicpmv", "ultravox", "phi3_v")  # families that transformers does
 
 
 def clip(seed: int, frames: int, height: int, width: int) -> np.ndarray:
-    """A random picture that drifts: u8[frames, height, width, 3]."""
+    """A random image that drifts: u8[frames, height, width, 3]."""
     still = random_pixels(seed, height, width)
     return np.stack([np.roll(still, 5 * frame, axis=1) for frame in range(frames)])
 

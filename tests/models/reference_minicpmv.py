@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 put together from parts of torch and transformers, slice by slice: transformers does not have it."""
+"""MiniCPM-V 2.6 made from parts of torch and transformers, slice by slice: transformers does not have it."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ EPS = 1e-6
 
 
 class Reference(nn.Module):
-    """Takes what our processor makes of media; calls its parts by their published names, so that the tensors fit."""
+    """Takes the output of our processor. Its parts have their published names, so that the tensors fit."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,26 +50,29 @@ class Reference(nn.Module):
         """logits [1, T, V]."""
         x = self.llm.get_input_embeddings()(input_ids).clone()
         if media:
-            x[input_ids == self.filler] = self.rows(**media)
+            x[input_ids == self.filler] = self.embeds(**media)
         return SimpleNamespace(logits=self.llm(inputs_embeds=x, use_cache=use_cache).logits)
 
-    def rows(self, pixels: Any, position: Any, place: Any, segment: Any) -> Any:
+    def embeds(self, pixels: Any, position_ids: Any, patch_coords: Any, segment_ids: Any) -> Any:
         """[slices * queries, D]."""
         return torch.cat(
-            [self.slice(pixels[at], position[at], place[at]) for at in (segment == s for s in segment.unique())]
+            [
+                self.slice(pixels[at], position_ids[at], patch_coords[at])
+                for at in (segment_ids == s for s in segment_ids.unique())
+            ]
         )
 
-    def slice(self, pixels: Any, position: Any, place: Any) -> Any:
+    def slice(self, pixels: Any, position_ids: Any, patch_coords: Any) -> Any:
         """[queries, D] of the patches of one slice."""
         embeddings, resampler = self.vpm["embeddings"], self.resampler
         pixels = ((pixels.float() / 255 - 0.5) / 0.5).reshape(-1, 3, self.patch, self.patch).to(self.dtype)
-        x = embeddings.patch_embedding(pixels).flatten(1) + embeddings.position_embedding(position)
+        x = embeddings.patch_embedding(pixels).flatten(1) + embeddings.position_embedding(position_ids)
         for layer in self.vpm["encoder"].layers:
             out = layer(x[None], attention_mask=None)
             x = (out[0] if isinstance(out, tuple) else out)[0]
         value = resampler.ln_kv(resampler.kv_proj(self.vpm["post_layernorm"](x)))
         rate = 1 / 10000 ** (torch.arange(value.shape[1] // 4) / (value.shape[1] // 4))
-        angles = [place[:, axis, None] * rate for axis in (1, 0)]
+        angles = [patch_coords[:, axis, None] * rate for axis in (1, 0)]
         waves = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
         query = resampler.ln_q(resampler.query)
         found = resampler.attn(query, value + waves.to(self.dtype), value, need_weights=False)[0]

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision put together from parts of torch and transformers, picture by picture: transformers has it not.
+"""Phi-3.5-vision made from parts of torch and transformers, image by image: transformers does not have it.
 
 Its rope takes the short factors, as an engine does whose sequences stay within the original length.
 """
@@ -21,7 +21,7 @@ TOWER = IMAGE + "img_processor.vision_model."
 
 
 class Reference(nn.Module):
-    """Takes what our processor makes of pictures."""
+    """Takes the output of our processor for images."""
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Reference(nn.Module):
         return SimpleNamespace(logits=self.text(inputs_embeds=x, use_cache=use_cache).logits)
 
     def rows(self, crops: Any, down: int, across: int) -> Any:
-        """[rows, D] of a picture's crops [down * across, 3, S, S]."""
+        """[embeds, D] of an image's crops [down * across, 3, S, S]."""
         crops = (crops.float() / 255 - self.mean) / self.std
         side = crops.shape[-1]
         canvas = torch.cat([torch.cat(list(line), dim=2) for line in crops.unflatten(0, (down, across))], dim=1)
@@ -74,7 +74,7 @@ class Reference(nn.Module):
         return self.project(torch.cat(parts))
 
     def lines(self, seen: Any, down: int, across: int) -> Any:
-        """Squares of four patches [lines * (squares of a line + 1), 4C], a separator after each line."""
+        """Squares of four patches [rows * (squares of a row + 1), 4C], a separator after each row."""
         edge = round(seen.shape[1] ** 0.5)
         x = seen.unflatten(1, (edge, edge)).unflatten(0, (down, across))
         x = torch.cat([torch.cat(list(line), dim=1) for line in x])  # [down * edge, across * edge, C]
@@ -83,7 +83,7 @@ class Reference(nn.Module):
 
 
 def media(rendered: EngineInput) -> dict[str, np.ndarray]:
-    """The units of all pictures in the order of the prompt, and the grid of each."""
+    """The inputs of all images in the order of the prompt, and the grid of each."""
     items = [entry.item for entry in rendered.items]
     if not items:
         return {}

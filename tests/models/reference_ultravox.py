@@ -1,4 +1,4 @@
-"""Ultravox put together from parts of torch and transformers, window by window: transformers does not have it."""
+"""Ultravox made from parts of torch and transformers, window by window: transformers does not have it."""
 
 import json
 from pathlib import Path
@@ -48,33 +48,33 @@ class Reference(nn.Module):
 
     def forward(self, input_ids: Any, use_cache: bool = False, **media: Any) -> Any:
         """logits [1, T, V]."""
-        heard = input_ids == self.marker
-        x = self.language_model.get_input_embeddings()(input_ids.masked_fill(heard, 0)).clone()
+        is_audio = input_ids == self.marker
+        x = self.language_model.get_input_embeddings()(input_ids.masked_fill(is_audio, 0)).clone()
         if media:
-            windows = zip(media["mel"], media["frames"].tolist(), media["heard"].tolist(), strict=True)
-            x[heard] = torch.cat([self.window(mel[:, :frames], steps) for mel, frames, steps in windows])
+            windows = zip(media["mel"], media["frames"].tolist(), media["audio_steps"].tolist(), strict=True)
+            x[is_audio] = torch.cat([self.window(mel[:, :frames], steps) for mel, frames, steps in windows])
         return SimpleNamespace(logits=self.language_model(inputs_embeds=x, use_cache=use_cache).logits)
 
-    def window(self, mel: Any, heard: int) -> Any:
-        """[rows, D] of mel [bins, frames], of whose steps so many are sound."""
+    def window(self, mel: Any, audio_steps: int) -> Any:
+        """[embeds, D] of mel [bins, frames], of whose steps this many are audio."""
         tower, parts, gelu = self.audio_tower, self.multi_modal_projector, nn.functional.gelu
         x = gelu(tower.conv2(gelu(tower.conv1(mel[None].to(self.dtype))))).transpose(1, 2)
         x = x + tower.embed_positions.weight[: x.shape[1]]
         mask = torch.zeros(1, 1, 1, x.shape[1], dtype=x.dtype)
-        mask[..., heard:] = torch.finfo(x.dtype).min
+        mask[..., audio_steps:] = torch.finfo(x.dtype).min
         for layer in tower.layers:
             out = layer(x, mask)
             x = out[0] if isinstance(out, tuple) else out
         x = tower.layer_norm(x)[0]
-        rows = -(-heard // self.stack)
-        x = nn.functional.pad(x, (0, 0, 0, -len(x) % self.stack)).reshape(-1, self.stack * x.shape[1])[:rows]
+        num_embeds = -(-audio_steps // self.stack)
+        x = nn.functional.pad(x, (0, 0, 0, -len(x) % self.stack)).reshape(-1, self.stack * x.shape[1])[:num_embeds]
         value, gate = parts["linear_1"](parts["ln_pre"](x)).chunk(2, dim=-1)
         x = nn.functional.silu(gate) * value
         return parts["linear_2"](parts["ln_mid"](x)) if self.inside else parts["ln_post"](parts["linear_2"](x))
 
 
 def media(rendered: EngineInput) -> dict[str, np.ndarray]:
-    """The windows of all clips: mel [n, bins, most frames], frames that there are, steps that are sound."""
+    """The windows of all clips: mel [n, bins, most frames], number of frames, number of steps that are audio."""
     found: list[tuple[np.ndarray, int, int]] = []
     for item in {entry.item_hash: entry.item for entry in rendered.items}.values():
         for number in range(int(item.features["window_ids"].max(initial=-1)) + 1):
@@ -82,7 +82,7 @@ def media(rendered: EngineInput) -> dict[str, np.ndarray]:
             mel = item.features["mel"][mine][:, FRAMES_BEFORE : FRAMES_BEFORE + 2 * CHUNK_STEPS]
             mel = mel.reshape(-1, mel.shape[-1]).T
             frames = int(item.features["num_frames"][mine][0])
-            whole = np.zeros((len(mel), frames), np.float32)  # pieces after the last that is wanted hold zeros
+            whole = np.zeros((len(mel), frames), np.float32)  # zeros after the frames of the last chunk
             whole[:, : min(frames, mel.shape[1])] = mel[:, :frames]
             found.append((whole, frames, int(item.features["audio_steps"][mine].sum())))
     if not found:
@@ -91,5 +91,5 @@ def media(rendered: EngineInput) -> dict[str, np.ndarray]:
     return {
         "mel": np.stack([np.pad(mel, ((0, 0), (0, most - mel.shape[1]))) for mel, _, _ in found]),
         "frames": np.array([frames for _, frames, _ in found]),
-        "heard": np.array([heard for _, _, heard in found]),
+        "audio_steps": np.array([audio_steps for _, _, audio_steps in found]),
     }

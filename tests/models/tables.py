@@ -27,13 +27,13 @@ def table(entries: Sequence[Mapping[int, Logprob] | None]) -> np.ndarray:
 
 
 def prompt_table(output: RequestOutput) -> np.ndarray:
-    """f64 [T - 1, V]: what the model expected at prompt tokens 1..T-1."""
+    """f64 [T - 1, V]: the distribution at prompt tokens 1..T-1."""
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     return table(output.prompt_logprobs[1:]) if len(output.prompt_logprobs) > 1 else np.empty((0, 0))
 
 
 def answer_table(output: RequestOutput) -> np.ndarray:
-    """f64 [n, V]: what the model expected at each of n answer tokens."""
+    """f64 [n, V]: the distribution at each of n generated tokens."""
     assert output.outputs[0].logprobs is not None
     return table(output.outputs[0].logprobs)
 

@@ -1,4 +1,4 @@
-"""Language models alone, of every architecture, against transformers; and what they refuse."""
+"""Text-only models of every architecture against transformers, and the configurations that they refuse."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_against_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"partial_rotary_factor": 0.75}]
 )
-def test_what_is_not_done_is_said(wrong: dict[str, Any]) -> None:
+def test_unsupported_features_are_refused(wrong: dict[str, Any]) -> None:
     text = {**SIZE, "rms_norm_eps": 1e-6, "architectures": ["LlamaForCausalLM"]}
     assert Config.from_hf(text, {}, tied=False).spec.encoders == {}
     with pytest.raises(ValueError, match=next(iter(wrong))):

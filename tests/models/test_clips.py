@@ -1,4 +1,5 @@
-"""Families that encode clips in chunks: on two devices, cut into chunks, beside others; and Ultravox' clips in company.
+"""Families that encode clips in chunks: on two devices, cut into chunks, packed with others; and the packed clips of
+Ultravox.
 
 The published processor of Ultravox pads clips that are passed together to the longest, which changes what the model
 makes of the shorter ones a little, so that a clip's embeddings depend on the others. Ours encodes each alone. Here the
@@ -30,19 +31,19 @@ FAMILIES = ("qwen2_audio", "ultravox")
 
 
 def as_stored(item: MediaItem, mel: np.ndarray) -> MediaItem:
-    """The item with the frames that the published processor made of it, silence behind the sound included."""
+    """The item with the frames that the published processor made of it, silence after the audio included."""
     audio_steps = int(item.features["audio_steps"].sum())
     features = whisper_chunks.split_window(
         mel, audio_steps, min(-(-audio_steps // 8) * 8, conv_length(mel.shape[1])), 0
     )
     num_steps = np.full(item.num_embeds, 8, np.int32)
-    num_steps[-1] = min(8, int(features["wanted_steps"].sum()) - 8 * (item.num_embeds - 1))
+    num_steps[-1] = min(8, int(features["output_steps"].sum()) - 8 * (item.num_embeds - 1))
     return dataclasses.replace(
         item, features=features | {"step_index": item.features["step_index"], "num_steps": num_steps}
     )
 
 
-def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) -> None:
+def test_packed_clips_match_the_published_processor(shared: Path) -> None:
     golden = load(shared / "reference/ultravox")
     [case] = APART["ultravox"]
     audio = [golden.arrays[f"{case}/raw_audio_{index}"] for index in range(2)]
@@ -64,8 +65,8 @@ def test_clips_in_company_as_the_published_processor_hears_them(shared: Path) ->
     close(model.encode([longest]), wanted[: longest.num_embeds], FEATURES, "the longest, alone")
 
 
-def test_stored_rows_in_place_of_clips(shared: Path, reference_llm: Callable[..., LLM]) -> None:
-    """Embeddings in place of sounds, for the same case; and a sound and embeddings in one prompt."""
+def test_stored_embeds_instead_of_clips(shared: Path, reference_llm: Callable[..., LLM]) -> None:
+    """Embeddings instead of clips, for the same case; and a clip and embeddings in one prompt."""
     golden = load(shared / "reference/ultravox")
     [case] = APART["ultravox"]
     arrays, llm = golden.arrays, reference_llm("ultravox", enable_mm_embeds=True)
@@ -78,10 +79,10 @@ def test_stored_rows_in_place_of_clips(shared: Path, reference_llm: Callable[...
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
+def test_two_devices_chunks_and_prefixes_give_the_recorded_outputs(
     family: str, tiny_dir: Callable[[str], Path]
 ) -> None:
-    """Prompts are cut into chunks of 32 tokens, so inside clips; the second time all that can be is found."""
+    """Prompts are cut into chunks of 32 tokens, inside clips; the second time, prefixes come from the cache."""
     llm = LLM(
         str(tiny_dir(family)),
         tensor_parallel_size=2,
@@ -107,8 +108,8 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encoding_together_is_encoding_alone(family: str, tiny_dir: Callable[[str], Path]) -> None:
-    """Whatever lies beside a clip in the encoder's batch, and wherever it lies."""
+def test_packed_items_equal_single_items(family: str, tiny_dir: Callable[[str], Path]) -> None:
+    """Whatever clips are packed with a clip, and wherever it is in the batch."""
     renderer = make_input_processor(family, tiny_dir(family))
     items: list[MediaItem] = [
         renderer.processor.process_item("audio", sound(seed, seconds), {})  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The reference checkpoints against what PyTorch computed with them: encoders, logits, greedy answers.
+"""The reference checkpoints against outputs of PyTorch: encoders, logits, greedy completions.
 
 The answers are asked for in one batch, one by one, and in chunks that cut images, videos and text wherever they fall.
 """
@@ -60,7 +60,7 @@ NEW = 16  # tokens of each golden answer
 
 
 class Golden:
-    """The stored cases of one family: prompts as a caller writes them, and what must come of them."""
+    """The stored cases of one family: prompts as a caller writes them, and the expected outputs."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.family = directory, directory.name
@@ -196,7 +196,7 @@ def test_chunks_of_32_tokens_end_inside_images(family: str, shared: Path, refere
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_goldens_have_an_image_across_token_32(family: str, shared: Path) -> None:
-    """Else the tests with chunks of 32 tokens would cut none."""
+    """Otherwise no image would be cut by chunks of 32 tokens."""
     golden = load(shared / "reference" / family)
     processor, tokenizer = load_processor(family, golden.directory)
     marker = tokenizer.id_of(processor.placeholder_token["image"])
@@ -231,7 +231,7 @@ def test_expanded_token_ids_are_the_same_prompt(family: str, shared: Path, refer
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe"])
 def test_a_second_time_from_the_caches(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
-    """Cache blocks of a prompt that ends inside a medium are found again, what its inner rows added included."""
+    """The prefix cache finds blocks of a prompt that ends inside an item, with its DeepStack embeddings added."""
     golden, llm = load(shared / "reference" / family), reference_llm(family)
     first = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
     again = llm.generate(golden.prompts, greedy(NEW), use_tqdm=False)
@@ -241,8 +241,8 @@ def test_a_second_time_from_the_caches(family: str, shared: Path, reference_llm:
     )
 
 
-def test_rows_of_all_levels_in_place_of_media(shared: Path, reference_llm: Callable[..., LLM]) -> None:
-    """Embeddings hold the final rows and those of the inner blocks side by side."""
+def test_embeds_of_all_levels_instead_of_media(shared: Path, reference_llm: Callable[..., LLM]) -> None:
+    """Embeddings are those of the last layer and of the inner layers, side by side."""
     golden, llm = load(shared / "reference/qwen3_vl_moe"), reference_llm("qwen3_vl_moe")
     for case, kind in (("image", "image"), ("video_v457_prompt", "video")):
         names = [f"{case}/{kind}_features", *(f"{case}/{kind}_deepstack_{level}" for level in range(3))]

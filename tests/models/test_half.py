@@ -1,4 +1,4 @@
-"""bfloat16 on a processor with instructions for it: what is stored in it, and that nothing else changes much."""
+"""bfloat16 on a processor with instructions for it: what is stored in it, and that outputs change little."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ FAMILIES = ("whisper", "qwen2_5_omni")
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """On a processor that can, whatever this one is."""
+    """As on a processor with bfloat16 instructions, whatever this one is."""
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     return str(request.param)
 
@@ -37,7 +37,7 @@ def test_matrices_and_keys_in_half_the_memory(family: str, tiny_dir: Callable[[s
     error = np.sqrt(np.square(found - wanted).mean())
     assert 0 < error < 0.06 * wanted.std()
     params = leaves(half)
-    for path in ("text.embed", "text.layers.0.qkv", "text.layers.0.o", "audio.blocks.qkv", "audio.blocks.fc1"):
+    for path in ("text.embed", "text.layers.0.qkv", "text.layers.0.o", "audio.layers.qkv", "audio.layers.fc1"):
         assert params[path].dtype == jnp.bfloat16, path
     assert all(
         params[path].dtype == jnp.float32 for path in params if "norm" in path or "bias" in path or "conv" in path
@@ -46,7 +46,7 @@ def test_matrices_and_keys_in_half_the_memory(family: str, tiny_dir: Callable[[s
     assert [cache.dtype for cache in caches] == [jnp.float32, jnp.uint16]
 
 
-def test_company_and_devices_change_nothing(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[str], Path]) -> None:
+def test_packing_and_devices_change_nothing(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[str], Path]) -> None:
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     asked = [make() for make in list(QUESTIONS["whisper"].values())[:2]]
     one, two = (engine(tiny_dir("whisper"), dtype="bfloat16", tensor_parallel_size=tp_size) for tp_size in (1, 2))
@@ -59,7 +59,7 @@ def test_int8_goes_before(monkeypatch: pytest.MonkeyPatch, tiny_dir: Callable[[s
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)
     params = leaves(engine(tiny_dir("qwen2_5_omni"), dtype="bfloat16", quantization="int8"))
     assert params["text.layers.0.qkv"].values.dtype == jnp.int8
-    assert params["text.embed"].dtype == params["audio.blocks.qkv"].dtype == jnp.bfloat16
+    assert params["text.embed"].dtype == params["audio.layers.qkv"].dtype == jnp.bfloat16
 
 
 def test_a_look_up_copies_no_table_even_in_a_loop() -> None:

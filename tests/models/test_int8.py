@@ -1,4 +1,4 @@
-"""int8 weights: close to bfloat16, in half its memory, on one device and two, from a checkpoint or made up."""
+"""int8 weights: close to bfloat16, in half its memory, on one device and two, from a checkpoint or random."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +33,14 @@ def engine(directory: Path, **options: Any) -> LLM:
 
 
 def distributions(llm: LLM, family: str) -> np.ndarray:
-    """f64[n, V] log-probabilities over a few prompts and the start of their answers."""
+    """f64[n, V] log-probabilities of a few prompts and of the first tokens after them."""
     asked = [make() for make in list(QUESTIONS[family].values())[:2]]
     outputs = llm.generate(asked, greedy(1, logprobs=-1, prompt_logprobs=-1), use_tqdm=False)
     return np.concatenate([table(output) for output in outputs for table in (prompt_table, answer_table)])
 
 
 def matrices(llm: LLM) -> dict[str, Any]:
-    """What is multiplied with in the language model, by path."""
+    """The matrices of the language model, by path."""
     runner = llm.model.engines[0].runner
     leaves = dict(zip(runner.paths, runner.params, strict=True))
     return {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)}
@@ -66,7 +66,7 @@ def test_close_to_bfloat16_in_half_the_memory(family: str, tiny_dir: Callable[[s
     assert left <= max(leaf.shape[0] for leaf in params.values()) * 8, "only norms, biases and routers stay as they are"
 
 
-def test_two_devices_hold_the_same(tiny_dir: Callable[[str], Path]) -> None:
+def test_two_devices_give_the_same(tiny_dir: Callable[[str], Path]) -> None:
     family = "qwen3_vl_moe"
     one, two = (engine(tiny_dir(family), quantization="int8", tensor_parallel_size=tp_size) for tp_size in (1, 2))
     np.testing.assert_allclose(distributions(one, family), distributions(two, family), atol=1e-4)
@@ -80,7 +80,7 @@ def test_dummy_weights(tiny_dir: Callable[[str], Path]) -> None:
 
 
 def test_programs_never_hold_all_weights_at_once(tmp_path: Path) -> None:
-    """What a step needs beside its arguments is less than the matrices of the model in float32."""
+    """The temporary memory of a step is less than the matrices of the model in float32."""
     import tiny
 
     directory = tiny.make("qwen2_vl", tmp_path, layers=4, width=128, mlp=512)

@@ -73,7 +73,7 @@ def test_mix(grouped_mlp: GroupedMlp, kind: str, tokens: int, block: int) -> Non
 
 
 def test_accelerators_run_a_fixed_number_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It suffices however tokens are spread over experts, and surplus blocks change nothing."""
+    """It is enough for any assignment of tokens to experts, and surplus blocks change nothing."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for kind in ("even", "one expert", "nowhere"):
         test_mix(blockwise_mlp, kind, 33, 8)
@@ -82,7 +82,7 @@ def test_accelerators_run_a_fixed_number_of_blocks(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("norm_topk_prob", [False, True])
 def test_router_and_shards(tp_size: int, norm_topk_prob: bool) -> None:
-    """Seven experts on four devices: the eighth is padding, and no token is sent there."""
+    """Seven experts on four devices: the eighth is padding, and no token is routed to it."""
     config = MoeConfig(E, TOP, F, norm_topk_prob, E).for_tp(tp_size)
     graph, _ = nnx.split(Experts(D, config))
     rng = np.random.default_rng(2)

@@ -1,8 +1,8 @@
 """The Omni families: on two devices, and with those goldens whose media transformers prepares otherwise.
 
 It resizes clips with torchvision, which now and then differs from PIL by a grey level or two. And it pads sounds passed
-together to the longest: the last frame of a shorter one then borders on silence instead of being mirrored, and a
-clip shorter than a chunk is convolved with silence behind it. Here the model is given what transformers made.
+together to the longest: the last frame of a shorter one then borders on silence instead of being mirrored, and a clip
+shorter than a chunk is convolved with silence behind it. Here the model is given what transformers made.
 """
 
 import dataclasses
@@ -30,13 +30,13 @@ CASES = [(family, case) for family, cases in APART.items() for case in cases if 
 def as_stored(
     item: MediaItem, case: str, index: int, arrays: dict[str, np.ndarray], files: dict[str, Any]
 ) -> MediaItem:
-    """The item with the pixels or frames that transformers made of it."""
+    """The item with the pixels or frames of transformers' processor."""
     features = dict(item.features)
     if item.modality == "audio":
         mel = features["mel"]
-        heard = int(features["audio_frames"].sum())
+        num_frames = int(features["audio_frames"].sum())
         stored = np.zeros((mel.shape[0] * mel.shape[1], mel.shape[2]), np.float32)
-        stored[:heard] = arrays[f"{case}/input_features"][index].T[:heard]
+        stored[:num_frames] = arrays[f"{case}/input_features"][index].T[:num_frames]
         features |= {"mel": stored.reshape(mel.shape), "num_frames": np.full(len(mel), mel.shape[1], np.int32)}
     elif item.modality == "video":
         prepare, pixels = files["preprocessor_config.json"], arrays[f"{case}/pixel_values_videos"]
@@ -79,8 +79,8 @@ def test_stored_media_give_the_stored_logits(shared: Path, family: str, case: st
     close(logits, arrays[f"{case}/logits"], LOGITS, case)
 
 
-def test_two_devices_and_cached_prefixes_give_the_recorded_answers(tiny_dir: Callable[[str], Path]) -> None:
-    """Sharded heads and experts. The second time frames and sound come out of the prefix cache; under another sound the
+def test_two_devices_and_cached_prefixes_give_the_recorded_outputs(tiny_dir: Callable[[str], Path]) -> None:
+    """Sharded heads and experts. The second time, frames and audio come from the prefix cache; with other audio, the
     same frames do not."""
     options = {"max_model_len": 384, "max_num_seqs": 1, "max_num_batched_tokens": 128, "num_decode_steps": 4}
     llm = LLM(str(tiny_dir("qwen3_omni_moe")), tensor_parallel_size=2, enforce_eager=True, **options)

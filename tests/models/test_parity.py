@@ -1,4 +1,4 @@
-"""Against transformers, live: variants in size and kind, key layouts, shards, bfloat16, converted directories."""
+"""Against transformers: variants of sizes and options, key layouts, shards, bfloat16, converted directories."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -132,7 +132,7 @@ def test_positions_are_those_of_transformers_but_for_long_clips(tiny_dir: Callab
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recorded_answers_are_still_what_transformers_says(family: str, tiny_dir: Callable[[str], Path]) -> None:
+def test_recorded_outputs_equal_transformers(family: str, tiny_dir: Callable[[str], Path]) -> None:
     """If this fails, `PYTHONPATH=tests python -m models.published > tests/models/recorded.json` writes them anew."""
     from models.published import record
 
@@ -151,7 +151,7 @@ def usual(request: pytest.FixtureRequest, tiny_dir: Callable[[str], Path]) -> tu
 
 
 def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], tmp_path: Path) -> None:
-    """What the published names give, every other form of the same checkpoint gives to the last bit."""
+    """Every other layout of a checkpoint gives the same bits as the published names."""
     family, directory = usual
     asked, params = questions(family)[:2], greedy(NEW, logprobs=2)
     model = published(family, directory)
@@ -178,7 +178,7 @@ def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], t
 
 
 def test_bfloat16_weights(usual: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On most processors half precision is a matter of the weights: rounded before they are stored, or when read."""
+    """On most processors only the weights are in half precision: rounded before they are stored, or when read."""
     monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
     family, source = usual
     directory = variants.save(published(family, source, dtype="bfloat16"), source, tmp_path / "half")
@@ -194,7 +194,7 @@ def test_bfloat16_weights(usual: tuple[str, Path], tmp_path: Path, monkeypatch: 
     ids=["of an accelerator", "of a processor"],
 )
 def test_bfloat16_arithmetic(usual: tuple[str, Path], tmp_path: Path, kept: dict[str, str]) -> None:
-    """No further from float32 than transformers' bfloat16, and of one mind on what is clear."""
+    """No further from float32 than transformers' bfloat16, with equal tokens where the margin is clear."""
     family, source = usual
     half = published(family, source, dtype="bfloat16")
     directory = variants.save(half, source, tmp_path / "half")

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision and VLM2Vec: the reference checkpoint, long and short rope, crops wherever chunks and devices cut."""
+"""Phi-3.5-vision and VLM2Vec: the reference checkpoint, long and short rope, crops across chunks and devices."""
 
 import functools
 import json
@@ -58,14 +58,14 @@ def test_goldens_in_chunks_that_cut_images(longest: int, cases: tuple[str, ...],
 
 
 def test_image_features(directory: Path) -> None:
-    """Of one picture, and of two in one go."""
+    """Of one image, and of two in one prompt."""
     arrays, prompts = golden(directory)
     renderer, model = make_input_processor("phi3_v", directory), Bare(directory, tokens=32, num_inputs=8)
     for case in ("image", "image_tall", "two_images_longrope"):
         rendered = renderer.process(renderer.parse(prompts[case]))
         assert rendered.token_ids.tolist() == arrays[f"{case}/input_ids"].tolist()
-        rows = model.encode([entry.item for entry in rendered.items])
-        close(rows, arrays[f"{case}/image_features"], FEATURES, case)
+        embeds = model.encode([entry.item for entry in rendered.items])
+        close(embeds, arrays[f"{case}/image_features"], FEATURES, case)
 
 
 def test_vectors_of_vlm2vec(directory: Path) -> None:
@@ -86,8 +86,8 @@ def test_vectors_of_vlm2vec(directory: Path) -> None:
     assert outputs[1].num_cached_tokens == 768
 
 
-def test_devices_chunks_and_prefixes_give_the_recorded_answers(tiny_dir: Callable[[str], Path]) -> None:
-    """All questions at once, text among images; then again, when all but the last block of each is cached."""
+def test_devices_chunks_and_prefixes_give_the_recorded_outputs(tiny_dir: Callable[[str], Path]) -> None:
+    """All prompts at once, text among images; then again, when all but the last block of each is cached."""
     options = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 32, "num_decode_steps": 4}
     llm = LLM(str(tiny_dir("phi3_v")), **options, block_size=BLOCK_SIZE, tensor_parallel_size=2, enforce_eager=True)
     asked = [make() for make in QUESTIONS["phi3_v"].values()]
@@ -116,7 +116,7 @@ def test_generic_placeholders_are_numbered(tiny_dir: Callable[[str], Path]) -> N
     assert usual.spans == other.spans
 
 
-def test_which_frequencies_are_in_force() -> None:
+def test_which_frequencies_apply() -> None:
     scaling: dict[str, object] = {
         "type": "su",
         "short_factor": [1.0, 2.0],

@@ -1,4 +1,4 @@
-"""Real photographs of odd sizes, several per prompt, in every company: the answers must be the same each time."""
+"""Real photographs of odd sizes, several per prompt: outputs must not depend on the other requests."""
 
 import itertools
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def questions(family: str, folder: Path, photos: dict[str, tuple[str, ...]]) -> 
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
-def test_company_and_order_change_nothing(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
+def test_packing_and_order_change_nothing(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
     llm = reference_llm(family)
     asked = questions(family, shared / "media/images", PHOTOS | ODD)
 

@@ -1,4 +1,4 @@
-"""Answers about media that are interrupted: prompt, rows and positions have to be taken up again together."""
+"""Preempted requests with media: prompt, embeddings and positions must be restored together."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ from models.test_recorded import SMALL
 BLOCK_BYTES = 2 * 2 * 16 * 2 * 16 * 4  # keys and values of 2 layers, 16 tokens, 2 heads of 16 numbers
 
 
-def test_preempted_answers_about_media_are_the_same(tiny_dir: Callable[[str], Path]) -> None:
-    """The grids' positions lag behind the tokens, also for the tokens of the answer that are computed a second time."""
+def test_preempted_outputs_are_the_same(tiny_dir: Callable[[str], Path]) -> None:
+    """The positions of grids lag behind the tokens, also for generated tokens that are computed a second time."""
     options = SMALL | {"block_size": 16, "max_model_len": 176, "kv_cache_memory_bytes": 15 * BLOCK_BYTES}
     llm = LLM(str(tiny_dir("qwen2_vl")), **options, enforce_eager=True)
     prompts = [image_prompt(random_pixels(seed, 56 * seed, 84)) for seed in (1, 2, 3)]

@@ -1,4 +1,4 @@
-"""The Qwen vision towers: on several devices, in company, and against windows drawn by hand."""
+"""The Qwen vision towers: on several devices, packed, and against windows written out by hand."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_company_padding_and_devices_change_nothing(family: str, tiny_dir: Callable[[str], Path]) -> None:
+def test_packing_padding_and_devices_change_nothing(family: str, tiny_dir: Callable[[str], Path]) -> None:
     """Items of odd sizes, packed together or alone, on one device or on three, which pads the heads."""
     processor, _ = load_processor(family, tiny_dir(family))
     items = [
@@ -47,8 +47,8 @@ def test_company_padding_and_devices_change_nothing(family: str, tiny_dir: Calla
     np.testing.assert_allclose(rows[: len(alone)], alone, atol=2e-5)
 
 
-def test_a_pixel_is_seen_in_its_window_until_a_block_sees_the_frame(tiny_dir: Callable[[str], Path]) -> None:
-    """With no block left that sees whole frames, a change reaches its own window and no other."""
+def test_a_pixel_affects_its_window_until_a_layer_attends_to_the_frame(tiny_dir: Callable[[str], Path]) -> None:
+    """Without a layer that attends to whole frames, a change reaches its own window and no other."""
     checkpoint = Checkpoint.open(str(tiny_dir("qwen2_5_vl")))
     checkpoint.config["vision_config"]["fullatt_block_indexes"] = []
     mesh = sharding.mesh(jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family against answers that transformers gave about them, written down beforehand.
+"""Tiny checkpoints of every family against recorded completions of transformers.
 
 `test_parity.py` asks transformers again and compares; `published.py` writes the file anew.
 """
@@ -41,7 +41,7 @@ SEQS = {
 
 @pytest.fixture(scope="module")
 def outputs(tiny_dir: Callable[[str], Path]) -> Callable[[str, str], RequestOutput]:
-    """`outputs(family, case)`: our answer; all cases of a family are asked for at once."""
+    """`outputs(family, case)`: our output; all cases of a family run at once."""
     made: dict[str, dict[str, RequestOutput]] = {}
 
     def get(family: str, case: str) -> RequestOutput:
@@ -57,7 +57,7 @@ def outputs(tiny_dir: Callable[[str], Path]) -> Callable[[str, str], RequestOutp
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)
-def test_answer_is_the_recorded_one(outputs: Callable[[str, str], RequestOutput], family: str, case: str) -> None:
+def test_output_equals_the_recorded_one(outputs: Callable[[str, str], RequestOutput], family: str, case: str) -> None:
     output, wanted = outputs(family, case), RECORDED[family][case]
     assert output.prompt_token_ids == wanted["prompt_ids"]
     assert output_ids([output]) == [wanted["ids"]]
@@ -68,8 +68,8 @@ def test_answer_is_the_recorded_one(outputs: Callable[[str, str], RequestOutput]
     assert output.outputs[0].cumulative_logprob == pytest.approx(found.sum(), abs=1e-5)
 
 
-def test_recorded_answers_can_tell_right_from_wrong() -> None:
-    """No answer hangs on less than the tolerance, and none is one token over and over."""
+def test_recorded_outputs_are_decisive() -> None:
+    """Every margin is above the tolerance, and no completion repeats one token."""
     for family, case in CASES:
         wanted = RECORDED[family][case]
         assert wanted["gap"] > 50 * LOGPROBS

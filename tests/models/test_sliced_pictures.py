@@ -1,4 +1,4 @@
-"""Families that cut pictures up: on two devices, in chunks that end inside pictures, from the prefix cache."""
+"""Families that slice images: on two devices, in chunks that end inside images, from the prefix cache."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +23,10 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "minicpmv"])
-def test_two_devices_chunks_and_prefixes_give_the_recorded_answers(
+def test_two_devices_chunks_and_prefixes_give_the_recorded_outputs(
     family: str, tiny_dir: Callable[[str], Path]
 ) -> None:
-    """Questions asked at once, text among images; then again, when all but the last block of each is cached."""
+    """All prompts at once, text among images; then again, when all but the last block of each is cached."""
     llm = LLM(str(tiny_dir(family)), **OPTIONS, tensor_parallel_size=2, enforce_eager=True)
     asked = [QUESTIONS[family][case]() for case in CASES]
     wanted = [RECORDED[family][case]["ids"] for case in CASES]

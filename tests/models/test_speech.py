@@ -53,7 +53,7 @@ def recordings(shared: Path) -> Recordings:
 
 @pytest.fixture(scope="module")
 def answers(weights: Path, recordings: Recordings) -> Callable[..., RequestOutput]:
-    """`answers(name, prompt)`: the transcription of a recording. All are asked for at once."""
+    """`answers(name, prompt)`: the transcription of a recording. All run at once."""
     llm = LLM(
         str(weights),
         dtype="float32",
@@ -102,7 +102,7 @@ def test_stereo_at_44_khz(recordings: Recordings, text: Callable[..., str], spok
 
 
 def test_times_of_a_speech(answers: Callable[..., RequestOutput], recordings: Recordings, spoken: list[str]) -> None:
-    """Stretches in pairs of times that cover the speech, and in them the same words."""
+    """Segments between pairs of times cover the speech, and have the same words."""
     output = answers("jfk.flac", TIMED)
     tokens, zero = output.outputs[0].token_ids[:-1], (output.prompt_token_ids or [])[-1]  # but for the end
     samples, rate = recordings["jfk.flac"]
@@ -119,17 +119,17 @@ def test_synthetic_voices(text: Callable[..., str]) -> None:
 
 
 def test_75_seconds_in_clips(recordings: Recordings, text: Callable[..., str], spoken: list[str]) -> None:
-    """The speech over and over: all its words in order, but for the ones around a cut."""
+    """The repeated speech: all its words in order, but for those around a cut."""
     clips = [name for name in recordings if name.startswith("long")]
     assert len(clips) == 3 and sum(len(recordings[name][0]) for name in clips) == 75 * 16000
-    heard = words("".join(text(name) for name in clips))
-    assert set(heard) <= set(spoken)
+    transcribed = words("".join(text(name) for name in clips))
+    assert set(transcribed) <= set(spoken)
     whole = " ".join(spoken[1:])  # the cuts fall on its first word
-    assert " ".join(heard).count(whole) >= 4
+    assert " ".join(transcribed).count(whole) >= 4
 
 
 @pytest.mark.parity
-def test_recordings_as_transformers_hears_them(
+def test_recordings_match_transformers(
     weights: Path, recordings: Recordings, answers: Callable[..., RequestOutput]
 ) -> None:
     from models.published import RATE, Published

@@ -1,4 +1,4 @@
-"""Tiny checkpoints that differ from the usual ones in what published models differ in, and in other key layouts."""
+"""Tiny checkpoints that differ from the usual ones as published models do, and in key layouts."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def redraw(weights: Weights, name: str, *shape: int, seed: int = 0) -> None:
 
 
 def qwen_untied(files: Files, weights: Weights) -> None:
-    """A head of its own, as the 7B has."""
+    """An untied head, as the 7B has."""
     files["config.json"] |= {"tie_word_embeddings": False, "rope_theta": 5000.0}
     redraw(weights, "lm_head.weight", *weights["model.embed_tokens.weight"].shape)
     weights["lm_head.weight"][264:] *= tiny.MUTED  # special tokens and padding
@@ -57,7 +57,7 @@ def llava_long_rope(files: Files, weights: Weights) -> None:
 
 
 def llava_full(files: Files, weights: Weights) -> None:
-    """The class token's row is kept, from the last layer; larger images; linear rope; the embedding is the head."""
+    """With the class token's embedding, from the last layer; larger images; linear rope; the embedding is the head."""
     config, side = files["config.json"], 70
     config |= {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "tie_word_embeddings": True}
     config["text_config"] |= {"tie_word_embeddings": True, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -72,7 +72,7 @@ def llava_full(files: Files, weights: Weights) -> None:
 
 
 def onevision_untied(files: Files, weights: Weights) -> None:
-    """A head of its own, as the 7B has; the last block but one; pictures scaled down above two crops."""
+    """An untied head, as the 7B has; the last layer but one; images scaled down above two crops."""
     config = files["config.json"]
     config |= {"vision_feature_layer": -2, "vision_aspect_ratio": "anyres_max_2"}
     config["text_config"] |= {"tie_word_embeddings": False, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -88,15 +88,15 @@ def whisper_128_bins(files: Files, weights: Weights) -> None:
 
 
 def omni_chunks(files: Files, weights: Weights) -> None:
-    """Chunks of an even number of frames that leave an odd number of steps, other turns, a faster clock."""
+    """Chunks of an even number of frames that leave an odd number of steps, another interleaving, a faster clock."""
     thinker = files["config.json"]["thinker_config"]
     thinker |= {"position_id_per_seconds": 26, "seconds_per_chunk": 1}
     thinker["audio_config"] |= {"n_window": 17, "encoder_attention_heads": 2}
     thinker["vision_config"] |= {"fullatt_block_indexes": [0], "window_size": 56}
 
 
-def omni_taps(files: Files, weights: Weights) -> None:
-    """Inner rows after the last block too, experts whose shares do not sum to one, windows of three chunks."""
+def omni_two_deepstack_layers(files: Files, weights: Weights) -> None:
+    """DeepStack after the last layer too, expert weights that do not sum to one, windows of three chunks."""
     thinker = files["config.json"]["thinker_config"]
     thinker["vision_config"] |= {"deepstack_visual_indexes": [1, 2]}
     thinker["text_config"] |= {"norm_topk_prob": False}
@@ -106,15 +106,15 @@ def omni_taps(files: Files, weights: Weights) -> None:
 
 
 def qwen_wide_windows(files: Files, weights: Weights) -> None:
-    """Windows of 4 x 4 rows, as published, and the head is the embedding."""
+    """Windows of 4 x 4 embeddings, as published, and the head is the embedding."""
     files["config.json"]["vision_config"] |= {"window_size": 112, "fullatt_block_indexes": [0]}
     files["config.json"]["tie_word_embeddings"] = True
     del weights["lm_head.weight"]
     weights["model.embed_tokens.weight"][264:] *= tiny.MUTED  # special tokens and padding
 
 
-def qwen3_one_tap(files: Files, weights: Weights) -> None:
-    """One tap, after the last block but one, and a larger table."""
+def qwen3_one_deepstack_layer(files: Files, weights: Weights) -> None:
+    """One DeepStack layer, the last but one, and a larger position table."""
     vision, prefix = files["config.json"]["vision_config"], "model.visual."
     vision |= {"deepstack_visual_indexes": [vision["depth"] - 2], "num_position_embeddings": 81}
     redraw(weights, prefix + "pos_embed.weight", 81, vision["hidden_size"])
@@ -123,7 +123,7 @@ def qwen3_one_tap(files: Files, weights: Weights) -> None:
 
 
 def audio_short_window(files: Files, weights: Weights) -> None:
-    """As many mel bins as are published, and a window that a piece and four steps fill."""
+    """As many mel bins as are published, and a window of one chunk and four steps."""
     audio = files["config.json"]["audio_config"]
     audio |= {"num_mel_bins": 128, "max_source_positions": 100}
     prepare = {"feature_size": 128, "chunk_length": 2, "n_samples": 32000, "nb_max_frames": 200}
@@ -133,7 +133,7 @@ def audio_short_window(files: Files, weights: Weights) -> None:
 
 
 def ultravox_norm_after(files: Files, weights: Weights) -> None:
-    """The projector up to v0.4.1, rows of another length, and a head of its own."""
+    """The projector up to v0.4.1, another stack factor, and an untied head."""
     config, width = files["config.json"], len(weights["multi_modal_projector.linear_2.weight"])
     config |= {"projector_ln_mid": False, "stack_factor": 5}
     files["processor_config.json"] |= {"stack_factor": 5}
@@ -156,7 +156,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
         None,
     ),
     "qwen2_5_vl: wide windows, tied": ("qwen2_5_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen_wide_windows),
-    "qwen3_vl: one tap": ("qwen3_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen3_one_tap),
+    "qwen3_vl: one deepstack layer": ("qwen3_vl", ODD | {"kv_heads": 1, "tower_heads": 3}, qwen3_one_deepstack_layer),
     "qwen3_vl_moe: one head": ("qwen3_vl_moe", {"layers": 3, "heads": 1, "kv_heads": 1, "tower_heads": 1}, None),
     "qwen3_moe: four layers": ("qwen3_moe", {"layers": 4, "width": 48, "heads": 3, "kv_heads": 3}, None),
     "llava: odd heads, llama3 rope": ("llava", ODD | {"kv_heads": 1, "tower_heads": 3}, llava_long_rope),
@@ -177,10 +177,10 @@ VARIANTS: Mapping[str, tuple[str, dict[str, int], Callable[[Files, Weights], Non
         None,
     ),
     "qwen2_5_omni: odd heads, odd chunks": ("qwen2_5_omni", ODD | {"kv_heads": 1, "tower_heads": 3}, omni_chunks),
-    "qwen3_omni_moe: two taps, wide windows": (
+    "qwen3_omni_moe: two deepstack layers, wide windows": (
         "qwen3_omni_moe",
         {"layers": 3, "kv_heads": 1, "tower_width": 24, "tower_heads": 2, "tower_mlp": 40},
-        omni_taps,
+        omni_two_deepstack_layers,
     ),
     "qwen2_audio: 128 bins, short window": ("qwen2_audio", ODD | {"kv_heads": 1, "tower_heads": 3}, audio_short_window),
     "ultravox: norm after, five steps": ("ultravox", ODD | {"kv_heads": 1, "tower_heads": 2}, ultravox_norm_after),
@@ -247,8 +247,8 @@ def save(model: "Published", source: Path, directory: Path) -> Path:
         model.prepare.save_pretrained(directory)
     if hasattr(model, "feature_extractor"):  # the hub has one file for both
         seen = json.loads((directory / "preprocessor_config.json").read_text())
-        heard = json.loads(model.feature_extractor.to_json_string())
-        (directory / "preprocessor_config.json").write_text(json.dumps(heard | seen))
+        audio_options = json.loads(model.feature_extractor.to_json_string())
+        (directory / "preprocessor_config.json").write_text(json.dumps(audio_options | seen))
     for name in HOST_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)

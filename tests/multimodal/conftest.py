@@ -1,4 +1,4 @@
-"""One web server for the tests of this folder, with nothing on it but an image when a test begins."""
+"""One web server for the tests of this folder, with only an image on it when a test starts."""
 
 from collections.abc import Iterator
 

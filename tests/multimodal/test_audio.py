@@ -1,4 +1,4 @@
-"""Audio: layouts, number types, rates, files, damage, and cutting at quiet places."""
+"""Audio: layouts, number types, rates, files, damage, and splitting at quiet points."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def test_resampling_keeps_a_tone_and_its_length(rate: Any) -> None:
     np.testing.assert_allclose(decoded[middle], tone(RATE, 0.5)[middle], atol=0.01)
 
 
-def test_resampling_filters_what_the_target_cannot_hold() -> None:
+def test_resampling_filters_above_the_new_nyquist_frequency() -> None:
     assert np.abs(audio.decode((tone(48000, 0.2, 15_000), 48000), RATE)[500:-500]).max() < 0.01
 
 
@@ -118,7 +118,7 @@ def as_file(samples: np.ndarray, kind: str, rate: int = 22050) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG"])
-def test_sound_files(kind: str, tmp_path: Path) -> None:
+def test_audio_files(kind: str, tmp_path: Path) -> None:
     left, right = tone(22050, 0.3), tone(22050, 0.3, 700.0)
     data = as_file(np.stack([left, right], axis=1), kind)
     loaded, rate = audio.load(data)
@@ -129,7 +129,7 @@ def test_sound_files(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no sound at all", b"RIFF\0\0\0\0WAVE", b"#EXTM3U\nfile:///etc/hostname\n"])
-def test_files_that_are_no_sound(data: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_audio(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="Invalid or unsupported audio file"):
         audio.load(data)
 
@@ -139,7 +139,7 @@ def test_missing_file(tmp_path: Path) -> None:
         audio.load(tmp_path / "none.wav")
 
 
-def test_limits_stop_a_bomb() -> None:
+def test_limits_stop_a_decompression_bomb() -> None:
     data = as_file(np.zeros(10 * 22050, np.float32), "FLAC")
     assert len(data) < 50_000
     for limits in (MediaLimits(audio_seconds=9), MediaLimits(audio_bytes=500_000)):
@@ -149,7 +149,7 @@ def test_limits_stop_a_bomb() -> None:
     assert len(audio.load(data, limits=MediaLimits(audio_seconds=0, audio_bytes=0))[0]) == 220_500
 
 
-def test_a_header_that_lies_about_its_length() -> None:
+def test_a_header_with_a_wrong_length() -> None:
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))

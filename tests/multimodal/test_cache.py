@@ -1,4 +1,4 @@
-"""Fetched media on disk: what is kept, for whom, how much and how long."""
+"""The disk cache of fetched media: keys, size and expiry."""
 
 import os
 import time
@@ -18,7 +18,7 @@ URL = "http://example.org/a.png?key=1"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the connectors of a test keep what they fetch."""
+    """The directory of the disk cache."""
     monkeypatch.setenv("VLLM_MEDIA_CACHE", str(tmp_path / "kept" / "media"))
     return tmp_path / "kept" / "media"
 
@@ -33,14 +33,14 @@ def test_a_url_is_fetched_once(site: Site, folder: Path) -> None:
     assert len(site.seen) == 2 and len(list(folder.iterdir())) == 2
 
 
-def test_off_unless_asked_for(site: Site) -> None:
+def test_off_by_default(site: Site) -> None:
     assert connector().cache is None
     for _ in range(2):
         connector().fetch_image(site.url("/a.png"))
     assert len(site.seen) == 2
 
 
-def test_what_cannot_be_read_is_not_kept(site: Site, folder: Path) -> None:
+def test_undecodable_data_are_not_cached(site: Site, folder: Path) -> None:
     site.pages["/b.png"] = b"an error page"
     for _ in range(2):
         with pytest.raises(RequestError, match="Failed to load image"):
@@ -50,8 +50,8 @@ def test_what_cannot_be_read_is_not_kept(site: Site, folder: Path) -> None:
     assert len(site.seen) == 4 and not folder.exists()
 
 
-def test_rules_hold_for_what_is_kept(site: Site, folder: Path) -> None:
-    """What one set of rules let in is not there under another, be it about hosts, redirects, addresses or sizes."""
+def test_the_policy_applies_to_cached_data(site: Site, folder: Path) -> None:
+    """Data fetched under one policy are not found under another, be it about hosts, redirects, addresses or sizes."""
     site.pages |= {"/there": redirect(site.url("/a.png", host="localhost")), "/here": redirect("/a.png")}
     for path in ("/a.png", "/there", "/here"):
         connector().fetch_image(site.url(path))
@@ -70,7 +70,7 @@ def test_rules_hold_for_what_is_kept(site: Site, folder: Path) -> None:
     assert len(site.seen) == asked + 3
 
 
-def test_the_least_recently_used_go(tmp_path: Path) -> None:
+def test_the_least_recently_used_are_evicted(tmp_path: Path) -> None:
     cache = MediaCache(tmp_path, max_bytes=350)
     for number in range(3):
         cache.put(f"{URL}{number}", OPEN, bytes([number]) * 80)  # and a digest of 32
@@ -84,7 +84,7 @@ def test_the_least_recently_used_go(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").exists()
 
 
-def test_what_is_old_or_damaged_is_not_used(tmp_path: Path) -> None:
+def test_old_or_damaged_files_are_not_used(tmp_path: Path) -> None:
     cache, day = MediaCache(tmp_path, ttl_s=3600.0), 24 * 3600
     cache.put(URL, OPEN, b"data")
     file = cache._path(URL, OPEN)
@@ -118,7 +118,7 @@ def test_links_and_folders_are_not_followed(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The medium is there all the same; a name that is no folder is told at once."""
+    """The media item is returned anyway; a name that is not a folder is an error at once."""
     cache = MediaCache(tmp_path / "file" / "below")
     (tmp_path / "file").write_bytes(png())
     cache.put(URL, OPEN, b"data")

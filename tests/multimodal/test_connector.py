@@ -1,4 +1,4 @@
-"""Media in data and file URLs, and the options and variables that a connector obeys."""
+"""Media in data and file URLs, and the options and environment variables of a connector."""
 
 import io
 import os
@@ -55,7 +55,7 @@ def test_data_urls() -> None:
         ({"url": "x"}, "must be a string"),
     ],
 )
-def test_urls_that_mean_nothing(url: Any, words: str) -> None:
+def test_invalid_urls(url: Any, words: str) -> None:
     error = fetch_error(url, FetchPolicy(attempts=1))
     assert words in str(error), error
 
@@ -143,7 +143,7 @@ def test_files_have_a_limit(folder: Path) -> None:
 
 
 def test_a_file_that_becomes_a_link(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look at a path and its opening somebody exchanges the file, or a directory above it."""
+    """The file, or a directory above it, is replaced between the check of its path and its opening."""
     really = os.open
 
     def exchanged(path: Any, *arguments: Any) -> int:

@@ -1,4 +1,4 @@
-"""Identity of media: what must be equal, and what must not."""
+"""Ids of media: which must be equal, and which must differ."""
 
 import uuid
 from typing import Any
@@ -96,7 +96,7 @@ def test_everything_that_changes_the_result_counts() -> None:
     assert len(set(keys)) == len(keys)
 
 
-def test_names_and_contents_never_meet() -> None:
+def test_named_ids_and_content_ids_never_collide() -> None:
     content = key(PIXELS)
     keys = [
         content,
@@ -128,7 +128,7 @@ def test_jax_and_numpy_arrays_of_equal_content_are_equal() -> None:
     assert key(jnp.asarray(PIXELS)) == key(PIXELS)
 
 
-def test_what_has_no_identity() -> None:
+def test_values_that_cannot_be_hashed() -> None:
     with pytest.raises(RequestError, match="Cannot identify a value of type object"):
         key(object())
 

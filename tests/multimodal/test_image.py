@@ -1,4 +1,4 @@
-"""Images of awkward kinds, made here: orientation, depth, transparency, colour spaces, layouts, damage."""
+"""Unusual images, made here: orientation, depth, transparency, colour spaces, layouts, damage."""
 
 import io
 import logging
@@ -135,7 +135,7 @@ def test_channels_first(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 50, 1), (3, 1, 1), (1, 50, 1), (5, 5, 5), (2, 9, 9), (0, 5, 3), (5, 0, 3)])
-def test_layouts_nobody_can_tell(shape: tuple[int, ...]) -> None:
+def test_ambiguous_layouts(shape: tuple[int, ...]) -> None:
     with pytest.raises(RequestError, match="image array"):
         image.decode(np.zeros(shape, np.uint8))
 
@@ -161,7 +161,7 @@ def test_arrays_of_other_libraries() -> None:
 
 
 class OnlyDlpack:
-    """What is left of an array library that NumPy does not know."""
+    """An array of a library that NumPy does not know."""
 
     ndim, shape, dtype = PIXELS.ndim, PIXELS.shape, PIXELS.dtype
 
@@ -221,7 +221,7 @@ def test_truncated_files(kind: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"])
-def test_files_that_are_no_image(data: bytes) -> None:
+def test_files_that_are_not_images(data: bytes) -> None:
     with pytest.raises(RequestError, match="not an image in a supported format") as caught:
         image.load(data)
     assert "0x" not in str(caught.value)

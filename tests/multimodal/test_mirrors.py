@@ -1,4 +1,4 @@
-"""Names that scripts for vLLM import: changing the import is all it takes to move one over."""
+"""Names that scripts for vLLM import: such a script only needs its imports changed."""
 
 import io
 from importlib import import_module
@@ -58,7 +58,7 @@ def test_names(module: str) -> None:
     assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
 
 
-def test_images_there_and_back() -> None:
+def test_image_round_trip() -> None:
     picture = Image.fromarray(PIXELS)
     np.testing.assert_array_equal(np.asarray(fetch_image(encode_image_url(picture))), PIXELS)
     assert encode_image_url(picture, format="JPEG").startswith("data:image/jpeg;base64,")
@@ -91,7 +91,7 @@ def test_modes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC"])
-def test_audio_there_and_back(kind: str) -> None:
+def test_audio_round_trip(kind: str) -> None:
     samples = np.linspace(-0.5, 0.5, 800, dtype=np.float32)
     made, rate = fetch_audio(encode_audio_url(samples, 8000, format=kind))
     assert rate == 8000
@@ -102,7 +102,7 @@ def test_audio_there_and_back(kind: str) -> None:
         encode_audio_base64(samples, 8000, format="BONE")
 
 
-def test_video_there_and_back() -> None:
+def test_video_round_trip() -> None:
     frames = np.stack([np.full((16, 16, 3), shade, np.uint8) for shade in (0, 90, 180)])
     made, metadata = fetch_video(encode_video_url(frames), {"num_frames": 2})
     np.testing.assert_allclose(made.astype(int), frames[:2], atol=3)
@@ -181,7 +181,7 @@ def test_odd_rates_are_resampled_in_little_time_and_memory(rate: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["stop_sign", "cherry_blossom"])
-def test_pictures(name: str) -> None:
+def test_image_assets(name: str) -> None:
     asset = ImageAsset(name)
     picture = asset.pil_image
     assert picture.mode == "RGB" and len(set(np.asarray(picture)[::40, ::40].reshape(-1, 3).sum(axis=1))) > 3
@@ -190,7 +190,7 @@ def test_pictures(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mary_had_lamb", "winning_call"])
-def test_sounds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audio_assets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, rate = AudioAsset(name).audio_and_sample_rate
     assert samples.dtype == np.float32 and 5 < len(samples) / rate < 20 and 0.1 < np.abs(samples).max() <= 1
     made, same = AudioMediaIO().load_base64("audio/wav", AudioAsset(name).url.partition(",")[2])
@@ -199,7 +199,7 @@ def test_sounds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert soundfile.info(AudioAsset(name).get_local_path()).samplerate == rate
 
 
-def test_videos(shared: Path) -> None:
+def test_video_assets(shared: Path) -> None:
     asset = VideoAsset("baby_reading", num_frames=8)
     assert asset.np_ndarrays.shape == (8, 180, 320, 3) and len(asset.pil_images) == 8
     assert asset.metadata["frames_indices"] == [0, 8, 16, 25, 33, 42, 50, 59]

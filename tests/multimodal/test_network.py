@@ -1,4 +1,4 @@
-"""Media over HTTP: from which hosts and addresses, how much, for how long, and what is told when it may not be."""
+"""Media over HTTP: allowed hosts and addresses, limits of size and time, and error messages."""
 
 import asyncio
 import socket
@@ -115,7 +115,7 @@ def test_server_errors_are_tried_again(site: Site, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("where", ["headers", "body"])
-def test_slow_answers(site: Site, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_slow_responses(site: Site, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.setenv("VLLM_IMAGE_FETCH_TIMEOUT", "0.3")
 
     def silent(_: Any) -> None:
@@ -126,7 +126,7 @@ def test_slow_answers(site: Site, monkeypatch: pytest.MonkeyPatch, where: str) -
     assert isinstance(error, FetchTimeout) and isinstance(error, TimeoutError) and "0.3 s" in str(error)
 
 
-def test_nobody_there() -> None:
+def test_no_server() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +165,7 @@ def test_packed_bodies_are_unpacked(site: Site) -> None:
         (b"<html>not found</html>", "not an image in a supported format"),
     ],
 )
-def test_bodies_that_are_no_image(site: Site, answer: Any, words: str) -> None:
+def test_bodies_that_are_not_images(site: Site, answer: Any, words: str) -> None:
     site.pages["/bad"] = answer
     assert words in str(fetch_error(site.url("/bad")))
 
@@ -199,7 +199,7 @@ def test_redirects_may_be_switched_off(site: Site, monkeypatch: pytest.MonkeyPat
         ("http://elsewhere.test/a.png", "allowed domains"),
     ],
 )
-def test_redirects_are_judged(site: Site, place: str, words: str) -> None:
+def test_redirects_are_checked(site: Site, place: str, words: str) -> None:
     site.pages["/loop"] = redirect(place)
     policy = FetchPolicy(domains=frozenset({"127.0.0.1"}), attempts=1)
     assert words in str(fetch_error(site.url("/loop"), policy))
@@ -231,7 +231,7 @@ def test_allowed_domains(url: str) -> None:
     assert network.parse(url, FetchPolicy(domains=frozenset({"good.test"}))).host == "good.test"
 
 
-def test_domains_in_other_letters() -> None:
+def test_domains_in_upper_case_and_unicode() -> None:
     for domain in ("bücher.test", "xn--bcher-kva.test"):
         policy = FetchPolicy.from_env(["other.test", domain], 0)
         assert network.parse("http://b\N{LATIN SMALL LETTER U WITH DIAERESIS}cher.test/", policy)
@@ -284,12 +284,12 @@ class Resolver:
 
 @pytest.fixture
 def loopback_is_public(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For these tests the open internet is 127.0.0.1, and nothing else."""
+    """Treats 127.0.0.1 as the only public address."""
     monkeypatch.setattr(network, "is_public", lambda address: address == "127.0.0.1")
 
 
 def test_a_name_that_changes_its_address(site: Site, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None) -> None:
-    """The name is resolved once for each connection, and that answer is both judged and used."""
+    """The name is resolved once for each connection, and the same address is checked and used."""
     resolver = Resolver(evil_test=[["127.0.0.1"], ["10.0.0.1"]])
     monkeypatch.setattr(network, "resolve", resolver)
     np.testing.assert_array_equal(fetch_pixels(site.url("/a.png", "evil.test"), FetchPolicy(attempts=1)), PIXELS)
@@ -313,7 +313,7 @@ def test_only_the_public_ones_of_several_addresses(
     np.testing.assert_array_equal(fetch_pixels(site.url("/a.png", "mixed.test"), FetchPolicy(attempts=1)), PIXELS)
 
 
-def test_no_cookies_and_no_credentials_travel(
+def test_no_cookies_and_no_credentials_are_sent(
     site: Site, monkeypatch: pytest.MonkeyPatch, loopback_is_public: None
 ) -> None:
     monkeypatch.setattr(network, "resolve", Resolver(one_test=[["127.0.0.1"]], two_test=[["127.0.0.1"]]))
@@ -331,7 +331,7 @@ def test_no_cookies_and_no_credentials_travel(
 
 
 def test_proxies_of_the_environment(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where addresses are judged, no proxy may hide them; elsewhere it is used."""
+    """A proxy is used only if addresses are not checked."""
     monkeypatch.setenv("http_proxy", site.url(""))
     monkeypatch.setenv("no_proxy", "")
     assert "no public address" in str(fetch_error("http://10.0.0.1/a.png", FetchPolicy(attempts=1)))

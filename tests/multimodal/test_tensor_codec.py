@@ -1,4 +1,4 @@
-"""Tensors as base64 text: the files of torch, written and read without it, and what those files must not contain."""
+"""Tensors as base64 text: files of torch, written and read without it, and malicious files."""
 
 import base64
 import io
@@ -88,7 +88,7 @@ def test_files_of_numpy() -> None:
         assert made.dtype.isnative
 
 
-# --- files made to do harm
+# --- malicious files
 
 
 def archive(parts: dict[str, bytes], packing: int = zipfile.ZIP_STORED) -> bytes:
@@ -222,7 +222,7 @@ HARM: dict[str, bytes] = {
 
 
 def test_good_files_of_this_kind_are_read() -> None:
-    """The makers above make good files when they are not asked for bad ones."""
+    """The functions above make good files by default."""
     np.testing.assert_array_equal(tensor_codec.read_tensor(file(described(), ROWS.tobytes())), ROWS)
     packed = archive({"x/data.pkl": described(), "x/data/0": ROWS.tobytes()}, zipfile.ZIP_DEFLATED)
     np.testing.assert_array_equal(tensor_codec.read_tensor(packed), ROWS)
@@ -230,7 +230,7 @@ def test_good_files_of_this_kind_are_read() -> None:
 
 
 @pytest.mark.parametrize("name", HARM)
-def test_harm(name: str) -> None:
+def test_malicious_files_are_refused(name: str) -> None:
     with pytest.raises(RequestError) as caught:
         base642tensor(text(HARM[name]), limits=MediaLimits(tensor_bytes=1 << 24))
     assert caught.value.code in ("bad_tensor", "media_too_large")
@@ -238,12 +238,12 @@ def test_harm(name: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["%", "AAA", "AA AA", "ä", None, b"AAAA", 3])
-def test_text_that_is_no_base64(given: Any) -> None:
+def test_text_that_is_not_base64(given: Any) -> None:
     with pytest.raises(RequestError):
         base642tensor(given)
 
 
-def test_size_is_asked_before_anything_else() -> None:
+def test_size_is_checked_first() -> None:
     with pytest.raises(RequestError, match="MMJAX_MAX_EMBED_DECODE_BYTES"):
         base642tensor("A" * 4_000_000, limits=MediaLimits(tensor_bytes=1_000_000))
     assert base642tensor(text(GOOD), limits=MediaLimits(tensor_bytes=0)).shape == (4, 6)

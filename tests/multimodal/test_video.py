@@ -42,7 +42,7 @@ def test_forms_of_frames(media: Any) -> None:
     np.testing.assert_array_equal(decoded.frames, FRAMES)
 
 
-def test_metadata_travels() -> None:
+def test_metadata_are_returned() -> None:
     metadata = {"fps": 2.0, "frames_indices": [0, 1, 2], "do_sample_frames": False}
     assert video.decode((FRAMES, metadata)).metadata == metadata
 
@@ -254,12 +254,12 @@ def test_truncated_stream(tmp_path: Path, clip: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"])
-def test_files_that_are_no_video(data: bytes) -> None:
+def test_files_that_are_not_videos(data: bytes) -> None:
     with pytest.raises(RequestError, match="Could not open video stream"):
         video.load(data)
 
 
-def test_sound_alone_is_no_video(shared: Path) -> None:
+def test_audio_alone_is_not_a_video(shared: Path) -> None:
     with pytest.raises(RequestError, match="Could not open video stream"):
         video.load(shared / "media/audio/aac.m4a")
 

@@ -140,7 +140,7 @@ def spell(tokenizer, text):
 
 def test_character_appears_when_its_last_byte_does(letters, fallback):
     for tokenizer in (letters, fallback):
-        ids = tokenizer.encode("ß𝄞", add_special_tokens=False)[-6:]  # characters that have no tokens of their own
+        ids = tokenizer.encode("ß𝄞", add_special_tokens=False)[-6:]  # characters without tokens of their own
         detokenizer = Detokenizer(tokenizer, ids, SamplingParams())
         assert [detokenizer.push([i]) for i in ids] == ["", "ß", "", "", "", "𝄞"]
 
@@ -204,7 +204,7 @@ def test_stop_strings_equal_their_definition(letters):
         for chunk in chunks(ids, generator):
             deltas.append(detokenizer.push(chunk))
             consumed += detokenizer.consumed
-            assert expected.startswith("".join(deltas))  # nothing is ever taken back
+            assert expected.startswith("".join(deltas))  # released text is never changed
         deltas.append(detokenizer.finish())
         assert (detokenizer.text, detokenizer.stopped, consumed) == (expected, stop, used), (text, stops)
         assert "".join(deltas) == expected

@@ -10,12 +10,14 @@ MARKERS = {"image": 90, "video": 91}
 PLACEHOLDER = {"image": "<img>", "video": "<vid>"}
 
 
-def item(kind: str, rows: int) -> MediaItem:
-    return MediaItem(kind, {"pixels": np.zeros((rows, 2), np.uint8)}, num_inputs=rows, num_embeds=rows)
+def item(modality: str, num_embeds: int) -> MediaItem:
+    return MediaItem(
+        modality, {"pixels": np.zeros((num_embeds, 2), np.uint8)}, num_inputs=num_embeds, num_embeds=num_embeds
+    )
 
 
-def expand(tokens: list[int], **rows: list[int]) -> tuple[list[int], list[PlaceholderSpan]]:
-    items = {kind: [item(kind, n) for n in lengths] for kind, lengths in rows.items()}
+def expand(tokens: list[int], **num_embeds: list[int]) -> tuple[list[int], list[PlaceholderSpan]]:
+    items = {modality: [item(modality, n) for n in lengths] for modality, lengths in num_embeds.items()}
     expanded = expand_placeholders(tokens, items, MARKERS, PLACEHOLDER)
     return expanded.token_ids, expanded.spans
 
@@ -35,7 +37,7 @@ def test_expanded_prompt_expands_to_itself() -> None:
     assert expand(once, image=[2, 3], video=[4]) == (once, spans)
 
 
-def test_one_kind_may_come_expanded_and_another_not() -> None:
+def test_one_modality_may_be_expanded_and_another_not() -> None:
     assert expand([90, 90, 5, 91], image=[2], video=[3])[0] == [90, 90, 5, 91, 91, 91]
 
 
@@ -44,21 +46,23 @@ def test_no_media() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "rows", "found"),
+    ("tokens", "num_embeds", "found"),
     [
         ([1, 90], [2, 2], 1),  # too few
         ([90, 90, 90], [5], 3),  # too many, no run of the right length
         ([90], [], 1),  # nothing to put there
         ([1, 2], [4], 0),
-        ([90, 1, 90], [2], 2),  # as many as rows, but torn apart
+        ([90, 1, 90], [2], 2),  # as many placeholders as embeddings, but apart
     ],
 )
-def test_mismatch_names_kind_counts_placeholder_and_fix(tokens: list[int], rows: list[int], found: int) -> None:
+def test_mismatch_names_modality_counts_placeholder_and_fix(
+    tokens: list[int], num_embeds: list[int], found: int
+) -> None:
     with pytest.raises(RequestError) as caught:
-        expand(tokens, image=rows)
+        expand(tokens, image=num_embeds)
     message = str(caught.value)
     assert caught.value.code == "placeholder_mismatch"
-    assert f"{len(rows)} image items" in message and f"found {found} " in message
+    assert f"{len(num_embeds)} image items" in message and f"found {found} " in message
     assert "'<img>'" in message and "To fix this" in message
 
 

@@ -47,19 +47,19 @@ def test_qwen_token_counts_of_a_1300x876_image(
 
 def test_published_counts_of_a_prompt(tiny_dir: Make) -> None:
     """n images take n times the tokens of one, whether the sizes come with the engine or with the prompt."""
-    picture, small = Image.new("RGB", (1300, 876)), {"min_pixels": 64**2, "max_pixels": 512**2}
-    for at_start, with_prompt, rows in (({}, {}, 1426), (small, {}, 330), ({}, small, 330)):
+    image, small = Image.new("RGB", (1300, 876)), {"min_pixels": 64**2, "max_pixels": 512**2}
+    for at_start, with_prompt, num_embeds in (({}, {}, 1426), (small, {}, 330), ({}, small, 330)):
         renderer = make_input_processor(
             "qwen2_vl", tiny_dir("qwen2_vl"), mm_processor_kwargs=at_start, max_model_len=8192
         )
         for count in (1, 3):
             prompt: dict[str, Any] = {
                 "prompt": "<|vision_start|><|image_pad|><|vision_end|>" * count,
-                "multi_modal_data": {"image": [picture] * count},
+                "multi_modal_data": {"image": [image] * count},
                 "mm_processor_kwargs": with_prompt,
             }
             made = renderer.process(renderer.parse(prompt))
-            assert len(made.token_ids) == count * (rows + 2)
+            assert len(made.token_ids) == count * (num_embeds + 2)
 
 
 def test_qwen_layout_of_pixels_coords_and_segments(qwen: Processor) -> None:
@@ -83,7 +83,7 @@ def test_qwen_positions_of_text_are_ordinary(qwen: Processor) -> None:
     assert delta == 0 and positions.dtype == np.int32
 
 
-def test_llava_refuses_what_would_become_huge(tiny_dir: Callable[[str], Path]) -> None:
+def test_llava_refuses_extreme_aspect_ratios(tiny_dir: Callable[[str], Path]) -> None:
     llava = load_processor("llava", tiny_dir("llava"))[0]
     for size in ((1, 1001), (1001, 1)):
         with pytest.raises(RequestError, match="aspect ratio must be at most 1000"):
@@ -126,7 +126,7 @@ def test_qwen_sizes_come_from_either_spelling(tiny_dir: Make) -> None:
     assert qwen2_vl.Processor(files["config.json"], files, None).pixel_bounds["video"] == (5000, 6000)
 
 
-def test_llava_rows_do_not_depend_on_the_image(tiny_dir: Make) -> None:
+def test_llava_num_embeds_does_not_depend_on_the_image(tiny_dir: Make) -> None:
     processor, _ = load_processor("llava", tiny_dir("llava"))
     for size in ((1, 1), (3, 3), (400, 30), (30, 400), (56, 56)):
         item = processor.process_item("image", np.full((*size, 3), 7, np.uint8), {})
@@ -163,7 +163,8 @@ def test_whisper_of_silence_noise_and_long_audio(tiny_dir: Make, caplog: pytest.
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 201, 4000, 16000, 63_900, 64_000])
 def test_mel_equals_a_plain_transform(samples: int) -> None:
-    """Short cuts (only frames with sound, float32) against the definition: pad, window, transform all, in float64."""
+    """The fast path (only frames with audio, float32) against the definition: pad, window, transform all, in
+    float64."""
     mel = LogMel(rate=16000, window=400, hop=160, bins=80, samples=64_000)
     audio = (np.random.default_rng(samples).standard_normal(samples) * 0.1).astype(np.float32)
     padded = np.pad(np.pad(audio.astype(np.float64), (0, 64_000 - samples)), 200, mode="reflect")

@@ -36,7 +36,7 @@ MEDIA: dict[str, list[Any]] = {
 
 
 def wrong(item: MediaItem, declared: dict[str, Any]) -> list[str]:
-    """What an item has otherwise than declared."""
+    """How an item differs from the declaration."""
     faults = [f"{name} is not declared" for name in item.features.keys() - declared.keys()]
     for name, field in declared.items():
         array, count = item.features[name], item.num_inputs if field.axis == "inputs" else item.num_embeds

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: crops, margins, rows and what they are made from."""
+"""LLaVA-OneVision: crops, margins, embeddings and the patches that they are made from."""
 
 import copy
 from collections.abc import Callable
@@ -61,8 +61,9 @@ def test_token_count_of_a_video(full: Processor, small: Processor) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (56, 56), (100, 60), (60, 100), (210, 224), (224, 210), (20, 133), (3, 900)])
-def test_rows_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
-    """Every row is made of patches of the item's own crops, with shares that sum to one; every line ends once."""
+def test_embeds_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
+    """Every embedding is made from patches of the item's own crops, with weights that sum to one; every row ends
+    once."""
     item = small.process_item("image", np.zeros((*size, 3), np.uint8), {})
     source, weights = item.features["source_index"], item.features["source_weight"]
     assert item.num_embeds == small.num_embeds("image", size, {}) == len(source) == len(weights)
@@ -73,19 +74,19 @@ def test_rows_and_crops_agree(small: Processor, size: tuple[int, int]) -> None:
     assert len(set(np.diff([15, *ends]))) <= 1 and (not len(ends) or ends[-1] == len(source) - 1)
 
 
-def test_crops_put_together_are_the_picture(small: Processor) -> None:
-    """A picture of exactly two by three crops: nothing is resized, and rows follow its lines."""
-    picture = np.random.default_rng(0).integers(0, 256, (112, 168, 3), np.uint8)
-    item = small.process_item("image", picture, {})
+def test_joined_crops_equal_the_image(small: Processor) -> None:
+    """An image of exactly two by three crops: nothing is resized, and embeddings are in row order."""
+    pixels = np.random.default_rng(0).integers(0, 256, (112, 168, 3), np.uint8)
+    item = small.process_item("image", pixels, {})
     assert item.num_inputs == 7
     patches = item.features["pixels"].reshape(7, 3, 4, 14, 4, 14).transpose(0, 2, 4, 3, 5, 1).reshape(-1, 14, 14, 3)
     rows = item.features["source_index"][16:, 0].reshape(8, 13)
     assert (rows[:, -1] == -1).all()
     shown = patches[rows[:, :-1]].swapaxes(1, 2).reshape(112, 168, 3)
-    np.testing.assert_array_equal(shown, picture)
+    np.testing.assert_array_equal(shown, pixels)
 
 
-def test_padded_to_a_square_of_the_mean_color(small: Processor) -> None:
+def test_padded_to_a_square_with_the_mean_color(small: Processor) -> None:
     item = small.process_item("image", np.zeros((56, 28, 3), np.uint8), {"vision_aspect_ratio": "pad"})
     assert (item.num_inputs, item.num_embeds) == (1, 17)
     pixels = item.features["pixels"][0]

@@ -48,7 +48,7 @@ def test_grids(size: tuple[int, int], most: int, grid: tuple[int, int] | None) -
 
 
 def test_slices_have_room_in_the_encoder() -> None:
-    """Whatever the size, a view has a multiple of the patch as edges and half to twice a square's patches."""
+    """For any size, the edges of a slice are multiples of the patch, and it has half to twice a square's patches."""
     rng = np.random.default_rng(0)
     for height, width in np.exp(rng.uniform(np.log(10), np.log(5000), (2000, 2))).astype(int).tolist():
         grid = FULL.grid(height, width, 9)
@@ -63,20 +63,20 @@ def test_too_thin() -> None:
         FULL.slices(Image.new("RGB", (20000, 2)), None)
 
 
-def test_slices_are_the_picture_cut_row_by_row(loaded: tuple[Processor, Tokenizer]) -> None:
-    """A picture that needs no resizing: two by three squares."""
-    picture = np.random.default_rng(1).integers(0, 256, (224, 336, 3), np.uint8)
-    item = loaded[0].process_item("image", picture, {})
+def test_slices_are_the_image_cut_row_by_row(loaded: tuple[Processor, Tokenizer]) -> None:
+    """An image that needs no resizing: two by three squares."""
+    pixels = np.random.default_rng(1).integers(0, 256, (224, 336, 3), np.uint8)
+    item = loaded[0].process_item("image", pixels, {})
     assert item.grid == (2, 3, 1) and item.num_embeds == 7 * 16 == loaded[0].num_embeds("image", (224, 336), {})
     first = int((item.features["segment_ids"] == 0).sum())
     patches = item.features["pixels"][first:].reshape(2, 3, 8, 8, 3, 14, 14)
     shown = patches.transpose(0, 2, 5, 1, 3, 6, 4).reshape(224, 336, 3)
-    np.testing.assert_array_equal(shown, picture)
+    np.testing.assert_array_equal(shown, pixels)
     np.testing.assert_array_equal(item.features["patch_coords"][first : first + 9, 0], [0] * 8 + [1])
     np.testing.assert_array_equal(np.bincount(item.features["segment_ids"])[1:], 64)
 
 
-def test_places_in_the_table_spread_over_it() -> None:
+def test_position_ids_spread_over_the_table() -> None:
     position_ids, coords = FULL.patch_coords(black(14 * 25, 14 * 70))
     assert position_ids.shape == (25 * 70,) and coords.tolist()[71] == [1, 1]
     np.testing.assert_array_equal(position_ids[:70], range(70))
@@ -85,7 +85,7 @@ def test_places_in_the_table_spread_over_it() -> None:
 
 
 @pytest.mark.parity
-def test_places_are_those_that_torch_finds() -> None:
+def test_position_ids_equal_torch() -> None:
     import torch
 
     bounds = torch.arange(1 / 70, 1.0, 1 / 70)
@@ -133,7 +133,7 @@ def test_numbers_may_be_left_out(loaded: tuple[Processor, Tokenizer]) -> None:
     assert processor.expand_prompt(expanded.token_ids, {"image": [item]}) == expanded
 
 
-def test_tokens_beside_what_is_cut_are_left_alone(loaded: tuple[Processor, Tokenizer]) -> None:
+def test_tokens_beside_a_cut_are_unchanged(loaded: tuple[Processor, Tokenizer]) -> None:
     """Token ids need not be what the tokenizer would make of their text, nor be text at all."""
     processor, tokenizer = loaded
     odd = [tokenizer.id_of("h"), tokenizer.id_of("e"), tokenizer.id_of("\u00a1")]

@@ -1,4 +1,4 @@
-"""The Omni processors: sounds of any length, the clock, and videos with their sound in all kinds of prompts."""
+"""The Omni processors: clips of any length, the clock, and videos with audio in all forms of prompts."""
 
 import json
 from collections.abc import Callable
@@ -44,13 +44,13 @@ def clip(omni: OmniProcessor, frames: int, **kwargs: Any) -> MediaItem:
 
 
 def prompt(omni: OmniProcessor, *parts: str | int) -> list[int]:
-    """Tokens: a kind is its marker, numbers are themselves."""
+    """Tokens: a modality is its marker, numbers are themselves."""
     named = {BOS: omni.audio_bos_id, EOS: omni.audio_eos_id}
     return [omni.placeholder_ids[part] if isinstance(part, str) else named.get(part, part) for part in parts]
 
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 320, 321, 480, 4801, 16000, 16001, 40000])
-def test_rows_and_chunks_of_sounds(omni: OmniProcessor, samples: int) -> None:
+def test_embeds_and_chunks_of_clips(omni: OmniProcessor, samples: int) -> None:
     audio = np.random.default_rng(samples).standard_normal(samples).astype(np.float32)
     rows = omni.num_audio_embeds(samples)
     assert omni.num_embeds("audio", (samples,), {}) == rows
@@ -73,7 +73,7 @@ def test_rows_and_chunks_of_sounds(omni: OmniProcessor, samples: int) -> None:
     assert rows == steps
 
 
-def test_longer_sounds_are_cut_where_the_window_ends(tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_longer_clips_are_cut_at_the_end_of_the_window(tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
     omni = _load("qwen2_5_omni", tiny_dir)
     assert (
         sound(omni, 9.0).num_embeds == sound(omni, 8.0).num_embeds == 200
@@ -132,7 +132,7 @@ def test_turns_by_time(tiny_dir: Make) -> None:
     )  # 6.5 positions come after 6
 
 
-def test_sounds_go_to_placeholders_and_videos_in_the_order_of_the_prompt(omni: OmniProcessor) -> None:
+def test_audio_goes_to_placeholders_and_videos_in_the_order_of_the_prompt(omni: OmniProcessor) -> None:
     items = {
         "video": [clip(omni, 2), clip(omni, 4)],
         "audio": [sound(omni, 0.3), sound(omni, 0.7), sound(omni, 1.1), sound(omni, 0.5)],
@@ -157,7 +157,7 @@ def test_sounds_go_to_placeholders_and_videos_in_the_order_of_the_prompt(omni: O
     assert omni.expand_prompt(expanded.token_ids, items) == expanded  # what is expanded stays as it is
 
 
-def test_videos_without_their_sound_are_ordinary(omni: OmniProcessor) -> None:
+def test_videos_without_audio_are_ordinary(omni: OmniProcessor) -> None:
     items = {"video": [clip(omni, 2, use_audio_in_video=False)], "audio": [sound(omni, 0.3)]}
     expanded = omni.expand_prompt(prompt(omni, "video", TEXT, "audio"), items)
     assert expanded.spans == [
@@ -191,8 +191,8 @@ def test_mismatches(omni: OmniProcessor, parts: tuple[Any, ...], videos: int, so
     assert words in str(caught.value)
 
 
-def test_positions_of_a_video_with_its_sound(omni: OmniProcessor) -> None:
-    """By hand: 4 frames at the default rate, one second of sound, text before and after."""
+def test_positions_of_a_video_with_audio(omni: OmniProcessor) -> None:
+    """By hand: 4 frames at the default rate, one second of audio, text before and after."""
     items = {"video": [clip(omni, 4)], "audio": [sound(omni, 1.0)]}
     expanded = omni.expand_prompt(prompt(omni, TEXT, 5, "video", 6, TEXT, TEXT), items)
     positions, delta = omni.rope_positions(expanded.token_ids, expanded.spans, items)
@@ -214,7 +214,7 @@ def test_positions_of_a_video_with_its_sound(omni: OmniProcessor) -> None:
     assert delta == tail[-1] + 1 - len(expanded.token_ids)
 
 
-def test_ordinary_media_lie_on_the_clock_too(omni: OmniProcessor) -> None:
+def test_positions_of_ordinary_media_follow_the_clock(omni: OmniProcessor) -> None:
     items = {"video": [clip(omni, 5, use_audio_in_video=False, fps=1.0)], "audio": [sound(omni, 0.3)]}
     expanded = omni.expand_prompt(prompt(omni, "video", TEXT, "audio", TEXT), items)
     positions, delta = omni.rope_positions(expanded.token_ids, expanded.spans, items)
@@ -224,7 +224,7 @@ def test_ordinary_media_lie_on_the_clock_too(omni: OmniProcessor) -> None:
     assert (np.diff(positions[:, 6:]) == 1).all() and delta == positions[0, -1] + 1 - len(expanded.token_ids)
 
 
-def test_a_clip_of_embeddings_has_its_place_in_time_and_its_sound(omni: OmniProcessor) -> None:
+def test_clip_embeddings_keep_their_time_and_audio(omni: OmniProcessor) -> None:
     for kwargs in ({}, {"use_audio_in_video": True}, {"fps": 4.0}):
         seen = omni.process_item("video", Video(np.zeros((6, 64, 128, 3), np.uint8), {}), kwargs)
         told = omni.item_for_embeds("video", (seen.grid[0], 2 * seen.grid[1], 2 * seen.grid[2]), kwargs)

@@ -28,7 +28,7 @@ def tiny(tiny_dir: Make) -> tuple[phi3_v.Processor, Tokenizer]:
 
 @pytest.fixture
 def published(tiny_dir: Make) -> phi3_v.Processor:
-    """As the hub's files have it: the tower is only named."""
+    """As in the hub's files: config.json has only the name of the tower."""
     files = read_files(tiny_dir("phi3_v"))
     del files["config.json"]["img_processor"]["vision_config"]
     return phi3_v.Processor(files["config.json"], files, None)
@@ -53,19 +53,17 @@ def test_token_counts(published: phi3_v.Processor, size: tuple[int, int], kwargs
 
 
 @pytest.mark.parametrize("size", [(60, 100), (100, 60), (56, 56), (1, 1), (3, 400), (131, 57)])
-def test_crops_put_together_are_the_image_on_white(
-    tiny: tuple[phi3_v.Processor, Tokenizer], size: tuple[int, int]
-) -> None:
+def test_joined_crops_equal_the_image_on_white(tiny: tuple[phi3_v.Processor, Tokenizer], size: tuple[int, int]) -> None:
     processor, _ = tiny
-    picture = np.random.default_rng(0).integers(0, 200, (*size, 3), np.uint8)
-    item = processor.process_item("image", picture, {})
+    pixels = np.random.default_rng(0).integers(0, 200, (*size, 3), np.uint8)
+    item = processor.process_item("image", pixels, {})
     (rows, columns), side = item.grid, 56
     canvas = item.features["pixels"][1:].reshape(rows, columns, 3, side, side)
     canvas = canvas.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
     white = (canvas == 255).all(axis=2)
     lines, along = np.flatnonzero(~white.all(axis=1)), np.flatnonzero(~white.all(axis=0))
     inside = canvas[lines[0] : lines[-1] + 1, along[0] : along[-1] + 1]
-    image, (height, width) = Image.fromarray(picture), inside.shape[:2]
+    image, (height, width) = Image.fromarray(pixels), inside.shape[:2]
     if size[0] > size[1]:
         turned = image.transpose(Image.Transpose.TRANSPOSE).resize((height, width), Image.Resampling.BILINEAR)
         wanted = np.asarray(turned).transpose(1, 0, 2)
@@ -77,7 +75,7 @@ def test_crops_put_together_are_the_image_on_white(
     assert abs(2 * above + height - rows * side) <= 1 and abs(2 * before + width - columns * side) <= 1
 
 
-def test_rows_lie_line_by_line_with_separators(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
+def test_embeds_are_ordered_row_by_row_with_separators(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
     processor, _ = tiny
     item = processor.process_item("image", np.zeros((50, 112, 3), np.uint8), {"num_crops": 2})
     assert item.grid == (1, 2)
@@ -88,11 +86,11 @@ def test_rows_lie_line_by_line_with_separators(tiny: tuple[phi3_v.Processor, Tok
     assert processor._patch_index(1, 2).tolist() == [*wanted[11:], divider, *wanted[:10]]
 
 
-def test_the_whole_is_the_canvas_by_torchs_rule(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
+def test_the_global_view_equals_torchs_resize(tiny: tuple[phi3_v.Processor, Tokenizer]) -> None:
     """Two, three and one crops along an edge: for odd numbers every n-th pixel, else 4 x 4 of them."""
     processor, _ = tiny
-    picture = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)
-    item = processor.process_item("image", picture, {"num_crops": 6})
+    pixels = np.random.default_rng(1).integers(0, 256, (100, 150, 3), np.uint8)
+    item = processor.process_item("image", pixels, {"num_crops": 6})
     assert item.grid == (2, 3)
     inputs = {name: jnp.asarray(item.features[name]) for name in ("pixels", "crop_coords", "view_index")}
     out = np.asarray(global_views(inputs["pixels"].astype(jnp.float32), inputs["crop_coords"], inputs["view_index"]))

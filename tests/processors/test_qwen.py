@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's windows and clock, Qwen3-VL's times in words, and what a language model alone refuses."""
+"""Qwen2.5-VL's windows and clock, Qwen3-VL's times in words, and the requests that a text-only model refuses."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_clock(metadata: Mapping[str, Any], kwargs: Mapping[str, Any], times: li
     assert positions[:, 19].tolist() == [largest + 1] * 3 and delta == largest + 1 - 19
 
 
-def test_clock_of_images_and_of_clips_that_come_as_rows(tiny_dir: Make) -> None:
+def test_clock_of_images_and_of_clip_embeddings(tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_5_vl", tiny_dir("qwen2_5_vl"))
     image = processor.process_item("image", random_pixels(1, 84, 84), {})
     assert (
@@ -124,7 +124,7 @@ def test_a_clip_becomes_frames_with_their_times(tiny_dir: Make) -> None:
     assert bare == text
 
 
-def test_two_clips_odd_frames_and_a_second_sending(tiny_dir: Make) -> None:
+def test_two_clips_odd_frames_and_a_second_request(tiny_dir: Make) -> None:
     clips = [(video(3).frames, {"fps": 1.0}), (video(2, 64, 64).frames, {"fps": 4.0})]
     text, first = expanded(f"{CLIP}and{CLIP}?", clips, tiny_dir)
     assert text == f"{frame('0.5', 6)}{frame('2.0', 6)}and{frame('0.1', 4)}?"  # the last frame counts twice
@@ -174,7 +174,7 @@ def test_sizes_of_clips_count_all_frames(tiny_dir: Make) -> None:
     assert item.num_embeds == processor.num_embeds("video", (40, 100, 70), {})
 
 
-def test_table_places_reach_from_corner_to_corner() -> None:
+def test_position_ids_reach_from_corner_to_corner() -> None:
     coords = np.array([[0, 0], [3, 5], [1, 5], [3, 2]])
     np.testing.assert_allclose(
         position_coords(coords, (1, 4, 6), 48), [[0, 0], [47, 47], [47 / 3, 47], [47, 18.8]], rtol=1e-6

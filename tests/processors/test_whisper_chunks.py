@@ -1,4 +1,4 @@
-"""Clips of any length: frames, pieces, rows, prompts, refusals; against the stored outputs of published processors."""
+"""Clips of any length: frames, chunks, embeddings, prompts, errors; against stored outputs of published processors."""
 
 import importlib
 import itertools
@@ -21,7 +21,7 @@ HOP = 160
 
 
 def whole(item: MediaItem, window: int = 0) -> np.ndarray:
-    """The frames of a window put together again, f32[bins, frames]; what its pieces see of each other agrees."""
+    """The frames of a window, joined from its chunks: f32[bins, frames]. Overlapping frames of chunks are equal."""
     mine = item.features["window_ids"] == window
     mel, width = item.features["mel"][mine], 2 * whisper_chunks.CHUNK_STEPS
     before, behind = whisper_chunks.FRAMES_BEFORE, whisper_chunks.FRAMES_AFTER
@@ -36,8 +36,8 @@ def whole(item: MediaItem, window: int = 0) -> np.ndarray:
 def test_qwen2_audio_golden(case: str, shared: Path) -> None:
     directory = shared / "reference/qwen2_audio"
     golden, (processor, _) = np.load(directory / "golden.npz"), load_processor("qwen2_audio", directory)
-    heard = golden[f"{case}/feature_attention_mask"].sum(axis=1)
-    for index, frames in enumerate(heard.tolist()):
+    num_frames = golden[f"{case}/feature_attention_mask"].sum(axis=1)
+    for index, frames in enumerate(num_frames.tolist()):
         audio = golden[f"{case}/raw_audio_{index}"]
         item = processor.process_item("audio", audio, {})
         wanted = golden[f"{case}/input_features"][index]
@@ -65,7 +65,7 @@ def test_ultravox_golden(case: str, shared: Path) -> None:
 
 
 @pytest.mark.parametrize("samples", [321, 640, 16000, 61440, 61441, 64000, 90000])
-def test_qwen2_audio_pieces(samples: int, tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_qwen2_audio_chunks(samples: int, tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
     processor, _ = load_processor("qwen2_audio", tiny_dir("qwen2_audio"))
     with caplog.at_level(logging.WARNING):
         item = processor.process_item("audio", random_chord(1, samples / 16000)[:samples], {})
@@ -79,28 +79,30 @@ def test_qwen2_audio_pieces(samples: int, tiny_dir: Make, caplog: pytest.LogCapt
     assert ("is cut to the model's window" in caplog.text) == (samples > 64000)
 
 
-def test_too_short_to_be_heard(tiny_dir: Make) -> None:
+def test_clips_too_short_for_an_embedding(tiny_dir: Make) -> None:
     processor, _ = load_processor("qwen2_audio", tiny_dir("qwen2_audio"))
     with pytest.raises(RequestError, match=r"The audio \(len=320\) is too short to be represented inside the model"):
         processor.process_item("audio", random_chord(1, 1)[:320], {})
     assert processor.num_embeds("audio", (320,), {}) == 0
 
 
-@pytest.mark.parametrize(("samples", "rows"), [(1, 1), (160 * 16, 1), (160 * 16 + 1, 2), (64000, 25), (64001, 26)])
-def test_ultravox_rows(samples: int, rows: int, tiny_dir: Make) -> None:
+@pytest.mark.parametrize(
+    ("samples", "num_embeds"), [(1, 1), (160 * 16, 1), (160 * 16 + 1, 2), (64000, 25), (64001, 26)]
+)
+def test_ultravox_embeds(samples: int, num_embeds: int, tiny_dir: Make) -> None:
     processor, _ = load_processor("ultravox", tiny_dir("ultravox"))
     item = processor.process_item("audio", random_chord(1, 5)[:samples], {})
-    assert item.num_embeds == rows == processor.num_embeds("audio", (samples,), {})
-    assert len(item.features["step_index"]) == len(item.features["num_steps"]) == rows
+    assert item.num_embeds == num_embeds == processor.num_embeds("audio", (samples,), {})
+    assert len(item.features["step_index"]) == len(item.features["num_steps"]) == num_embeds
 
 
 def test_ultravox_windows_after_the_first(tiny_dir: Make) -> None:
-    """They are as long as the window, and their last row holds steps after the end of the sound."""
+    """They are as long as the window, and their last embedding has steps after the end of the audio."""
     processor, _ = load_processor("ultravox", tiny_dir("ultravox"))
     item = processor.process_item("audio", random_chord(1, 9)[: 64000 * 2 + 160 * 30], {})
     later = item.features["window_ids"] == 2
     assert item.features["num_frames"][item.features["first_step"] == 0].tolist() == [400, 400, 400]
-    assert (item.features["audio_steps"][later], item.features["wanted_steps"][later]) == (15, 16)
+    assert (item.features["audio_steps"][later], item.features["output_steps"][later]) == (15, 16)
     assert item.features["num_steps"].tolist() == [8] * 52
     first = np.array([8 * i + base for base, n in ((0, 25), (3 * 96, 25), (6 * 96, 2)) for i in range(n)])
     np.testing.assert_array_equal(item.features["step_index"], first)

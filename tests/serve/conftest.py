@@ -1,4 +1,4 @@
-"""Small servers for all the tests of this folder, spoken to through their own ASGI interface or over a socket."""
+"""Servers over tiny engines for the tests of this folder, reached through ASGI or over a socket."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,42 +19,42 @@ def served(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
 
 @pytest.fixture(scope="session")
 def listening(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
-    """The engine of a tiny Whisper, which hears four seconds at a time."""
+    """The engine of a tiny Whisper, whose window is four seconds."""
     yield from running_engine(tiny_dir("whisper"), max_model_len=64)
 
 
 @pytest.fixture(scope="session")
 def pooling(tiny_dir: Callable[[str], Path]) -> Iterator[AsyncLLM]:
-    """The engine of a tiny Qwen2-VL that answers with vectors."""
+    """The engine of a tiny Qwen2-VL that computes embeddings."""
     yield from running_engine(tiny_dir("qwen2_vl"), max_model_len=256, runner="pooling")
 
 
 @pytest.fixture(scope="session")
 def make_client(served: AsyncLLM) -> Callable[..., TestClient]:
-    """`make_client(**settings)`: a server of its own over the shared engine."""
+    """`make_client(**settings)`: a client of a new server over the shared engine."""
     return lambda **settings: client_over(served, **settings)
 
 
 @pytest.fixture(scope="session")
 def client(make_client: Callable[..., TestClient]) -> TestClient:
-    """The server with default settings."""
+    """A client of the server with default settings."""
     return make_client()
 
 
 @pytest.fixture(scope="session")
 def speech_client(listening: AsyncLLM) -> TestClient:
-    """A server that turns speech into text."""
+    """A client of a server that transcribes speech."""
     return client_over(listening, audio_mb=1.0)
 
 
 @pytest.fixture(scope="session")
 def vector_client(pooling: AsyncLLM) -> TestClient:
-    """A server that answers with vectors."""
+    """A client of a server that computes embeddings."""
     return client_over(pooling)
 
 
 @pytest.fixture(scope="session")
 def address(served: AsyncLLM) -> Iterator[str]:
-    """Where the tiny Qwen2-VL listens."""
+    """The address of a server of the tiny Qwen2-VL."""
     with on_a_port(client_over(served).app) as where:
         yield where

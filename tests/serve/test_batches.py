@@ -1,4 +1,4 @@
-"""Files of requests, and conversations in the terminal."""
+"""`mmjax run-batch` and `mmjax chat`."""
 
 import argparse
 import asyncio
@@ -25,7 +25,7 @@ def line(name: str, address: str = "/v1/chat/completions", **body: Any) -> dict[
 
 
 class Bar:
-    """A progress bar that counts."""
+    """A progress bar that only counts."""
 
     done = 0
 
@@ -43,7 +43,7 @@ def answered(served: AsyncLLM, lines: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def test_lines_are_answered_as_a_server_does(served: AsyncLLM) -> None:
+def test_lines_are_answered_as_by_a_server(served: AsyncLLM) -> None:
     lines = [
         line("chat", messages=user_messages(image_url_part(random_image(1)), "What is this?"), model="tiny"),
         line("text", "/v1/completions", prompt="the lazy dog"),
@@ -74,26 +74,26 @@ def test_lines_are_answered_as_a_server_does(served: AsyncLLM) -> None:
         ('{"custom_id": "a", "url": "/v1/x", "body": {}}\n' * 2, "line 2: custom_id 'a' is taken"),
     ],
 )
-def test_files_that_are_no_batch(text: str, message: str) -> None:
+def test_invalid_files(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches.read_requests(text)
 
 
-def test_what_was_answered_is_kept(tmp_path: Path) -> None:
+def test_only_successful_responses_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
-    assert batches.keep_answered(file) == set()
+    assert batches.read_answered(file) == set()
     good = json.dumps({"custom_id": "a", "response": {"status_code": 200}})
     bad = json.dumps({"custom_id": "b", "response": {"status_code": 500}})
     none = json.dumps({"custom_id": "c", "response": None})
     file.write_text("\n".join([good, bad, none, good[:20]]))
-    assert batches.keep_answered(file) == {"a"}
+    assert batches.read_answered(file) == {"a"}
     assert file.read_text() == good + "\n" and [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_the_command_goes_on_where_it_was(
+def test_the_command_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: AsyncLLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Kept:
+    class SharedEngine:
         """The shared engine, which a command must not close."""
 
         def __new__(cls, _: Any) -> Any:
@@ -101,17 +101,17 @@ def test_the_command_goes_on_where_it_was(
             return served
 
     monkeypatch.setattr(batches, "LLM", lambda model, **_: None)
-    monkeypatch.setattr(batches, "AsyncLLM", Kept)
-    asked, told = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    asked.write_text("\n".join(json.dumps(line(name, messages=user_messages(name))) for name in "abc"))
-    told.write_text(json.dumps({"custom_id": "b", "response": {"status_code": 200}}) + "\n")
-    words = ["run-batch", "-i", str(asked), "-o", str(told), "--concurrency", "2", "tiny"]
+    monkeypatch.setattr(batches, "AsyncLLM", SharedEngine)
+    requests, responses = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text("\n".join(json.dumps(line(name, messages=user_messages(name))) for name in "abc"))
+    responses.write_text(json.dumps({"custom_id": "b", "response": {"status_code": 200}}) + "\n")
+    words = ["run-batch", "-i", str(requests), "-o", str(responses), "--concurrency", "2", "tiny"]
     assert main(words) == 0
     assert "3 requests, 0 of them failed" in capsys.readouterr().out
-    assert sorted(json.loads(text)["custom_id"] for text in told.read_text().splitlines()) == ["a", "b", "c"]
-    before = told.read_text()
-    assert main(words) == 0 and told.read_text() == before
-    asked.write_text("nonsense")
+    assert sorted(json.loads(text)["custom_id"] for text in responses.read_text().splitlines()) == ["a", "b", "c"]
+    before = responses.read_text()
+    assert main(words) == 0 and responses.read_text() == before
+    requests.write_text("nonsense")
     assert main(words) == 1
 
 
@@ -123,7 +123,7 @@ def test_a_conversation_in_the_terminal(served: AsyncLLM, tmp_path: Path) -> Non
             "/video", "/system Be brief.", "hello", "/image data:image/png;base64,AAAA", "broken", "/quit",
         ]
     )  # fmt: skip
-    said: list[str] = []
+    printed: list[str] = []
     chat = Terminal(served, SamplingParams(temperature=0, max_tokens=5))
     turns: list[int] = []
 
@@ -131,16 +131,16 @@ def test_a_conversation_in_the_terminal(served: AsyncLLM, tmp_path: Path) -> Non
         turns.append(len(chat.messages))
         return next(lines)
 
-    chat.run(read, said.append)
+    chat.run(read, printed.append)
     assert turns == [0, 0, 2, 2, 4, 4, 4, 4, 1, 3, 3, 3]
-    text = "".join(said)
+    text = "".join(printed)
     assert "[1 with the next message]" in text and "No such file" in text and text.count("/image PATH") == 2
     assert chat.messages[0] == {"role": "system", "content": "Be brief."}
-    assert "image" in said[-1] and chat.media == [], "what was wrong with the picture is told, once"
+    assert "image" in printed[-1] and chat.media == [], "the error of the image is printed, and the image is dropped"
     assert served.open == 0
 
 
-def test_the_end_of_input_ends_it(served: AsyncLLM) -> None:
+def test_chat_ends_with_the_input(served: AsyncLLM) -> None:
     def ended(_: str) -> str:
         raise EOFError
 

@@ -1,4 +1,4 @@
-"""Chat completions: what clients send, what comes back, whole and streamed."""
+"""Chat completions, complete and streamed."""
 
 import base64
 import io
@@ -11,8 +11,8 @@ from PIL import Image
 HELLO = [{"role": "user", "content": "Hello there"}]
 
 
-def picture() -> str:
-    """A small PNG as a data: URL."""
+def image_data_url() -> str:
+    """A small PNG as a data URL."""
     buffer = io.BytesIO()
     Image.new("RGB", (56, 56), (200, 30, 30)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -41,7 +41,7 @@ def test_answer(client: TestClient) -> None:
     assert chat(client, model="alias").json()["choices"][0]["message"] == choice["message"]
 
 
-def test_stream_says_the_same(client: TestClient) -> None:
+def test_stream_has_the_same_text(client: TestClient) -> None:
     whole = chat(client, max_tokens=20).json()
     response = chat(client, max_tokens=20, stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -65,13 +65,13 @@ def test_usage_in_every_chunk(client: TestClient) -> None:
         assert made == sorted(made) and made[-1] == made[-2] > 0
 
 
-def test_null_is_as_if_not_sent(client: TestClient) -> None:
+def test_null_equals_a_missing_field(client: TestClient) -> None:
     from mmjax.serve.schema import ChatRequest
 
-    told = chat(client).json()["choices"]
-    kept = {"messages", "temperature", "max_tokens", "ignore_eos"}
-    unset = dict.fromkeys(set(ChatRequest.model_fields) - kept)
-    assert chat(client, **unset).json()["choices"] == told
+    result = chat(client).json()["choices"]
+    given = {"messages", "temperature", "max_tokens", "ignore_eos"}
+    unset = dict.fromkeys(set(ChatRequest.model_fields) - given)
+    assert chat(client, **unset).json()["choices"] == result
 
 
 def test_several_choices_and_log_probabilities(client: TestClient) -> None:
@@ -103,14 +103,14 @@ def test_several_choices_and_log_probabilities(client: TestClient) -> None:
     assert set(counts.values()) == {6}
 
 
-def test_pictures(client: TestClient) -> None:
-    parts = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "What is this?"}]
+def test_images(client: TestClient) -> None:
+    parts = [{"type": "image_url", "image_url": {"url": image_data_url()}}, {"type": "text", "text": "What is this?"}]
     seen = chat(client, messages=[{"role": "user", "content": parts}]).json()
     unseen = chat(client, messages=[{"role": "user", "content": "What is this?"}]).json()
     assert seen["usage"]["prompt_tokens"] > unseen["usage"]["prompt_tokens"]
 
 
-def test_refusals_leave_it_serving(client: TestClient) -> None:
+def test_the_server_works_after_refusals(client: TestClient) -> None:
     good = chat(client).json()["choices"]
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     cases: list[tuple[dict[str, Any], int, str]] = [
@@ -150,18 +150,18 @@ def test_refusals_leave_it_serving(client: TestClient) -> None:
     assert chat(client).json()["choices"] == good
 
 
-def test_many_conversations_in_one_request(client: TestClient) -> None:
+def test_several_conversations_in_one_request(client: TestClient) -> None:
     talks = [[{"role": "user", "content": f"Count to {n}"}] for n in range(3)]
-    parts = [{"type": "image_url", "image_url": {"url": picture()}}, {"type": "text", "text": "What is this?"}]
+    parts = [{"type": "image_url", "image_url": {"url": image_data_url()}}, {"type": "text", "text": "What is this?"}]
     talks.append([{"role": "user", "content": parts}])
     body = {"messages": talks, "max_tokens": 5, "temperature": 0}
-    told = client.post("/v1/chat/completions/batch", json=body).json()
+    result = client.post("/v1/chat/completions/batch", json=body).json()
     alone = [chat(client, messages=talk, max_tokens=5).json() for talk in talks]
-    assert [choice["index"] for choice in told["choices"]] == [0, 1, 2, 3]
-    for choice, one in zip(told["choices"], alone, strict=True):
+    assert [choice["index"] for choice in result["choices"]] == [0, 1, 2, 3]
+    for choice, one in zip(result["choices"], alone, strict=True):
         assert choice["message"] == one["choices"][0]["message"]
     for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
-        assert told["usage"][name] == sum(one["usage"][name] for one in alone)
+        assert result["usage"][name] == sum(one["usage"][name] for one in alone)
     for wrong in ({"messages": []}, {"messages": talks[0]}, {"stream": True}, {"messages": [*talks, []]}):
         assert client.post("/v1/chat/completions/batch", json={**body, **wrong}).status_code == 400
     twice = client.post("/v1/chat/completions/batch", json={**body, "temperature": 1, "n": 2, "return_token_ids": True})

@@ -1,4 +1,4 @@
-"""The scripts of examples/clients, run as programs of their own against a server that listens: curl and Python."""
+"""The curl and Python scripts of examples/clients, run against a server on a port."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def test_curl(address: str, picture: Path) -> None:
         assert done.stdout.count('"object":"chat.completion"') >= 2
         assert "data: [DONE]" in done.stdout and '"object":"text_completion"' in done.stdout
         assert "vllm:generation_tokens_total" in done.stdout
-        assert "temperature must be non-negative" in done.stdout  # the last one, which is meant to fail
+        assert "temperature must be non-negative" in done.stdout  # the last request of the script fails on purpose
 
 
 def test_python(address: str, picture: Path) -> None:
@@ -53,6 +53,6 @@ def test_python(address: str, picture: Path) -> None:
     known = {"OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "sesame"}
     done = run(sys.executable, CLIENTS / "openai_client.py", picture, **known)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    assert said["answer"] == said["streamed"] and said["picture"]
-    assert "no forms" in said or said["call"].startswith("weather {'celsius': ")
+    printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert printed["answer"] == printed["streamed"] and printed["picture"]
+    assert "no forms" in printed or printed["call"].startswith("weather {'celsius': ")

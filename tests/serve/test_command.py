@@ -1,4 +1,4 @@
-"""The flags of `mmjax serve`, in every way of giving them."""
+"""The flags of `mmjax serve`: on the command line, in a file, in the environment."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from mmjax.config import EngineArgs
 
 
 def parsed(*words: str) -> tuple[Any, dict[str, Any]]:
-    """(what the server is to know, what the engine is to know) of `mmjax serve`."""
+    """(settings of the server, arguments of the engine) from the flags of `mmjax serve`."""
     arguments = _model_command("serve", words)
     engine = flags.engine_kwargs(arguments)
     EngineArgs(arguments.model, **engine)
@@ -114,7 +114,7 @@ def test_flags_from_a_file(tmp_path: Path) -> None:
         (["X", "--port", "http"], "invalid int value"),
     ],
 )
-def test_wrong_command_lines(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_command_lines(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["serve", *words])
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -128,14 +128,14 @@ def test_wrong_command_lines(words: list[str], message: str, capsys: pytest.Capt
         (["--port", "70000"], "ports end at 65535"),
     ],
 )
-def test_what_cannot_serve_is_told_before_a_model_is_loaded(
+def test_invalid_settings_fail_before_the_model_is_loaded(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", "/no/such/model", *words]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_list_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flag_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text, message in (("- a\n- b\n", "expected one"), ("a: [", "flags.yaml"), ("nonsense: 1", "--nonsense")):
         (tmp_path / "flags.yaml").write_text(text)
         with pytest.raises(SystemExit):
@@ -147,5 +147,5 @@ def test_a_file_that_is_no_list_of_flags(tmp_path: Path, capsys: pytest.CaptureF
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
-    told = capsys.readouterr().out
-    assert stop.value.code == 0 and "--max-model-len" in told and "--config" in told
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0 and "--max-model-len" in printed and "--config" in printed

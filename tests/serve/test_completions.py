@@ -1,4 +1,4 @@
-"""Completions of text and of token ids, whole and streamed."""
+"""Completions of text and of token ids, complete and streamed."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def test_echo_and_log_probabilities(client: TestClient) -> None:
     assert choice["text"].startswith("the dog")
     assert "".join(report["tokens"]) == choice["text"]
     assert report["token_logprobs"][0] is None and all(value <= 0 for value in report["token_logprobs"][1:])
-    assert all(1 <= len(tops) <= 3 for tops in report["top_logprobs"][1:])  # tokens of the same text are one
+    assert all(1 <= len(tops) <= 3 for tops in report["top_logprobs"][1:])  # tokens with the same text share a key
     assert report["text_offset"][:2] == [0, len(report["tokens"][0])]
     assert sse_events(complete(client, "the dog", echo=True, stream=True))[0]["choices"][0]["text"] == "the dog"
 
@@ -98,7 +98,7 @@ def test_refusals(client: TestClient) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*too small to compute with", "ignore:overflow encountered")
-def test_numbers_beyond_what_the_device_counts_in(client: TestClient, field: dict[str, Any], status: int) -> None:
+def test_numbers_beyond_the_range_of_the_device(client: TestClient, field: dict[str, Any], status: int) -> None:
     given = {"temperature": 1.0, "max_tokens": 3, **field}
     response = complete(client, given.pop("prompt", "the lazy dog"), **given)
     assert response.status_code == status, response.text
@@ -115,6 +115,6 @@ def test_numbers_beyond_what_the_device_counts_in(client: TestClient, field: dic
         (b'{"prompt": "a", "cache_salt": "\\ud800"}', 400),
     ],
 )
-def test_half_a_surrogate_pair_is_no_text(client: TestClient, sent: bytes, status: int) -> None:
+def test_lone_surrogates(client: TestClient, sent: bytes, status: int) -> None:
     response = client.post("/v1/completions", content=sent, headers={"content-type": "application/json"})
     assert response.status_code == status, response.text

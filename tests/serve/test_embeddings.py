@@ -1,4 +1,4 @@
-"""Vectors for texts and conversations."""
+"""Embeddings of texts and conversations."""
 
 import base64
 from typing import Any
@@ -15,15 +15,15 @@ def embed(client: TestClient, **body: Any) -> Any:
 
 
 def test_texts(vector_client: TestClient, pooling: AsyncLLM) -> None:
-    told = embed(vector_client, model="tiny", input=["the lazy dog", "a cat"]).json()
-    assert told["object"] == "list" and [entry["index"] for entry in told["data"]] == [0, 1]
-    vectors = np.array([entry["embedding"] for entry in told["data"]])
+    result = embed(vector_client, model="tiny", input=["the lazy dog", "a cat"]).json()
+    assert result["object"] == "list" and [entry["index"] for entry in result["data"]] == [0, 1]
+    vectors = np.array([entry["embedding"] for entry in result["data"]])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     tokens = vector_client.post("/tokenize", json={"prompt": "a cat"}).json()["tokens"]
     for same in ("a cat", tokens, [tokens]):
         [entry] = embed(vector_client, input=same).json()["data"]
         np.testing.assert_allclose(entry["embedding"], vectors[1], atol=1e-5)
-    assert told["usage"]["prompt_tokens"] == told["usage"]["total_tokens"] > len(tokens)
+    assert result["usage"]["prompt_tokens"] == result["usage"]["total_tokens"] > len(tokens)
     coded = embed(vector_client, input="a cat", encoding_format="base64").json()["data"][0]["embedding"]
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(coded), "<f4"), vectors[1], atol=1e-5)
     short = np.array(embed(vector_client, input="a cat", dimensions=8).json()["data"][0]["embedding"])

@@ -1,4 +1,5 @@
-"""Bugs of the server's own, planted wherever a request passes: told as such, logged, and nobody else's trouble."""
+"""Bugs planted at each stage of a request: the response is a 500, the bug is logged, and other requests are not
+affected."""
 
 import json
 import logging
@@ -20,11 +21,11 @@ from prompts import base64_wav, image_url_part, random_chord, random_image, user
 
 Json = dict[str, Any]
 Plant = Callable[[pytest.MonkeyPatch, AsyncLLM, Callable[..., Any]], None]
-POISON = 66_666  # the seed of the request that meets the bug
+POISON = 66_666  # the seed of the request that triggers the bug
 FAULTS = (
     ValueError, TypeError, OverflowError, NotImplementedError, RecursionError, KeyError, jinja2.TemplateError,
 )  # fmt: skip
-WORDS = "planted in secret"
+SECRET = "planted in secret"
 HELLO: Json = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 4, "temperature": 0}
 LONG: Json = {**HELLO, "max_tokens": 60, "ignore_eos": True, "stream": True}
 
@@ -80,7 +81,7 @@ def in_output(patch: pytest.MonkeyPatch, engine: AsyncLLM, fail: Callable[..., A
     patch.setattr(CompletionState, "take", take)
 
 
-def in_answer(patch: pytest.MonkeyPatch, engine: AsyncLLM, fail: Callable[..., Any]) -> None:
+def in_request_output(patch: pytest.MonkeyPatch, engine: AsyncLLM, fail: Callable[..., Any]) -> None:
     plain = GenerateRequest.output
 
     def output(self: GenerateRequest) -> Any:
@@ -109,52 +110,52 @@ PLANTED: dict[str, tuple[Plant, Json]] = {
     "start": (in_start, SEEDED),
     "constraint": (in_constraint, {**HELLO, "structured_outputs": {"regex": "[ab]{9}"}}),
     "output": (in_output, SEEDED),
-    "answer": (in_answer, {**SEEDED, "n": 2}),
+    "answer": (in_request_output, {**SEEDED, "n": 2}),
     "route": (in_route, {**HELLO, "max_tokens": 3, "ignore_eos": True}),
 }
 
 
 @pytest.fixture(autouse=True)
-def fresh(served: AsyncLLM) -> None:
-    """No picture is known from an earlier test: the processor must be asked."""
+def empty_cache(served: AsyncLLM) -> None:
+    """Empty the cache of processed media, so that the processor must run."""
     served.llm.model.input_processor.cache.clear()
 
 
 @pytest.fixture
 def others(client: TestClient) -> Iterator[None]:
-    """Somebody else's long answer, which must come out as if nothing had happened."""
+    """A long stream of another request, whose text must be the same as without the bug."""
     expected = "".join(_texts(client.post("/v1/chat/completions", json=LONG)))
-    told: list[str] = []
+    texts: list[str] = []
     began = threading.Event()
 
     def listen() -> None:
         with client.stream("POST", "/v1/chat/completions", json=LONG) as response:
             began.set()
             response.read()
-            told.extend(_texts(response))
+            texts.extend(_texts(response))
 
     listener = threading.Thread(target=listen)
     listener.start()
     assert began.wait(60)
     yield
     listener.join(60)
-    assert "".join(told) == expected != ""
+    assert "".join(texts) == expected != ""
 
 
 def _texts(response: Any) -> list[str]:
     return [choice["delta"].get("content", "") for event in sse_events(response) for choice in event["choices"]]
 
 
-def failing(error: type[Exception]) -> Callable[..., Any]:
+def raises(error: type[Exception]) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
-        raise error(WORDS)
+        raise error(SECRET)
 
     return fail
 
 
-def check_told(text: str, request_id: str, error: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
-    """The client is told the id and nothing else; the log has the id, the cause and where it was raised."""
-    assert f"under request {request_id}" in text and WORDS not in text and error.__name__ not in text
+def check_fault(text: str, request_id: str, error: type[Exception], caplog: pytest.LogCaptureFixture) -> None:
+    """The response has only the request's id; the log has the id, the exception and its traceback."""
+    assert f"under request {request_id}" in text and SECRET not in text and error.__name__ not in text
     [record] = [r for r in caplog.records if r.levelno == logging.ERROR and request_id in r.getMessage()]
     assert record.exc_info is not None
     found, chain = record.exc_info[1], []
@@ -165,7 +166,7 @@ def check_told(text: str, request_id: str, error: type[Exception], caplog: pytes
 
 
 @pytest.mark.parametrize("phase", PLANTED)
-def test_a_bug_is_logged_and_others_are_answered(
+def test_a_bug_is_logged_and_other_requests_are_answered(
     phase: str, client: TestClient, served: AsyncLLM, others: None, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -173,13 +174,13 @@ def test_a_bug_is_logged_and_others_are_answered(
     caplog.set_level("INFO", logger="mmjax")
     for error in FAULTS if phase in ("processor", "output") else FAULTS[:1]:
         with monkeypatch.context() as patch:
-            plant(patch, served, failing(error))
+            plant(patch, served, raises(error))
             name = f"bug-in-{phase}-{FAULTS.index(error)}"
             response = client.post("/v1/chat/completions", json=body, headers={"x-request-id": name})
             assert response.status_code == 500, response.text
-            told = response.json()["error"]
-            assert (told["type"], told["code"], told["param"]) == ("InternalServerError", 500, None)
-            check_told(response.text, name, error, caplog)
+            fault = response.json()["error"]
+            assert (fault["type"], fault["code"], fault["param"]) == ("InternalServerError", 500, None)
+            check_fault(response.text, name, error, caplog)
             assert client.post("/v1/chat/completions", json=HELLO).status_code == 200
     served.check()
     assert client.post("/v1/chat/completions", json=body).status_code == 200
@@ -191,12 +192,12 @@ def test_a_bug_after_the_start_of_a_stream_is_its_last_event(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     plant, body = PLANTED[phase]
-    plant(monkeypatch, served, failing(ValueError))
+    plant(monkeypatch, served, raises(ValueError))
     name = f"bug-in-stream-{phase}"
     response = client.post("/v1/chat/completions", json={**body, "stream": True}, headers={"x-request-id": name})
     last = sse_events(response)[-1]
     assert last["error"]["code"] == 500
-    check_told(json.dumps(last), name, ValueError, caplog)
+    check_fault(json.dumps(last), name, ValueError, caplog)
     assert client.post("/v1/chat/completions", json=HELLO).status_code == 200
 
 
@@ -206,25 +207,25 @@ def test_a_bug_in_every_route(
 ) -> None:  # fmt: skip
     picture = image_url_part(random_image(7))["image_url"]["url"]
     prompt = {"prompt": "What is <image>?", "multi_modal_data": {"image": picture}}
-    talk = user_messages(image_url_part(random_image(7)), "What is this?")
+    messages = user_messages(image_url_part(random_image(7)), "What is this?")
     inputs = [{"role": "user", "content": [{"type": "input_image", "image_url": picture}]}]
     sound = {"file": ("a.wav", b"RIFF")}
     asks: list[tuple[TestClient, str, Json]] = [
-        (client, "/v1/chat/completions/batch", {"json": {"messages": [talk, talk]}}),
+        (client, "/v1/chat/completions/batch", {"json": {"messages": [messages, messages]}}),
         (client, "/v1/responses", {"json": {"input": inputs}}),
         (client, "/generate", {"json": {"prompts": [prompt, "Hi"]}}),
-        (client, "/tokenize", {"json": {"messages": talk}}),
-        (vector_client, "/v1/embeddings", {"json": {"messages": talk}}),
+        (client, "/tokenize", {"json": {"messages": messages}}),
+        (vector_client, "/v1/embeddings", {"json": {"messages": messages}}),
         (speech_client, "/generate", {"json": {"prompts": {"prompt": "", "multi_modal_data": {"audio": sound_url()}}}}),
     ]
     for engine in (served, listening, pooling):
-        in_processor(monkeypatch, engine, failing(ValueError))
-    monkeypatch.setattr("mmjax.entrypoints.transcription.load", failing(ValueError))
+        in_processor(monkeypatch, engine, raises(ValueError))
+    monkeypatch.setattr("mmjax.entrypoints.transcription.load", raises(ValueError))
     asks += [(speech_client, f"/v1/audio/{name}", {"files": sound}) for name in ("transcriptions", "translations")]
-    for number, (asked, path, given) in enumerate(asks):
-        response = asked.post(path, **given, headers={"x-request-id": f"route-{number}"})
+    for number, (api, path, given) in enumerate(asks):
+        response = api.post(path, **given, headers={"x-request-id": f"route-{number}"})
         assert response.status_code == 500, (path, response.text)
-        check_told(response.text, f"route-{number}", ValueError, caplog)
+        check_fault(response.text, f"route-{number}", ValueError, caplog)
 
 
 def sound_url() -> str:
@@ -234,30 +235,30 @@ def sound_url() -> str:
 def test_a_bug_in_a_stream_of_responses(
     client: TestClient, served: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    in_output(monkeypatch, served, failing(ValueError))
+    in_output(monkeypatch, served, raises(ValueError))
     body = {"input": "Hi", "max_output_tokens": 4, "temperature": 1, "seed": POISON, "stream": True}
     response = client.post("/v1/responses", json=body, headers={"x-request-id": "bug-in-items"})
     last = json.loads(response.text.strip().split("\n\n")[-1].partition("data: ")[2])
     assert last["type"] == "response.failed"
-    check_told(last["response"]["error"]["message"], "bug-in-items", ValueError, caplog)
+    check_fault(last["response"]["error"]["message"], "bug-in-items", ValueError, caplog)
 
 
 def test_a_bug_in_an_embedding(
     vector_client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(PoolingRequest, "output", failing(ValueError))
+        patch.setattr(PoolingRequest, "output", raises(ValueError))
         response = vector_client.post("/v1/embeddings", json={"input": "Hi"}, headers={"x-request-id": "bug-in-vector"})
     assert response.status_code == 500
-    check_told(response.text, "bug-in-vector", ValueError, caplog)
+    check_fault(response.text, "bug-in-vector", ValueError, caplog)
     assert vector_client.post("/v1/embeddings", json={"input": "Hi"}).status_code == 200
 
 
-def test_a_bug_comes_with_the_headers_of_every_answer(
+def test_a_bug_has_the_headers_of_every_response(
     make_client: Callable[..., TestClient], served: AsyncLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_tokenizer(monkeypatch, served, failing(ValueError))
+    in_tokenizer(monkeypatch, served, raises(ValueError))
     headers = {"x-request-id": "mine", "origin": "http://page"}
-    response = make_client(tell_ids=True).post("/v1/chat/completions", json=POISONED, headers=headers)
+    response = make_client(request_id_headers=True).post("/v1/chat/completions", json=POISONED, headers=headers)
     assert response.status_code == 500 and response.headers["x-request-id"] == "mine"
     assert response.headers["access-control-allow-origin"] == "*"

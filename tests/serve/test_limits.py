@@ -1,4 +1,4 @@
-"""How much one request may ask for, and the variables with which an operator says so."""
+"""The limits of one request, and the environment variables that set them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +13,8 @@ Make = Callable[..., TestClient]
 STOPS = ["one", "two", "three", "four"]
 
 
-def asked(client: TestClient, stop: Any) -> list[Any]:
-    """The answer of every route that takes stop strings."""
+def post_all(client: TestClient, stop: Any) -> list[Any]:
+    """The response of every route that takes stop strings."""
     talk = {"messages": [{"role": "user", "content": "Hi"}]}
     return [
         client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 1, "stop": stop}),
@@ -25,13 +25,13 @@ def asked(client: TestClient, stop: Any) -> list[Any]:
 
 
 def test_stop_strings(client: TestClient, make_client: Make) -> None:
-    assert {response.status_code for response in asked(client, STOPS)} == {200}
-    for response in asked(client, [*STOPS, "five"]):
+    assert {response.status_code for response in post_all(client, STOPS)} == {200}
+    for response in post_all(client, [*STOPS, "five"]):
         assert response.status_code == 400
         error = response.json()["error"]
         assert error["param"] == "stop" and "at most 4 strings, got 5" in error["message"]
-    assert {response.status_code for response in asked(make_client(max_stops=5), [*STOPS, "five"])} == {200}
-    assert {response.status_code for response in asked(make_client(max_stops=0), STOPS * 9)} == {200}
+    assert {response.status_code for response in post_all(make_client(max_stops=5), [*STOPS, "five"])} == {200}
+    assert {response.status_code for response in post_all(make_client(max_stops=0), STOPS * 9)} == {200}
 
 
 def test_prompts(make_client: Make) -> None:
@@ -44,14 +44,14 @@ def test_prompts(make_client: Make) -> None:
 
 @pytest.mark.parametrize("prefix", ["MMJAX", "VLLM"])
 def test_variables(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def told() -> tuple[int, int]:
+    def limits() -> tuple[int, int]:
         chosen = _settings(_model_command("serve", ["X"]))
         return chosen.max_stops, chosen.max_prompts
 
-    assert told() == (4, 1024)
+    assert limits() == (4, 1024)
     monkeypatch.setenv(f"{prefix}_MAX_STOP_STRINGS", "64")
     monkeypatch.setenv(f"{prefix}_MAX_COMPLETION_PROMPTS", "3")
-    assert told() == (64, 3)
+    assert limits() == (64, 3)
     monkeypatch.setenv(f"{prefix}_MAX_STOP_STRINGS", "many")
     with pytest.raises(ValidationError, match="MAX_STOP_STRINGS must be a number"):
-        told()
+        limits()

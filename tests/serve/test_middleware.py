@@ -1,4 +1,4 @@
-"""What is asked before any route: keys, sizes, content types, room; and what comes back with every answer."""
+"""Checks before every route: keys, sizes, content types, the queue; and the headers of responses."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,7 +32,7 @@ def test_keys(make_client: Make) -> None:
         assert guarded.get(path).status_code == 200
 
 
-def test_a_prefix_before_the_paths_opens_nothing(make_client: Make) -> None:
+def test_a_path_prefix_does_not_bypass_the_key(make_client: Make) -> None:
     app = make_client(keys=("key",)).app
     guarded = TestClient(app, root_path="/api")
     for path in ("/api/v1/models", "/v1/models", "/api/tokenize"):
@@ -71,9 +71,9 @@ def test_a_full_queue(make_client: Make) -> None:
 
 
 def test_request_ids(make_client: Make) -> None:
-    telling = make_client(tell_ids=True)
-    assert telling.get("/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
-    assert len(telling.get("/health", headers={"x-request-id": "x" * 999}).headers["x-request-id"]) == 32
+    with_headers = make_client(request_id_headers=True)
+    assert with_headers.get("/health", headers={"x-request-id": "mine"}).headers["x-request-id"] == "mine"
+    assert len(with_headers.get("/health", headers={"x-request-id": "x" * 999}).headers["x-request-id"]) == 32
     assert "x-request-id" not in make_client().get("/health").headers
 
 
@@ -85,12 +85,10 @@ def test_other_origins(make_client: Make) -> None:
     assert make_client(origins=("http://home",)).options("/v1/completions", headers=ask).status_code == 400
 
 
-def test_the_log_has_one_line_a_request_with_the_id_of_its_answer(
-    client: TestClient, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_has_one_line_per_request_with_its_id(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="mmjax")
-    told = client.post("/v1/completions", json=ASK, headers={"x-request-id": "mine-7"}).json()
-    assert told["id"] == "cmpl-mine-7"
+    result = client.post("/v1/completions", json=ASK, headers={"x-request-id": "mine-7"}).json()
+    assert result["id"] == "cmpl-mine-7"
     client.get("/v1/no%0Asuch")
     client.get("/health")
     lines = [record.getMessage() for record in caplog.records if record.name == "mmjax.serve.middleware"]

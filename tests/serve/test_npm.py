@@ -1,6 +1,6 @@
-"""The openai package for JavaScript against a server that listens. Needs node and the package.
+"""The openai package for JavaScript against a server on a port. Needs node and the package.
 
-MMJAX_NODE_MODULES names the node_modules folder that holds it; one at the root of the repository is found by itself.
+MMJAX_NODE_MODULES names the node_modules folder with the package; the default is the one at the root of the repository.
 """
 
 import os
@@ -27,14 +27,14 @@ def address(make_client: Callable[..., TestClient]) -> Iterator[str]:
 
 @pytest.fixture
 def node(address: str, tmp_path: Path) -> Callable[..., str]:
-    """`node(script, *arguments)`: what a script of examples/clients prints."""
+    """`node(script, *arguments)`: the output of a script of examples/clients."""
     program = shutil.which("node")
     if program is None:
         pytest.skip("no node")
     modules = Path(os.environ.get("MMJAX_NODE_MODULES", ROOT / "node_modules"))
     if not (modules / "openai" / "package.json").is_file():
         pytest.skip(f"no openai package in {modules} (npm install openai; MMJAX_NODE_MODULES=FOLDER)")
-    # node looks for packages beside the script, and an environment variable does not move that.
+    # node looks for packages beside the script; no environment variable changes that for ES modules.
     (tmp_path / "node_modules").symlink_to(modules.resolve())
 
     def run(script: str, *arguments: object) -> str:
@@ -57,8 +57,8 @@ def test_chat(node: Callable[..., str], tmp_path: Path) -> None:
     Image.new("RGB", (112, 84), (10, 200, 30)).save(tmp_path / "green.jpg")
     plain, given = node("chat.mjs"), node("chat.mjs", tmp_path / "green.jpg")
     for text in (plain, given):
-        said = dict(line.split(": ", 1) for line in text.splitlines())
-        assert said["answer"] == said["streamed"] and '"completion_tokens":24' in said["usage"]
+        printed = dict(line.split(": ", 1) for line in text.splitlines())
+        assert printed["answer"] == printed["streamed"] and '"completion_tokens":24' in printed["usage"]
     tokens = [int(re.findall(r"(\d+) tokens of prompt", text)[0]) for text in (plain, given)]
     assert tokens[1] > tokens[0]  # the larger picture
 
@@ -73,8 +73,8 @@ def test_leaving_frees_the_request(node: Callable[..., str]) -> None:
 
 
 def test_errors_are_the_packages_own(node: Callable[..., str]) -> None:
-    told = node("errors.mjs").splitlines()
-    assert len(told) == 9
+    lines = node("errors.mjs").splitlines()
+    assert len(lines) == 9
     for i, (kind, status, param) in enumerate(
         [
             ("NotFoundError", 404, "model"),
@@ -83,6 +83,6 @@ def test_errors_are_the_packages_own(node: Callable[..., str]) -> None:
             ("BadRequestError", 400, "max_tokens"),
         ]
     ):
-        for line in told[2 * i : 2 * i + 2]:  # whole and streamed
+        for line in lines[2 * i : 2 * i + 2]:  # complete and streamed
             assert f": {kind} (status {status}, param {param}): {status} " in line
-    assert told[8] == "a wrong key: AuthenticationError (status 401)"
+    assert lines[8] == "a wrong key: AuthenticationError (status 401)"

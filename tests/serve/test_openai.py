@@ -1,4 +1,4 @@
-"""The clients people have: OpenAI's for Python, LangChain's and LiteLLM's where they are installed."""
+"""Common clients: OpenAI's for Python, and LangChain's and LiteLLM's where they are installed."""
 
 import asyncio
 import base64
@@ -61,8 +61,8 @@ def test_conversations(ask: "openai.OpenAI") -> None:
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
-    told = ask.completions.create(model=model, prompt="the lazy", max_tokens=4, temperature=0)
-    assert told.usage.completion_tokens <= 4
+    result = ask.completions.create(model=model, prompt="the lazy", max_tokens=4, temperature=0)
+    assert result.usage.completion_tokens <= 4
 
 
 def test_many_at_once(address: str) -> None:
@@ -81,7 +81,7 @@ def test_many_at_once(address: str) -> None:
     assert texts[:3] == texts[3:6] == texts[6:]
 
 
-def test_errors_have_their_classes(ask: "openai.OpenAI") -> None:
+def test_errors_have_the_clients_classes(ask: "openai.OpenAI") -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         ask.chat.completions.create(model="gpt-4", messages=user_messages("hi"))
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
@@ -90,64 +90,64 @@ def test_errors_have_their_classes(ask: "openai.OpenAI") -> None:
         ask.audio.transcriptions.create(model="tiny", file=("a.wav", WAV))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's own, of its translations
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client, about its translations
 def test_speech(hear: "openai.OpenAI") -> None:
-    told = hear.audio.transcriptions.create(model="tiny", file=("a.wav", WAV), language="de")
+    result = hear.audio.transcriptions.create(model="tiny", file=("a.wav", WAV), language="de")
     plain = hear.audio.transcriptions.create(model="tiny", file=io.BytesIO(WAV), language="de", response_format="text")
-    assert plain == told.text + "\n"
+    assert plain == result.text + "\n"
     whole = hear.audio.transcriptions.create(
         model="tiny", file=("a.wav", WAV), language="de", response_format="verbose_json",
         timestamp_granularities=["segment"], temperature=0,
     )  # fmt: skip
     assert whole.language == "de" and whole.segments and whole.segments[0].end <= 1.0
     events = list(hear.audio.transcriptions.create(model="tiny", file=("a.wav", WAV), language="de", stream=True))
-    assert "".join(e.delta for e in events if e.type == "transcript.text.delta") == told.text
-    assert events[-1].type == "transcript.text.done" and events[-1].text == told.text
+    assert "".join(e.delta for e in events if e.type == "transcript.text.delta") == result.text
+    assert events[-1].type == "transcript.text.done" and events[-1].text == result.text
     assert hear.audio.translations.create(model="tiny", file=("a.wav", WAV)).text
     with pytest.raises(openai.NotFoundError):
         hear.chat.completions.create(model="tiny", messages=user_messages("hi"))
 
 
-def test_vectors(vectors: "openai.OpenAI") -> None:
-    coded = vectors.embeddings.create(model="tiny", input=["the lazy dog", "a cat"])  # in base64, unless told otherwise
+def test_embeddings(vectors: "openai.OpenAI") -> None:
+    coded = vectors.embeddings.create(model="tiny", input=["the lazy dog", "a cat"])  # the client's default is base64
     plain = vectors.embeddings.create(model="tiny", input=["the lazy dog", "a cat"], encoding_format="float")
     for a, b in zip(coded.data, plain.data, strict=True):
         np.testing.assert_allclose(a.embedding, b.embedding, atol=1e-5)
 
 
 @pytest.fixture
-def no_stranger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The test asks no other machine for anything."""
-    asked: list[Any] = []
+def local_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test connects to no other machine."""
+    addresses: list[Any] = []
     plain = socket.socket.connect
 
     def connect(self: socket.socket, address: Any) -> None:
         if not str(address[0]).startswith("127."):
-            asked.append(address)
+            addresses.append(address)
         plain(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     yield
-    assert asked == []
+    assert addresses == []
 
 
 @pytest.mark.filterwarnings("default")
-def test_langchain(address: str, no_stranger: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_langchain(address: str, local_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
         monkeypatch.setenv(name, "false")
     of = pytest.importorskip("langchain_openai").ChatOpenAI
     options = {"base_url": f"{address}/v1", "api_key": "none", "model": "tiny", "temperature": 0, "max_tokens": 6}
-    chat, newer = (of(**options, max_retries=0, use_responses_api=asked) for asked in (False, True))
+    chat, newer = (of(**options, max_retries=0, use_responses_api=responses_api) for responses_api in (False, True))
     whole = chat.invoke("the lazy dog")
     assert whole.content == "".join(chunk.content for chunk in chat.stream("the lazy dog"))
     assert whole.usage_metadata["output_tokens"] <= 6
     assert whole.content == newer.invoke("the lazy dog").text
     assert whole.content == "".join(chunk.text for chunk in newer.stream("the lazy dog"))
     picture = image_url_part(random_image(1))
-    asked = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
-    seen = chat.invoke(asked)
+    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What is this?"}]}]
+    seen = chat.invoke(messages)
     assert seen.usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]
-    assert newer.invoke(asked).text == seen.content
+    assert newer.invoke(messages).text == seen.content
 
 
 FOUND = "import importlib.util as u, sys; sys.exit(u.find_spec('litellm') is None)"
@@ -170,11 +170,11 @@ print(json.dumps([whole.choices[0].message.content, said, refused]))
 
 
 def test_litellm(address: str) -> None:
-    """In a program of its own: MMJAX_LITELLM_PYTHON, or this Python, has litellm."""
+    """In a separate process: MMJAX_LITELLM_PYTHON, or this Python, has litellm."""
     python = os.environ.get("MMJAX_LITELLM_PYTHON", sys.executable)
     if not Path(python).exists() or subprocess.run([python, "-c", FOUND], check=False).returncode:
         pytest.skip(f"{python} has no litellm")
-    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it asks for prices at import
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # else it downloads prices at import
     done = subprocess.run(
         [python, "-c", LITELLM, f"{address}/v1"], env=environment, capture_output=True, text=True, timeout=300
     )

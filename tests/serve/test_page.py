@@ -1,4 +1,4 @@
-"""The page in a real browser: keyboard, files, streaming, errors, a phone's width. Needs selenium and Chromium."""
+"""The page in a browser: keyboard, files, streaming, errors, a narrow screen. Needs selenium and Chromium."""
 
 import shutil
 import time
@@ -22,7 +22,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def address(make_client: Callable[..., TestClient]) -> Iterator[str]:
-    """A server on a port of its own."""
+    """The address of a server."""
     with listening_server(make_client().app) as where:
         yield f"{where}/"
 
@@ -44,14 +44,14 @@ def browser() -> Iterator[Any]:
     chrome.quit()
 
 
-def until(true: Callable[[], Any]) -> Any:
-    """Wait for something to hold."""
+def until(condition: Callable[[], Any]) -> Any:
+    """Wait for a true value, and return it."""
     end = time.monotonic() + WAIT
     while time.monotonic() < end:
-        if found := true():
+        if found := condition():
             return found
         time.sleep(0.05)
-    raise AssertionError("it did not happen in time")
+    raise AssertionError("the condition did not become true in time")
 
 
 def by_id(browser: Any, name: str) -> Any:
@@ -59,7 +59,7 @@ def by_id(browser: Any, name: str) -> Any:
 
 
 def send(browser: Any, words: str) -> list[str]:
-    """Type a message, send it with the Enter key: the lines of facts, when the answer is complete."""
+    """Type a message and press Enter. Returns the lines of facts when the answer is complete."""
     before = len(browser.find_elements("css selector", ".facts"))
     by_id(browser, "text").send_keys(words + "\ue007")
     until(lambda: len(browser.find_elements("css selector", ".facts")) > before)
@@ -81,7 +81,7 @@ def test_a_conversation_by_keyboard(browser: Any, address: str, tmp_path: Path) 
     assert len(browser.find_elements("css selector", "article")) == 4
 
 
-def test_what_goes_wrong_is_said_and_the_next_message_works(browser: Any, address: str, tmp_path: Path) -> None:
+def test_an_error_is_shown_and_the_next_message_works(browser: Any, address: str, tmp_path: Path) -> None:
     browser.get(address)
     until(lambda: "tiny" in by_id(browser, "model").text)
     browser.execute_script("document.getElementById('tokens').value = 4")
@@ -102,13 +102,13 @@ def test_a_recording(browser: Any, address: str) -> None:
     assert by_id(browser, "attached").text == ""
 
 
-def test_a_phone_and_no_stranger(browser: Any, address: str) -> None:
+def test_a_narrow_screen_and_no_other_hosts(browser: Any, address: str) -> None:
     browser.set_window_size(390, 800)
     browser.get(address)
     until(lambda: "tiny" in by_id(browser, "model").text)
     width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-    assert width[0] <= width[1], "nothing sticks out"
+    assert width[0] <= width[1], "nothing is wider than the screen"
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    asked = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
-    assert asked and not [m for m in asked if '"url":"http' in m and f'"url":"{address}' not in m]
+    requests = [entry["message"] for entry in browser.get_log("performance") if "requestWillBeSent" in entry["message"]]
+    assert requests and not [m for m in requests if '"url":"http' in m and f'"url":"{address}' not in m]
     assert [entry for entry in severe if "400" not in entry["message"]] == []

@@ -1,4 +1,4 @@
-"""A server as clients and operators meet it: connections that break, and a stop while it answers."""
+"""A server in its own process: broken connections, slow media sites, a full queue, shutdown."""
 
 import base64
 import http.server
@@ -35,8 +35,8 @@ LONG = {
 QUEUE = 12
 
 
-def leave(address: str, path: str, body: dict[str, Any], wait: Callable[[socket.socket], object]) -> None:
-    """Send a request, wait for something, and break the connection."""
+def disconnect(address: str, path: str, body: dict[str, Any], wait: Callable[[socket.socket], object]) -> None:
+    """Send a request, call `wait`, and reset the connection."""
     host, port = address.removeprefix("http://").split(":")
     content = json.dumps(body).encode()
     head = (
@@ -45,12 +45,13 @@ def leave(address: str, path: str, body: dict[str, Any], wait: Callable[[socket.
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + content)
         wait(connection)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # no farewell
+        # reset the connection instead of closing it
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/completions", "/generate"])
-def test_clients_that_leave_free_their_pages(address: str, served: AsyncLLM, path: str, stream: bool) -> None:
+def test_a_disconnect_frees_the_blocks(address: str, served: AsyncLLM, path: str, stream: bool) -> None:
     body: dict[str, Any] = {**LONG, "stream": stream}
     if path == "/v1/completions":
         body = {"prompt": ["the lazy", "a"], "max_tokens": 300, "ignore_eos": True, "stream": stream}
@@ -63,23 +64,23 @@ def test_clients_that_leave_free_their_pages(address: str, served: AsyncLLM, pat
     def begun(connection: socket.socket) -> None:
         if stream and path != "/generate":
             assert b"200 OK" in connection.recv(4096)
-        wait_until(lambda: served.llm.get_metrics()["output_tokens"] > made + 4, "it is being answered")
+        wait_until(lambda: served.llm.get_metrics()["output_tokens"] > made + 4, "tokens are generated")
 
-    leave(address, path, body, begun)
+    disconnect(address, path, body, begun)
     wait_until(lambda: served.open == 0 and served.load()[:2] == (0, 0), "the request has ended", 10)
-    assert served.load()[2] == 0, "no page is held"
+    assert served.load()[2] == 0, "no block is in use"
     assert httpx.get(f"{address}/load").json() == {"server_load": 0}
     assert served.llm.get_metrics()["output_tokens"] < made + 500
 
 
-def test_a_client_that_leaves_before_it_is_read(address: str, served: AsyncLLM) -> None:
+def test_a_disconnect_before_the_response(address: str, served: AsyncLLM) -> None:
     for _ in range(5):
-        leave(address, "/v1/chat/completions", {**LONG, "stream": True}, lambda _: None)
+        disconnect(address, "/v1/chat/completions", {**LONG, "stream": True}, lambda _: None)
     wait_until(lambda: served.open == 0 and served.load() == (0, 0, 0), "the requests have ended", 20)
     assert httpx.get(f"{address}/health").status_code == 200
 
 
-def test_a_listener_that_leaves(listening: AsyncLLM) -> None:
+def test_a_disconnect_during_a_transcript(listening: AsyncLLM) -> None:
     sound = base64.b64decode(base64_wav(random_chord(1, 60.0)))
     with on_a_port(client_over(listening).app) as where:
         form: dict[str, Any] = {"files": {"file": ("a.wav", sound)}, "data": {"stream": "true", "language": "en"}}
@@ -90,7 +91,7 @@ def test_a_listener_that_leaves(listening: AsyncLLM) -> None:
 
 @pytest.fixture(scope="module")
 def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """`mmjax serve` in a process of its own, its flags in a file: (process, address)."""
+    """(process, address) of `mmjax serve` with its flags in a file."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -124,8 +125,8 @@ def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
         server.wait()
 
 
-def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> None:
-    """Pictures that come a byte at a time, more of them than there are threads that decode media."""
+def test_slow_sites_do_not_delay_others_and_a_full_queue_answers_429(process: Any) -> None:
+    """Images that arrive byte by byte; more of them than threads that decode media."""
     _, address = process
     ended, answers = threading.Event(), []
 
@@ -151,7 +152,7 @@ def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> Non
         try:
             for thread in threads[:-1]:
                 thread.start()
-            wait_until(lambda: len(site.seen) == QUEUE - 1, "the slow ones are being fetched")
+            wait_until(lambda: len(site.seen) == QUEUE - 1, "the slow images are being fetched")
             assert [ask(link).status_code for link in (None, quick, None)] == [200, 200, 200]
             threads[-1].start()
             wait_until(lambda: httpx.get(f"{address}/load").json() == {"server_load": QUEUE}, "the queue is full")
@@ -164,12 +165,12 @@ def test_slow_sites_hold_up_nobody_and_a_full_queue_says_so(process: Any) -> Non
             ended.set()
         for thread in threads:
             thread.join(300)
-        assert [answer.status_code for answer in answers] == [400] * QUEUE  # what came was no picture
+        assert [answer.status_code for answer in answers] == [400] * QUEUE  # the bytes are not an image
         assert ask(quick).status_code == 200
     assert httpx.get(f"{address}/load").json() == {"server_load": 0}
 
 
-def test_a_stop_lets_running_requests_end(process: Any) -> None:
+def test_running_requests_finish_before_a_shutdown(process: Any) -> None:
     server, address = process
     assert [card["id"] for card in httpx.get(f"{address}/v1/models").json()["data"]] == ["tiny", "other"]
     three = {**LONG, "messages": user_messages(*[image_url_part(random_image(seed)) for seed in range(3)], "?")}

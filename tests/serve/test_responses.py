@@ -1,4 +1,4 @@
-"""POST /v1/responses as OpenAI's client for Python speaks it, and what is refused there."""
+"""POST /v1/responses with OpenAI's client for Python."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from prompts import base64_image, random_image
 
 openai = pytest.importorskip("openai")
 
-PICTURE = f"data:image/png;base64,{base64_image(random_image(1))}"
+IMAGE = f"data:image/png;base64,{base64_image(random_image(1))}"
 SHAPE: dict[str, Any] = {
     "type": "object",
     "properties": {"warm": {"type": "boolean"}},
@@ -35,17 +35,23 @@ def ask(address: str) -> Iterator["openai.OpenAI"]:
         yield client
 
 
-def kinds(events: list[Any]) -> list[str]:
-    """The types of events, each run of deltas once. All have what the client's types say."""
+def event_types(events: list[Any]) -> list[str]:
+    """The types of events, each run of deltas once. Every event must fit the client's types."""
     for event in events:
         type(event).model_validate(event.to_dict())
     assert [event.sequence_number for event in events] == list(range(len(events)))
     found = [event.type.removeprefix("response.") for event in events]
-    return [kind for i, kind in enumerate(found) if not (kind.endswith(".delta") and found[i - 1] == kind)]
+    return [name for i, name in enumerate(found) if not (name.endswith(".delta") and found[i - 1] == name)]
 
 
-SAID = ["output_item.added", "content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
-CALLED = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done"]
+MESSAGE_EVENTS = [
+    "output_item.added",
+    "content_part.added",
+    "output_text.delta",
+    "output_text.done",
+    "content_part.done",
+]
+CALL_EVENTS = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done"]
 
 
 def test_an_answer(ask: "openai.OpenAI") -> None:
@@ -73,7 +79,7 @@ def test_events(ask: "openai.OpenAI") -> None:
     given = {"input": "the lazy dog", "include": ["message.output_text.logprobs"], "top_logprobs": 2, **GREEDY}
     whole = ask.responses.create(**given)
     events = list(ask.responses.create(stream=True, **given))
-    assert kinds(events) == ["created", "in_progress", *SAID, "output_item.done", "incomplete"]
+    assert event_types(events) == ["created", "in_progress", *MESSAGE_EVENTS, "output_item.done", "incomplete"]
     deltas = [event for event in events if event.type == "response.output_text.delta"]
     assert "".join(event.delta for event in deltas) == whole.output_text == events[-1].response.output_text
     assert {event.item_id for event in deltas} == {events[-1].response.output[0].id}
@@ -83,13 +89,13 @@ def test_events(ask: "openai.OpenAI") -> None:
     assert events[0].response.status == "in_progress" and events[0].response.output == []
 
 
-def test_a_picture(ask: "openai.OpenAI") -> None:
+def test_an_image(ask: "openai.OpenAI") -> None:
     content = [
-        {"type": "input_image", "image_url": PICTURE, "detail": "auto"},
+        {"type": "input_image", "image_url": IMAGE, "detail": "auto"},
         {"type": "input_text", "text": "What is this?"},
     ]
     seen = ask.responses.create(input=[{"role": "user", "content": content}], **GREEDY)
-    parts = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": "What is this?"}]
+    parts = [{"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": "What is this?"}]
     chat = ask.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": parts}], max_tokens=8, temperature=0
     )
@@ -105,38 +111,43 @@ def test_calls(ask: "openai.OpenAI") -> None:
     turns: list[Any] = [{"role": "user", "content": "Is it warm?"}]
     given = {"input": turns, "tools": [WEATHER, NOW], "tool_choice": {"type": "function", "name": "weather"}}
     given |= GREEDY | {"max_output_tokens": 60}
-    told = ask.responses.create(**given)
-    [call] = told.output
-    assert call.type == "function_call" and call.name == "weather" and told.status == "completed"
-    assert set(json.loads(call.arguments)) == {"warm"} and told.output_text == ""
-    assert told.tools[0].name == "weather" and told.tool_choice.name == "weather"
+    result = ask.responses.create(**given)
+    [call] = result.output
+    assert call.type == "function_call" and call.name == "weather" and result.status == "completed"
+    assert set(json.loads(call.arguments)) == {"warm"} and result.output_text == ""
+    assert result.tools[0].name == "weather" and result.tool_choice.name == "weather"
     events = list(ask.responses.create(stream=True, **given))
-    assert kinds(events) == ["created", "in_progress", *CALLED, "output_item.done", "completed"]
+    assert event_types(events) == ["created", "in_progress", *CALL_EVENTS, "output_item.done", "completed"]
     assert events[-1].response.output[0].arguments == call.arguments
     turns += [call, {"type": "function_call_output", "call_id": call.call_id, "output": '{"warm": true}'}]
-    assert ask.responses.create(input=turns, tools=[WEATHER], **GREEDY).usage.input_tokens > told.usage.input_tokens
+    assert ask.responses.create(input=turns, tools=[WEATHER], **GREEDY).usage.input_tokens > result.usage.input_tokens
     choice = {"structured_outputs": {"choice": [f"Wait.{CALL}{CALL}"]}}
     mixed = list(
         ask.responses.create(input="Time?", tools=[NOW], stream=True, extra_body=choice, model="tiny", temperature=0)
     )
-    assert kinds(mixed)[2:] == [*SAID, "output_item.done", *[*CALLED, "output_item.done"] * 2, "completed"]
+    assert event_types(mixed)[2:] == [
+        *MESSAGE_EVENTS,
+        "output_item.done",
+        *[*CALL_EVENTS, "output_item.done"] * 2,
+        "completed",
+    ]
     whole = ask.responses.create(input="Time?", tools=[NOW], extra_body=choice, model="tiny", temperature=0)
     assert [item.type for item in whole.output] == ["message", "function_call", "function_call"]
     assert whole.output_text == "Wait." == mixed[-1].response.output_text
     assert len({item.id for item in whole.output}) == len({item.call_id for item in whole.output[1:]}) + 1 == 3
 
 
-def test_a_form(ask: "openai.OpenAI") -> None:
+def test_a_format(ask: "openai.OpenAI") -> None:
     pytest.importorskip("llguidance")
     form = {"type": "json_schema", "name": "weather", "schema": SHAPE, "strict": True}
-    told = ask.responses.create(
+    result = ask.responses.create(
         model="tiny", input="Warm?", text={"format": form}, temperature=0, max_output_tokens=250
     )
-    assert set(json.loads(told.output_text)) == {"warm"} and told.status == "completed"
-    assert told.text.format.name == "weather"
+    assert set(json.loads(result.output_text)) == {"warm"} and result.status == "completed"
+    assert result.text.format.name == "weather"
 
     class Weather(pydantic.BaseModel):
-        """What the model has to fill in."""
+        """The output that the model must generate."""
 
         model_config = pydantic.ConfigDict(extra="forbid")
         warm: bool
@@ -161,7 +172,7 @@ def test_asynchronous(address: str) -> None:
     assert whole == streamed
 
 
-def test_what_is_refused(ask: "openai.OpenAI") -> None:
+def test_refusals(ask: "openai.OpenAI") -> None:
     user = {"role": "user", "content": "hi"}
     file = {"type": "input_image", "file_id": "file-1"}
     wrong: dict[str, dict[str, Any]] = {
@@ -214,10 +225,10 @@ def test_items_become_messages() -> None:
     assert [made["id"] for made in early["tool_calls"]] == ["1", "2"] and early["content"][0]["text"] == "Wait."
     assert output == {"role": "tool", "tool_call_id": "1", "content": "noon"}
     assert late["role"] == "assistant" and late["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
-    assert "tool_calls" not in given[1], "what the client sent is left as it is"
+    assert "tool_calls" not in given[1], "the request is not modified"
 
 
-def test_each_event_under_its_name(client: TestClient) -> None:
+def test_events_are_named(client: TestClient) -> None:
     body = {"input": "the lazy dog", "stream": True, **GREEDY}
     blocks = client.post("/v1/responses", json=body).text.rstrip("\n").split("\n\n")
     for block in blocks:
@@ -229,13 +240,13 @@ def test_each_event_under_its_name(client: TestClient) -> None:
 def test_a_failure_is_the_last_event(ask: "openai.OpenAI", served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = served.stream
 
-    async def broken(ticket: Any) -> AsyncIterator[Any]:
-        async for delta in plain(ticket):
+    async def broken(request: Any) -> AsyncIterator[Any]:
+        async for delta in plain(request):
             yield delta
             raise EngineDeadError("no device")
 
     monkeypatch.setattr(served, "stream", broken)
     events = list(ask.responses.create(input="the lazy dog", stream=True, **GREEDY))
-    assert kinds(events) == ["created", "in_progress", *SAID[:3], "failed"]
+    assert event_types(events) == ["created", "in_progress", *MESSAGE_EVENTS[:3], "failed"]
     assert events[-1].response.status == "failed" and events[-1].response.error.message == "no device"
-    wait_until(lambda: served.open == 0 and served.load() == (0, 0, 0), "what it held is free", 10)
+    wait_until(lambda: served.open == 0 and served.load() == (0, 0, 0), "its blocks are free", 10)

@@ -1,4 +1,4 @@
-"""Speech to text: forms, formats, languages, recordings longer than the window, streams."""
+"""Transcripts: formats, languages, recordings longer than the window, streams."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ LONG = 10.5  # seconds: three windows of the tiny model
 
 
 def sound(seconds: float, seed: int = 1) -> bytes:
-    """A WAV file in which every tenth of a second is louder or quieter than the one before."""
+    """A WAV file whose loudness changes every tenth of a second."""
     samples = random_chord(seed, seconds)
     loudness = np.random.default_rng(seed).uniform(0.2, 1, len(samples) // 1600 + 1).repeat(1600)[: len(samples)]
     return base64.b64decode(base64_wav(samples * loudness.astype(np.float32)))
@@ -32,10 +32,10 @@ def listen(client: TestClient, content: bytes | None = None, *, to: str = "trans
 
 
 def test_formats(speech_client: TestClient) -> None:
-    told = listen(speech_client, language="de").json()
-    assert set(told) == {"text", "usage"} and told["usage"] == {"type": "duration", "seconds": 1}
+    result = listen(speech_client, language="de").json()
+    assert set(result) == {"text", "usage"} and result["usage"] == {"type": "duration", "seconds": 1}
     plain = listen(speech_client, language="de", response_format="text")
-    assert plain.headers["content-type"].startswith("text/plain") and plain.text == told["text"] + "\n"
+    assert plain.headers["content-type"].startswith("text/plain") and plain.text == result["text"] + "\n"
     whole = listen(speech_client, language="de", response_format="verbose_json").json()
     assert whole["language"] == "de" and whole["duration"] == 1.0 and whole["task"] == "transcribe"
     assert whole["segments"] and whole["text"] == "".join(s["text"] for s in whole["segments"]).strip()
@@ -50,19 +50,19 @@ def test_formats(speech_client: TestClient) -> None:
     assert re.match(rf"WEBVTT\n\n{time}\.\d{{3}} --> {time}\.\d{{3}}\n\S", vtt.text)
 
 
-def test_a_long_recording_has_the_true_times(speech_client: TestClient, listening: AsyncLLM) -> None:
+def test_times_of_a_long_recording(speech_client: TestClient, listening: AsyncLLM) -> None:
     whole = listen(speech_client, sound(LONG), language="en", response_format="verbose_json").json()
     assert whole["duration"] == LONG and whole["usage"]["seconds"] == 11
     seeks = sorted({segment["seek"] / 100 for segment in whole["segments"]})
     assert len(seeks) >= 3 and seeks[0] == 0
-    assert any(seek % 4 for seek in seeks), "clips end where it is quiet, not where the window does"
+    assert any(seek % 4 for seek in seeks), "clips end at quiet moments, not at the end of the window"
     times = [(segment["start"], segment["end"]) for segment in whole["segments"]]
     assert times == sorted(times) and times[-1][1] <= LONG
     assert [segment["id"] for segment in whole["segments"]] == list(range(len(times)))
     assert all(segment["start"] >= segment["seek"] / 100 - 0.01 for segment in whole["segments"])
 
 
-def test_stream_says_the_same(speech_client: TestClient) -> None:
+def test_stream_has_the_same_text(speech_client: TestClient) -> None:
     content = sound(LONG)
     whole = listen(speech_client, content, language="en").json()
     chunks = sse_events(listen(speech_client, content, language="en", stream="true", stream_include_usage="true"))
@@ -78,14 +78,14 @@ def test_stream_says_the_same(speech_client: TestClient) -> None:
 def test_languages_and_prompts(speech_client: TestClient, listening: AsyncLLM) -> None:
     found = listen(speech_client, response_format="verbose_json").json()["language"]
     assert found in Speech(listening).languages
-    said = listen(speech_client, language=found).json()["text"]
-    assert listen(speech_client).json()["text"] == said
+    text = listen(speech_client, language=found).json()["text"]
+    assert listen(speech_client).json()["text"] == text
     translated = listen(speech_client, language=found, to="translations").json()["text"]
     prompted = listen(speech_client, language=found, prompt="the lazy dog is on the tin " * 20).json()["text"]
-    assert said and translated and prompted and prompted != said
+    assert text and translated and prompted and prompted != text
 
 
-def test_the_prompt_is_what_whisper_was_trained_on(listening: AsyncLLM) -> None:
+def test_prompts_have_the_format_of_whispers_training(listening: AsyncLLM) -> None:
 
     speech = Speech(listening)
 
@@ -116,8 +116,8 @@ def test_the_prompt_is_what_whisper_was_trained_on(listening: AsyncLLM) -> None:
         ([1, 200, 150, 2, 999], 3.0, [(0.0, 2.0, 0, 1), (2.0, 3.0, 3, 4)]),
     ],
 )
-def test_stretches(tokens: list[int], seconds: float, wanted: list[tuple[float, float, int, int]]) -> None:
-    assert split_segments(tokens, 100, seconds) == [pytest.approx(stretch) for stretch in wanted]
+def test_segments(tokens: list[int], seconds: float, wanted: list[tuple[float, float, int, int]]) -> None:
+    assert split_segments(tokens, 100, seconds) == [pytest.approx(segment) for segment in wanted]
 
 
 def test_refusals(speech_client: TestClient) -> None:

@@ -1,4 +1,4 @@
-"""Answers that keep to a schema: in every route that makes text, and at nobody else's expense."""
+"""Structured outputs, in every route that generates text."""
 
 import json
 import re
@@ -27,21 +27,24 @@ def chat(client: TestClient, **body: Any) -> Any:
 
 def test_every_route(client: TestClient) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    told = chat(client, response_format=form).json()["choices"][0]
-    assert set(json.loads(told["message"]["content"])) == {"a"} and told["finish_reason"] == "stop"
+    result = chat(client, response_format=form).json()["choices"][0]
+    assert set(json.loads(result["message"]["content"])) == {"a"} and result["finish_reason"] == "stop"
     body = {"prompt": "Hi", "temperature": 0, "max_tokens": 40, "structured_outputs": {"regex": "[ab]{3}"}}
     assert re.fullmatch("[ab]{3}", client.post("/v1/completions", json=body).json()["choices"][0]["text"])
-    asked = {"prompts": "Hi", "sampling_params": {"max_tokens": 40, "structured_outputs": {"choice": ["red", "blue"]}}}
-    assert client.post("/generate", json=asked).json()[0]["outputs"][0]["text"] in ("red", "blue")
+    request = {
+        "prompts": "Hi",
+        "sampling_params": {"max_tokens": 40, "structured_outputs": {"choice": ["red", "blue"]}},
+    }
+    assert client.post("/generate", json=request).json()[0]["outputs"][0]["text"] in ("red", "blue")
 
 
-def test_blanks_have_an_end(client: TestClient) -> None:
-    blanks = [token for text in (" ", "\n", "\t") for token in _tokens(client, text)]
+def test_whitespace_is_limited(client: TestClient) -> None:
+    whitespace = [token for text in (" ", "\n", "\t") for token in _tokens(client, text)]
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-    bias = {str(token): 100 for token in blanks}
-    told = chat(client, response_format=form, logit_bias=bias, max_tokens=250).json()["choices"][0]
-    assert told["finish_reason"] == "stop", told
-    assert set(json.loads(told["message"]["content"])) == {"a"} and not told["message"]["content"][-1].isspace()
+    bias = {str(token): 100 for token in whitespace}
+    result = chat(client, response_format=form, logit_bias=bias, max_tokens=250).json()["choices"][0]
+    assert result["finish_reason"] == "stop", result
+    assert set(json.loads(result["message"]["content"])) == {"a"} and not result["message"]["content"][-1].isspace()
 
 
 def _tokens(client: TestClient, text: str) -> list[int]:
@@ -50,7 +53,7 @@ def _tokens(client: TestClient, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_followed_is_refused_before_the_answer_begins(client: TestClient, stream: bool) -> None:
+def test_invalid_constraints_are_refused_before_a_stream_begins(client: TestClient, stream: bool) -> None:
     for constraint in ({"regex": "("}, {"json": {"type": "nonsense"}}, {}, {"grammar": "start: %"}):
         refused = chat(client, structured_outputs=constraint, stream=stream)
         assert refused.status_code == 400 and "error" in refused.json(), refused.text
@@ -58,7 +61,9 @@ def test_what_cannot_be_followed_is_refused_before_the_answer_begins(client: Tes
         assert client.post("/v1/completions", json=body).status_code == 400
 
 
-def test_a_costly_grammar_stalls_nobody(client: TestClient, served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_grammar_does_not_delay_others(
+    client: TestClient, served: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vocabulary, begun, go, threads = served.llm.model.grammar_compiler, threading.Event(), threading.Event(), []
     plain = vocabulary.compile
 
@@ -70,14 +75,14 @@ def test_a_costly_grammar_stalls_nobody(client: TestClient, served: AsyncLLM, mo
         return plain(structured)
 
     monkeypatch.setattr(vocabulary, "compile", slow)
-    told: list[Any] = []
-    costly = threading.Thread(target=lambda: told.append(chat(client, structured_outputs={"choice": ["yes"]})))
-    costly.start()
+    result: list[Any] = []
+    slow_request = threading.Thread(target=lambda: result.append(chat(client, structured_outputs={"choice": ["yes"]})))
+    slow_request.start()
     assert begun.wait(300)
     for _ in range(2):
         assert chat(client, max_tokens=3).status_code == 200
-    assert not told
+    assert not result
     go.set()
-    costly.join()
-    assert told[0].json()["choices"][0]["message"]["content"] == "yes"
+    slow_request.join()
+    assert result[0].json()["choices"][0]["message"]["content"] == "yes"
     assert len(threads) == 1 and threads[0].startswith("render")

@@ -1,4 +1,4 @@
-"""Tokens, POST /generate, models, health and figures."""
+"""Tokenization, POST /generate, models, health, metrics, limits."""
 
 import asyncio
 import json
@@ -7,25 +7,25 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from mmjax.serve.context import as_json
+from mmjax.serve.context import json_response
 
 from mmjax import AsyncLLM
 from prompts import base64_image, image_url_part, random_image, user_messages
 
 
-def test_tokens_there_and_back(client: TestClient) -> None:
-    told = client.post("/tokenize", json={"prompt": "the lazy dog", "return_token_strs": True}).json()
-    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) and told["max_model_len"] == 384
-    assert client.post("/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": "the lazy dog"}
+def test_tokens_round_trip(client: TestClient) -> None:
+    result = client.post("/tokenize", json={"prompt": "the lazy dog", "return_token_strs": True}).json()
+    assert result["count"] == len(result["tokens"]) == len(result["token_strs"]) and result["max_model_len"] == 384
+    assert client.post("/detokenize", json={"tokens": result["tokens"]}).json() == {"prompt": "the lazy dog"}
     for wrong in ([10**9], [-1], "no"):
         assert client.post("/detokenize", json={"tokens": wrong}).status_code == 400
 
 
-def test_tokens_of_a_conversation_count_its_pictures(client: TestClient) -> None:
+def test_tokens_of_a_conversation_include_its_images(client: TestClient) -> None:
     messages = user_messages(image_url_part(random_image(1)), "What is this?")
-    told = client.post("/tokenize", json={"messages": messages}).json()
+    result = client.post("/tokenize", json={"messages": messages}).json()
     answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1}).json()
-    assert told["count"] == answer["usage"]["prompt_tokens"]
+    assert result["count"] == answer["usage"]["prompt_tokens"]
     assert client.post("/tokenize", json={"messages": messages, "prompt": "both"}).status_code == 400
     assert client.post("/tokenize", json={"messages": messages, "chat_template": "{{ 1 }}"}).status_code == 400
 
@@ -72,18 +72,18 @@ def test_models(client: TestClient) -> None:
     assert client.get("/v1/models/other").status_code == 404
 
 
-def test_health_and_figures(client: TestClient) -> None:
+def test_health_and_metrics(client: TestClient) -> None:
     for path in ("/health", "/ping", "/version", "/load", "/"):
         assert client.get(path).status_code == 200
     assert client.post("/ping").status_code == 200
 
-    def figures() -> dict[str, float]:
+    def metrics() -> dict[str, float]:
         lines = client.get("/metrics").text.splitlines()
         return {m[1]: float(m[2]) for line in lines if (m := re.fullmatch(r"([\w:]+)\{.*\} (\S+)", line))}
 
-    before = figures()
+    before = metrics()
     client.post("/v1/completions", json={"prompt": "the", "max_tokens": 5, "ignore_eos": True})
-    after = figures()
+    after = metrics()
     assert after["vllm:generation_tokens_total"] == before["vllm:generation_tokens_total"] + 5
     assert after["vllm:e2e_request_latency_seconds_count"] == before["vllm:e2e_request_latency_seconds_count"] + 1
     assert after["vllm:num_requests_running"] == 0 and 0 <= after["vllm:kv_cache_usage_perc"] < 0.01
@@ -96,9 +96,7 @@ def test_caches_are_emptied_in_development_only(make_client: Any) -> None:
         assert developing.post(path).status_code == 200
 
 
-def test_routes_are_those_the_model_can_serve(
-    client: TestClient, speech_client: TestClient, vector_client: TestClient
-) -> None:
+def test_routes_depend_on_the_model(client: TestClient, speech_client: TestClient, vector_client: TestClient) -> None:
     def routes(of: TestClient) -> set[str]:
         return {
             path for path in of.get("/openapi.json").json()["paths"] if path.startswith("/v1/") and "models" not in path
@@ -111,9 +109,9 @@ def test_routes_are_those_the_model_can_serve(
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
 
 
-def test_long_answers_are_the_same_json() -> None:
+def test_json_is_the_same_as_of_json_dumps() -> None:
     content = {"a": [], "b": [{"c": [1.5, None, True]}, {}], "d": {"ü": "日本\n\ud800"}, "e": [[1], [2]], "f": [1, "x"]}
-    body = asyncio.run(as_json(content)).body.decode()
+    body = asyncio.run(json_response(content)).body.decode()
     assert json.loads(body) == {**content, "d": {"ü": "日本\n?"}} and "日本" in body
 
 
@@ -126,7 +124,7 @@ def _nested(depth: int) -> Any:
     return {"a": _nested(depth - 1)} if depth else 1
 
 
-def test_depth_is_refused(client: TestClient) -> None:
+def test_deeply_nested_bodies_are_refused(client: TestClient) -> None:
     deep = "[" * 5000 + "]" * 5000
     call = {"function": {"name": "f", "arguments": deep}}
     bodies = {

@@ -1,4 +1,4 @@
-"""Tool calls found in text, whole and in pieces, and calls that a client insists on."""
+"""Tool calls in complete and streamed outputs, and forced calls."""
 
 import json
 from typing import Any
@@ -29,7 +29,7 @@ TOOLS = [
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 @pytest.mark.parametrize(
-    ("text", "said", "names"),
+    ("text", "content", "names"),
     [
         ("no call at all", "no call at all", []),
         (CALL, "", ["weather"]),
@@ -40,12 +40,12 @@ TOOLS = [
         ('<tool_call>{"name": "no', '<tool_call>{"name": "no', []),
     ],
 )
-def test_reading_in_pieces(text: str, said: str, names: list[str], size: int) -> None:
-    reader, pieces = ToolCallParser(), []
+def test_parsing_in_pieces(text: str, content: str, names: list[str], size: int) -> None:
+    parser, pieces = ToolCallParser(), []
     for at in range(0, len(text), size):
-        pieces += reader.feed(text[at : at + size])
-    pieces += reader.feed("", last=True)
-    assert "".join(piece for piece in pieces if isinstance(piece, str)) == said
+        pieces += parser.feed(text[at : at + size])
+    pieces += parser.feed("", last=True)
+    assert "".join(piece for piece in pieces if isinstance(piece, str)) == content
     assert [piece.name for piece in pieces if isinstance(piece, ToolCall)] == names
     assert [call.name for call in ToolCallParser().read(text)[1]] == names
 
@@ -56,15 +56,15 @@ def test_arguments_are_json_text() -> None:
     assert call.as_json()["type"] == "function" and call.id.startswith("chatcmpl-tool-")
 
 
-def test_forced_answers() -> None:
+def test_forced_outputs() -> None:
     assert [call.name for call in ForcedToolCallParser(None).read('[{"name": "now", "parameters": {}}]')[1]] == ["now"]
-    assert ForcedToolCallParser("weather").read('{"city": "Bern"')[1] == [], "an answer that was cut short is no call"
+    assert ForcedToolCallParser("weather").read('{"city": "Bern"')[1] == [], "a truncated output is not a call"
     for choice, words in ((("sometimes"), "none of none"), ({"function": {"name": "fly"}}, "fly")):
         with pytest.raises(ValueError, match=words):
             schema_of(TOOLS, choice)  # type: ignore[arg-type]
 
 
-def test_a_client_insists(client: TestClient) -> None:
+def test_forced_calls(client: TestClient) -> None:
     pytest.importorskip("llguidance")
 
     def ask(**body: Any) -> Any:
@@ -85,7 +85,7 @@ def test_a_client_insists(client: TestClient) -> None:
     assert ask(tool_choice="sometimes").status_code == 400
 
 
-def test_calls_have_an_end(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_calls_are_limited(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
     monkeypatch.setattr("mmjax.serve.chat.MAX_CALLS", 3)
     ends = [
@@ -126,7 +126,7 @@ def test_one_call_at_a_time(client: TestClient, stream: bool) -> None:
 @pytest.mark.parametrize(
     "named", [{}, {"function": "f"}, {"function": ["f"]}, {"function": {"name": ["f"]}}, {"name": "f"}]
 )
-def test_a_choice_of_no_function_is_refused(client: TestClient, named: dict[str, Any]) -> None:
+def test_an_unknown_tool_choice_is_refused(client: TestClient, named: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     body = {
         "messages": [{"role": "user", "content": "a"}],

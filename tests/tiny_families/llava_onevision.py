@@ -1,4 +1,4 @@
-"""LLaVA-OneVision in little: crops of 56 pixels, up to four by four of them, scaled down above nine."""
+"""LLaVA-OneVision, tiny: crops of 56 pixels, up to four by four of them, scaled down above nine."""
 
 from collections.abc import Mapping
 from typing import Any

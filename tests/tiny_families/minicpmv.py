@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6 in little: slices of about 8 x 8 patches, 16 rows each. The resampler has heads of 128: so `width` is
+"""MiniCPM-V 2.6, tiny: slices of about 8 x 8 patches, 16 embeddings each. The resampler has heads of 128: so `width` is
 counted in fours."""
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Phi-3.5-vision in little: crops of 4 x 4 patches, 4 rows each, beside the tokenizer's shape of Llama-2."""
+"""Phi-3.5-vision, tiny: crops of 4 x 4 patches, 4 embeddings each, with a tokenizer like Llama-2's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +43,7 @@ def build(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
 
 
 def configuration(size: Mapping[str, int], vocabulary: int) -> dict[str, Any]:
-    """config.json as published, but for the token ids: the image tower is only named."""
+    """config.json as published, without the token ids: it has only the name of the image tower."""
     slots = size["width"] // size["heads"] // 2
     return {
         "architectures": ["Phi3VForCausalLM"], "model_type": "phi3_v", "torch_dtype": "float32", "hidden_act": "silu",

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-Omni, laid out as the whole published model, of which only the thinker counts."""
+"""A tiny Qwen2.5-Omni, laid out as the whole published model, of which only the thinker is loaded."""
 
 from __future__ import annotations
 
@@ -135,13 +135,13 @@ def _shapes(size: Mapping[str, int], vocabulary: int) -> Shapes:
     shapes["thinker.audio_tower.conv2.weight"] = (width, width, 3)
     for name in ("conv1", "conv2"):
         shapes[f"thinker.audio_tower.{name}.bias"] = (width,)
-    ears(shapes, width, mlp, key_bias=False)
+    put_audio_tower(shapes, width, mlp, key_bias=False)
     put_layer(shapes, "thinker.audio_tower.proj", size["width"], width)
     shapes["thinker.audio_tower.audio_bos_eos_token.weight"] = (2, size["width"])
     return shapes
 
 
-def ears(shapes: Shapes, width: int, mlp: int, key_bias: bool) -> None:
+def put_audio_tower(shapes: Shapes, width: int, mlp: int, key_bias: bool) -> None:
     for i in range(2):
         layer = f"thinker.audio_tower.layers.{i}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):

@@ -1,4 +1,4 @@
-"""A tiny Qwen2.5-VL: windows of 2 x 2 rows, so that small pictures have several."""
+"""A tiny Qwen2.5-VL: windows of 2 x 2 embeddings, so that small images have several."""
 
 from __future__ import annotations
 

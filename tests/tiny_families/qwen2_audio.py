@@ -1,4 +1,4 @@
-"""Qwen2-Audio in little: windows of four seconds, three pieces each."""
+"""Qwen2-Audio, tiny: windows of four seconds, three chunks each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -79,12 +79,12 @@ def tensors(size: Mapping[str, int], vocabulary: int, bins: int, steps: int) -> 
     shapes: Shapes = {}
     put_decoder(shapes, "language_model.model.", size, vocabulary, bias=True)
     shapes["language_model.lm_head.weight"] = (vocabulary, size["width"])
-    put_ears(shapes, "audio_tower.", size, bins, steps)
+    put_whisper_encoder(shapes, "audio_tower.", size, bins, steps)
     put_layer(shapes, "multi_modal_projector.linear", size["width"], size["tower_width"])
     return shapes
 
 
-def put_ears(shapes: Shapes, prefix: str, size: Mapping[str, int], bins: int, steps: int) -> None:
+def put_whisper_encoder(shapes: Shapes, prefix: str, size: Mapping[str, int], bins: int, steps: int) -> None:
     """Whisper's encoder."""
     width, mlp = size["tower_width"], size["tower_mlp"]
     shapes[f"{prefix}conv1.weight"], shapes[f"{prefix}conv1.bias"] = (width, bins, 3), (width,)

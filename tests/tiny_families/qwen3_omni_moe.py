@@ -1,4 +1,4 @@
-"""A tiny Qwen3-Omni, laid out as the whole published model, of which only the thinker counts."""
+"""A tiny Qwen3-Omni, laid out as the whole published model, of which only the thinker is loaded."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tiny import QWEN_WORDS, Shapes, byte_level, host_files, put_layer, put_norm, table_rows
-from tiny_families.qwen2_5_omni import BINS, TEMPLATE, ears
+from tiny_families.qwen2_5_omni import BINS, TEMPLATE, put_audio_tower
 
 SEED = 6
 SPECIAL = [
@@ -31,7 +31,7 @@ OTHER_WORDS = {
 
 
 def build(size: Mapping[str, int]) -> tuple[Tokenizer, dict[str, Any], Shapes]:
-    """Tokenizer, files and tensors; the head has weights of its own."""
+    """Tokenizer, files and tensors; the head is untied."""
     tokenizer = byte_level(SPECIAL, QWEN_WORDS)
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     vocabulary = table_rows(tokenizer)
@@ -129,12 +129,12 @@ def _shapes(size: Mapping[str, int], vocabulary: int) -> Shapes:
             put_layer(shapes, expert + "up_proj", part, width, bias=False)
             put_layer(shapes, expert + "down_proj", width, part, bias=False)
     put_norm(shapes, "thinker.model.norm", width, bias=False)
-    _eyes(shapes, size)
+    _put_vision_tower(shapes, size)
     _spectrum(shapes, size)
     return shapes
 
 
-def _eyes(shapes: Shapes, size: Mapping[str, int]) -> None:
+def _put_vision_tower(shapes: Shapes, size: Mapping[str, int]) -> None:
     width, mlp = size["tower_width"], size["tower_mlp"]
     shapes["thinker.visual.patch_embed.proj.weight"] = (width, 3, 2, 16, 16)
     shapes["thinker.visual.patch_embed.proj.bias"] = (width,)
@@ -159,6 +159,6 @@ def _spectrum(shapes: Shapes, size: Mapping[str, int]) -> None:
         shapes[f"thinker.audio_tower.conv2d{n}.weight"] = (CHANNELS, inputs, 3, 3)
         shapes[f"thinker.audio_tower.conv2d{n}.bias"] = (CHANNELS,)
     put_layer(shapes, "thinker.audio_tower.conv_out", width, CHANNELS * BINS // 8, bias=False)
-    ears(shapes, width, size["tower_mlp"], key_bias=True)
+    put_audio_tower(shapes, width, size["tower_mlp"], key_bias=True)
     put_layer(shapes, "thinker.audio_tower.proj1", width, width)
     put_layer(shapes, "thinker.audio_tower.proj2", size["width"], width)

@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL: heads wider than the width shares out, two taps, a table of 6 x 6 positions."""
+"""A tiny Qwen3-VL: heads wider than width / num_heads, two DeepStack layers, a table of 6 x 6 positions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ EXPERTS, TOP = 6, 2
 
 
 def expert_mlp(size: Mapping[str, int]) -> int:
-    """Never the width: transformers guesses from the shape which way round an expert is."""
+    """Never the width: transformers infers the layout of an expert from its shape."""
     return 3 * size["mlp"] // 8
 
 
 def build(size: Mapping[str, int], experts: int = 0) -> tuple[Tokenizer, dict[str, Any], Shapes]:
-    """With `experts`, they take the place of every feed-forward."""
+    """With `experts`, they replace every feed-forward."""
     tokenizer = byte_level(QWEN_SPECIAL, QWEN_WORDS)
     ids = {token: tokenizer.token_to_id(token) for token in QWEN_SPECIAL}
     vocabulary, kind = table_rows(tokenizer), "qwen3_vl_moe" if experts else "qwen3_vl"
@@ -83,7 +83,7 @@ def build(size: Mapping[str, int], experts: int = 0) -> tuple[Tokenizer, dict[st
 
 
 def text_config(size: Mapping[str, int], vocabulary: int, experts: int) -> dict[str, Any]:
-    """What every decoder of the third generation says."""
+    """The options of every Qwen3 decoder."""
     config = {
         "attention_bias": False, "dtype": "float32", "head_dim": HEAD, "hidden_act": "silu",
         "hidden_size": size["width"], "intermediate_size": size["mlp"], "max_position_embeddings": 32768,

@@ -1,5 +1,5 @@
-"""Ultravox in little, with the encoder and the language model in the same checkpoint. The token that marks sound lies
-one past the embedding, as it is published."""
+"""Ultravox, tiny, with the encoder and the language model in the same checkpoint. The audio token is one past the
+embedding, as published."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from tiny import QWEN_WORDS, Shapes, byte_level, host_files, put_decoder, put_norm
-from tiny_families.qwen2_audio import encoder, extractor, put_ears
+from tiny_families.qwen2_audio import encoder, extractor, put_whisper_encoder
 
 SEED = 0
 SPECIAL = [
@@ -78,7 +78,7 @@ def tensors(size: Mapping[str, int], vocabulary: int, hidden: int, bins: int, st
     """Published names."""
     shapes: Shapes = {}
     put_decoder(shapes, "language_model.model.", size, vocabulary, bias=False)
-    put_ears(shapes, "audio_tower.", size, bins, steps)
+    put_whisper_encoder(shapes, "audio_tower.", size, bins, steps)
     stacked = STACK * size["tower_width"]
     put_norm(shapes, "multi_modal_projector.ln_pre", stacked, bias=False)
     shapes["multi_modal_projector.linear_1.weight"] = (hidden, stacked)

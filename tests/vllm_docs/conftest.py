@@ -1,4 +1,4 @@
-"""Engines for the examples of the page on multimodal inputs: one tiny model per family, shared by all tests here.
+"""Engines for the examples of the page on multimodal inputs: one tiny model per family, shared by all tests.
 
 A file is named after the page's section; `test_online_*` do through a server what the page does with OpenAI's client.
 """
@@ -66,7 +66,7 @@ def web() -> Iterator[Site]:
 
 @pytest.fixture
 def site(web: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The web server with nothing on it, on an address from which media may be fetched."""
+    """The web server, empty, on an address from which media may be fetched."""
     monkeypatch.setenv("VLLM_MEDIA_EGRESS_BLOCK_PRIVATE", "0")
     web.pages, web.seen = {}, []
     return web
@@ -74,7 +74,7 @@ def site(web: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 @pytest.fixture(scope="session")
 def make_llm_of(make_llm: Callable[..., LLM]) -> Callable[..., LLM]:
-    """`make_llm_of(family, "--flag value ...")`: the engine that `mmjax serve` makes of these flags."""
+    """`make_llm_of(family, "--flag value ...")`: the engine that `mmjax serve` makes with these flags."""
 
     def make(family: str, line: str) -> LLM:
         parser = argparse.ArgumentParser(allow_abbrev=False)

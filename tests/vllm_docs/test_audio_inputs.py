@@ -1,4 +1,5 @@
-"""The page's section on audio inputs, offline: arrays with their rate, stereo, long recordings, sound in messages."""
+"""The page's section on audio inputs, offline: arrays with a sampling rate, stereo, long recordings, audio in
+messages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +51,7 @@ def test_automatic_audio_channel_normalization(shared_llm: Shared) -> None:
 
 
 def test_audio_chunking(shared_llm: Shared) -> None:
-    """Long recordings are split at quiet places and their pieces answered as a batch."""
+    """Long recordings are split at quiet points, and the clips run as a batch."""
     llm = shared_llm("whisper")
     long = np.concatenate([random_chord(i, 3.0) for i in range(3)])
     chunks = split_audio(long, 16000, max_clip_duration_s=4.0, overlap_duration_s=1.0, min_energy_window_size=1600)
@@ -61,7 +62,7 @@ def test_audio_chunking(shared_llm: Shared) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni"])
-def test_sound_in_messages(family: str, shared_llm: Shared) -> None:
+def test_audio_in_messages(family: str, shared_llm: Shared) -> None:
     """`input_audio` in base64 and `audio_url`, with and without `type` and `uuid`, then from the cache."""
     llm = shared_llm(family)
     data = base64_wav(random_chord(1))

@@ -1,4 +1,4 @@
-"""The page's sections on stable UUIDs and cached inputs: names instead of media, three caches, and who may see what."""
+"""The page's sections on stable UUIDs and cached inputs: uuids instead of media, three caches, and tenants."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def queries_and_hits(llm: LLM) -> tuple[float, float]:
 
 
 def test_stable_uuids(qwen: LLM) -> None:
-    """The page's pair: both images with names, then the first from the cache and the second with its data."""
+    """The page's two prompts: both images with uuids, then the first from the cache and the second with its data."""
     first, second = random_image(1), random_image(2)
     full = generate_one(qwen, two([first, second], ["sku-1234-a", None]))
     assert same_outputs(full, generate_one(qwen, two([first, second])))
@@ -55,14 +55,14 @@ def test_stable_uuids(qwen: LLM) -> None:
     assert same_outputs(everything, generate_one(qwen, {**two([first, second]), "multi_modal_uuids": {}}))
 
 
-def test_generic_placeholders_and_names(qwen: LLM) -> None:
+def test_generic_placeholders_and_uuids(qwen: LLM) -> None:
     """The page's cached example writes `<image><image>`, which is not this model's placeholder."""
     asked = {**two([random_image(1), random_image(2)], ["a", "b"]), "prompt": chat_text("<image><image>Compare.")}
     assert same_outputs(generate_one(qwen, asked), generate_one(qwen, {**asked, "multi_modal_data": {"image": None}}))
 
 
-def test_a_name_is_an_identity(qwen: LLM) -> None:
-    """Whoever sends other data under a known name gets what is known."""
+def test_uuids_are_trusted(qwen: LLM) -> None:
+    """Other data under a cached uuid are ignored."""
     known = generate_one(qwen, two([random_image(1), random_image(2)], ["a", "b"]))
     assert same_outputs(known, generate_one(qwen, two([random_image(3), random_image(4)], ["a", "b"])))
     qwen.reset_mm_cache()
@@ -70,12 +70,12 @@ def test_a_name_is_an_identity(qwen: LLM) -> None:
     assert not same_outputs(known, generate_one(qwen, two([random_image(3), random_image(4)], ["a", "b"])))
 
 
-def test_names_for_every_modality(qwen: LLM, shared_llm: Shared) -> None:
+def test_uuids_for_every_modality(qwen: LLM, shared_llm: Shared) -> None:
     asked = {"prompt": chat_text(VIDEO + IMAGE + "What?"), "multi_modal_uuids": {"video": ["v"], "image": ["i"]}}
     full = generate_one(qwen, {**asked, "multi_modal_data": {"video": [CLIP], "image": random_image(1)}})
     assert same_outputs(full, generate_one(qwen, {**asked, "multi_modal_data": {"video": [None], "image": None}}))
     assert same_outputs(full, generate_one(qwen, {**asked, "multi_modal_data": {"video": [CLIP], "image": [None]}}))
-    # one name serves one modality
+    # a uuid belongs to one modality
     with pytest.raises(ValueError, match="Cache miss for image at index 0"):
         generate_one(qwen, {**asked, "multi_modal_data": {}, "multi_modal_uuids": {"video": ["v"], "image": ["v"]}})
     whisper = shared_llm("whisper")
@@ -120,7 +120,7 @@ def test_cached_parts(qwen: LLM) -> None:
     )
 
 
-def test_cached_sound(shared_llm: Shared) -> None:
+def test_cached_audio(shared_llm: Shared) -> None:
     llm = shared_llm("qwen2_5_omni")
     payload = {"data": base64_wav(random_chord(2)), "format": "wav"}
     full = chat_one(llm, user_messages({"type": "input_audio", "input_audio": payload, "uuid": "x"}))
@@ -128,7 +128,7 @@ def test_cached_sound(shared_llm: Shared) -> None:
 
 
 def test_statistics(qwen: LLM) -> None:
-    """One query per item; what was reset is asked for again."""
+    """One query per item, also after a reset."""
     start = queries_and_hits(qwen)
     steps = []
     for image in (random_image(1), random_image(2), random_image(1), None, random_image(1)):
@@ -142,7 +142,7 @@ def test_statistics(qwen: LLM) -> None:
 
 
 def test_encoder_and_prefix_caches(qwen: LLM) -> None:
-    """An image that is known is not encoded again, whatever is asked about it; equal prefixes are computed once."""
+    """A cached image is not encoded again, whatever the question; equal prefixes are computed once."""
 
     def encoded() -> float:
         return qwen.get_metrics()["encoded_items"]
@@ -171,8 +171,8 @@ def test_encoder_and_prefix_caches(qwen: LLM) -> None:
     assert encoded() - before == 3
 
 
-def test_names_belong_to_their_salt(qwen: LLM) -> None:
-    """Tenants with different salts neither read nor plant each other's items, nor share prefixes."""
+def test_uuids_belong_to_their_salt(qwen: LLM) -> None:
+    """Tenants with different salts can neither read nor replace each other's items, nor share prefixes."""
     mine = generate_one(qwen, two([random_image(1), random_image(2)], ["a", "b"], cache_salt="mine"))
     with pytest.raises(ValueError, match="Cache miss for image at index 0"):
         generate_one(qwen, two(None, ["a", "b"], cache_salt="theirs"))
@@ -188,8 +188,8 @@ def test_names_belong_to_their_salt(qwen: LLM) -> None:
     assert (generate_one(qwen, {**plain, "cache_salt": "y"}).num_cached_tokens or 0) > 0
 
 
-def test_a_name_is_never_a_hash(qwen: LLM) -> None:
-    """The id of known content, used as a name, finds nothing."""
+def test_a_uuid_never_equals_a_hash(qwen: LLM) -> None:
+    """The hash of cached content, used as a uuid, is a cache miss."""
     renderer = qwen.model.input_processor
     asked = {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}}
     generate_one(qwen, asked, 1)
@@ -198,8 +198,8 @@ def test_a_name_is_never_a_hash(qwen: LLM) -> None:
         generate_one(qwen, {"prompt": chat_text(IMAGE), "multi_modal_uuids": {"image": [entry.item_hash]}})
 
 
-def test_options_are_part_of_the_identity(qwen: LLM) -> None:
-    """The same image or name with other options of the processor or the decoder is another item."""
+def test_options_are_part_of_the_key(qwen: LLM) -> None:
+    """The same image or uuid with other options of the processor or the decoder is another item."""
     small = {"mm_processor_kwargs": {"max_pixels": 56 * 56}}
     asked = {
         "prompt": chat_text(IMAGE),
@@ -216,8 +216,8 @@ def test_options_are_part_of_the_identity(qwen: LLM) -> None:
     assert not same_outputs(generate_one(qwen, asked), generate_one(qwen, {**asked, **black}))
 
 
-def test_misses_fail_alone(qwen: LLM) -> None:
-    """A name that nobody knows is a bad request; the next is served, and so are those before it."""
+def test_a_cache_miss_fails_alone(qwen: LLM) -> None:
+    """An unknown uuid is a bad request; the requests before and after it are served."""
     with pytest.raises(ValueError, match="Cache miss for image at index 1 but data is not provided"):
         qwen.generate(
             [two([random_image(1), random_image(2)]), two([random_image(1), None], [None, "gone"])],
@@ -230,7 +230,7 @@ def test_misses_fail_alone(qwen: LLM) -> None:
     assert generate_one(qwen, two([random_image(1), random_image(2)])).finished
 
 
-def test_without_caches_names_are_ignored(make_llm: Callable[..., LLM], qwen: LLM) -> None:
+def test_without_caches_uuids_are_ignored(make_llm: Callable[..., LLM], qwen: LLM) -> None:
     llm = make_llm("qwen2_vl", mm_processor_cache_gb=0, enable_prefix_caching=False)
     asked = two([random_image(1), random_image(2)], ["a", "a"])  # two images under one name
     assert same_outputs(generate_one(llm, asked), generate_one(qwen, two([random_image(1), random_image(2)])))

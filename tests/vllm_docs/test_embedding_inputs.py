@@ -1,4 +1,4 @@
-"""The page's section on embedding inputs, offline: rows in place of media give the answers that the media give."""
+"""The page's section on embedding inputs, offline: embeddings give the same outputs as the media."""
 
 import base64
 import io
@@ -26,8 +26,8 @@ def file_of(array: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_rows_of_many_sizes(shared_llm: Shared) -> None:
-    """LLaVA-OneVision: as many rows as an image's size asks for."""
+def test_embeddings_of_different_sizes(shared_llm: Shared) -> None:
+    """LLaVA-OneVision: the number of rows depends on the image's size."""
     llm = shared_llm("llava_onevision")
     asked = {
         "prompt": "<image><image>Compare.",
@@ -39,7 +39,7 @@ def test_rows_of_many_sizes(shared_llm: Shared) -> None:
     )
 
 
-def test_plain_rows(shared_llm: Shared) -> None:
+def test_embeddings_without_sizes(shared_llm: Shared) -> None:
     """A tensor (items, rows, hidden) of torch, JAX or NumPy; lists of (rows, hidden); one alone; a dictionary."""
     llm = shared_llm("llava")
     mark = "<image>"
@@ -65,8 +65,8 @@ def test_plain_rows(shared_llm: Shared) -> None:
     assert len(fewer.prompt_token_ids or []) == len(generate_one(llm, one).prompt_token_ids or []) - len(rows[0]) + 5
 
 
-def test_rows_with_grids(qwen: LLM) -> None:
-    """Qwen2-VL: `image_embeds` end to end with `image_grid_thw`, or item by item; images of different sizes."""
+def test_embeddings_with_grids(qwen: LLM) -> None:
+    """Qwen2-VL: concatenated `image_embeds` with `image_grid_thw`, or item by item; images of different sizes."""
     images = [random_image(1), random_image(2, 84, 112)]
     asked = {"prompt": chat_text(IMAGE * 2 + "Compare."), "multi_modal_data": {"image": images}}
     raw, rows = generate_one(qwen, asked), encoder_embeds(qwen, asked)
@@ -84,7 +84,7 @@ def test_rows_with_grids(qwen: LLM) -> None:
         assert same_outputs(raw, generate_one(qwen, {**asked, "multi_modal_data": {"image": form}}))
 
 
-def test_rows_of_a_video(qwen: LLM) -> None:
+def test_embeddings_of_a_video(qwen: LLM) -> None:
     asked = {
         "prompt": chat_text(VIDEO + IMAGE + "What?"),
         "multi_modal_data": {"video": [CLIP], "image": random_image(1)},
@@ -96,8 +96,8 @@ def test_rows_of_a_video(qwen: LLM) -> None:
     )
 
 
-def test_rows_with_sizes(shared_llm: Shared) -> None:
-    """MiniCPM-V: `image_embeds` with `image_sizes` (width, height), which say how the image was cut."""
+def test_embeddings_with_sizes(shared_llm: Shared) -> None:
+    """MiniCPM-V: `image_embeds` with `image_sizes` (width, height), which determine how the image was sliced."""
     llm = shared_llm("minicpmv")
     mark = "(<image>./</image>)"
     asked = {"prompt": f"{mark}{mark}Compare.", "multi_modal_data": {"image": IMAGES}}
@@ -116,7 +116,7 @@ def test_rows_with_sizes(shared_llm: Shared) -> None:
     )
 
 
-def test_rows_of_sound(shared_llm: Shared) -> None:
+def test_embeddings_of_audio(shared_llm: Shared) -> None:
     """Ultravox: the page writes `<audio>`, which is not this model's placeholder, and passes a tensor per clip."""
     llm = shared_llm("ultravox")
     asked = {
@@ -132,7 +132,7 @@ def test_rows_of_sound(shared_llm: Shared) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_5_omni"])
 def test_audio_features(family: str, shared_llm: Shared) -> None:
-    """Omni: `input_audio_features` with `audio_feature_lengths` are what the encoder would have been given."""
+    """Omni: `input_audio_features` with `audio_feature_lengths` are the encoder's inputs."""
     llm = shared_llm(family)
     mark = "<|audio_bos|><|AUDIO|><|audio_eos|>"
     sounds = [random_chord(1), random_chord(2, 0.9)]
@@ -161,7 +161,7 @@ def test_audio_features(family: str, shared_llm: Shared) -> None:
     assert same_outputs(raw, generate_one(llm, asked))
 
 
-def test_parts_with_rows(qwen: LLM) -> None:
+def test_parts_with_embeddings(qwen: LLM) -> None:
     """`image_embeds` parts: arrays, base64 of a tensor file, and from the cache under their `uuid`."""
     raw = chat_one(qwen, user_messages({"type": "image_pil", "image_pil": random_image(1)}, "What?"))
     (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})
@@ -183,8 +183,8 @@ def test_parts_with_rows(qwen: LLM) -> None:
     )
 
 
-def test_rows_are_copied(qwen: LLM) -> None:
-    """What happens to the caller's array afterwards happens to it alone."""
+def test_embeddings_are_copied(qwen: LLM) -> None:
+    """Later changes of the caller's array have no effect."""
     (rows,) = (
         np.array(x)
         for x in encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})
@@ -205,8 +205,8 @@ def test_rows_are_copied(qwen: LLM) -> None:
     )
 
 
-def test_many_rows_with_neighbours(qwen: LLM) -> None:
-    """More rows than one dispatch takes, in chunks, beside text and raw images: as alone."""
+def test_many_embeddings_in_a_batch(qwen: LLM) -> None:
+    """More rows than one dispatch takes, in chunks, beside text and raw images: the same outputs as alone."""
     images = [random_image(i, 140, 168) for i in range(3)]
     raw = [
         {"prompt": chat_text(IMAGE + f"{i}?"), "multi_modal_data": {"image": image}} for i, image in enumerate(images)
@@ -223,7 +223,7 @@ def test_many_rows_with_neighbours(qwen: LLM) -> None:
 
 
 def test_embeds_only(make_llm: Callable[..., LLM], qwen: LLM) -> None:
-    """A limit of 0 with embeddings allowed: any number of them, no raw media, text as ever."""
+    """A limit of 0 with embeddings allowed: any number of embeddings, no raw media, text as usual."""
     rows = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})[0]
     raw = generate_one(qwen, {"prompt": chat_text(IMAGE * 2), "multi_modal_data": {"image": [random_image(1)] * 2}})
     llm = make_llm("qwen2_vl", limit_mm_per_prompt={"image": 0, "video": 0}, enforce_eager=False, max_num_seqs=1)

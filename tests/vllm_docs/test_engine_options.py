@@ -1,4 +1,4 @@
-"""Options that the page gives to an engine: those with which no request could be served are told before it loads."""
+"""Options that the page passes to an engine: those that would make every request fail are refused before loading."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +47,7 @@ def test_options_of_the_decoders(make_llm: Callable[..., LLM], kwargs: Any, word
         make_llm("qwen2_vl", media_io_kwargs=kwargs, load_format="dummy")
 
 
-def test_those_of_a_prompt_are_the_same(qwen: LLM) -> None:
+def test_options_of_a_prompt(qwen: LLM) -> None:
     asked = {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}}
     for family, kwargs, words in PROCESSOR:
         if family == "qwen2_vl":

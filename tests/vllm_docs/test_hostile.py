@@ -1,4 +1,4 @@
-"""Requests that cannot be served: each is refused in words that say what to change, and a good one follows."""
+"""Bad requests: each is refused with a message that says what to change, and a good request follows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +60,7 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "bytes": (image(b"\x89PNG"), ValueError, "must be a PIL image or an array"),
     "object": (image(object()), ValueError, "Cannot identify"),
     "nan": (image(np.full((4, 4, 3), np.nan)), ValueError, "must lie in 0..255"),
-    "five_axes": (image(np.zeros((1, 1, 1, 1, 3), np.uint8)), ValueError, "one image has 3 axes"),
+    "five_axes": (image(np.zeros((1, 1, 1, 1, 3), np.uint8)), ValueError, "one item has 3 axes"),
     "no_channels": (image(np.zeros((30, 40, 7), np.uint8)), ValueError, "1, 3 or 4 channels"),
     "no_pixels": (image(np.zeros((0, 40, 3), np.uint8)), ValueError, "is empty"),
     "thin": (image(np.zeros((2, 900, 3), np.uint8)), ValueError, "Crop or pad"),
@@ -111,7 +111,7 @@ PROMPTS: dict[str, tuple[Any, type[Exception], str]] = {
     "grid_long": (embeds(ROWS, [[2, 4, 6]]), ValueError, "t 1"),
     "grid_huge": (embeds(ROWS, [[1, 2**30, 2**30]]), ValueError, "positive sizes"),
     "grid_items": (embeds([ROWS, ROWS]), ValueError, "holds 2 items, but `image_grid_thw` has 1 rows"),
-    "grid_sum": (embeds(ROWS, [[1, 4, 6]] * 2), ValueError, "speaks of 2 items of"),
+    "grid_sum": (embeds(ROWS, [[1, 4, 6]] * 2), ValueError, "describes 2 items of"),
     "grid_text": (embeds(ROWS, "1,4,6"), ValueError, "array of integers"),
     "grid_ragged": (embeds(ROWS, [[1, 4, 6], [1]]), ValueError, "array of integers"),
     "embeds_audio": (
@@ -165,7 +165,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         user_messages(image_url_part(random_image(1))),
         {"continue_final_message": True, "add_generation_prompt": False},
         ValueError,
-        "text to go on from",
+        "text to continue",
     ),
     "template_file": (TALK, {"chat_template": "nowhere.jinja"}, ValueError, "failed to be opened"),
     "template_syntax": (TALK, {"chat_template": "{% for"}, ValueError, "not valid Jinja"),
@@ -189,7 +189,7 @@ TALKS: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
 
 @pytest.fixture(scope="module")
 def good(shared_llm: Callable[[str], LLM]) -> tuple[LLM, Any]:
-    """The engine, and what it answers to a good question."""
+    """The engine, and its output for a good request."""
     llm = shared_llm("qwen2_vl")
     return llm, chat_one(llm, TALK, 2)
 
@@ -220,7 +220,7 @@ def test_one_bad_conversation_among_good_ones(qwen: LLM) -> None:
     assert same_outputs(*qwen.chat([TALK, TALK], greedy(4), use_tqdm=False))
 
 
-def test_errors_hold_no_media_and_no_addresses(qwen: LLM) -> None:
+def test_errors_contain_no_media_and_no_addresses(qwen: LLM) -> None:
     for prompt in (image(Image.new("RGB", (1, 900))), image(object()), embeds(ROWS[:2])):
         with pytest.raises(ValueError) as caught:
             generate_one(qwen, prompt)

@@ -64,7 +64,7 @@ def test_numbered_images(make_llm: Callable[..., LLM]) -> None:
 
 
 def test_images_from_the_web(qwen: LLM, site: Site) -> None:
-    """`image_url` of `LLM.chat` over the network, behind a redirect as picsum.photos has it."""
+    """`image_url` of `LLM.chat` over the network, behind a redirect, as on picsum.photos."""
     site.pages |= {"/a.png": png(np.asarray(random_image(1))), "/id/32": redirect("/a.png")}
     part = {"type": "image_url", "image_url": {"url": site.url("/id/32")}}
     assert same_outputs(
@@ -76,7 +76,7 @@ def test_images_from_the_web(qwen: LLM, site: Site) -> None:
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "minicpmv"])
 def test_generic_placeholders(family: str, shared_llm: Shared) -> None:
-    """`<image><image>` stands for the model's own placeholders, as one of the page's prompts has it."""
+    """`<image><image>` stands for the model's own placeholders, as in one of the page's prompts."""
     llm = shared_llm(family)
     own = llm.model.input_processor.processor.placeholder_text["image"]  # type: ignore[union-attr]
     images = {"multi_modal_data": {"image": [random_image(1), random_image(2)]}}
@@ -85,7 +85,7 @@ def test_generic_placeholders(family: str, shared_llm: Shared) -> None:
     )
 
 
-def test_chat_with_every_kind_of_image(qwen: LLM) -> None:
+def test_chat_with_every_form_of_image(qwen: LLM) -> None:
     """The page's `LLM.chat` conversation: a URL, a PIL image and embeddings as a tensor, side by side."""
     (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(3)}})
     embeds = {"image_embeds": rows, "image_grid_thw": np.array([1, 4, 6])}
@@ -112,7 +112,7 @@ def test_chat_with_every_kind_of_image(qwen: LLM) -> None:
 
 
 def test_chat_in_batches(qwen: LLM) -> None:
-    """A list of conversations is answered in its order, each as it would be alone."""
+    """The outputs of a list of conversations are in order, and the same as alone."""
     talks = [
         user_messages(image_url_part(random_image(i)), "What?") if i % 2 else user_messages("Hello" * i)
         for i in range(1, 6)
@@ -127,7 +127,7 @@ def test_chat_in_batches(qwen: LLM) -> None:
 
 
 def test_chat_is_generate_with_a_template(qwen: LLM) -> None:
-    """The template prints the special tokens: nothing is added to them, and the expanded ids come back."""
+    """The template prints the special tokens, so none are added; the expanded ids are returned."""
     out = chat_one(qwen, user_messages(pil_part(1), "What?"))
     assert same_outputs(out, generate_one(qwen, {"prompt": out.prompt, "multi_modal_data": {"image": random_image(1)}}))
     assert out.prompt == (
@@ -144,8 +144,8 @@ def pil_part(seed: int) -> dict[str, Any]:
     return {"type": "image_pil", "image_pil": random_image(seed)}
 
 
-def test_llava_begins_once(shared_llm: Shared) -> None:
-    """A tokenizer that puts a start token before every text does not do so behind a template."""
+def test_llava_has_one_start_token(shared_llm: Shared) -> None:
+    """A tokenizer that adds a start token does not do so after a chat template."""
     llm = shared_llm("llava")
     out = chat_one(llm, user_messages(pil_part(1), "What?"))
     tokens, bos = out.prompt_token_ids or [], llm.model.tokenizer.bos_id  # type: ignore[union-attr]
@@ -159,7 +159,7 @@ def test_llava_begins_once(shared_llm: Shared) -> None:
 
 
 def test_string_contents(shared_llm: Shared) -> None:
-    """A template that prints contents gets placeholders in front of the text, or where media stand."""
+    """A template that prints contents gets placeholders in front of the text, or where media are."""
     llm = shared_llm("minicpmv")
     mark = "(<image>./</image>)"
     out = chat_one(llm, user_messages("What is in", pil_part(1), pil_part(2), "there?"))

@@ -1,4 +1,4 @@
-"""The page's section on audio inputs through a server: sound as data and by URL, in any file and at any rate."""
+"""The page's section on audio inputs through a server: audio as data and by URL, in any format and at any rate."""
 
 import base64
 import io
@@ -26,8 +26,8 @@ def link(place: str, **more: Any) -> dict[str, Any]:
     return {"type": "audio_url", "audio_url": {"url": place}, **more}
 
 
-def test_the_page_s_server(shared_llm: Shared, site: Site) -> None:
-    """Ultravox: `input_audio` in base64, `audio_url` by URL and as data; what is heard is what `generate` hears."""
+def test_the_server_of_the_page(shared_llm: Shared, site: Site) -> None:
+    """Ultravox: `input_audio` in base64, `audio_url` by URL and as data; the outputs are those of `generate`."""
     llm = shared_llm("ultravox")
     site.pages |= {
         "/a.wav": base64.b64decode(base64_wav(random_chord(1))),
@@ -66,7 +66,7 @@ def test_the_page_s_server(shared_llm: Shared, site: Site) -> None:
 
 
 def test_channels_and_rates(shared_llm: Shared, site: Site) -> None:
-    """Files of two channels, of another rate and of another kind become what the model hears."""
+    """Files with two channels, another rate or another format are converted for the model."""
     llm = shared_llm("qwen2_5_omni")
     stereo = np.stack([random_chord(1, rate=44100), random_chord(2, rate=44100)], axis=1)
     for kind in ("wav", "flac", "ogg"):

@@ -1,4 +1,4 @@
-"""The page's section on cached inputs through a server: media under names, then the names alone."""
+"""The page's section on cached inputs through a server: media with uuids, then the uuids alone."""
 
 import base64
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from web import Site, png
 Shared = Callable[[str], LLM]
 
 
-def test_images_and_clips_by_name(qwen: LLM, site: Site) -> None:
+def test_images_and_videos_by_uuid(qwen: LLM, site: Site) -> None:
     """`uuid` beside the payload, then with `null`, `{}` or nothing in its place: nothing is fetched or decoded."""
     site.pages["/a.png"] = png(np.asarray(random_image(1)))
     first = {"type": "image_url", "image_url": {"url": site.url("/a.png")}, "uuid": site.url("/a.png")}
@@ -73,8 +73,8 @@ def test_images_and_clips_by_name(qwen: LLM, site: Site) -> None:
         assert same_tokens(one, complete_chat(client, user_messages(forms[0], "What?")))
 
 
-def test_sound_by_name(shared_llm: Shared, site: Site) -> None:
-    """`input_audio` and `audio_url`, named by either and recalled by both."""
+def test_audio_by_uuid(shared_llm: Shared, site: Site) -> None:
+    """`input_audio` and `audio_url`, cached by either and found by both."""
     llm = shared_llm("ultravox")
     site.pages["/a.wav"] = base64.b64decode(base64_wav(random_chord(1)))
     payload = {"data": base64_wav(random_chord(2)), "format": "wav"}
@@ -95,8 +95,8 @@ def test_sound_by_name(shared_llm: Shared, site: Site) -> None:
     assert not same_tokens(*offline)
 
 
-def test_rows_by_name(qwen: LLM) -> None:
-    """`image_embeds` under a name, then the name; a raw image may be recalled beside it."""
+def test_embeddings_by_uuid(qwen: LLM) -> None:
+    """`image_embeds` with a uuid, then the uuid alone, also beside a cached raw image."""
     (rows,) = encoder_embeds(qwen, {"prompt": chat_text(IMAGE), "multi_modal_data": {"image": random_image(1)}})
     coded = {"image_embeds": tensor2base64(rows), "image_grid_thw": tensor2base64(np.array([1, 4, 6]))}
     part = {"type": "image_embeds", "image_embeds": coded, "uuid": "rows"}

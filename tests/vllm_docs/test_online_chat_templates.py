@@ -1,4 +1,4 @@
-"""What the page says of chat templates, through a server: a model's own, a file's, a request's, and that of VLM2Vec."""
+"""The page's section on chat templates, through a server: a model's own, a file's, a request's, and that of VLM2Vec."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ MakeOf = Callable[..., LLM]
 
 
 def test_a_template_of_the_operator(make_llm_of: MakeOf, tmp_path: Path) -> None:
-    """`--chat-template FILE` goes before the model's own; a request's is taken only where it is trusted."""
+    """`--chat-template FILE` takes precedence over the model's; a request's is only used if trusted."""
     file = tmp_path / "short.jinja"
     file.write_text(
         "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
@@ -41,8 +41,8 @@ def test_a_template_of_the_operator(make_llm_of: MakeOf, tmp_path: Path) -> None
 
 
 def test_content_formats(shared_llm: Shared) -> None:
-    """Found out from the template; what the operator says instead of it is obeyed, and an answer that cannot be is a
-    client's error."""
+    """The format is detected from the template; the operator can override it, and a mismatch is a client
+    error."""
     llm = shared_llm("minicpmv")
     messages = user_messages(image_url_part(random_image(1)), "What?")
     offline = chat_one(llm, messages)
@@ -54,7 +54,7 @@ def test_content_formats(shared_llm: Shared) -> None:
         assert same_tokens(offline, complete_chat(client, messages))
 
 
-def test_vectors_by_a_template_that_comes_with_it(make_llm_of: MakeOf) -> None:
+def test_vlm2vec_with_its_template(make_llm_of: MakeOf) -> None:
     """VLM2Vec: `--runner pooling --chat-template vlm2vec_phi3v.jinja`, then `messages` to /v1/embeddings."""
     flags = "--runner pooling --trust-remote-code --max-model-len 512 --chat-template examples/vlm2vec_phi3v.jinja"
     llm = make_llm_of("phi3_v", flags)

@@ -74,7 +74,7 @@ def test_tensors_with_sizes(qwen: LLM, shared_llm: Shared) -> None:
         assert same_tokens(raw, complete_chat(client, user_messages(part, "What?")))
 
 
-def test_sound_as_rows(shared_llm: Shared) -> None:
+def test_audio_embeddings(shared_llm: Shared) -> None:
     """Ultravox: `audio_embeds`."""
     llm = shared_llm("ultravox")
     (rows,) = encoder_embeds(llm, {"prompt": "<|audio|>", "multi_modal_data": {"audio": (random_chord(1), 16000)}})

@@ -16,7 +16,7 @@ Shared = Callable[[str], LLM]
 MakeOf = Callable[..., LLM]
 
 
-def test_the_page_s_server(make_llm_of: MakeOf, site: Site) -> None:
+def test_the_server_of_the_page(make_llm_of: MakeOf, site: Site) -> None:
     """Phi-3.5-vision: one image by its URL, then as data, two at once, whole and streamed, with the client and without;
     the limit of two."""
     flags = "--runner generate --trust-remote-code --max-model-len 512 --limit-mm-per-prompt.image 2"
@@ -118,9 +118,9 @@ def test_processor_kwargs_of_a_request(qwen: LLM) -> None:
     assert len(shrunk) == len(seen) - 24 + 6
 
 
-def test_where_placeholders_stand(make_llm_of: MakeOf, shared_llm: Shared) -> None:
-    """Of a model whose template prints strings: in front of the text; with `--interleave-mm-strings` where the image
-    stands; where the text has them already."""
+def test_positions_of_placeholders(make_llm_of: MakeOf, shared_llm: Shared) -> None:
+    """For a template that prints strings: in front of the text; with `--interleave-mm-strings` where the image is; or
+    where the text has them already."""
     mark, parts = (
         "(<image>./</image>)",
         ["Compare", image_url_part(random_image(1)), "with", image_url_part(random_image(2)), "now."],

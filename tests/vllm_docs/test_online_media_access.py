@@ -1,4 +1,4 @@
-"""What the page says of security and patience: which places media may come from, and how long a server waits."""
+"""The page's sections on security and timeouts: allowed sources of media, and how long a server waits."""
 
 import base64
 import time
@@ -29,9 +29,11 @@ def photograph(site: Site) -> Site:
     return site
 
 
-def test_allowed_places(make_llm_of: MakeOf, photograph: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--allowed-media-domains` names hosts, even private ones; `--allowed-local-media-path` a directory; redirects
-    lead nowhere else."""
+def test_allowed_sources(
+    make_llm_of: MakeOf, photograph: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--allowed-media-domains` allows hosts, even private ones, `--allowed-local-media-path` a directory; redirects
+    may not leave them."""
     monkeypatch.setenv("VLLM_MEDIA_EGRESS_BLOCK_PRIVATE", "1")
     site, shown = photograph, tmp_path / "shown"
     shown.mkdir()
@@ -65,8 +67,8 @@ def test_allowed_places(make_llm_of: MakeOf, photograph: Site, tmp_path: Path, m
         assert same_tokens(good, complete_chat(client, image(places[0])))
 
 
-def test_places_that_no_server_asks(qwen: LLM, photograph: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any flag: no private address, no file; what a host refuses is the client's mistake."""
+def test_sources_refused_by_default(qwen: LLM, photograph: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without flags: no private addresses and no files; a refusal by the host is a client error."""
     good = chat_one(qwen, user_messages(image_url_part(random_image(1)), "What?"))
     with openai_client(qwen) as client:
         with pytest.raises(openai.UnprocessableEntityError, match="HTTP status 404"):
@@ -79,8 +81,8 @@ def test_places_that_no_server_asks(qwen: LLM, photograph: Site, monkeypatch: py
         assert same_tokens(good, complete_chat(client, user_messages(image_url_part(random_image(1)), "What?")))
 
 
-def test_patience(shared_llm: Callable[[str], LLM], photograph: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT` and `VLLM_AUDIO_FETCH_TIMEOUT`, each for its own."""
+def test_timeouts(shared_llm: Callable[[str], LLM], photograph: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT` and `VLLM_AUDIO_FETCH_TIMEOUT`, each for its modality."""
     site, llm = photograph, shared_llm("qwen2_5_omni")
     site.pages |= {"/slow": trickle(0.05, 200), "/a.wav": base64.b64decode(base64_wav(random_chord(1)))}
     good = chat_one(llm, user_messages(image_url_part(random_image(1)), "What?"))

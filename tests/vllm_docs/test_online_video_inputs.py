@@ -1,4 +1,5 @@
-"""The page's section on video inputs through a server: clips by URL and as data, how many frames, lost ones, sound."""
+"""The page's section on video inputs through a server: videos by URL and as data, frame sampling and recovery,
+audio."""
 
 import base64
 import subprocess
@@ -28,8 +29,9 @@ def data_of(film: bytes) -> str:
     return f"data:video/quicktime;base64,{base64.b64encode(film).decode()}"
 
 
-def test_the_page_s_server(make_llm_of: MakeOf, site: Site, film: Film) -> None:
-    """LLaVA-OneVision: a clip by its URL, as data, and as JPEG images; frames as many as a request wants, 0 refused."""
+def test_the_server_of_the_page(make_llm_of: MakeOf, site: Site, film: Film) -> None:
+    """LLaVA-OneVision: a clip by its URL, as data, and as JPEG images; the number of frames of a request, with 0
+    refused."""
     llm = make_llm_of("llava_onevision", "--runner generate --max-model-len 512 --media-io-kwargs.video.num_frames 4")
     site.pages["/film.mov"] = film()
     whole, link = film(), clip(site.url("/film.mov"))
@@ -63,8 +65,8 @@ def test_the_page_s_server(make_llm_of: MakeOf, site: Site, film: Film) -> None:
 
 
 def test_frame_recovery(make_llm_of: MakeOf, film: Film) -> None:
-    """`--media-io-kwargs '{"video": {"frame_recovery": true}}'`: the next good frame stands in for one that is lost,
-    unless a request wants none of it."""
+    """`--media-io-kwargs '{"video": {"frame_recovery": true}}'`: the next good frame replaces a lost one, unless
+    a request turns it off."""
     broken = film(17)
     kept, mended = (VideoMediaIO(num_frames=8, frame_recovery=mend).load_bytes(broken) for mend in (False, True))
     assert [len(frames) for frames, _ in (kept, mended)] == [7, 8]
@@ -82,8 +84,8 @@ def test_frame_recovery(make_llm_of: MakeOf, film: Film) -> None:
         )
 
 
-def test_the_sound_of_a_clip(shared_llm: Shared, site: Site, tmp_path: Path) -> None:
-    """`use_audio_in_video` in `mm_processor_kwargs`: the clip brings its sound track, also from the cache."""
+def test_audio_of_a_video(shared_llm: Shared, site: Site, tmp_path: Path) -> None:
+    """`use_audio_in_video` in `mm_processor_kwargs`: the video's audio track is used, also from the cache."""
     file = tmp_path / "sounding.mp4"
     sources = ["-f", "lavfi", "-i", "testsrc=s=84x56:r=4:d=1", "-f", "lavfi", "-i", "sine=f=300:r=16000:d=1"]
     coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "aac"]

@@ -1,4 +1,4 @@
-"""What must hold of any mix of media: caches, company and the form in which an item comes change no answer."""
+"""Properties of any mix of media: caches, batching and the form of an item do not change outputs."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def prompt_of(pieces: list[Any], embeds: list[dict[str, Any]]) -> dict[str, Any]
 
 @SETTINGS
 @given(prompts)
-def test_caches_company_and_form_change_nothing(known: tuple[LLM, list[dict[str, Any]]], mixes: list[Any]) -> None:
+def test_caches_batch_and_form_change_nothing(known: tuple[LLM, list[dict[str, Any]]], mixes: list[Any]) -> None:
     llm, embeds = known
     plain = [[p if isinstance(p, str) else (p[0], "raw") for p in pieces] for pieces in mixes]
     alone = []
@@ -85,8 +85,8 @@ parts = st.lists(st.one_of(texts, st.sampled_from(["image", "audio"])), max_size
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(parts, min_size=1, max_size=3), st.booleans())
-def test_one_placeholder_per_medium(talk: list[list[str]], interleave: bool) -> None:
-    """Contents hold each placeholder exactly as often as there are media, or the conversation is refused."""
+def test_one_placeholder_per_item(talk: list[list[str]], interleave: bool) -> None:
+    """Contents contain exactly one placeholder per media item, or the conversation is refused."""
     marks = {"image": "<img>", "audio": "<snd>"}  # the latter cannot be typed with the letters of `texts`
     messages = [
         {

@@ -68,7 +68,7 @@ def test_two_videos_and_an_image(qwen: LLM) -> None:
     assert [tokens.count(mark) for mark in marks] == [2 * 6 + 6, 6]
 
 
-def test_clips_in_messages(qwen: LLM) -> None:
+def test_videos_in_messages(qwen: LLM) -> None:
     """`video_url` with a sequence of JPEG images; `num_frames` of the call bounds it."""
     frames = ",".join(base64_image(random_image(i), "JPEG") for i in range(4))
     part = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{frames}"}}
@@ -78,8 +78,8 @@ def test_clips_in_messages(qwen: LLM) -> None:
     assert str(four.prompt).count("<|video_pad|>") == 1 and not same_outputs(four, two)
 
 
-def test_the_sound_of_a_clip(make_llm: Callable[..., LLM], shared: Path) -> None:
-    """`use_audio_in_video`: a video part brings its sound track, also from the cache; local files where allowed."""
+def test_audio_of_a_video(make_llm: Callable[..., LLM], shared: Path) -> None:
+    """`use_audio_in_video`: a video part adds its audio track, also from the cache; local files if allowed."""
     folder = shared / "media" / "video"
     io_kwargs = {"video": {"num_frames": 2}}
     llm = make_llm("qwen2_5_omni", allowed_local_media_path=str(folder), media_io_kwargs=io_kwargs)

@@ -1,4 +1,4 @@
-"""What a request forbids and prefers, as a row of biases added to its logits."""
+"""Logits processors: they add a row of biases to the logits of a sequence, -inf for tokens that must not come."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 
 class LogitsProcessor(Protocol):
-    """The constraints of one sequence.
+    """Biases the logits of one sequence.
 
-    dynamic: the bias depends on the tokens so far, so it is asked for before each one. first_timestamp: the id from
-    which all tokens are timestamps; 0 where none is.
+    dynamic: the bias depends on the tokens so far, so it is computed again for each token. first_timestamp: the id from
+    which all tokens are timestamps; 0 if there are none.
     """
 
     @property
@@ -22,12 +22,12 @@ class LogitsProcessor(Protocol):
     def first_timestamp(self) -> int: ...
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
-        """f32[V] to add to the logits of the token after `output_ids`; callers must not write to it. None: no token is
-        ever biased."""
+        """f32[V] to add to the logits of the token after `output_ids`; callers must not write to it. None: no
+        token is ever biased."""
         ...
 
 
-class NoConstraints:
+class NoBias:
     """A `LogitsProcessor` that leaves the logits alone."""
 
     dynamic = False

@@ -11,7 +11,7 @@ from mmjax.types import SamplingParams, ValidationError
 
 
 class TextEncoder(Protocol):
-    """What bad words need of a tokenizer."""
+    """The part of a tokenizer that bad words need."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
@@ -19,12 +19,12 @@ class TextEncoder(Protocol):
 class LogitsBias:
     """The biases of a request over a vocabulary of `vocab` logits; see `LogitsProcessor`.
 
-    dynamic: there are bad words of several tokens, whose last token is forbidden after the others. Raises
+    dynamic: some bad word has several tokens; its last token is forbidden after the others. Raises
     ValidationError for bad words without a tokenizer, or whose tokens the model does not have. The other parameters
     must have passed SamplingParams.verify.
     """
 
-    first_timestamp = 0  # no token is a timestamp
+    first_timestamp = 0  # there are no timestamps
 
     def __init__(self, params: SamplingParams, vocab: int, tokenizer: TextEncoder | None) -> None:
         words = _bad_word_ids(params.bad_words or (), vocab, tokenizer)
@@ -64,8 +64,8 @@ def _fixed_row(params: SamplingParams, vocab: int, banned: Sequence[int]) -> np.
 def _bad_word_ids(words: Sequence[str], vocab: int, tokenizer: TextEncoder | None) -> list[tuple[int, ...]]:
     """The token ids of each word at the start of a text and, where they differ, after a space.
 
-    The latter are taken only if they are as many and begin with another token: otherwise the space is a token of its
-    own, which must not be banned with the word.
+    The form after a space counts only if it has as many tokens and starts with another one: otherwise the space is a
+    token of its own, which must not be banned with the word.
     """
     if words and tokenizer is None:
         raise ValidationError("bad_words need a tokenizer.", parameter="bad_words", value=words)
@@ -78,7 +78,7 @@ def _bad_word_ids(words: Sequence[str], vocab: int, tokenizer: TextEncoder | Non
         for form in filter(None, forms):
             if not all(0 <= token < vocab for token in form):
                 raise ValidationError(
-                    f"bad_words: {word!r} is tokenised as {list(form)}, outside the model's vocabulary of {vocab}.",
+                    f"bad_words: {word!r} is tokenized as {list(form)}, outside the model's vocabulary of {vocab}.",
                     parameter="bad_words",
                     value=word,
                 )

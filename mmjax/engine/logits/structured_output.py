@@ -1,6 +1,6 @@
-"""Structured output: which tokens may come next so that the output conforms to a JSON schema, a regex or a choice.
+"""Structured output: allows only tokens with which the output conforms to a JSON schema, a regex or a list of choices.
 
-llguidance follows the grammar. It is an optional dependency: `pip install 'mmjax[structured]'`.
+llguidance tracks the grammar. It is an optional dependency: `pip install 'mmjax[structured]'`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 CONSTRAINTS = ("json", "json_object", "regex", "choice", "grammar")
 MAX_GRAMMAR_CHARS = 1 << 20
-# Between the tokens of JSON: one blank, or a new line with its indentation. Small models write blanks without end.
+# Between the tokens of JSON: one space, or a line break with indentation. Small models would write spaces forever.
 JSON_WHITESPACE = r"[\x20\t]|\r?\n[\x20\t]{0,32}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledGrammar:
-    """A compiled constraint. Every sequence follows a copy of the matcher."""
+    """A compiled constraint. Every sequence has its own copy of the matcher."""
 
     matcher: LLMatcher
 
@@ -42,10 +42,10 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, structured: Any) -> CompiledGrammar:
-        """Compile a constraint as `SamplingParams.structured_outputs` has it.
+        """Compile the constraint in `SamplingParams.structured_outputs`.
 
-        That may take seconds, most of them without Python's lock. RequestError for a constraint that cannot be
-        compiled, and where llguidance is not installed.
+        This may take seconds, most of them without holding the GIL. RequestError for a constraint that cannot be
+        compiled, and if llguidance is not installed.
         """
         try:
             import llguidance
@@ -73,14 +73,14 @@ class GrammarCompiler:
 
 
 class StructuredOutput:
-    """The constraints of a sequence that follows a grammar, added to the request's others; see `LogitsProcessor`."""
+    """The `LogitsProcessor` of a sequence that follows a grammar. It adds the request's other biases."""
 
     dynamic = True
     first_timestamp = 0
 
-    def __init__(self, compiler: GrammarCompiler, grammar: CompiledGrammar, others: LogitsBias) -> None:
+    def __init__(self, compiler: GrammarCompiler, grammar: CompiledGrammar, bias: LogitsBias) -> None:
         self._matcher = grammar.matcher.deep_copy()
-        self._others = others
+        self._bias = bias
         self._vocab_size = compiler.vocab_size
         self._eos_ids = [token for token in compiler.eos_ids if token < compiler.vocab_size]
         self._mask = np.zeros(-(-compiler.vocab_size // 32), np.int32)
@@ -101,15 +101,15 @@ class StructuredOutput:
         if not allowed.any():  # the grammar has ended
             allowed[self._eos_ids] = True
         row = np.where(allowed, np.float32(0), np.float32(-np.inf))
-        others = self._others.bias_row(output_ids)
-        both = row if others is None else row + others
-        return both if np.isfinite(both).any() else row
+        bias = self._bias.bias_row(output_ids)
+        biased = row if bias is None else row + bias
+        return biased if np.isfinite(biased).any() else row
 
 
 def _grammar(matcher: type[LLMatcher], structured: Any) -> str:
-    """One of CONSTRAINTS as a grammar of llguidance. ValidationError for none, several, or one that cannot be read.
+    """The grammar of llguidance for one of CONSTRAINTS. ValidationError for none, several, or an invalid one.
 
-    disable_any_whitespace: JSON without any blank or line break between its tokens; otherwise JSON_WHITESPACE is
+    disable_any_whitespace: JSON without spaces or line breaks between its tokens; otherwise JSON_WHITESPACE is
     allowed there.
     """
     if dataclasses.is_dataclass(structured) and not isinstance(structured, type):

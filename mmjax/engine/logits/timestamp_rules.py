@@ -1,7 +1,7 @@
-"""Transcripts with timestamps: timestamp tokens stand in pairs around text, and never decrease.
+"""Transcripts with timestamps: timestamp tokens come in pairs around text, and never decrease.
 
-The rules are those that Whisper was published with. The sampler applies one of them: where all timestamps together are
-likelier than any other token, the next token is a timestamp; see `mmjax.engine.sampler`.
+The rules are those published with Whisper. The sampler applies one of them: if all timestamps together are likelier
+than any other token, the next token is a timestamp; see `mmjax.engine.sampler`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mmjax.processors.base import TimestampTokens
 
 
 class TimestampRules:
-    """The constraints of a transcript with timestamps, added to the request's others; see `LogitsProcessor`."""
+    """The `LogitsProcessor` of a transcript with timestamps. It adds the request's other biases."""
 
     dynamic = True
 
-    def __init__(self, tokens: TimestampTokens, vocab_size: int, others: LogitsBias) -> None:
-        self._tokens, self._others = tokens, others
+    def __init__(self, tokens: TimestampTokens, vocab_size: int, bias: LogitsBias) -> None:
+        self._tokens, self._bias = tokens, bias
         self.first_timestamp = tokens.first_id
         is_text = np.zeros(vocab_size, bool)
         is_text[: tokens.first_id] = True
@@ -35,15 +35,15 @@ class TimestampRules:
         timestamps = [token for token, timed in zip(transcript, is_timestamp, strict=True) if timed]
         latest = timestamps[-1] if timestamps else tokens.first_id
         row = self._text_only.copy()
-        if not transcript:  # a timestamp opens it
+        if not transcript:  # the first token must be a timestamp
             row[: tokens.first_id] = -np.inf
             row[tokens.first_id : min(tokens.last_id, tokens.first_id + tokens.max_initial_index) + 1] = 0
-        elif not is_timestamp[-1]:  # a segment must end later than it began
+        elif not is_timestamp[-1]:  # text of a segment, which must end later than it began
             row[latest + bool(timestamps) : tokens.last_id + 1] = 0
         elif not all(is_timestamp[-2:]):  # a segment has ended: the next one begins, or the transcript ends
             row[: tokens.first_id] = -np.inf
             row[tokens.eos_id] = 0
             row[latest : tokens.last_id + 1] = 0
-        others = self._others.bias_row(output_ids)
-        both = row if others is None else row + others
-        return both if np.isfinite(both).any() else row
+        bias = self._bias.bias_row(output_ids)
+        biased = row if bias is None else row + bias
+        return biased if np.isfinite(biased).any() else row

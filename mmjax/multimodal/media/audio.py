@@ -14,13 +14,13 @@ from mmjax.types import RequestError
 
 
 class AudioMediaIO(MediaIO[tuple[np.ndarray, float]]):
-    """Sound files and the sound tracks of videos, as (mono float32 [n], sampling rate)."""
+    """Audio files and the audio tracks of videos, as (mono float32 [n], sampling rate)."""
 
     def __init__(self, *, limits: MediaLimits | None = None):
         self.limits = limits or MediaLimits.from_env()
 
     def load_bytes(self, data: bytes) -> tuple[np.ndarray, float]:
-        """Decode a sound file."""
+        """Decode an audio file."""
         return audio.load(bytes(data), limits=self.limits)
 
     def encode_base64(self, media: tuple[Any, float], *, audio_format: str = "WAV") -> str:

@@ -1,4 +1,4 @@
-"""The interface of all decoders of media files."""
+"""The base class of all decoders of media files."""
 
 import abc
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class MediaIO(abc.ABC, Generic[T]):
         return self.load_bytes(url_sources.from_base64(data, self.limits))
 
     def load_file(self, filepath: str | Path) -> T:
-        """Decode a local file. Paths out of requests must go through `MediaConnector`, which restricts them."""
+        """Decode a local file. Paths from requests must go through `MediaConnector`, which restricts them."""
         limit = self.limits.source_bytes
         try:
             with open(filepath, "rb") as file:

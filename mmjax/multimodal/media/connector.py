@@ -26,11 +26,11 @@ T = TypeVar("T")
 class MediaConnector:
     """Fetches and decodes media. May be used from several threads; the coroutines may be cancelled.
 
-    media_io_kwargs: options of the decoders, by modality; checked here. connection: the policy for HTTP, by default
-    that of the environment. allowed_local_media_path: the directory from which file: URLs may be read.
-    allowed_media_domains: the hosts from which media may be fetched; None: all with a public address. Every method
-    raises RequestError for a URL that may not be fetched, a host that does not answer (`network.FetchTimeout` if it is
-    slow) and data that cannot be decoded.
+    media_io_kwargs: options of the decoders, by modality; checked here. connection: the policy for HTTP; None reads it
+    from the environment. allowed_local_media_path: the directory from which file: URLs may be read.
+    allowed_media_domains: the hosts from which media may be fetched; None allows all with a public address. Every
+    method raises RequestError for a URL that may not be fetched, a host that does not answer (`network.FetchTimeout` if
+    it is slow) and data that cannot be decoded.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class MediaConnector:
     # --- with a decoder of the caller's choice
 
     def load_from_url(self, url: str, media_io: MediaIO[T], *, fetch_timeout: float | None = None) -> T:
-        """Fetch a URL and decode it with `media_io`. fetch_timeout: seconds of the first attempt; audio's if None."""
+        """Fetch a URL and decode it with `media_io`. fetch_timeout: seconds for the first attempt; None uses
+        audio's."""
         if url_sources.scheme_of(url) in ("http", "https"):
             return network.wait_for(self._load_remote(url, media_io, self._timeout(fetch_timeout)))
         return self._load_local(url, media_io)
@@ -89,8 +90,8 @@ class MediaConnector:
         return await network.in_worker(self._load_local, url, media_io)
 
     async def _load_remote(self, url: str, media_io: MediaIO[T], timeout_s: float) -> T:
-        """Take the data from the cache, or fetch them; they are cached once they have been decoded."""
-        network.parse(url, self.policy)  # forbidden URLs are not even looked up
+        """Take the data from the cache, or fetch them, and cache them if they can be decoded."""
+        network.parse(url, self.policy)  # before the cache, so that forbidden URLs are refused
         cached = None if self.cache is None else await network.in_worker(self.cache.get, url, self.policy)
         data = cached or await network.fetch(url, self.policy, timeout_s)
         media = await network.in_worker(media_io.load_bytes, data)
@@ -143,11 +144,11 @@ class MediaConnector:
         return (await self.load_from_url_async(image_url, media_io, fetch_timeout=self.timeouts["image"])).media
 
     def fetch_audio(self, audio_url: str) -> tuple[np.ndarray, float]:
-        """(samples, sampling rate) of the sound file at a URL, or of the sound track of the video there."""
+        """(samples, sampling rate) of the audio file, or of the video's audio track, at a URL."""
         return self.load_from_url(audio_url, self.audio_io, fetch_timeout=self.timeouts["audio"])
 
     async def fetch_audio_async(self, audio_url: str) -> tuple[np.ndarray, float]:
-        """(samples, sampling rate) of the sound file at a URL, or of the sound track of the video there."""
+        """(samples, sampling rate) of the audio file, or of the video's audio track, at a URL."""
         return await self.load_from_url_async(audio_url, self.audio_io, fetch_timeout=self.timeouts["audio"])
 
     def fetch_video(self, video_url: str, *, image_mode: str = "RGB") -> Frames:
@@ -191,7 +192,7 @@ class ConnectorRegistry:
         return decorate
 
     def load(self, name: str | None = None, *args: Any, **kwargs: Any) -> MediaConnector:
-        """A new connector of the class with this name, or of the one that the environment names. ValueError for an
+        """A new connector of the class with this name, by default the one named in the environment. ValueError for an
         unknown name."""
         name = name or env("MEDIA_CONNECTOR", "http")
         if name not in self._connectors:

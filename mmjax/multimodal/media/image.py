@@ -1,4 +1,4 @@
-"""Decodes and encodes image files, and embeddings in their place."""
+"""Decodes and encodes image files, and embeddings in place of images."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
         self.limits = limits or MediaLimits.from_env()
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        """Decode an image file: upright, in `image_mode`; of an animation the first frame."""
+        """Decode an image file: upright, in `image_mode`; of an animation, the first frame."""
         decoded = image.load(bytes(data), mode=self.image_mode, background=self.background, limits=self.limits)
         return MediaWithBytes(decoded, data)
 
@@ -48,7 +48,7 @@ class ImageMediaIO(MediaIO[MediaWithBytes[Image.Image]]):
 
 
 class ImageEmbeddingMediaIO(MediaIO[np.ndarray]):
-    """Embeddings: files of one tensor that `torch.save` or `numpy.save` has written, none of which is executed."""
+    """Embeddings: files of one tensor, written by `torch.save` or `numpy.save`. Nothing in them is executed."""
 
     def __init__(self, *, limits: MediaLimits | None = None):
         self.limits = limits or MediaLimits.from_env()

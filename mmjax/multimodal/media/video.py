@@ -1,4 +1,4 @@
-"""Decodes and encodes video files, and sequences of JPEG images in their place."""
+"""Decodes and encodes video files, and sequences of JPEG images in place of videos."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -58,7 +58,7 @@ class VideoMediaIO(MediaIO[Frames]):
         return decoded.frames, dict(decoded.metadata)
 
     def load_base64(self, media_type: str, data: str) -> Frames:
-        """Decode a video file in base64; if media_type is video/jpeg, JPEG files in base64 between commas."""
+        """Decode a video file in base64; if media_type is video/jpeg, JPEG files in base64, separated by commas."""
         if media_type.lower() != "video/jpeg":
             return super().load_base64(media_type, data)
         count, limit = self.sampling.num_frames, self.limits.video_frames
@@ -85,7 +85,7 @@ class VideoMediaIO(MediaIO[Frames]):
         }
 
     def encode_base64(self, media: Any, *, video_format: str = "JPEG") -> str:
-        """Frames as JPEG files in base64 between commas."""
+        """Frames as JPEG files in base64, separated by commas."""
         if video_format != "JPEG":
             raise RequestError("Only JPEG is supported as video_format.", "bad_media_kwargs")
         frames = map(Image.fromarray, video.decode(media, limits=self.limits).frames)

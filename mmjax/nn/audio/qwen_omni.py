@@ -1,7 +1,7 @@
-"""The audio towers of the Omni families: mel frames in chunks of equal length, convolved one by one.
+"""The audio towers of the Omni families: mel frames in chunks of equal length, each convolved alone.
 
-An input (axis I) is a chunk; the last of a clip may be short. Every chunk counts its positions from 0. Axis t: frames
-or steps of a chunk.
+An input (axis I) is a chunk; the last one of a clip may be shorter. Positions count from 0 in every chunk. Axis t:
+frames or steps of a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 from mmjax.spec import conv_length
 
-CONV_BATCH = 32  # chunks convolved at a time: of a published model each takes 6 MiB then
+CONV_BATCH = 32  # chunks per convolution; in the published model, each takes 6 MiB of memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Qwen2OmniAudioEncoder(ConvEncoder):
     def encode(self, features: Features) -> Float[Array, "E W"]:
         """Embeddings of `audio_fields` of mmjax.processors.qwen_omni."""
         length, step = features["audio_frames"], features["step_index"]
-        # after the sound there are zeros, not what the convolution makes of silence
+        # the next convolution must see zeros after the audio, not the output of this one for silence
         x = zero_after(self.apply_conv1(features["mel"], pad=1), length)
         x = self.apply_conv2(x, pad=1)
         x = _run_layers(self, x, jnp.arange(len(x), dtype=jnp.int32), conv_length(length, 1))
@@ -113,7 +113,7 @@ class Qwen3OmniAudioEncoder(Encoder):
         self.conv2_bias = weight(n, axes=("embed",))
         self.conv3 = weight(3, 3, n, n, axes=kernel)
         self.conv3_bias = weight(n, axes=("embed",))
-        self.gather = weight(n * bins, d, axes=("patch", "embed"))
+        self.conv_out = weight(n * bins, d, axes=("patch", "embed"))
         self.norm = weight(d, axes=("embed",))
         self.norm_bias = weight(d, axes=("embed",))
         self.project1 = weight(d, d, axes=("embed", "mlp"))
@@ -126,7 +126,7 @@ class Qwen3OmniAudioEncoder(Encoder):
         """Embeddings of `audio_fields` of mmjax.processors.qwen_omni."""
         mel = features["mel"].astype(self.conv1.dtype)
         x = jax.lax.map(lambda chunk: self._convolve(*chunk), (mel, features["num_frames"]), batch_size=CONV_BATCH)
-        x = _run_layers(self, x @ self.gather[...], features["window_ids"], conv_length(features["audio_frames"], 3))
+        x = _run_layers(self, x @ self.conv_out[...], features["window_ids"], conv_length(features["audio_frames"], 3))
         with jax.named_scope("projector"):
             x = jnp.take(x, features["step_index"], axis=0, mode="clip")
             x = layer_norm(x, self.norm[...], self.norm_bias[...], EPS)
@@ -135,21 +135,21 @@ class Qwen3OmniAudioEncoder(Encoder):
 
     @jax.named_scope("conv")
     def _convolve(self, mel: Float[Array, "t bins"], num_frames: Int[Array, ""]) -> Float[Array, "steps inner"]:
-        """One chunk, of which the first `num_frames` frames exist."""
+        """The steps of one chunk, whose frames after the first `num_frames` are padding."""
         x = zero_after(mel[None, :, :, None], num_frames[None])
         kernels = ((self.conv1, self.conv1_bias), (self.conv2, self.conv2_bias), (self.conv3, self.conv3_bias))
         for num_convs, (kernel, bias) in enumerate(kernels, 1):
             axes = ("NHWC", "HWIO", "NHWC")
             x = jax.lax.conv_general_dilated(x, kernel[...], (2, 2), ((1, 1), (1, 1)), dimension_numbers=axes)
             x = zero_after(gelu(x + bias[...]), conv_length(num_frames[None], num_convs))
-        return x[0].swapaxes(1, 2).reshape(x.shape[1], -1)  # channel by channel, as the next weight is stored
+        return x[0].swapaxes(1, 2).reshape(x.shape[1], -1)  # channel-major, the order of the next weight
 
 
 def _run_layers(
     tower: Encoder, x: Float[Array, "I t C"], window_ids: Int[Array, "I"], length: Int[Array, "I"]
 ) -> Float[Array, "U C"]:
-    """All layers on x with positions added; U counts all chunks' steps. The first `length` steps of each chunk attend
-    those of every chunk of the same window; padding attends padding."""
+    """The layers' output for x with positions added; U counts the steps of all chunks. The first `length` steps of each
+    chunk attend to those of all chunks of the same window; padding attends to padding."""
     inputs, steps, width = x.shape
     x = x + jnp.asarray(sinusoids(steps, width), x.dtype)
     is_padding = jnp.where(length_mask(length, steps), 0, 1)
@@ -157,7 +157,7 @@ def _run_layers(
 
 
 def zero_after(x: Float[Array, "I t *rest"], length: Int[Array, "I"]) -> Float[Array, "I t *rest"]:
-    """x with zeros after the first `length` of each input's t."""
+    """x with zeros after the first `length` frames or steps of each input."""
     mask = length_mask(length, x.shape[1])
     return jnp.where(mask.reshape(*mask.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
@@ -168,7 +168,7 @@ def length_mask(length: Int[Array, "I"], steps: int) -> Bool[Array, "I {steps}"]
 
 
 def sinusoids(length: int, width: int) -> Float32[np.ndarray, "{length} {width}"]:
-    """Fixed positions, sines beside cosines, with time scales from 1 to 10000."""
+    """Sinusoidal positions (arXiv:1706.03762), all sines before all cosines, of wavelengths from 2 pi to 20000 pi."""
     rate = np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2))
     angle = np.arange(length)[:, None] * rate
     return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Whisper's encoder, which several audio families share: over whole windows, or over clips of any length in chunks.
+"""Whisper's encoder, used by several audio families: over whole windows, or over clips of any length in chunks.
 
-A window is what the position table spans (30 seconds). An input (axis I) is a window or a chunk of one; its axis t
-counts mel frames or encoder steps. A step is two frames.
+A window has as many steps as the position table (30 seconds). An input (axis I) is a window or a chunk of one; its axis
+t counts mel frames or encoder steps. A step is two frames.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmjax.nn.encoder import Encoder, EncoderConfig, Features, gelu
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 
-EPS = 1e-5  # of every norm; the config does not name it
+EPS = 1e-5  # of every norm; config.json does not name it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class WhisperEncoderConfig:
 
 
 class ConvEncoder(Encoder):
-    """Two convolutions over time, layers, and a final norm; a subclass says what happens between them."""
+    """Two convolutions over time, layers, and a final norm; a subclass combines them."""
 
     def __init__(self, c: EncoderConfig, bins: int) -> None:
         super().__init__(c)
@@ -88,21 +88,22 @@ class WhisperEncoder(ConvEncoder):
         self.positions = weight(c.window_steps, c.tower.hidden_size, axes=("position", "embed"))
 
     def encode_windows(self, mel: Float32[Array, "I bins t"]) -> Float[Array, "U C"]:
-        """Whole windows, with the final norm; U counts all windows' steps."""
+        """Hidden states of whole windows, after the final norm; U counts the steps of all windows."""
         x = self.apply_conv2(self.apply_conv1(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
         num_inputs, steps, width = x.shape
         segment_ids = jnp.arange(num_inputs * steps, dtype=jnp.int32) // steps
         return self.final_norm(self(x.reshape(-1, width), segment_ids, segment_len=steps))
 
     def encode_chunks(self, features: Features) -> Float[Array, "U C"]:
-        """Chunks of windows, before the final norm; U counts all chunks' steps.
+        """Hidden states of chunks, before the final norm; U counts the steps of all chunks.
 
-        features: `chunk_fields` of mmjax.processors.whisper_chunks, and wanted_steps where more steps are wanted than
-        are sound. A chunk comes with its neighbors' frames, so that its steps are those of the whole window; beyond the
-        ends of the window the convolutions see zeros. Steps that are not wanted attend only each other.
+        features: `chunk_fields` of mmjax.processors.whisper_chunks, and output_steps if embeddings are made from more
+        steps than are audio. A chunk includes frames of its neighbors, so that its steps equal those of the whole
+        window; the convolutions see zeros beyond the ends of the window. Steps after output_steps attend to each other
+        only.
         """
         first_step, audio_steps = features["first_step"], features["audio_steps"]
-        wanted_steps = features.get("wanted_steps")
+        output_steps = features.get("output_steps")
         x = self.apply_conv1(features["mel"])
         frame = jnp.arange(x.shape[1], dtype=jnp.int32) - 1  # counted from the chunk's first
         inside = (frame + 2 * first_step[:, None] >= 0) & (frame < features["num_frames"][:, None])
@@ -110,9 +111,9 @@ class WhisperEncoder(ConvEncoder):
         x = self.apply_conv2(x)
         step = jnp.arange(x.shape[1], dtype=jnp.int32)
         x = x + jnp.take(self.positions[...], first_step[:, None] + step, axis=0, mode="clip")
-        wanted = step < (audio_steps if wanted_steps is None else wanted_steps)[:, None]
-        segment_ids = (2 * features["window_ids"][:, None] + jnp.where(wanted, 0, 1)).reshape(-1)
-        key_mask = None if wanted_steps is None else ((step < audio_steps[:, None]) | ~wanted).reshape(-1)
+        is_output = step < (audio_steps if output_steps is None else output_steps)[:, None]
+        segment_ids = (2 * features["window_ids"][:, None] + jnp.where(is_output, 0, 1)).reshape(-1)
+        key_mask = None if output_steps is None else ((step < audio_steps[:, None]) | ~is_output).reshape(-1)
         return self(x.reshape(-1, x.shape[-1]), segment_ids, key_mask=key_mask)
 
 
@@ -121,7 +122,7 @@ def convolve(
 ) -> Float[Array, "I steps outer"]:
     """x convolved over time, with `pad` zeros at both ends.
 
-    One matrix product over the three shifted copies side by side, which is faster than XLA's convolution on the CPU.
+    It is one matrix product of three shifted copies side by side: on the CPU, faster than XLA's convolution.
     """
     x = jnp.pad(x, ((0, 0), (pad, pad), (0, 0)))
     last = x.shape[1] - 2

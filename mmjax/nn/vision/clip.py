@@ -1,4 +1,4 @@
-"""CLIP's image tower: square images in patches, a class token in front."""
+"""CLIP's image tower: the patches of a square image after a class token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmjax.nn.encoder import Encoder, EncoderConfig
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 
-DEFAULTS: Mapping[str, Any] = {  # what CLIPVisionConfig fills in
+DEFAULTS: Mapping[str, Any] = {  # the defaults of transformers' CLIPVisionConfig
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -36,7 +36,7 @@ class ClipConfig:
 
     @classmethod
     def from_hf(cls, vision: Mapping[str, Any], layer: int) -> ClipConfig:
-        """From a vision_config; `layer` is the hidden state that is wanted, 0 being the input of the first layer."""
+        """From a vision_config; `layer` numbers the hidden state to return; 0 is the input of the first layer."""
         vision = {**DEFAULTS, **vision}
         depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
         tower = EncoderConfig(
@@ -61,7 +61,7 @@ class ClipConfig:
 
 
 class ClipVisionEncoder(Encoder):
-    """The tower up to the chosen hidden state."""
+    """The tower, up to the layer whose output is used."""
 
     def __init__(self, c: ClipConfig) -> None:
         super().__init__(c.tower)
@@ -85,13 +85,13 @@ class ClipVisionEncoder(Encoder):
     @jax.named_scope("patch_embed")
     def _embed(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
         """The class token and the patches, with positions added, normalized."""
-        c, side = self.c, self.c.grid_size
+        c, grid = self.c, self.c.grid_size
         x = (
             pixels.astype(self.patch.dtype)
-            .reshape(-1, 3, side, c.patch_size, side, c.patch_size)
+            .reshape(-1, 3, grid, c.patch_size, grid, c.patch_size)
             .transpose(0, 2, 4, 1, 3, 5)
         )
-        x = x.reshape(-1, side**2, 3 * c.patch_size * c.patch_size) @ self.patch[...]
+        x = x.reshape(-1, grid**2, 3 * c.patch_size * c.patch_size) @ self.patch[...]
         first = jnp.broadcast_to(self.class_embed[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...]
         return layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.tower.eps)

@@ -1,4 +1,4 @@
-"""Pixel normalization on the device, so that bytes are copied to it, not floats."""
+"""Pixel normalization on the device, so that the host sends bytes and not floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the width of an image tower to that of the language model."""
+"""The projector from the width of an image tower to that of the language model."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ class Projector(nnx.Module):
 
     @jax.named_scope("projector")
     def __call__(self, x: Float[Array, "*shape C"]) -> Float[Array, "*shape D"]:
-        """Vectors of the tower as vectors of the language model."""
+        """Hidden states of the tower as embeddings of the language model."""
         return ACTIVATIONS[self.act](x @ self.fc1[...] + self.fc1_bias[...]) @ self.fc2[...] + self.fc2_bias[...]

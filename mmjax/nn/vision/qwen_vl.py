@@ -1,8 +1,8 @@
-"""The vision tower of the Qwen families: patches of any number of images in one packed sequence, merged in squares.
+"""The vision tower of the Qwen families: the patches of any number of images in one packed sequence, merged in squares.
 
-Three generations share it. Qwen2-VL's has layer norms and a plain feed-forward; Qwen2.5-VL's RMS norms, a gated
-feed-forward, and layers that attend within windows; Qwen3-VL's learned positions that are interpolated over the image,
-and DeepStack: embeddings taken after inner layers beside the final ones.
+It has three generations. Qwen2-VL's has layer norms and a plain feed-forward. Qwen2.5-VL's has RMS norms, a gated
+feed-forward, and layers that attend within windows. Qwen3-VL's has learned positions, interpolated over the image, and
+DeepStack (arXiv:2406.04334): embeddings of inner layers beside those of the last one.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from mmjax.nn.attention import encoder_attention
-from mmjax.nn.encoder import ACTIVATIONS, EncoderConfig, EncoderLayers, Features, gelu
+from mmjax.nn.encoder import ACTIVATIONS, EncoderConfig, EncoderLayer, Features, gelu
 from mmjax.nn.norm import layer_norm, rms_norm
 from mmjax.nn.rope import Rope, apply_rope
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
 
-EPS = 1e-6  # of all norms; no config names it
-THETA = 10000.0
+EPS = 1e-6  # of all norms; config.json does not name it
+THETA = 10000.0  # of rotary positions; config.json does not name it
+
+Carry = tuple[Float[Array, "U C"], Float[Array, "levels U C"]]  # hidden states, and those of each DeepStack layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,10 @@ class QwenVisionConfig:
     """Sizes. A patch is temporal_patch_size x patch_size x patch_size pixels; merge_size x merge_size patches become an
     embedding of output_dim numbers.
 
-    gated: RMS norms and a gated feed-forward. full_attention_layers: the layers that attend to a whole frame while all
-    others attend within windows; None where every layer attends to its frame. position_grid: edge of the square table
-    of learned positions, 0 without one. deepstack_layers: layers after which embeddings are taken too. bias: of the
-    patch embedding. merger_padding: what the mergers' inner width is padded by to divide over devices.
+    gated: RMS norms and a gated feed-forward. full_attention_layers: the layers that attend to a whole frame while the
+    others attend within windows; None if every layer attends to a whole frame. position_grid: edge of the square table
+    of learned positions, 0 without one. deepstack_layers: layers whose outputs become embeddings too. bias: whether the
+    patch embedding has one. merger_padding: padding of the mergers' inner width, to divide over devices.
     """
 
     tower: EncoderConfig
@@ -53,14 +55,14 @@ class QwenVisionConfig:
     merger_padding: int = 0
 
     @classmethod
-    def qwen2(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> QwenVisionConfig:
+    def qwen2(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenVisionConfig:
         """Qwen2-VL's, from vision_config and preprocessor_config.json."""
         mlp = int(vision["embed_dim"] * vision["mlp_ratio"])
         tower = _tower(vision, vision["embed_dim"], mlp, vision.get("hidden_act", "quick_gelu"))
-        return cls(tower, *_sizes(vision), vision["hidden_size"], PixelNorm.from_hf(dict(prepare)))
+        return cls(tower, *_sizes(vision), vision["hidden_size"], PixelNorm.from_hf(dict(preprocessor)))
 
     @classmethod
-    def qwen2_5(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> QwenVisionConfig:
+    def qwen2_5(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenVisionConfig:
         """Qwen2.5-VL's and Qwen2.5-Omni's."""
         tower = _tower(vision, vision["hidden_size"], vision["intermediate_size"], vision.get("hidden_act", "silu"))
         full = tuple(vision["fullatt_block_indexes"])
@@ -69,13 +71,13 @@ class QwenVisionConfig:
             tower,
             *sizes,
             vision["out_hidden_size"],
-            PixelNorm.from_hf(dict(prepare)),
+            PixelNorm.from_hf(dict(preprocessor)),
             gated=True,
             full_attention_layers=full,
         )
 
     @classmethod
-    def qwen3(cls, vision: Mapping[str, Any], prepare: Mapping[str, Any]) -> QwenVisionConfig:
+    def qwen3(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenVisionConfig:
         """Qwen3-VL's and Qwen3-Omni's. Raises ValueError when the position table is not square."""
         act = vision.get("hidden_act", "gelu_pytorch_tanh")
         side = round(vision["num_position_embeddings"] ** 0.5)
@@ -85,7 +87,7 @@ class QwenVisionConfig:
             _tower(vision, vision["hidden_size"], vision["intermediate_size"], act),
             *_sizes(vision),
             vision["out_hidden_size"],
-            PixelNorm.from_hf(dict(prepare)),
+            PixelNorm.from_hf(dict(preprocessor)),
             position_grid=side,
             deepstack_layers=tuple(vision["deepstack_visual_indexes"]),
             bias=True,
@@ -123,8 +125,8 @@ def _sizes(vision: Mapping[str, Any]) -> tuple[int, int, int]:
     return vision["patch_size"], vision["temporal_patch_size"], vision["spatial_merge_size"]
 
 
-class GatedEncoderLayers(nnx.Module):
-    """`EncoderLayers` with RMS norms and gated feed-forwards."""
+class GatedEncoderLayer(nnx.Module):
+    """`EncoderLayer` with RMS norms and gated feed-forwards."""
 
     def __init__(self, c: EncoderConfig) -> None:
         n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
@@ -147,7 +149,7 @@ class GatedEncoderLayers(nnx.Module):
         angles: Float32[Array, "U half_H"] | None,
         segment_len: int | None,
     ) -> Float[Array, "U C"]:
-        """One layer, of the weights that a scan has indexed."""
+        """The layer's output. The weights must have no leading axis."""
         c = self.c
         with jax.named_scope("attn"):
             y = rms_norm(x, self.norm1[...], c.eps)
@@ -165,10 +167,10 @@ class GatedEncoderLayers(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """A norm and two dense layers over the square of patches of an embedding.
+    """A norm and two dense layers that merge a square of patches into an embedding.
 
-    levels: so many mergers with stacked weights, whose norm is over the whole square; 0: one, whose norm is over single
-    patches.
+    levels: 0 for the merger of the last layer, which normalizes single patches; else the number of DeepStack mergers,
+    which normalize whole squares and have stacked weights.
     """
 
     def __init__(self, c: QwenVisionConfig, levels: int = 0) -> None:
@@ -187,7 +189,7 @@ class PatchMerger(nnx.Module):
 
     @jax.named_scope("merger")
     def __call__(self, x: Float[Array, "U C"]) -> Float[Array, "E W"]:
-        """An embedding for every square of patches."""
+        """One embedding per square of patches."""
         x = x.reshape(-1, self.norm.shape[-1])
         if self.norm_bias is None:
             x = rms_norm(x, self.norm[...], EPS)
@@ -198,29 +200,31 @@ class PatchMerger(nnx.Module):
 
 
 class QwenVisionEncoder(nnx.Module):
-    """Patches to embeddings."""
+    """The tower, from patches to embeddings."""
 
     def __init__(self, c: QwenVisionConfig) -> None:
         width = c.tower.hidden_size
         self.patch = weight(c.patch_dim, width, axes=("patch", "embed"))
         self.patch_bias = weight(width, axes=("embed",)) if c.bias else None
         self.positions = weight(c.position_grid**2, width, axes=("position", "embed")) if c.position_grid else None
-        self.blocks = GatedEncoderLayers(c.tower) if c.gated else EncoderLayers(c.tower)
-        self.merge = PatchMerger(c)
-        self.taps = PatchMerger(c, len(c.deepstack_layers)) if c.deepstack_layers else None
+        self.layers = GatedEncoderLayer(c.tower) if c.gated else EncoderLayer(c.tower)
+        self.merger = PatchMerger(c)
+        self.deepstack_mergers = PatchMerger(c, len(c.deepstack_layers)) if c.deepstack_layers else None
         self.c = c
 
     def __call__(self, features: Features) -> Float[Array, "E W"]:
         """Embeddings of `patch_fields` of mmjax.processors.qwen_vl."""
         x = self._embed(features["pixels"], features.get("position_coords"))
-        x, inner = self._run_layers(x, features)
-        embeds = self.merge(x)
-        if self.taps is not None:
-            graph, weights = nnx.split(self.taps)
-            deepstack = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, inner)
-            embeds = jnp.concatenate([embeds, deepstack.reshape(embeds.shape[0], -1)], axis=1)
+        x, inner_states = self._run_layers(x, features)
+        embeds = self.merger(x)
+        if self.deepstack_mergers is not None:
+            with jax.named_scope("deepstack"):
+                graph, weights = nnx.split(self.deepstack_mergers)
+                deepstack = jax.vmap(lambda weights, x: nnx.merge(graph, weights)(x), out_axes=1)(weights, inner_states)
+                embeds = jnp.concatenate([embeds, deepstack.reshape(embeds.shape[0], -1)], axis=1)
         if self.c.full_attention_layers is not None:
-            embeds = jnp.take(embeds, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
+            with jax.named_scope("reorder"):
+                embeds = jnp.take(embeds, features["embed_order"] // self.c.patches_per_embed, axis=0, mode="clip")
         return embeds
 
     @jax.named_scope("patch_embed")
@@ -246,39 +250,39 @@ class QwenVisionEncoder(nnx.Module):
         for down in (0, 1):
             for right in (0, 1):
                 row, column = ((corner + jnp.array([down, right], jnp.int32)).clip(0, self.c.position_grid - 1)).T
-                part = jnp.abs(fraction - jnp.array([1 - down, 1 - right], jnp.float32)).prod(axis=1)
+                corner_weight = jnp.abs(fraction - jnp.array([1 - down, 1 - right], jnp.float32)).prod(axis=1)
                 entry = jnp.take(self.positions[...], row * self.c.position_grid + column, axis=0)
-                total = total + part[:, None] * entry.astype(jnp.float32)
+                total = total + corner_weight[:, None] * entry.astype(jnp.float32)
         return total
 
     def _angles(self, coords: Int[Array, "U 2"]) -> Float32[Array, "U half_H"]:
         """Rotary angles: the first half of the pairs rotates by the patch's row, the second by its column."""
         half = self.c.tower.head_dim // 2
-        inverse = jnp.asarray(Rope.from_hf(half, THETA, None).inv_freq, jnp.float32)
-        return (coords.astype(jnp.float32)[:, :, None] * inverse).reshape(-1, half)
+        inv_freq = jnp.asarray(Rope.from_hf(half, THETA, None).inv_freq, jnp.float32)
+        return (coords.astype(jnp.float32)[:, :, None] * inv_freq).reshape(-1, half)
 
-    def _run_layers(
-        self, x: Float[Array, "U C"], features: Features
-    ) -> tuple[Float[Array, "U C"], Float[Array, "levels U C"]]:
+    def _run_layers(self, x: Float[Array, "U C"], features: Features) -> Carry:
         """The output of the last layer, and of each DeepStack layer.
 
-        By a scan: an encoder is bound by arithmetic, and a scan saves compile time. Entry j of the second is written
-        after every layer up to deepstack_layers[j], hence last after that one.
+        Layers run in a scan, as in `Encoder`. The scan writes entry j of the second output after every layer up to
+        deepstack_layers[j], so that the output of that layer remains.
         """
         c, depth, segment_ids = self.c, self.c.tower.num_layers, features["segment_ids"]
-        graph, weights = nnx.split(self.blocks)
+        graph, weights = nnx.split(self.layers)
         angles = self._angles(features["patch_coords"])
         is_full = jnp.array([c.full_attention_layers is None or i in c.full_attention_layers for i in range(depth)])
         level = jnp.array([sum(layer < i for layer in c.deepstack_layers) for i in range(depth)], jnp.int32)
 
         @jax.named_scope("layer")
-        def body(carry: tuple[Array, Array], layer: Any) -> tuple[tuple[Array, Array], None]:
-            (x, inner), (weights, is_full, level) = carry, layer
+        def body(carry: Carry, layer: Any) -> tuple[Carry, None]:
+            (x, inner_states), (weights, is_full, level) = carry, layer
             ids = segment_ids
             if c.full_attention_layers is not None:
                 ids = jnp.where(is_full, segment_ids, features["window_ids"])
             x = nnx.merge(graph, weights)(x, ids, angles, None)
-            return (x, inner.at[level].set(x, mode="drop") if c.deepstack_layers else inner), None
+            if c.deepstack_layers:
+                inner_states = inner_states.at[level].set(x, mode="drop")
+            return (x, inner_states), None
 
-        inner = jnp.zeros((len(c.deepstack_layers), *x.shape), x.dtype)
-        return jax.lax.scan(body, (x, inner), (weights, is_full, level))[0]
+        inner_states = jnp.zeros((len(c.deepstack_layers), *x.shape), x.dtype)
+        return jax.lax.scan(body, (x, inner_states), (weights, is_full, level))[0]

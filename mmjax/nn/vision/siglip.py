@@ -1,4 +1,4 @@
-"""SigLIP's image tower: patches of square images or of images of any shape, without a class token."""
+"""SigLIP's image tower: the patches of square images or of images of any shape, without a class token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmjax.nn.encoder import Encoder, EncoderConfig
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 
-DEFAULTS: Mapping[str, Any] = {  # what SiglipVisionConfig fills in
+DEFAULTS: Mapping[str, Any] = {  # the defaults of transformers' SiglipVisionConfig
     "hidden_size": 768,
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
@@ -37,7 +37,7 @@ class SiglipConfig:
 
     @classmethod
     def from_hf(cls, vision: Mapping[str, Any], layer: int, *, last_norm: bool) -> SiglipConfig:
-        """From a vision_config; `layer` is the hidden state that is wanted, 0 being the input of the first layer."""
+        """From a vision_config; `layer` numbers the hidden state to return; 0 is the input of the first layer."""
         vision = {**DEFAULTS, **vision}
         depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
         tower = EncoderConfig(
@@ -67,7 +67,7 @@ class SiglipConfig:
 
 
 class SiglipVisionEncoder(Encoder):
-    """The tower up to the chosen hidden state."""
+    """The tower, up to the layer whose output is used."""
 
     def __init__(self, c: SiglipConfig) -> None:
         super().__init__(c.tower)
@@ -81,11 +81,11 @@ class SiglipVisionEncoder(Encoder):
 
     def encode_images(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "U C"]:
         """Hidden states of normalized square images; U counts all images' patches, row by row."""
-        patch, side = self.c.patch_size, self.c.grid_size
-        x = pixels.reshape(-1, 3, side, patch, side, patch).transpose(0, 2, 4, 1, 3, 5)
+        patch, grid = self.c.patch_size, self.c.grid_size
+        x = pixels.reshape(-1, 3, grid, patch, grid, patch).transpose(0, 2, 4, 1, 3, 5)
         x = x.reshape(-1, self.c.patch_dim)
         coords = jnp.arange(x.shape[0], dtype=jnp.int32)
-        return self.encode_patches(x, coords % side**2, coords // side**2, segment_len=side**2)
+        return self.encode_patches(x, coords % grid**2, coords // grid**2, segment_len=grid**2)
 
     def encode_patches(
         self,
@@ -94,8 +94,8 @@ class SiglipVisionEncoder(Encoder):
         segment_ids: Int[Array, "U"],
         segment_len: int | None = None,
     ) -> Float[Array, "U C"]:
-        """Hidden states of normalized patches. position_ids: rows of the position table. Patches attend those of equal
-        segment id; segment_len: the length of every segment, where all have the same."""
+        """Hidden states of normalized patches. position_ids: rows of the position table. segment_ids, segment_len: see
+        `encoder_attention`."""
         with jax.named_scope("patch_embed"):
             x = patches.astype(self.patch.dtype) @ self.patch[...] + self.patch_bias[...]
             x = x + jnp.take(self.positions[...], position_ids, axis=0, mode="clip")
