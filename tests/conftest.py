@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,24 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tiny models spend their time in the compiler: without LLVM optimising, a program compiles in about two thirds of it.
-for flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
+# Tiny models spend their time in the compiler. The programs of a tiny Qwen2-VL take 12 s of it without LLVM's
+# optimizations, 4 s with the older emitters of fusions as well. One module per program, not 32, needs 1 500 memory maps
+# instead of 2 000.
+for flag in (
+    "--xla_force_host_platform_device_count=4",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+# By the environment, so that the processes which tests start have the compiled programs too. Every program is written:
+# to trace and compile even a small one again costs more than to read it.
+_user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "mmjax-tests" / f"jax-{version('jax')}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402 - reads the environment when it is imported
 import pytest  # noqa: E402
@@ -34,11 +49,6 @@ install_import_hook(
     ["mmjax.kernels", "mmjax.nn", "mmjax.models"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int will do for a float
 )
-
-_user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-jax.config.update("jax_compilation_cache_dir", str(_user_cache / "mmjax-tests" / f"jax-{jax.__version__}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="module", autouse=True)
