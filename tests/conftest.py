@@ -4,10 +4,10 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmjax.engine.compile_counter import CompileCounter
@@ -35,6 +35,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402 - reads the environment when it is imported
 import pytest  # noqa: E402
+from cachetools import LRUCache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,39 @@ def leave_nothing() -> Iterator[None]:
     if maps.exists():
         count = len(maps.read_bytes().splitlines())
         assert count < 30_000, f"{count} memory maps are left: a fixture keeps engines that later tests do not use"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_programs() -> Iterator[None]:
+    """An engine of the same sizes, dtypes and devices as an earlier one takes over its programs. To trace those of a
+    tiny Qwen2-VL again and to read them from the compilation cache takes 2.6 s."""
+    from mmjax import kernels
+    from mmjax.engine.model_runner import ModelRunner
+    from mmjax.engine.programs import ProgramKey
+
+    compile_anew = ModelRunner._compile
+    made: LRUCache[Hashable, Any] = LRUCache(maxsize=32)  # about 300 memory maps each
+
+    def take_or_compile(runner: ModelRunner, key: ProgramKey) -> Any:
+        functions = runner.functions
+        leaves, structure = jax.tree.flatten((runner.params, runner.state))
+        whole = (
+            key,
+            functions.graph,
+            functions.paths,
+            repr((functions.spec, functions.buckets, functions.stops_early, runner.dtype, runner.compiler_options)),
+            functions.replicated,
+            structure,
+            tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves),
+            kernels.multiplies_bfloat16(),
+        )
+        if whole not in made:
+            made[whole] = compile_anew(runner, key)
+        return made[whole]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "_compile", take_or_compile)
+        yield
 
 
 @pytest.fixture
