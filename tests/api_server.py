@@ -14,7 +14,7 @@ from mmjax.serve.context import ServerSettings
 from mmjax import LLM, AsyncLLM
 
 SMALL: dict[str, Any] = {
-    "block_size": 16, "max_num_seqs": 8, "max_num_batched_tokens": 128, "num_decode_steps": 4, "enforce_eager": True,
+    "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4, "enforce_eager": True,
 }  # fmt: skip
 
 

@@ -4,22 +4,38 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmjax.engine.compile_counter import CompileCounter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Tiny models spend their time in the compiler: without LLVM optimising, a program compiles in about two thirds of it.
-for flag in ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"):
+# Tiny models spend their time in the compiler. The programs of a tiny Qwen2-VL take 12 s of it without LLVM's
+# optimizations, 4 s with the older emitters of fusions as well. One module per program, not 32, needs 1 500 memory maps
+# instead of 2 000.
+for flag in (
+    "--xla_force_host_platform_device_count=4",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+):
     if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
+# By the environment, so that the processes which tests start have the compiled programs too. Every program is written:
+# to trace and compile even a small one again costs more than to read it.
+_user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "mmjax-tests" / f"jax-{version('jax')}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 import jax  # noqa: E402 - reads the environment when it is imported
 import pytest  # noqa: E402
+from cachetools import LRUCache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,11 +51,6 @@ install_import_hook(
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int will do for a float
 )
 
-_user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-jax.config.update("jax_compilation_cache_dir", str(_user_cache / "mmjax-tests" / f"jax-{jax.__version__}"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def leave_nothing() -> Iterator[None]:
@@ -52,6 +63,39 @@ def leave_nothing() -> Iterator[None]:
     if maps.exists():
         count = len(maps.read_bytes().splitlines())
         assert count < 30_000, f"{count} memory maps are left: a fixture keeps engines that later tests do not use"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_programs() -> Iterator[None]:
+    """An engine of the same sizes, dtypes and devices as an earlier one takes over its programs. To trace those of a
+    tiny Qwen2-VL again and to read them from the compilation cache takes 2.6 s."""
+    from mmjax import kernels
+    from mmjax.engine.model_runner import ModelRunner
+    from mmjax.engine.programs import ProgramKey
+
+    compile_anew = ModelRunner._compile
+    made: LRUCache[Hashable, Any] = LRUCache(maxsize=32)  # about 300 memory maps each
+
+    def take_or_compile(runner: ModelRunner, key: ProgramKey) -> Any:
+        functions = runner.functions
+        leaves, structure = jax.tree.flatten((runner.params, runner.state))
+        whole = (
+            key,
+            functions.graph,
+            functions.paths,
+            repr((functions.spec, functions.buckets, functions.stops_early, runner.dtype, runner.platform)),
+            functions.replicated,
+            structure,
+            tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves),
+            kernels.multiplies_bfloat16(),
+        )
+        if whole not in made:
+            made[whole] = compile_anew(runner, key)
+        return made[whole]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "_compile", take_or_compile)
+        yield
 
 
 @pytest.fixture

@@ -113,6 +113,10 @@ class ModelRunner:
     def program(self, key: ProgramKey) -> Compiled:
         """The compiled program of this key, compiled now if necessary."""
         if key not in self._programs:
+            self.compiles += 1
+            if self.warm:
+                self.compiles_after_warmup += 1
+                logger.warning("compiling %s after warm-up", key)
             self._programs[key] = self._compile(key)
         return self._programs[key]
 
@@ -123,10 +127,6 @@ class ModelRunner:
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
             jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.outs)
             lowered = jitted.lower(*program.args)
-        self.compiles += 1
-        if self.warm:
-            self.compiles_after_warmup += 1
-            logger.warning("compiling %s after warm-up", key)
         options = compiler_options(
             self.platform,
             decode=isinstance(key, Decode),

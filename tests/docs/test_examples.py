@@ -39,8 +39,8 @@ TINY = {
     "llava-hf/llava-1.5-7b-hf": "llava",
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl",
 }
-SMALL: dict[str, Any] = {  # as in tests/vllm_docs, so that the compilation cache serves both
-    "max_model_len": 512, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4,
+SMALL: dict[str, Any] = {  # as in tests/engine and tests/vllm_docs, so that the compilation cache serves both
+    "max_model_len": 384, "block_size": 16, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4,
     "enforce_eager": True, "enable_mm_embeds": True,
 }  # fmt: skip
 

@@ -132,7 +132,7 @@ def test_public_names_are_documented() -> None:
 
 def test_continuous_integration_runs_what_contributors_are_told() -> None:
     script = (ROOT / ".ci" / "run").read_text()
-    steps = re.findall(r"^step (.+)$", script, re.MULTILINE)
+    steps = re.findall(r"^ *step (.+)$", script, re.MULTILINE)
     told = " ".join(commands_of("CONTRIBUTING.md"))
     wanted = (
         "ruff format --check .",
@@ -143,6 +143,8 @@ def test_continuous_integration_runs_what_contributors_are_told() -> None:
         "mmjax demo",
         "python examples/quickstart.py",
         "pytest",
+        "pytest -m parity",
+        "pytest -m clients",
     )
     for step in wanted:
         assert step in told and any(line.startswith(step) for line in steps), step
@@ -154,7 +156,7 @@ def test_commits_are_checked_as_in_continuous_integration() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     entries = [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]]
     assert {repo["repo"] for repo in config["repos"]} == {"local"}
-    steps = re.findall(r"^step (.+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    steps = re.findall(r"^ *step (.+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     assert entries == [step.replace(" --check .", "").removesuffix(" .") for step in steps[: len(entries)]]
 
 

@@ -3,6 +3,7 @@
 The answers are asked for in one batch, one by one, and in chunks that cut images, videos and text wherever they fall.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -185,9 +186,15 @@ def test_each_case_alone(golden: Golden, reference_llm: Callable[..., LLM]) -> N
         "ultravox",
     ],
 )
-def test_chunks_of_32_tokens_end_inside_images(family: str, shared: Path, reference_llm: Callable[..., LLM]) -> None:
+def test_chunks_of_32_tokens_end_inside_images(
+    family: str, shared: Path, reference_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
     golden = load(shared / "reference" / family)
-    llm = reference_llm(family, max_num_batched_tokens=32)
+    llm = reference_llm(family)
+    llm.reset_mm_cache()
+    [engine] = llm.model.engines
+    small = dataclasses.replace(engine.scheduler.config, max_num_batched_tokens=32)  # in the same, padded, programs
+    monkeypatch.setattr(engine.scheduler, "config", small)
     outputs = llm.generate(golden.prompts, greedy(NEW, logprobs=-1, prompt_logprobs=-1), use_tqdm=False)
     for case, output in zip(golden.texts, outputs, strict=True):
         golden.check_prompt(case, output)

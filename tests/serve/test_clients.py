@@ -13,6 +13,8 @@ from PIL import Image
 
 from http_server import listening_server
 
+pytestmark = pytest.mark.clients
+
 CLIENTS = Path(__file__).resolve().parents[2] / "examples" / "clients"
 
 

@@ -16,6 +16,8 @@ from PIL import Image
 
 from http_server import listening_server
 
+pytestmark = pytest.mark.clients
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -132,6 +132,7 @@ def local_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.clients
 def test_langchain(address: str, local_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LANGSMITH_TRACING", "LANGCHAIN_TRACING_V2"):
         monkeypatch.setenv(name, "false")
@@ -169,6 +170,7 @@ print(json.dumps([whole.choices[0].message.content, said, refused]))
 """
 
 
+@pytest.mark.clients
 def test_litellm(address: str) -> None:
     """In a separate process: MMJAX_LITELLM_PYTHON, or this Python, has litellm."""
     python = os.environ.get("MMJAX_LITELLM_PYTHON", sys.executable)

@@ -12,6 +12,8 @@ from PIL import Image
 
 from http_server import listening_server
 
+pytestmark = pytest.mark.clients
+
 WAIT = 60.0
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -105,8 +105,7 @@ def process(tiny_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     words = ["serve", str(tiny_dir("qwen2_vl")), "--config", str(flags), "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "log"
     with log.open("w") as out:
-        cache = Path.home() / ".cache" / "mmjax-tests" / "serve"
-        env = {**os.environ, "MMJAX_COMPILATION_CACHE": str(cache), "MMJAX_IMAGE_FETCH_TIMEOUT": "300"}
+        env = {**os.environ, "MMJAX_IMAGE_FETCH_TIMEOUT": "300"}
         server = subprocess.Popen([sys.executable, "-m", "mmjax", *words], stdout=out, stderr=out, env=env)
     address = f"http://127.0.0.1:{port}"
 

@@ -15,7 +15,7 @@ from mmjax.engine.batch_builder import build_decode
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.sampler import SamplingMetadata
 from mmjax.engine.sampling_state import SAMPLING_FIELDS, SamplingState
-from mmjax.engine.sequence import EnginePrompt, Sequence
+from mmjax.engine.sequence import EnginePrompt, EngineSequence
 from mmjax.types import SAMPLING_PARAMETERS, SamplingParameter, ValidationError
 from mmjax.types.sampling import Bounds
 
@@ -107,7 +107,7 @@ def test_new_declaration_becomes_a_field(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_values_and_padding_of_a_packed_batch() -> None:
     """A row has its request's values; padding rows have every parameter off."""
     values = {name: 0.5 if parameter.dtype == "f32" else 7 for name, parameter in DEVICE.items()}
-    seq = Sequence(
+    seq = EngineSequence(
         0,
         EnginePrompt(np.arange(5, dtype=np.int32), np.zeros((1, 5), np.int32), 0),
         SamplingParams(**values),  # type: ignore[arg-type]

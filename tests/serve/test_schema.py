@@ -19,6 +19,8 @@ requests = pytest.importorskip("requests")
 schemathesis = pytest.importorskip("schemathesis")
 checks = pytest.importorskip("schemathesis.specs.openapi.checks")
 
+pytestmark = pytest.mark.clients
+
 EXAMPLES = int(os.environ.get("MMJAX_SCHEMA_EXAMPLES", "12"))  # per operation, twice
 CHECKS = (checks.status_code_conformance, checks.content_type_conformance, checks.response_schema_conformance)
 Json = dict[str, Any]

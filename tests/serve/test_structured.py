@@ -85,4 +85,4 @@ def test_a_slow_grammar_does_not_delay_others(
     go.set()
     slow_request.join()
     assert result[0].json()["choices"][0]["message"]["content"] == "yes"
-    assert len(threads) == 1 and threads[0].startswith("render")
+    assert len(threads) == 1 and threads[0].startswith("inputs")

@@ -20,7 +20,7 @@ from mmjax.cli import flags
 from web import Site, running_site
 
 SMALL: dict[str, Any] = {
-    "max_model_len": 512,
+    "max_model_len": 384,
     "block_size": 16,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 128,
