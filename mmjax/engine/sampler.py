@@ -263,9 +263,9 @@ def digit_bits(platform: str) -> int:
     """Bits per pass of `_threshold`: a pass reads the values once and sums them for 2^bits - 1 thresholds.
 
     On the CPU a pass is bound by its sums: with two bits the search takes twice as long as with one (a sort, 20 times).
-    A GPU is bound by launches and by reading: of 256 rows with V = 151936, 156 MB, which take 52 us at 3 TB/s. On an H200
-    a step whose rows sample takes 0.21 ms longer than a greedy one at batch 1 and 2.3 ms at 256 sequences, draw and
-    thresholds together (docs/performance.md).
+    A GPU is bound by launches and by reading: of 256 rows with V = 151936, 156 MB, which take 52 us at 3 TB/s. On an
+    H200 a step whose rows sample takes 0.21 ms longer than a greedy one at batch 1 and 2.3 ms at 256 sequences, draw
+    and thresholds together (docs/performance.md).
     """
     return 4 if platform == "gpu" else 1
 
