@@ -45,6 +45,10 @@ if importlib.util.find_spec("mmjax") is None:
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Tracing and log-probabilities over whole vocabularies make many small objects beside a large heap: by default, looking
+# for garbage among them takes a fifth of the time of test_goldens.py. `leave_nothing` collects after every file.
+gc.set_threshold(50_000, 20, 50)
+
 # These packages' annotations are checked at every call, so the shapes and dtypes of arrays while a program is traced.
 install_import_hook(
     ["mmjax.kernels", "mmjax.nn", "mmjax.models"],

@@ -61,6 +61,8 @@ def answers(weights: Path, recordings: Recordings) -> Callable[..., RequestOutpu
         max_num_batched_tokens=32,
         enforce_eager=True,
     )
+    [engine] = llm.model.engines
+    engine.runner.compiler_options = {"xla_backend_optimization_level": 3}  # minutes of sound: 23 s instead of 44 s
     asked = [(name, TASK) for name in recordings] + [
         ("jfk.flac", prompt) for prompt in ("", "<|startoftranscript|>", TIMED)
     ]
