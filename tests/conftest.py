@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +80,7 @@ def share_programs() -> Iterator[None]:
 
     compile_anew = ModelRunner._compile
     made: LRUCache[Hashable, Any] = LRUCache(maxsize=32)  # about 300 memory maps each
+    lock = threading.Lock()
 
     def take_or_compile(runner: ModelRunner, key: ProgramKey) -> Any:
         functions = runner.functions
@@ -93,9 +95,13 @@ def share_programs() -> Iterator[None]:
             tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves),
             kernels.multiplies_bfloat16(),
         )
-        if whole not in made:
-            made[whole] = compile_anew(runner, key)
-        return made[whole]
+        with lock:  # a warm-up compiles in several threads
+            program = made.get(whole)
+        if program is None:
+            program = compile_anew(runner, key)
+            with lock:
+                made[whole] = program
+        return program
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelRunner, "_compile", take_or_compile)
