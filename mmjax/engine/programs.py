@@ -102,7 +102,7 @@ class StepFunctions:
 
     @jax.named_scope("sampler")
     def _sample_greedy(
-        self, model: Any, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
+        self, model: Model, hidden: Array, f: Mapping[str, Array], state: DeviceState, active: Array
     ) -> tuple[DeviceState, Array]:
         """`_sample` where no row asks for more than its likeliest token i32[S]."""
         token_ids = sampler.greedy(jax.lax.with_sharding_constraint(model.logits(hidden), self.replicated))
