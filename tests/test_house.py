@@ -21,7 +21,7 @@ OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 # From the bottom up. A package imports from itself and from lower layers, never from its own layer or above.
 LAYERS = (
     ("types", "version"),
-    ("config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
+    ("config", "batch", "sharding", "spec", "mel", "tokenizer", "kernels", "converters"),
     ("multimodal",),
     ("assets", "utils", "chat", "processors", "nn"),
     ("inputs", "models"),
@@ -58,6 +58,7 @@ IMPORT_RULES = {
     "types": HOST,
     "config": HOST,
     "spec": HOST,
+    "mel": HOST,
     "multimodal": HOST,
     "assets": HOST,
     "utils": ImportRule(ours=("multimodal",), banned=(*DEVICE, "transformers")),
@@ -68,9 +69,9 @@ IMPORT_RULES = {
     "outputs": HOST,
     "batch": ImportRule(ours=(), banned=NO_MODEL_CODE),
     "sharding": ImportRule(ours=(), banned=NO_MODEL_CODE),
-    "nn": ImportRule(ours=("nn", "kernels", "batch", "sharding", "spec"), banned=("orbax", "transformers")),
+    "nn": ImportRule(ours=("nn", "kernels", "batch", "sharding", "spec", "mel"), banned=("orbax", "transformers")),
     "models": ImportRule(
-        ours=("models", "nn", "processors", "batch", "sharding", "spec"), banned=("orbax", "transformers")
+        ours=("models", "nn", "processors", "batch", "sharding", "spec", "mel"), banned=("orbax", "transformers")
     ),
     "engine": HOST,
     "engine.model_runner": ImportRule(banned=("orbax", "transformers")),

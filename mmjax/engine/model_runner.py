@@ -79,14 +79,15 @@ class ModelRunner:
             spec,
             self.buckets,
             self._replicated,
-            # On the CPU, checking after each step costs nothing. On an accelerator the host would wait for the result,
-            # so the loop has a fixed length there (on an H100 both take the same 2.9 ms at batch 1).
-            stops_early=platform == "cpu",
+            # On the CPU, checking after each step costs nothing, and in the CUDA graph of one GPU (compiler_options.py)
+            # the device checks. Elsewhere the host would wait for the result, so the loop has a fixed length.
+            stops_early=platform == "cpu" or (platform == "gpu" and mesh.size == 1),
         )
         self.platform = platform
-        # Decode programs of their own for rows that ask for no sampling: without its branches a step has fewer kernels.
-        # Where the host waits for each step anyway, they would only be more to compile.
-        self.greedy_programs = platform == "gpu"
+        # Up to this many sequences have decode programs of their own if none asks for more than greedy sampling.
+        # Without the sampler's branches a step of one takes 0.05 ms less on an H200, but a step of 256 no less. Where
+        # the host waits for each step anyway, they would only be more to compile.
+        self.max_greedy_seqs = 4 if platform == "gpu" else 0
         self.state = self._initial_state(memory, precision.kv_dtype, platform)
 
     def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
@@ -146,9 +147,11 @@ class ModelRunner:
         if self.spec.pooling:
             return [*prefills, *encodes, *writes]
         loops = sorted({self._loop_steps(1), self._loop_steps(buckets.num_decode_steps)})
-        modes = (False, True) if self.greedy_programs else (False,)
         decodes = [
-            Decode(seqs, steps, greedy) for seqs in reversed(buckets.seq_buckets) for steps in loops for greedy in modes
+            Decode(seqs, steps, greedy)
+            for seqs in reversed(buckets.seq_buckets)
+            for steps in loops
+            for greedy in ((False, True) if seqs <= self.max_greedy_seqs else (False,))
         ]
         biases = [SetLogitBiases(rows) for rows in buckets.seq_buckets]
         logprobs = [PromptLogprobs(tokens) for tokens in buckets.token_buckets]
@@ -177,7 +180,7 @@ class ModelRunner:
 
     def decode(self, seqs: int, vector: np.ndarray, max_steps: int) -> StepOutput:
         """Dispatch at most `max_steps` decode steps: sampled [>= max_steps, S], -1 where a row had stopped."""
-        greedy = self.greedy_programs and all_plain_greedy(self.buckets.decode_layout(seqs).views(vector))
+        greedy = seqs <= self.max_greedy_seqs and all_plain_greedy(self.buckets.decode_layout(seqs).views(vector))
         program = self.program(Decode(seqs, self._loop_steps(max_steps), greedy))
         self.state, output = program(self.params, self.state, vector)
         return output
