@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +16,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 from jax.typing import DTypeLike
 
-from mmjax import sharding
+from mmjax import kernels, sharding
 from mmjax.batch import KVCache
 from mmjax.engine import sampler
 from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
+from mmjax.engine.program_cache import ProgramCache, export
 from mmjax.engine.programs import (
     Decode,
     DeviceState,
@@ -89,6 +93,24 @@ class ModelRunner:
         # the host waits for each step anyway, they would only be more to compile.
         self.max_greedy_seqs = 4 if platform == "gpu" else 0
         self.state = self._initial_state(memory, precision.kv_dtype, platform)
+        self.program_cache = self._program_cache()
+
+    def _program_cache(self) -> ProgramCache | None:
+        """Beside jax's own cache, if that is a local directory."""
+        directory = jax.config.values["jax_compilation_cache_dir"]
+        if not directory or "://" in directory:
+            return None
+        functions, device = self.functions, self.mesh.devices.flat[0]
+        arrays = jax.tree.leaves((self.params, self.state))
+        return ProgramCache(
+            Path(directory),
+            (
+                (functions.graph, functions.paths, repr((functions.spec, functions.buckets, functions.stops_early))),
+                [(x.shape, str(x.dtype), repr(x.sharding)) for x in arrays],
+                [type(value).__name__ for value in self.params],
+                (str(self.dtype), self.platform, device.device_kind, self.mesh.size, kernels.multiplies_bfloat16()),
+            ),
+        )
 
     def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
         spec, buckets = self.spec, self.buckets
@@ -122,12 +144,10 @@ class ModelRunner:
         return self._programs[key]
 
     def _compile(self, key: ProgramKey) -> Compiled:
-        program = key.program(ProgramInputs(self.functions, self.params, self.state, self.dtype))
         # float32 is chosen for exact results, so no TF32
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
-            jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.outs)
-            lowered = jitted.lower(*program.args)
+            lowered = self._lower(key)
         options = compiler_options(
             self.platform,
             decode=isinstance(key, Decode),
@@ -135,6 +155,17 @@ class ModelRunner:
             num_devices=self.mesh.size,
         )
         return lowered.compile(compiler_options=dict(options))
+
+    def _lower(self, key: ProgramKey) -> Lowered:
+        program = key.program(ProgramInputs(self.functions, self.params, self.state, self.dtype))
+        jit = functools.partial(jax.jit, donate_argnums=program.donate, out_shardings=program.outs)
+        cache = self.program_cache
+        traced = cache and cache.read(key)
+        if cache and not traced:
+            traced = export(jit(program.fn), program.args)
+            if traced:
+                cache.write(key, traced)
+        return jit(traced.call if traced else program.fn).lower(*program.args)
 
     def program_keys(self) -> list[ProgramKey]:
         """The keys of all programs, the slowest to compile first."""
