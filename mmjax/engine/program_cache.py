@@ -42,6 +42,7 @@ class ProgramCache:
     """
 
     def __init__(self, directory: Path, model: object) -> None:
+        _register_trees()
         self._directory = directory / "traced" / _source_digest()
         self._model = pickle.dumps(model)
 
@@ -75,7 +76,6 @@ class ProgramCache:
 
 def export(jitted: Any, args: Iterable[Any]) -> Exported | None:
     """A jitted function for arguments of these shapes, as it can be written. None if jax cannot write it."""
-    _register_trees()
     try:
         return jax.export.export(jitted, disabled_checks=CUSTOM_CALLS)(*args)
     except ValueError as error:
