@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from mmjax.config import cache_root
 
 FLOOR = -10.0  # log10 of the smallest power kept
 RANGE = 8.0  # powers further below the loudest are lifted to this many decades under it
@@ -129,20 +132,16 @@ class LogMel:
 
 @functools.lru_cache
 def mel_filters(rate: int, window: int, bins: int) -> np.ndarray:
-    """Triangular filters up to 8 kHz, each of unit area: float32 [bins, window // 2 + 1]. `rate` is in Hz.
+    """Slaney's triangular filters up to 8 kHz, each of unit area: float32 [bins, window // 2 + 1]. `rate` is in Hz.
 
-    The mel scale is that of Slaney's Auditory Toolbox (1998), as librosa has it, which takes seconds to import: 15 mels
-    are 1 kHz, linear below, logarithmic above, 27 mels for each factor of 6.4.
+    librosa takes half a second to import. numba compiles those parts of it that are called for the first time on a
+    machine, and fails if it cannot cache the result. Its default folders, beside librosa and in the home directory, may
+    be read-only; the one set here is writable.
     """
-    break_hz, break_mel, log_step = 1000.0, 15.0, np.log(6.4) / 27
-    edges = np.linspace(0, break_mel + np.log(TOP_HZ / break_hz) / log_step, bins + 2)
-    edges = np.where(
-        edges < break_mel, edges * break_hz / break_mel, break_hz * np.exp(log_step * (edges - break_mel))
-    )  # in Hz
-    low, peak, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    hz = np.fft.rfftfreq(window, 1 / rate)
-    height = np.minimum((hz - low) / (peak - low), (high - hz) / (high - peak)).clip(0)
-    filters: np.ndarray = (height * 2 / (high - low)).astype(np.float32)
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
+    import librosa
+
+    filters: np.ndarray = librosa.filters.mel(sr=rate, n_fft=window, n_mels=bins, fmax=TOP_HZ)
     return filters
 
 

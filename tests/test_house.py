@@ -21,8 +21,8 @@ OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 # From the bottom up. A package imports from itself and from lower layers, never from its own layer or above.
 LAYERS = (
     ("types", "version"),
-    ("config", "batch", "sharding", "spec", "mel", "tokenizer", "kernels", "converters"),
-    ("multimodal",),
+    ("config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
+    ("multimodal", "mel"),
     ("assets", "utils", "chat", "processors", "nn"),
     ("inputs", "models"),
     ("loader",),

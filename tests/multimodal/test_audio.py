@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from mmjax.mel import mel_filters
 from mmjax.multimodal import audio
 from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.types import RequestError
@@ -222,9 +221,3 @@ def test_split_audio_refusals(options: dict[str, Any], words: str) -> None:
     }  # fmt: skip
     with pytest.raises(RequestError, match=words):
         audio.split_audio(**{**good, **options})
-
-
-@pytest.mark.parametrize(("rate", "window", "bins"), [(16000, 400, 80), (16000, 400, 128), (22050, 512, 40)])
-def test_mel_filters_are_those_of_librosa(rate: int, window: int, bins: int) -> None:
-    expected = audio.librosa().filters.mel(sr=rate, n_fft=window, n_mels=bins, fmax=8000.0)
-    np.testing.assert_allclose(mel_filters(rate, window, bins), expected, rtol=0, atol=1e-8)
