@@ -32,7 +32,7 @@ class ServerSettings:
     content_format, template_kwargs: how chat templates are applied. prompt_details: usage reports cached tokens.
     always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
     origin_methods, origin_headers, credentials: CORS. tool_parser: the format of tool calls in outputs; None = they
-    stay in the text. development: add the routes that empty caches.
+    stay in the text. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes that empty caches.
     """
 
     names: tuple[str, ...]
@@ -54,6 +54,7 @@ class ServerSettings:
     origin_headers: tuple[str, ...] = ("*",)
     credentials: bool = False
     tool_parser: str | None = "hermes"
+    api_docs: bool = True
     development: bool = False
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import mmjax
 from mmjax.cli import chat, flags
+from mmjax.types import vllm_arguments
 
 MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
 
@@ -64,6 +65,7 @@ def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
     arguments.model = arguments.model or arguments.named_model
     if arguments.model is None:
         parser.error("which model? Name a directory, a hub id, or `demo`")
+    vllm_arguments.settle(flags.server_kwargs(arguments), vllm_arguments.SERVER)
     arguments.command = MODEL_COMMANDS[name][2]
     return arguments
 
@@ -107,6 +109,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     from mmjax.serve import command
 
     command.add_flags(parser)
+    flags.add_unlisted_server_flags(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

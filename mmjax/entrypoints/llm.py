@@ -41,7 +41,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
-        self.args = EngineArgs(str(model), **kwargs)
+        self.args = EngineArgs.of(str(model), **kwargs)
         self.model: LoadedModel = load_model(self.args)
         self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="inputs")
 

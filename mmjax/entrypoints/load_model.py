@@ -44,7 +44,8 @@ T = TypeVar("T")
 def load_model(args: EngineArgs) -> LoadedModel:
     """Load a model and compile its programs. ValueError for a model that cannot be loaded or does not fit."""
     start = time.perf_counter()
-    checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token, overrides=args.hf_overrides)
+    directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
+    checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
     replicas = _replica_devices(_start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
@@ -172,7 +173,9 @@ def _chat_renderer(
 def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
     if args.tokenizer is None:
         return checkpoint.directory
-    return find_model(args.tokenizer, revision=args.tokenizer_revision, token=args.hf_token)
+    return find_model(
+        args.tokenizer, revision=args.tokenizer_revision, token=args.hf_token, cache_dir=args.download_dir
+    )
 
 
 def _start_jax(args: EngineArgs) -> types.ModuleType:

@@ -41,7 +41,8 @@ def test_flags_of_the_engine(reference: str) -> None:
     for name in flags.FIELDS:
         default = flags.shown(flags.default(name))
         shown = default if default == "unset" else f"`{default}`"
-        assert f"| `{flags.flag(name)}` | {shown} | {flags.meaning(name)} |" in reference
+        forms = ", ".join(f"`{form}`" for form in flags.names(name))
+        assert f"| {forms} | {shown} | {flags.meaning(name)} |" in reference
 
 
 @pytest.mark.parametrize("name", COMMANDS)
