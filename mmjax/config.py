@@ -53,6 +53,7 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "MAX_VIDEO_DECODE_BYTES": "bytes of a decoded video",
         "MAX_EMBED_DECODE_BYTES": "bytes of a tensor sent in base64",
         "MM_HASHER_ALGORITHM": "hash that identifies media: `sha256` or `sha512`; `blake3` means `sha256`",
+        "TORCH_PROFILER_DIR": "directory to which `LLM.start_profile` writes",
         "ASSETS_CACHE": "directory to which sample media are written",
     }
 )

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
-from mmjax.serve.metrics import Metrics
 
-from mmjax import AsyncLLM
+from mmjax import AsyncLLM, EngineMetrics
 from mmjax.types import RequestError, ValidationError
 
 Out = TypeVar("Out")
@@ -64,7 +63,7 @@ class ServerContext:
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(engine, settings.names[0])
+        self.metrics = EngineMetrics(engine.model, settings.names[0])
         self.started = int(time.time())
         self.num_requests = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -71,6 +72,7 @@ class ModelRunner:
         self.compiles = 0
         self.compiles_after_warmup = 0
         self.warm = False
+        self._shardings: Any = None  # of the parameters, while they are not on the device
         self._programs: dict[ProgramKey, Compiled] = {}
         self._replicated = NamedSharding(mesh, P())
         self.functions = StepFunctions(
@@ -87,7 +89,8 @@ class ModelRunner:
         # Decode programs of their own for rows that ask for no sampling: without its branches a step has fewer kernels.
         # Where the host waits for each step anyway, they would only be more to compile.
         self.greedy_programs = platform == "gpu"
-        self.state = self._initial_state(memory, precision.kv_dtype, platform)
+        self._make_state = functools.partial(self._initial_state, memory, precision.kv_dtype, platform)
+        self.state = self._make_state()
 
     def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
         spec, buckets = self.spec, self.buckets
@@ -107,6 +110,29 @@ class ModelRunner:
             token_counts=zeros((rows, vocab), jnp.int32),
             logit_bias=zeros((rows, vocab), jnp.float32),
         )
+
+    # -- sleeping ----------------------------------------------------------------------------------------------------
+
+    def take_params(self, *, keep: bool) -> list[Any] | None:
+        """Free the parameters on the device. Returns copies of them on the host if they are to be kept."""
+        host = jax.device_get(self.params) if keep else None
+        self._shardings = jax.tree.map(lambda array: array.sharding, self.params)
+        _delete(self.params)
+        self.params = []
+        return host
+
+    def restore_params(self, host: list[Any]) -> None:
+        """Put the parameters that `take_params` returned, or the same ones read again, back on the device. The compiled
+        programs take them as before."""
+        self.params = jax.device_put(host, self._shardings)
+
+    def drop_state(self) -> None:
+        """Free the state on the device: the KV cache and all else. No sequence may be running."""
+        _delete(self.state)
+
+    def restore_state(self) -> None:
+        """Allocate the state anew, as it was at the start."""
+        self.state = self._make_state()
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
@@ -206,3 +232,8 @@ class ModelRunner:
     def set_logit_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
         """Write the logit biases f32[S, V] of rows i32[S], where S is a bucket."""
         self.state = self.program(SetLogitBiases(len(rows)))(self.state, rows, biases)
+
+
+def _delete(tree: Any) -> None:
+    for array in jax.tree.leaves(tree):
+        array.delete()

@@ -120,7 +120,7 @@ def test_no_head_is_loaded_and_nothing_compiled_after_start(make_llm: MakeLLM) -
     prompt = {"prompt": "USER: <image>\nWhat?", "multi_modal_data": {"image": random_pixels(1)}}
     first, second = (output.outputs.embedding for output in llm.embed([prompt, "Hi"], use_tqdm=False))
     assert np.linalg.norm(first) == pytest.approx(1) and np.abs(np.subtract(first, second)).max() > 0.01
-    assert llm.get_metrics()["compiles_after_warmup"] == 0
+    assert llm.counters()["compiles_after_warmup"] == 0
 
 
 def test_each_runner_refuses_the_other_calls(pooling: LLM, shared_llm: Callable[[str], LLM]) -> None:

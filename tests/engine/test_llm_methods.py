@@ -1,0 +1,157 @@
+"""Methods of vLLM's `LLM` besides generate, chat, embed and encode."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from engine_inputs import chat_text, greedy, image_prompt, random_pixels
+from mmjax import LLM, RequestError
+from mmjax.engine.compile_counter import CompileCounter
+from mmjax.types.metrics import Counter, Gauge, Histogram
+
+MakeLLM = Callable[..., LLM]
+PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1))]
+
+
+@pytest.fixture(scope="module")
+def pooling(make_llm: MakeLLM) -> LLM:
+    """The sizes of test_pooling.py."""
+    return make_llm("qwen2_vl", runner="pooling", max_num_batched_tokens=32, block_size=16)
+
+
+def texts(llm: LLM) -> list[str]:
+    return [output.outputs[0].text for output in llm.generate(PROMPTS, greedy(6), use_tqdm=False)]
+
+
+# -- sleeping
+
+
+@pytest.fixture
+def awake(qwen: LLM) -> Iterator[LLM]:
+    yield qwen
+    qwen.wake_up()
+
+
+def on_device(llm: LLM) -> int:
+    """Live bytes of the engine's parameters and state."""
+    runner = llm.model.engines[0].runner
+    arrays = jax.tree.leaves((runner.params, runner.state))
+    return sum(array.nbytes for array in arrays if not array.is_deleted())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep(level: int, awake: LLM, compiles: CompileCounter) -> None:
+    wanted, used = texts(awake), on_device(awake)
+    before = compiles.count
+    awake.sleep(level)
+    assert on_device(awake) == 0
+    with pytest.raises(RequestError, match=r"The engine sleeps .*: call wake_up first"):
+        texts(awake)
+    awake.wake_up()
+    assert on_device(awake) == used
+    assert texts(awake) == wanted
+    assert compiles.count == before
+
+
+def test_memory_comes_back_by_tags(awake: LLM) -> None:
+    wanted, used = texts(awake), on_device(awake)
+    awake.sleep()
+    awake.sleep(2)  # again: the weights are still on the host
+    awake.wake_up(tags=["weights"])
+    assert 0 < on_device(awake) < used
+    with pytest.raises(RequestError, match=r"sleeps \(kv_cache\)"):
+        texts(awake)
+    awake.wake_up(tags=["kv_cache"])
+    assert texts(awake) == wanted
+    awake.wake_up()
+    with pytest.raises(RequestError, match="level must be 1 or 2, got 3"):
+        awake.sleep(3)
+    with pytest.raises(RequestError, match=r"unknown tags \['all'\]; known: weights, kv_cache"):
+        awake.wake_up(["all"])
+
+
+# -- scores
+
+
+def test_score(pooling: LLM) -> None:
+    first, second, third = (output.outputs.data for output in pooling.encode([*PROMPTS, "Hi"], use_tqdm=False))
+    one_to_many = pooling.score(PROMPTS[0], [PROMPTS[1], "Hi", PROMPTS[0]], use_tqdm=False)
+    wanted = [float(np.dot(first, second)), float(np.dot(first, third)), 1.0]
+    np.testing.assert_allclose([output.outputs.score for output in one_to_many], wanted, atol=1e-5)
+    pairs = pooling.score(PROMPTS, ["Hi", "Hi"], use_tqdm=False)
+    np.testing.assert_allclose(
+        [output.outputs.score for output in pairs], [np.dot(first, third), np.dot(second, third)], atol=1e-5
+    )
+    assert repr(one_to_many[2].outputs).startswith("ScoringOutput(score=")
+    ids = pooling.get_tokenizer()
+    assert one_to_many[1].prompt_token_ids[-1] == ids("Hi")["input_ids"][-1]
+    for wrong in ((PROMPTS, ["a", "b", "c"]), (PROMPTS, "a")):
+        with pytest.raises(RequestError, match="score compares 1 prompt with N, or N with N"):
+            pooling.score(*wrong)
+    with pytest.raises(RequestError, match="only supported for cross-encoder models"):
+        pooling.score("a", "b", chat_template="x")
+
+
+# -- metrics, queue, profiles
+
+
+def test_metrics(qwen: LLM) -> None:
+    def now() -> dict[str, Any]:
+        return {metric.name: metric for metric in qwen.get_metrics()}
+
+    texts(qwen)
+    before = now()
+    outputs = qwen.generate(PROMPTS, greedy(6), use_tqdm=False)
+    after = now()
+    made = sum(len(output.outputs[0].token_ids) for output in outputs)
+    generated, name = "vllm:generation_tokens", {"model_name": qwen.args.model}
+    assert isinstance(after[generated], Counter) and after[generated].labels == name
+    assert after[generated].value - before[generated].value == made
+    running = after["vllm:num_requests_running"]
+    assert isinstance(running, Gauge) and running.value == 0
+    sizes = after["vllm:request_generation_tokens"]
+    assert isinstance(sizes, Histogram) and sizes.count - before[sizes.name].count == 2
+    assert sizes.sum - before[sizes.name].sum == made
+    assert sizes.buckets["+Inf"] == sizes.count and list(sizes.buckets)[-1] == "+Inf" and "10.0" in sizes.buckets
+
+
+def test_queue(qwen: LLM) -> None:
+    wanted = texts(qwen)
+    assert qwen.enqueue(PROMPTS[0], greedy(6)) == ["0"] and qwen.enqueue(PROMPTS[1:], greedy(6)) == ["1"]
+    assert [output.outputs[0].text for output in qwen.wait_for_completion(use_tqdm=False)] == wanted
+    assert qwen.wait_for_completion(use_tqdm=False) == []
+
+
+def test_profiles(qwen: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", calls.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("end"))
+    qwen.start_profile()
+    qwen.stop_profile()
+    monkeypatch.setenv("VLLM_TORCH_PROFILER_DIR", str(tmp_path))
+    qwen.start_profile("first")
+    configured = dataclasses.replace(qwen.args, profiler_config={"torch_profiler_dir": "/elsewhere"})
+    monkeypatch.setattr(qwen, "args", configured)
+    qwen.start_profile()
+    assert calls == ["mmjax-profile", "end", str(tmp_path / "first"), "/elsewhere"]
+
+
+def test_size_of_the_world(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = dataclasses.replace(qwen.args, tensor_parallel_size=2, data_parallel_size=3)
+    monkeypatch.setattr(qwen, "args", args)
+    assert (qwen.get_world_size(), qwen.get_world_size(include_dp=False)) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["classify", "reward", "beam_search", "apply_model", "collective_rpc", "update_weights",
+     "init_weight_transfer_engine"],
+)  # fmt: skip
+def test_what_is_not_supported_says_so(qwen: LLM, method: str) -> None:
+    with pytest.raises(RequestError, match=rf"LLM.{method}\(\) is not supported: \w"):
+        getattr(qwen, method)("anything", some="argument")
