@@ -265,8 +265,8 @@ class EngineArgs:
     def of(cls, model: str, **keywords: Any) -> EngineArgs:
         """The arguments for any keywords of `LLM`, vLLM's included. Those that do nothing here are logged.
         ValidationError for one that is not supported, TypeError for an unknown one."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(model, **vllm_arguments.engine_keywords(keywords, names))
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(model, **vllm_arguments.engine_keywords(keywords, names, look_at_fields=True))
 
     @property
     def pooling(self) -> bool:

@@ -60,10 +60,11 @@ def default(name: str) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def add_engine_flags(parser: argparse.ArgumentParser, *, defaults: bool = False) -> None:
+def add_engine_flags(parser: argparse._ActionsContainer, *, defaults: bool = False) -> None:
     """One flag per engine argument, and vLLM's other flags, unlisted. Only those given appear in the parsed namespace,
     unless `defaults` are wanted."""
-    group = parser.add_argument_group("engine arguments")
+    # scripts for vLLM also add them to a group, which can have no group in it
+    group = parser.add_argument_group("engine arguments") if isinstance(parser, argparse.ArgumentParser) else parser
     for name in FIELDS:
         text = f"{meaning(name)} (default: {shown(default(name))})".replace("%", "%%")
         value = default(name) if defaults else argparse.SUPPRESS

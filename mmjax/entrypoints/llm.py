@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from mmjax.types import (
     ScoringRequestOutput,
 )
 from mmjax.types.metrics import Metric
+
+if TYPE_CHECKING:
+    from mmjax.entrypoints.llm_engine import LLMEngine
 
 logger = logging.getLogger(__name__)
 Output = TypeVar("Output", RequestOutput, PoolingRequestOutput)
@@ -244,8 +247,8 @@ class LLM:
             tokenization_kwargs=tokenization_kwargs,
         )
         ones, others = vectors[: len(first)], vectors[len(first) :]
-        pad = getattr(self.model.tokenizer and self.get_tokenizer(), "pad_token_id", None)
-        between = [] if pad is None else [pad]
+        tokenizer = self.model.tokenizer
+        between = [] if tokenizer is None or tokenizer.pad_id is None else [tokenizer.pad_id]
         return [
             ScoringRequestOutput(
                 request_id=f"{one.request_id}_{other.request_id}",
@@ -356,6 +359,20 @@ class LLM:
         """Allocate what `sleep` has freed. tags: "weights", "kv_cache", or None for both. Weights that were discarded
         are read from the checkpoint again. Nothing is compiled again."""
         self.model.wake_up(tags)
+
+    # -- the engine --------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def llm_engine(self) -> LLMEngine:
+        """The same LLM as `LLMEngine`, of which scripts for vLLM read attributes."""
+        from mmjax.entrypoints.llm_engine import LLMEngine
+
+        return LLMEngine(self)
+
+    @property
+    def model_config(self) -> Any:
+        """What scripts for vLLM read of the model: `model`, `max_model_len`, `dtype`, `seed`."""
+        return self.llm_engine.model_config
 
     # -- profiling ---------------------------------------------------------------------------------------------------
 

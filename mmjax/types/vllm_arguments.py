@@ -351,12 +351,13 @@ def settle(given: Mapping[str, Any], known: Mapping[str, Argument]) -> None:
         logger.warning("%s does nothing here: %s.", name, argument.note)
 
 
-def engine_keywords(given: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """Keywords of `LLM` as those of `EngineArgs`, whose fields are given. Unknown ones are left in. Logs and raises as
-    `settle` does."""
+def engine_keywords(given: Mapping[str, Any], fields: Iterable[str], *, look_at_fields: bool) -> dict[str, Any]:
+    """Keywords of `LLM` as those of `EngineArgs`, whose fields are given. None is the default, as in vLLM. Unknown ones
+    are left in. Logs and raises as `settle` does. look_at_fields: also at those that are fields, in which they stay."""
     keywords, kept = renamed(given), set(fields)
-    checked_there = {name for name in kept & KEYWORDS.keys() if KEYWORDS[name].outcome == "refused"}
-    settle({name: value for name, value in keywords.items() if name not in checked_there}, KEYWORDS)
+    keywords = {name: value for name, value in keywords.items() if value is not None or name not in kept}
+    elsewhere = {name for name in kept if not look_at_fields or (name in ENGINE and ENGINE[name].outcome == "refused")}
+    settle({name: value for name, value in keywords.items() if name not in elsewhere}, KEYWORDS)
     return {name: value for name, value in keywords.items() if name in kept or name not in KEYWORDS}
 
 

@@ -1,12 +1,11 @@
 """Methods of vLLM's `LLM` besides generate, chat, embed and encode."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from engine_inputs import chat_text, greedy, image_prompt, random_pixels
@@ -14,14 +13,7 @@ from mmjax import LLM, RequestError
 from mmjax.engine.compile_counter import CompileCounter
 from mmjax.types.metrics import Counter, Gauge, Histogram
 
-MakeLLM = Callable[..., LLM]
 PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1))]
-
-
-@pytest.fixture(scope="module")
-def pooling(make_llm: MakeLLM) -> LLM:
-    """The sizes of test_pooling.py."""
-    return make_llm("qwen2_vl", runner="pooling", max_num_batched_tokens=32, block_size=16)
 
 
 def texts(llm: LLM) -> list[str]:
@@ -73,28 +65,6 @@ def test_memory_comes_back_by_tags(awake: LLM) -> None:
         awake.sleep(3)
     with pytest.raises(RequestError, match=r"unknown tags \['all'\]; known: weights, kv_cache"):
         awake.wake_up(["all"])
-
-
-# -- scores
-
-
-def test_score(pooling: LLM) -> None:
-    first, second, third = (output.outputs.data for output in pooling.encode([*PROMPTS, "Hi"], use_tqdm=False))
-    one_to_many = pooling.score(PROMPTS[0], [PROMPTS[1], "Hi", PROMPTS[0]], use_tqdm=False)
-    wanted = [float(np.dot(first, second)), float(np.dot(first, third)), 1.0]
-    np.testing.assert_allclose([output.outputs.score for output in one_to_many], wanted, atol=1e-5)
-    pairs = pooling.score(PROMPTS, ["Hi", "Hi"], use_tqdm=False)
-    np.testing.assert_allclose(
-        [output.outputs.score for output in pairs], [np.dot(first, third), np.dot(second, third)], atol=1e-5
-    )
-    assert repr(one_to_many[2].outputs).startswith("ScoringOutput(score=")
-    ids = pooling.get_tokenizer()
-    assert one_to_many[1].prompt_token_ids[-1] == ids("Hi")["input_ids"][-1]
-    for wrong in ((PROMPTS, ["a", "b", "c"]), (PROMPTS, "a")):
-        with pytest.raises(RequestError, match="score compares 1 prompt with N, or N with N"):
-            pooling.score(*wrong)
-    with pytest.raises(RequestError, match="only supported for cross-encoder models"):
-        pooling.score("a", "b", chat_template="x")
 
 
 # -- metrics, queue, profiles
