@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
 
 from mmjax import sharding
 from mmjax.batch import KVCache
@@ -89,27 +88,32 @@ class ModelRunner:
         # Decode programs of their own for rows that ask for no sampling: without its branches a step has fewer kernels.
         # Where the host waits for each step anyway, they would only be more to compile.
         self.greedy_programs = platform == "gpu"
-        self._make_state = functools.partial(self._initial_state, memory, precision.kv_dtype, platform)
+        self._make_state = self._state_program(memory, precision.kv_dtype, platform)
         self.state = self._make_state()
 
-    def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
+    def _state_program(self, memory: EngineMemory, kv_dtype: str, platform: str) -> Callable[[], DeviceState]:
+        """The compiled program that allocates the state. It is kept: waking up compiles nothing."""
         spec, buckets = self.spec, self.buckets
         block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
         cache_shape = (spec.num_layers * memory.num_blocks, *block)
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
         rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
-        def zeros(shape: tuple[int, ...], dtype: DTypeLike, placement: NamedSharding = self._replicated) -> Array:
-            return jnp.zeros(shape, dtype, device=placement)
+        def zeros() -> DeviceState:
+            return DeviceState(
+                kv_cache=KVCache(jnp.zeros(cache_shape, dtype), jnp.zeros(cache_shape, dtype)),
+                mm_embeds=jnp.zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
+                last_token=jnp.zeros((rows,), jnp.int32),
+                stopped=jnp.zeros((rows,), jnp.bool_),
+                token_counts=jnp.zeros((rows, vocab), jnp.int32),
+                logit_bias=jnp.zeros((rows, vocab), jnp.float32),
+            )
 
-        return DeviceState(
-            kv_cache=KVCache(zeros(cache_shape, dtype, cache_sharding), zeros(cache_shape, dtype, cache_sharding)),
-            mm_embeds=zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
-            last_token=zeros((rows,), jnp.int32),
-            stopped=zeros((rows,), jnp.bool_),
-            token_counts=zeros((rows, vocab), jnp.int32),
-            logit_bias=zeros((rows, vocab), jnp.float32),
-        )
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        shapes = jax.eval_shape(zeros)
+        in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
+        placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
+        compiled: Callable[[], DeviceState] = jax.jit(zeros, out_shardings=placements).lower().compile()
+        return compiled
 
     # -- sleeping ----------------------------------------------------------------------------------------------------
 

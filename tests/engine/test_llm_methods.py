@@ -17,7 +17,8 @@ PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1))]
 
 
 def texts(llm: LLM) -> list[str]:
-    return [output.outputs[0].text for output in llm.generate(PROMPTS, greedy(6), use_tqdm=False)]
+    """One prompt at a time, so that the same programs run each time."""
+    return [llm.generate(prompt, greedy(6), use_tqdm=False)[0].outputs[0].text for prompt in PROMPTS]
 
 
 # -- sleeping
