@@ -68,6 +68,11 @@ def env(name: str, default: str) -> str:
     return os.environ.get(f"MMJAX_{name}", os.environ.get(f"VLLM_{name}", default))
 
 
+def vllm_variable(name: str) -> str:
+    """A variable as a script for vLLM reads it, by its whole name; empty if it is unset."""
+    return os.environ.get(name, "")
+
+
 def env_number(name: str, default: float) -> float:
     """`env` as a finite number of at least 0. ValidationError for other values, naming the variable."""
     text = env(name, str(default)).strip()

@@ -244,6 +244,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "run-batch flags": partial(flag_table, "run-batch", without="serve"),
     "bench flags": partial(flag_table, "bench latency"),
     "demo flags": partial(flag_table, "demo"),
+    "run flags": partial(flag_table, "run"),
     "convert flags": partial(flag_table, "convert"),
     "inspect flags": partial(flag_table, "inspect"),
     "environment": variable_table,

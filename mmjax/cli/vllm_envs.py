@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmjax.config import env
+from mmjax.config import vllm_variable
 
 VLLM_USE_V1 = True
 
@@ -10,4 +10,4 @@ VLLM_USE_V1 = True
 def __getattr__(name: str) -> str:
     if not name.startswith("VLLM_"):
         raise AttributeError(name)
-    return env(name.removeprefix("VLLM_"), "")
+    return vllm_variable(name)

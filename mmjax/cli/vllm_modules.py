@@ -230,12 +230,15 @@ def _resolve(target: str, full_name: str) -> Any:
 
 @contextlib.contextmanager
 def vllm_is_mmjax() -> Iterator[None]:
-    """While this is open, `import vllm` gives mmjax's names. An installed vLLM is left alone, and said to be."""
+    """While this is open, `import vllm` gives mmjax's names. Another vLLM is left alone, and one line of the log
+    says so."""
     outside = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == ROOT}
     for name in outside:
         del sys.modules[name]
-    if importlib.util.find_spec(ROOT) is not None:
-        logger.warning("vLLM is installed here, but not used: under `mmjax run`, `import vllm` imports mmjax.")
+    installed = importlib.util.find_spec(ROOT)
+    if installed is not None:
+        where = installed.origin or next(iter(installed.submodule_search_locations or ()), "")
+        logger.warning("%s is not used: under `mmjax run`, `import vllm` imports mmjax.", where)
     finder = VLLMFinder()
     sys.meta_path.insert(0, finder)
     try:

@@ -162,9 +162,8 @@ def test_an_installed_vllm_is_not_used(
     try:
         with caplog.at_level(logging.WARNING), vllm_is_mmjax():
             assert importlib.import_module("vllm").LLM is mmjax.LLM
-        assert caplog.messages == [
-            "vLLM is installed here, but not used: under `mmjax run`, `import vllm` imports mmjax."
-        ]
+        told = f"{tmp_path / 'vllm.py'} is not used: under `mmjax run`, `import vllm` imports mmjax."
+        assert caplog.messages == [told]
         assert importlib.import_module("vllm") is outside
     finally:
         del sys.modules["vllm"]
