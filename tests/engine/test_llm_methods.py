@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from engine_inputs import chat_text, greedy, image_prompt, random_pixels
-from mmjax import LLM, RequestError
+from mmjax import LLM, PoolingParams, RequestError, RequestOutput
 from mmjax.engine.compile_counter import CompileCounter
 from mmjax.types.metrics import Counter, Gauge, Histogram
 
@@ -66,6 +66,34 @@ def test_memory_comes_back_by_tags(awake: LLM) -> None:
         awake.sleep(3)
     with pytest.raises(RequestError, match=r"unknown tags \['all'\]; known: weights, kv_cache"):
         awake.wake_up(["all"])
+
+
+# -- steps
+
+
+def test_requests_by_steps(qwen: LLM) -> None:
+    engine = qwen.llm_engine
+    assert engine is qwen.llm_engine and qwen.model_config.max_model_len == qwen.model.max_model_len
+    engine.add_request("first", PROMPTS[0], greedy(6))
+    engine.add_request("second", "A long story", greedy(300))
+    with pytest.raises(RequestError, match="A request with the id 'first' is already running"):
+        engine.add_request("first", "Hi", greedy(4))
+    with pytest.raises(RequestError, match="LoRA is not supported"):
+        engine.add_request("third", "Hi", greedy(4), lora_request=object())
+    with pytest.raises(RequestError, match="only supported for pooling models"):
+        engine.add_request("third", "Hi", PoolingParams())
+    ended: dict[str, str] = {}
+    while "first" not in ended:
+        for output in engine.step():
+            assert isinstance(output, RequestOutput)
+            if output.finished:
+                ended[output.request_id] = output.outputs[0].text
+    assert engine.get_num_unfinished_requests() == 1
+    engine.abort_request(["second", "unknown"])
+    while any(each.has_work for each in qwen.model.engines):
+        engine.step()
+    assert not engine.has_unfinished_requests()
+    assert ended == {"first": texts(qwen)[0]}
 
 
 # -- metrics, queue, profiles
