@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import logging
 import time
@@ -17,7 +18,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
-from jax.typing import DTypeLike
 
 from mmjax import kernels, sharding
 from mmjax.batch import KVCache
@@ -75,6 +75,7 @@ class ModelRunner:
         self.compiles = 0
         self.compiles_after_warmup = 0
         self.warm = False
+        self._shardings: Any = None  # of the parameters, while they are not on the device
         self._programs: dict[ProgramKey, Compiled] = {}
         self._replicated = NamedSharding(mesh, P())
         self.functions = StepFunctions(
@@ -92,7 +93,8 @@ class ModelRunner:
         # Without the sampler's branches a step of one takes 0.05 ms less on an H200, but a step of 256 no less. Where
         # the host waits for each step anyway, they would only be more to compile.
         self.max_greedy_seqs = 4 if platform == "gpu" else 0
-        self.state = self._initial_state(memory, precision.kv_dtype, platform)
+        self._make_state = self._state_program(memory, precision.kv_dtype, platform)
+        self.state = self._make_state()
         self.program_cache = self._program_cache()
 
     def _program_cache(self) -> ProgramCache | None:
@@ -112,24 +114,52 @@ class ModelRunner:
             ),
         )
 
-    def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
+    def _state_program(self, memory: EngineMemory, kv_dtype: str, platform: str) -> Callable[[], DeviceState]:
+        """The compiled program that allocates the state. It is kept: waking up compiles nothing."""
         spec, buckets = self.spec, self.buckets
         block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
         cache_shape = (spec.num_layers * memory.num_blocks, *block)
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
         rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
-        def zeros(shape: tuple[int, ...], dtype: DTypeLike, placement: NamedSharding = self._replicated) -> Array:
-            return jnp.zeros(shape, dtype, device=placement)
+        def zeros() -> DeviceState:
+            return DeviceState(
+                kv_cache=KVCache(jnp.zeros(cache_shape, dtype), jnp.zeros(cache_shape, dtype)),
+                mm_embeds=jnp.zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
+                last_token=jnp.zeros((rows,), jnp.int32),
+                stopped=jnp.zeros((rows,), jnp.bool_),
+                token_counts=jnp.zeros((rows, vocab), jnp.int32),
+                logit_bias=jnp.zeros((rows, vocab), jnp.float32),
+            )
 
-        return DeviceState(
-            kv_cache=KVCache(zeros(cache_shape, dtype, cache_sharding), zeros(cache_shape, dtype, cache_sharding)),
-            mm_embeds=zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
-            last_token=zeros((rows,), jnp.int32),
-            stopped=zeros((rows,), jnp.bool_),
-            token_counts=zeros((rows, vocab), jnp.int32),
-            logit_bias=zeros((rows, vocab), jnp.float32),
-        )
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        shapes = jax.eval_shape(zeros)
+        in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
+        placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
+        compiled: Callable[[], DeviceState] = jax.jit(zeros, out_shardings=placements).lower().compile()
+        return compiled
+
+    # -- sleeping ----------------------------------------------------------------------------------------------------
+
+    def take_params(self, *, keep: bool) -> list[Any] | None:
+        """Free the parameters on the device. Returns copies of them on the host if they are to be kept."""
+        host = jax.device_get(self.params) if keep else None
+        self._shardings = jax.tree.map(lambda array: array.sharding, self.params)
+        _delete(self.params)
+        self.params = []
+        return host
+
+    def restore_params(self, host: list[Any]) -> None:
+        """Put the parameters that `take_params` returned, or the same ones read again, back on the device. The compiled
+        programs take them as before."""
+        self.params = jax.device_put(host, self._shardings)
+
+    def drop_state(self) -> None:
+        """Free the state on the device: the KV cache and all else. No sequence may be running."""
+        _delete(self.state)
+
+    def restore_state(self) -> None:
+        """Allocate the state anew, as it was at the start."""
+        self.state = self._make_state()
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
@@ -240,3 +270,8 @@ class ModelRunner:
     def set_logit_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
         """Write the logit biases f32[S, V] of rows i32[S], where S is a bucket."""
         self.state = self.program(SetLogitBiases(len(rows)))(self.state, rows, biases)
+
+
+def _delete(tree: Any) -> None:
+    for array in jax.tree.leaves(tree):
+        array.delete()
