@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
-from mmjax.cli.bench import Bench, Workload  # noqa: E402
+from mmjax.cli.bench.engine import Bench, Workload  # noqa: E402
 
 SIZES = {
     "hidden_size": 1536,
