@@ -24,7 +24,7 @@ from mmjax.batch import KVCache
 from mmjax.engine import sampler
 from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
-from mmjax.engine.program_cache import ProgramCache, export
+from mmjax.engine.program_cache import ProgramCache, export, named_call
 from mmjax.engine.programs import (
     Decode,
     DeviceState,
@@ -195,7 +195,7 @@ class ModelRunner:
             traced = export(jit(program.fn), program.args)
             if traced:
                 cache.write(key, traced)
-        return jit(traced.call if traced else program.fn).lower(*program.args)
+        return jit(named_call(traced) if traced else program.fn).lower(*program.args)
 
     def program_keys(self) -> list[ProgramKey]:
         """The keys of all programs, the slowest to compile first."""

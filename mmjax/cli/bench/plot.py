@@ -38,5 +38,5 @@ def plot_sweep(results: Sequence[ServeResult], title: str, file: Path) -> None:
         panel.set_ylabel(f"{METRICS[metric][0]} (ms)")
         panel.legend()
     for panel in panels:
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.05 * panel.dataLim.ymax)
     figure.savefig(file, format="png", dpi=120)

@@ -18,8 +18,8 @@ from typing import Any
 TOP = 25
 OTHER = "other"
 # They last as long as what runs inside them, which has events of its own.
-CONTROL_FLOW = re.compile(r"(while|conditional|call|async-(start|done))(\.\d+)*")
-NUMBERS = re.compile(r"([._]\d+)+$")
+CONTROL_FLOW = re.compile(r"(while|cond|conditional|call)([._]\d+|\.clone)*")
+NUMBERS = re.compile(r"([._]\d+|\.clone)+$")
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ def device_events(data: Any) -> Iterator[tuple[str, str, float]]:
     """(phase, kernel, ns) of every event of a device."""
     planes = list(data.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    for plane in devices or [plane for plane in planes if plane.name.startswith("/host:CPU")]:
+    for plane in devices or planes:
         for line in plane.lines:
             if devices and not line.name.startswith("Stream"):
                 continue  # lines that sum up others
