@@ -177,7 +177,7 @@ class Engine:
         for name, encoder in self.spec.encoders.items():
             encodes = [encode for encode in scheduled.encode if encode.encoder == name]
             if encodes:
-                self.device.run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, encodes))
+                self.device.run(self.runner.encode, name, *build_encode(self.runner.ready, name, encoder, encodes))
                 self.stats.encoded_items += len(encodes)
         given_embeds = [encode for encode in scheduled.encode if encode.item.embeds is not None]
         if given_embeds:
@@ -192,7 +192,7 @@ class Engine:
 
     def _prefill(self, chunks: tuple[ScheduledChunk, ...]) -> InFlightStep:
         tokens, vector = build_prefill(
-            self.buckets, chunks, self.sampling_state, self.scheduler.block_tables, self.encoder_cache
+            self.runner.ready, chunks, self.sampling_state, self.scheduler.block_tables, self.encoder_cache
         )
         output = self.device.run(self.runner.prefill, tokens, vector)
         members = [(chunk.seq, column, 1) for column, chunk in enumerate(chunks) if chunk.is_last]
@@ -221,9 +221,9 @@ class Engine:
         if dynamic:
             biases = {row: self._bias_row(seq) for seq in dynamic if (row := seq.row) is not None}
             self.device.run(
-                self.runner.set_logit_biases, *build_logit_biases(self.buckets, biases, self.spec.vocab_size)
+                self.runner.set_logit_biases, *build_logit_biases(self.runner.ready, biases, self.spec.vocab_size)
             )
-        seqs, vector = build_decode(self.buckets, scheduled, self.sampling_state, self.scheduler.block_tables)
+        seqs, vector = build_decode(self.runner.ready, scheduled, self.sampling_state, self.scheduler.block_tables)
         max_steps = max(steps for _, steps in scheduled)
         output = self.device.run(self.runner.decode, seqs, vector, max_steps)
         self.stats.decode_steps += max_steps

@@ -361,6 +361,8 @@ class AsyncLLM:
         if not self._closed:
             self._closed = True
             self._inbox.put(None)
+            for engine in self.model.engines:
+                engine.runner.stop_compiling()
         self._thread.join()
 
     def _dead_error(self) -> EngineDeadError:
