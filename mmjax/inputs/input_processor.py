@@ -19,7 +19,7 @@ from mmjax.inputs import parse, prompt_embeds
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.inputs.parse import MediaInput, ParsedPrompt
 from mmjax.inputs.processor_cache import ProcessorCache
-from mmjax.inputs.processor_kwargs import check_kwargs, given_kwargs
+from mmjax.inputs.processor_kwargs import check_kwargs, given_kwargs, kwargs_of_items
 from mmjax.multimodal import audio, image, size_check, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
@@ -77,7 +77,7 @@ class EngineInput:
 
 
 class _MediaOptions(NamedTuple):
-    """The options of all media of a prompt. serial: the prompt's number, for hashes if nothing is cached."""
+    """The options of a media item. serial: the prompt's number, for hashes if nothing is cached."""
 
     processor_kwargs: Mapping[str, Any]
     io_kwargs: Mapping[str, Mapping[str, Any]]
@@ -340,8 +340,12 @@ class InputProcessor:
         kwargs = self._merged_processor_kwargs(prompt)
         io_kwargs = self.merged_io_kwargs(prompt.io_kwargs)
         options = _MediaOptions(kwargs, io_kwargs, _background(io_kwargs), prompt.cache_salt, next(self._serials))
+        own = {modality: kwargs_of_items(kwargs, modality, len(inputs)) for modality, inputs in prompt.media.items()}
         return {
-            modality: [self._item(modality, index, media, options) for index, media in enumerate(inputs)]
+            modality: [
+                self._item(modality, index, media, options._replace(processor_kwargs=own[modality][index]))
+                for index, media in enumerate(inputs)
+            ]
             for modality, inputs in prompt.media.items()
         }
 

@@ -233,6 +233,37 @@ def test_an_option_that_is_none_is_not_given(qwen: InputProcessor) -> None:
     assert keys(process(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "min_pixels": None}))) == plain
 
 
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen2_5_vl", None), ("qwen3_vl", None), ("qwen2_5_omni", "videos_kwargs")]
+)
+def test_a_frame_rate_for_each_video(family: str, name: str | None, tiny_dir: Make) -> None:
+    """qwen_vl_utils returns {"fps": [2.0]}, and {"fps": []} where there is no video."""
+    input_processor = make_input_processor(family, tiny_dir(family))
+
+    def clips(count: int, fps: Any) -> EngineInput:
+        kwargs = {"fps": fps} if name is None else {name: {"fps": fps}}
+        media = {"video": [CLIP] * count, "image": [RED]}
+        prompt = "<video>" * count + "<image>"
+        return process(input_processor, {"prompt": prompt, "multi_modal_data": media, "mm_processor_kwargs": kwargs})
+
+    def each(engine_input: EngineInput) -> list[str]:
+        return list(dict.fromkeys(keys(engine_input)))  # a video may have several spans
+
+    one, half, both = clips(1, 1.0), clips(1, 0.5), clips(2, [1.0, 0.5])
+    assert each(clips(1, [1.0]))[0] == each(one)[0] and clips(1, (1,)).items[0].item.frame_times
+    assert each(both)[:2] == [each(one)[0], each(half)[0]]
+    assert each(both)[2] == each(clips(0, []))[0] == each(clips(1, [3.0]))[1], "images have no rate"
+    same, alone = clips(2, [1.0, 1.0]), clips(2, 1.0)
+    assert same.token_ids.tolist() == alone.token_ids.tolist()
+    np.testing.assert_array_equal(same.rope_positions, alone.rope_positions)
+    for count, wrong in ((2, [1.0]), (1, []), (1, [1.0, 1.0])):
+        with pytest.raises(RequestError, match=rf"fps has {len(wrong)} numbers for {count} videos"):
+            clips(count, wrong)
+    for wrong in ([0], ["2"], [None], [True], [float("nan")], [[1.0]], {"a": 1}):
+        with pytest.raises(RequestError, match="fps must be a positive number, or a list with one for each video"):
+            clips(1, wrong)
+
+
 def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
     def counts(picture: Image.Image) -> tuple[int, int]:
         process(qwen, image_prompt(picture))
