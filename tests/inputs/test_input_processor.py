@@ -166,7 +166,7 @@ def test_limits_of_the_operator(tiny_dir: Make) -> None:
 
 
 def test_lengths(tiny_dir: Make) -> None:
-    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20)
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20, prompt_embeds_dim=32)
     assert len(process(input_processor, [3] * 19).token_ids) == 19
     for length in (20, 21, 500):
         with pytest.raises(
@@ -175,6 +175,11 @@ def test_lengths(tiny_dir: Make) -> None:
             process(input_processor, [3] * length)
     with pytest.raises(RequestError, match="number of text tokens plus multimodal tokens"):
         process(input_processor, image_prompt(Image.new("RGB", (200, 200))))  # fits before expansion, not after
+    wordy = image_prompt(Image.new("RGB", (200, 200)))
+    for long in ([3] * 20, [3] * 500, wordy, {"prompt_embeds": np.zeros((21, 32), np.float32)}):
+        with pytest.raises(ValidationError, match=r"^This model's maximum context length is 20 tokens\. ") as caught:
+            process(input_processor, long)
+        assert caught.value.code == "prompt_too_long"
     with pytest.raises(ValidationError, match=r"^This model's maximum context length is 20 tokens") as caught:
         process(input_processor, "# " * 40)
     assert caught.value.parameter == "input_tokens" and "is longer than the maximum model length" in str(caught.value)
