@@ -25,10 +25,12 @@ from mmjax.multimodal import audio, image, size_check, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
 from mmjax.processors.base import (
+    NOTHING_SUPPRESSED,
     ExpandedPrompt,
     MediaItem,
     PlaceholderSpan,
     Processor,
+    SuppressedTokens,
     TimestampTokens,
     linear_positions,
 )
@@ -58,7 +60,7 @@ class EngineInput:
     items: one per span, in the order of spans; if there are no spans, in the order given. spans: each refers to an item
     by its modality and its index in that modality. Token i >= T has rotary position i + rope_delta on every axis.
     timestamps: for a transcript with timestamps. is_embeds: the prompt was given as embeddings, and its token ids are
-    meaningless zeros.
+    meaningless zeros. suppressed: tokens that must not be sampled.
     """
 
     prompt: str | None
@@ -72,6 +74,7 @@ class EngineInput:
     encoder_token_ids: np.ndarray | None = None  # int32, encoder-decoder models only
     timestamps: TimestampTokens | None = None
     is_embeds: bool = False
+    suppressed: SuppressedTokens = NOTHING_SUPPRESSED
 
 
 class _MediaOptions(NamedTuple):
