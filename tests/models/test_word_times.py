@@ -164,14 +164,14 @@ def test_attention_and_times_match_transformers(speech: Speech, shared: Path, we
     """The attention of each head, and the times of tokens as transformers defines them: from the rows of the text's own
     tokens, where Whisper's code begins one row earlier, and with the attention to the silence after the recording."""
     import torch
-    from transformers.models.whisper import WhisperForConditionalGeneration
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     samples, rate = load(shared / "media/speech" / file)
     audio = resample(np.asarray(samples, np.float32), rate, 16_000)
     engine_input = asyncio.run(
         speech.engine.prepare({"prompt_token_ids": [50257, 50362], "multi_modal_data": {"audio": (audio, 16_000)}})
     )
-    output = asyncio.run(speech.engine.generate(engine_input, SamplingParams(temperature=0, max_tokens=60)))
+    output = asyncio.run(speech.engine.complete(engine_input, SamplingParams(temperature=0, max_tokens=60)))
     text = [token for token in output.outputs[0].token_ids if token < 50256]
     tokens = [50257, 50362, *text, 50256]
     ours = asyncio.run(speech.engine.alignment_scores(engine_input, tokens))
@@ -179,7 +179,8 @@ def test_attention_and_times_match_transformers(speech: Speech, shared: Path, we
     model = WhisperForConditionalGeneration.from_pretrained(
         weights, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    mel = torch.from_numpy(engine_input.items[0].item.features["mel"].copy())
+    prepare = WhisperFeatureExtractor.from_pretrained(weights)
+    mel = prepare(audio, sampling_rate=16_000, return_tensors="pt").input_features
     heads = model.generation_config.alignment_heads
     with torch.no_grad():
         found = model(mel, decoder_input_ids=torch.tensor([tokens]), output_attentions=True).cross_attentions
