@@ -31,6 +31,7 @@ from mmjax.engine.sampler import PromptLogprobs, token_counts_row
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
 from mmjax.engine.sequence import EngineSequence
+from mmjax.processors.base import MediaItem
 from mmjax.spec import ModelSpec
 
 MAX_IN_FLIGHT = 2  # dispatches: one running and one queued. Interleaved decode steps do not count.
@@ -147,6 +148,10 @@ class Engine:
             changed += self._collect(self._in_flight.popleft())
         self.stats.host_s += time.perf_counter() - start - (self.stats.wait_s - wait_before)
         return changed
+
+    def align(self, modality: str, item: MediaItem, token_ids: np.ndarray) -> Future[Any]:
+        """Alignment scores f32[A, T, U] of a transcript of an item, after what is dispatched already."""
+        return self.device.run_apart(self.runner.align, self.spec.encoder_of(modality), item.features, token_ids)
 
     def sleep(self, *, keep_params: bool) -> Any:
         """Free the device's memory. No sequence may be running. Returns the parameters on the host if they are kept."""

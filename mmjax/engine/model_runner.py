@@ -28,6 +28,7 @@ from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
 from mmjax.engine.program_cache import ProgramCache, export
 from mmjax.engine.programs import (
+    Align,
     Decode,
     DeviceState,
     Encode,
@@ -225,7 +226,8 @@ class ModelRunner:
         ]
         biases = [SetLogitBiases(rows) for rows in buckets.seq_buckets]
         logprobs = [PromptLogprobs(tokens) for tokens in buckets.token_buckets]
-        return [*prefills, *decodes, *encodes, *writes, *biases, *logprobs, SetSamplingRow()]
+        aligns = [Align(name) for name in self.spec.encoders] if self.spec.num_alignment_heads else []
+        return [*prefills, *decodes, *encodes, *aligns, *writes, *biases, *logprobs, SetSamplingRow()]
 
     def _loop_steps(self, max_steps: int) -> int:
         """The length of the decode loop for at most this many steps."""
@@ -322,6 +324,13 @@ class ModelRunner:
     def encode(self, name: str, num_inputs: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:
         """Dispatch an encoding of media by the named encoder."""
         self.state = self.program(Encode(name, num_inputs))(self.params, self.state, dict(features), dest)
+
+    def align(self, name: str, features: Mapping[str, np.ndarray], token_ids: np.ndarray) -> Array:
+        """Dispatch the alignment scores f32[A, T, U] of one transcript; T is the model's length."""
+        padded = np.zeros(self.spec.max_positions, np.int32)
+        padded[: len(token_ids)] = token_ids
+        scores: Array = self.program(Align(name))(self.params, dict(features), padded)
+        return scores
 
     def write_embeds(self, embeds: np.ndarray, dest: np.ndarray) -> None:
         """Dispatch a write of embeddings f32[N, W] that need no encoder."""
