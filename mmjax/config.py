@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -147,7 +147,9 @@ class EngineArgs:
     revision: str | None = argument(None, "branch, tag or commit of the model on the Hugging Face hub")
     tokenizer_revision: str | None = argument(None, "the same for the tokenizer")
     hf_token: str | None = argument(None, "token for the Hugging Face hub")
-    hf_overrides: Mapping[str, Any] | None = argument(None, "values that override those of config.json")
+    hf_overrides: Mapping[str, Any] | Callable[[Any], Any] | None = argument(
+        None, "values merged into config.json; in Python also a function of the configuration that returns it"
+    )
     seed: int = argument(0, "seed for requests without one")
     gpu_memory_utilization: float = argument(0.9, "share of the accelerator's memory to use")
     kv_cache_memory_bytes: int | None = argument(None, "bytes of the KV cache; on the CPU 1 GiB if unset")
@@ -195,9 +197,10 @@ class EngineArgs:
         for name in ("limit_mm_per_prompt", "media_io_kwargs", "override_generation_config"):
             value = getattr(self, name)
             _require(isinstance(value, Mapping), name, value, "a dictionary")
-        for name in ("mm_processor_kwargs", "hf_overrides"):
-            value = getattr(self, name)
-            _require(value is None or isinstance(value, Mapping), name, value, "a dictionary or None")
+        value = self.mm_processor_kwargs
+        _require(value is None or isinstance(value, Mapping), "mm_processor_kwargs", value, "a dictionary or None")
+        value, rule = self.hf_overrides, "a dictionary, a function or None"
+        _require(value is None or isinstance(value, Mapping) or callable(value), "hf_overrides", value, rule)
         if isinstance(self.allowed_media_domains, str):
             self.allowed_media_domains = [self.allowed_media_domains]
         for modality, limit in self.limit_mm_per_prompt.items():

@@ -3,15 +3,19 @@
 import numpy as np
 from PIL import Image
 
+BICUBIC = Image.Resampling.BICUBIC
 
-def resize(image: Image.Image | np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic (antialiased, PIL) resize of an RGB image or uint8 [H, W, 3] array to uint8 [height, width, 3]."""
+
+def resize(
+    image: Image.Image | np.ndarray, height: int, width: int, resample: Image.Resampling = BICUBIC
+) -> np.ndarray:
+    """Antialiased resize (PIL's) of an RGB image or uint8 [H, W, 3] array to uint8 [height, width, 3]."""
     if isinstance(image, np.ndarray):
         if image.shape[:2] == (height, width):
             return image
         image = Image.fromarray(image)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.resize((width, height), resample)
     return np.asarray(image)
 
 

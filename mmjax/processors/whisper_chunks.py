@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options, canonical
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -43,8 +44,8 @@ def chunk_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
 
 
 def log_mel(files: Mapping[str, dict[str, Any]]) -> LogMel:
-    """What preprocessor_config.json of a Whisper feature extractor describes."""
-    prepare = files["preprocessor_config.json"]
+    """What the options of a Whisper feature extractor describe."""
+    prepare = audio_options(files)
     return LogMel(
         rate=prepare["sampling_rate"],
         window=prepare["n_fft"],
@@ -97,9 +98,10 @@ class WhisperClipProcessor(Processor):
     item_for_embeds = item_of_any_length
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        config = canonical(config)
         self.mel = log_mel(files)
         self.sampling_rate: int | None = self.mel.rate
-        self.placeholder_ids = {"audio": config["audio_token_index"]}
+        self.placeholder_ids = {"audio": config["audio_token_id"]}
         self.window_frames: int = 2 * config["audio_config"]["max_source_positions"]  # mel frames
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
