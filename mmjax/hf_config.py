@@ -231,13 +231,8 @@ def audio_options(files: Mapping[str, Mapping[str, Any]]) -> HfConfig:
 
 def video_options(files: Mapping[str, Mapping[str, Any]]) -> HfConfig:
     """The options of the video processor, which in older repositories are those of the image processor."""
-    return own_video_options(files) or image_options(files)
-
-
-def own_video_options(files: Mapping[str, Mapping[str, Any]]) -> HfConfig | None:
-    """The options that a checkpoint has for videos alone; None where it has none."""
     if "video_processor" not in files.get(PROCESSOR, {}) and VIDEO_PREPROCESSOR not in files:
-        return None
+        return image_options(files)
     return _options(files, "video_processor", VIDEO_PREPROCESSOR)
 
 

@@ -183,8 +183,9 @@ def _by_name(templates: Any) -> dict[str, str]:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token, eos_token and the like, as text."""
     found: dict[str, Any] = {}
-    extra = config.get("extra_special_tokens")  # by name; a list in transformers 5, of tokens that no template prints
-    for name, token in {**config, **(extra if isinstance(extra, Mapping) else {})}.items():
+    extra = config.get("extra_special_tokens")  # by name; in transformers 5 a list of tokens that no template prints
+    named = config.get("model_specific_special_tokens") or {}
+    for name, token in {**named, **config, **(extra if isinstance(extra, Mapping) else {})}.items():
         text = token.get("content") if isinstance(token, Mapping) else token
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text

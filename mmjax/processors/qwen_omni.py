@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.hf_config import audio_options, canonical, own_video_options
+from mmjax.hf_config import VIDEO_PREPROCESSOR, audio_options, canonical
 from mmjax.multimodal.video import Video
 from mmjax.processors.audio_in_video import AudioInVideoExpander, EmbedRun, Items
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
@@ -62,8 +62,9 @@ class OmniProcessor(QwenVLProcessor):
         self.positions_per_second: float = thinker["position_id_per_seconds"]
         vision = thinker["vision_config"] | {"tokens_per_second": self.positions_per_second}
         super().__init__(thinker | {"vision_config": vision}, files, tokenizer)
-        # the published processors have bounds of their own for videos: the file is about images
-        self.pixel_bounds["video"] = area_bounds(own_video_options(files) or {}, self.default_bounds["video"])
+        # The published processors have bounds of their own for videos: preprocessor_config.json is about images, and
+        # what transformers 5 saves as their video_processor is a copy of it, which their processors override too.
+        self.pixel_bounds["video"] = area_bounds(files.get(VIDEO_PREPROCESSOR, {}), self.default_bounds["video"])
         self.placeholder_ids["audio"] = thinker["audio_token_id"]
         self.chunk_frames: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
         self.audio_bos_id, self.audio_eos_id = thinker["audio_start_token_id"], thinker["audio_end_token_id"]
