@@ -12,8 +12,8 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization"
 MODELOPT = "hf_quant_config.json"
 MERGE = "Merge it into its base model with peft's `merge_and_unload()`, save that, and load the result"
 GGUF = (
-    "GGUF files, which mmjax does not read: load the safetensors checkpoint that they were made from; "
-    "quantization='int8' halves its memory"
+    "mmjax does not read GGUF: load the safetensors checkpoint that it was made from; quantization='int8' halves its "
+    "memory"
 )
 
 
@@ -29,7 +29,7 @@ def format_hint(directory: Path) -> str | None:
         of_base = f" of {base}" if base else ""
         return f": it is a {kind} adapter ({ADAPTER}){of_base}, which mmjax does not load. {MERGE}"
     if any(directory.glob("*.gguf")) or "gguf" in str(directory).lower():
-        return f" but {GGUF}"
+        return f", but GGUF files; {GGUF}"
     return None
 
 

@@ -24,9 +24,13 @@ Overrides = Mapping[str, Any] | Callable[[Any], Any]
 """Values that are merged into config.json, or a function of the configuration that returns it changed."""
 
 
+class MissingNameError(ValueError):
+    """A file has no value of a name that is needed."""
+
+
 class HfConfig(dict[str, Any]):
     """A JSON object of a checkpoint, or a part of one. It records which names were read, and a missing name is a
-    ValueError that says where. Names are attributes too, for functions that users pass as `hf_overrides`."""
+    MissingNameError that says where. Names are attributes too, for functions that users pass as `hf_overrides`."""
 
     _file: str
     _path: tuple[str, ...]
@@ -50,7 +54,7 @@ class HfConfig(dict[str, Any]):
         )
 
     def __missing__(self, name: str) -> Any:
-        raise ValueError(
+        raise MissingNameError(
             f"{self._file} has no {'.'.join((*self._path, name))}: it is incomplete, or of another architecture"
         )
 

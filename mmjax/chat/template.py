@@ -47,7 +47,8 @@ class StoredTemplates:
             processor = {"default": jinja.read_text(encoding="utf-8")}
         for name in ("chat_template.json", "processor_config.json"):
             if not processor and (file := directory / name).is_file():
-                processor = _by_name(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+                content = json.loads(file.read_text(encoding="utf-8"))
+                processor = _by_name(content.get("chat_template") if isinstance(content, dict) else None)
         processor |= {
             file.stem: file.read_text(encoding="utf-8") for file in directory.glob("*_chat_templates/*.jinja")
         }

@@ -48,7 +48,7 @@ def load_model(args: EngineArgs) -> LoadedModel:
     replicas = _replica_devices(_start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
-    processor: Processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
+    processor = checkpoint.processor(tokenizer)
     _check_options(args, processor)
     limits = args.limits(processor.mm_limits)
     engines = [_load_engine(args, checkpoint, devices, limits) for devices in replicas]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,9 +16,11 @@ import numpy as np
 
 from mmjax.converters.formats import ADAPTER, GGUF, format_hint, refuse_quantized
 from mmjax.converters.table import Part, Tensor, convert
-from mmjax.hf_config import HfConfig, Overrides, canonical, override, unread_changes
+from mmjax.hf_config import HfConfig, MissingNameError, Overrides, canonical, override, unread_changes
 from mmjax.loader.family import Family
 from mmjax.models.base import Config
+from mmjax.processors.base import Processor
+from mmjax.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +114,22 @@ class Checkpoint:
             has_head = "text.head" in self.tensors
         else:
             has_head = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
-        return self.family.config.from_hf(self.config, self.files, tied=bool(tied) or headless or not has_head)
+        with self._architecture_told():
+            return self.family.config.from_hf(self.config, self.files, tied=bool(tied) or headless or not has_head)
+
+    def processor(self, tokenizer: Tokenizer | None) -> Processor:
+        """The family's processor."""
+        with self._architecture_told():
+            return self.family.processor(self.config, self.files, tokenizer)
+
+    @contextlib.contextmanager
+    def _architecture_told(self) -> Iterator[None]:
+        """Adds the architecture to the error of a missing name."""
+        try:
+            yield
+        except MissingNameError as error:
+            names, model_type = ", ".join(map(str, self.config["architectures"])), self.config.get("model_type")
+            raise ValueError(f"{error} (architecture {names}, model_type {model_type!r})") from error
 
     def unread_overrides(self) -> list[str]:
         """Names that the overrides change and that nobody has read. To be asked when the model is loaded."""
@@ -143,7 +161,7 @@ def find_model(model: str, *, revision: str | None = None, token: str | None = N
     if path.is_dir():
         return path
     if path.suffix == ".gguf":
-        raise ValueError(f"{model!r} names {GGUF}")
+        raise ValueError(f"{model!r} is a GGUF file; {GGUF}")
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ValueError(f"{model!r} is neither a model directory nor a hub id such as 'Qwen/Qwen2-VL-2B-Instruct'")
     from huggingface_hub import snapshot_download
