@@ -12,12 +12,14 @@ import pytest
 from mmjax.converters.formats import quantization_method
 from safetensors.numpy import load_file, save_file
 
+from mmjax import LLM
 from mmjax.cli.main import main
 from mmjax.config import EngineArgs
 from mmjax.entrypoints.load_model import _generation_config
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.loader.params import param_specs
 from mmjax.loader.precision import stored_dtype
+from mmjax.models import causal
 
 Make = Callable[[str], Path]
 WEIGHTS = "model.safetensors"
@@ -63,6 +65,36 @@ def test_overrides_that_nobody_reads_are_known(model: Path) -> None:
     checkpoint.model_config(dummy=True)
     assert checkpoint.unread_overrides() == ["max_pos"]
     assert Checkpoint.open(str(model)).unread_overrides() == []
+
+
+def test_an_engine_tells_of_overrides_that_change_nothing(tiny_dir: Make, caplog: pytest.LogCaptureFixture) -> None:
+    llm = LLM(
+        str(tiny_dir("qwen3_vl")),
+        hf_overrides={"num_hidden_layers": 1, "max_positon_embeddings": 9, "dtype": "bfloat16"},
+        load_format="dummy",
+        enforce_eager=True,
+        kv_cache_memory_bytes=1 << 20,
+        max_model_len=64,
+    )
+    assert llm.model.spec.num_layers == 1
+    told = [record.getMessage() for record in caplog.records if "hf_overrides" in record.getMessage()]
+    assert told == ["hf_overrides: 'max_positon_embeddings' changes nothing: qwen3_vl does not read it"]
+
+
+def test_a_stale_rope_theta_changes_no_frequency(tiny_dir: Make) -> None:
+    """Where transformers 4 has saved a config of transformers 5; and a rope_scaling counts more than both."""
+    text = json.loads((tiny_dir("qwen3_moe") / "config.json").read_text())
+    text.pop("rope_scaling", None)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+
+    def frequencies(**changes: Any) -> tuple[float, ...]:
+        return causal.Config.from_hf(text | changes, {}, tied=False).text.rope.inv_freq
+
+    wanted = frequencies(rope_theta=1e6)
+    assert frequencies(rope_theta=1e4, rope_parameters=rope) == wanted != frequencies(rope_theta=1e4)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    halved = tuple(value / 2 for value in wanted)
+    assert frequencies(rope_theta=1e4, rope_parameters=rope, rope_scaling=linear) == halved
 
 
 def test_every_family_reads_both_names(model: Path, tiny_dir: Make) -> None:
