@@ -113,7 +113,7 @@ class ChatHandler:
         """The response, once it is complete."""
         engine_input, params = await self.prepare()
         async with self.context.admitted(again=True):
-            output = await self.context.engine.generate(engine_input, params, self.grammar)
+            output = await self.context.engine.complete(engine_input, params, self.grammar)
         self.context.metrics.record(output)
         body = {
             **self._head("chat.completion"),

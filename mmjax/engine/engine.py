@@ -148,6 +148,16 @@ class Engine:
         self.stats.host_s += time.perf_counter() - start - (self.stats.wait_s - wait_before)
         return changed
 
+    def sleep(self, *, keep_params: bool) -> Any:
+        """Free the device's memory. No sequence may be running. Returns the parameters on the host if they are kept."""
+        self.device.run(lambda: None).result()  # all earlier calls have returned
+        for call in self.device.take_calls():
+            call.result()
+        self.block_pool.reset_prefix_cache()
+        self.encoder_cache.clear()
+        self.runner.drop_state()
+        return self.runner.take_params(keep=keep_params)
+
     def counters(self) -> dict[str, float]:
         """`stats`, and the counters of the device queue, the runner and the scheduler, by name."""
         return vars(self.stats) | {

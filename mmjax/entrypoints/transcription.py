@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.entrypoints.async_llm import AsyncLLM, RequestStream
+from mmjax.entrypoints.async_llm import AsyncLLM
+from mmjax.entrypoints.request_stream import RequestStream
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.multimodal.audio import decode, load, split_audio
 from mmjax.multimodal.media_limits import MediaLimits
@@ -179,7 +180,7 @@ class Speech:
     async def _first_token(self, chunk: AudioChunk, allowed_ids: Sequence[int]) -> RequestOutput:
         """The likeliest of some tokens after the start token."""
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=0, allowed_token_ids=list(allowed_ids))
-        return await self.engine.generate(await self._process(chunk, [self.start_id]), params)
+        return await self.engine.complete(await self._process(chunk, [self.start_id]), params)
 
     async def _process(self, chunk: AudioChunk, token_ids: Sequence[int]) -> EngineInput:
         audio = (chunk.samples, self.sampling_rate)
@@ -193,7 +194,7 @@ class Speech:
             token_ids += [self.languages[language], self._id_of(task_token)]
         token_ids.append(self.first_timestamp_id if task.timestamps else self.no_timestamps_id)
         if task.prompt.strip():
-            previous = await self.engine.encode(" " + task.prompt.strip(), add_special_tokens=False)
+            previous = await self.engine.tokenize(" " + task.prompt.strip(), add_special_tokens=False)
             longest = self.engine.model.max_model_len // 2 - 1
             token_ids = [self.previous_text_id, *previous[-longest:], *token_ids]
         return token_ids
@@ -217,7 +218,7 @@ class Speech:
     async def transcribe(self, job: TranscriptionJob, *, timestamps: bool) -> Transcript:
         """Run all chunks together, and join their texts."""
         params = dataclasses.replace(job.params, logprobs=0) if timestamps else job.params
-        outputs = await self.engine.generate_all([(engine_input, params) for engine_input in job.engine_inputs])
+        outputs = await self.engine.complete_all([(engine_input, params) for engine_input in job.engine_inputs])
         segments: list[TranscriptSegment] = []
         if timestamps:
             for chunk, output in zip(job.recording.chunks, outputs, strict=True):

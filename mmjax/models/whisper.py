@@ -12,7 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
+from mmjax.hf_config import audio_options
+from mmjax.mel import LogMel
 from mmjax.nn.attention import attend, cross_attend, write_kv
+from mmjax.nn.audio.mel import log_mel
 from mmjax.nn.audio.whisper import EPS, WhisperEncoder, WhisperEncoderConfig
 from mmjax.nn.encoder import ACTIVATIONS, Features
 from mmjax.nn.layers import jit_layers
@@ -25,9 +28,11 @@ from mmjax.spec import EncoderSpec, ModelSpec
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the encoder, in `audio`, and of the decoder. padded_vocab_size: rows of the embedding with padding."""
+    """Sizes of the encoder, in `audio`, of its input, in `mel`, and of the decoder. padded_vocab_size: rows of the
+    embedding with padding."""
 
     audio: WhisperEncoderConfig
+    mel: LogMel
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -44,6 +49,7 @@ class Config:
         width = config["d_model"]
         return cls(
             audio=WhisperEncoderConfig.from_hf(config),
+            mel=LogMel.of_window(config, audio_options(files)),
             hidden_size=width,
             num_layers=config["decoder_layers"],
             num_heads=config["decoder_attention_heads"],
@@ -58,8 +64,8 @@ class Config:
     @property
     def spec(self) -> ModelSpec:
         """Sizes for the engine."""
-        steps = self.audio.window_steps
-        encoder = EncoderSpec(window_fields(self.audio.num_mel_bins, 2 * steps), ("audio",), keys_per_input=steps)
+        fields = window_fields(self.mel.samples)
+        encoder = EncoderSpec(fields, ("audio",), keys_per_input=self.audio.window_steps)
         return ModelSpec(
             num_layers=self.num_layers,
             num_kv_heads=self.num_heads,
@@ -186,7 +192,7 @@ class Model(nnx.Module):
         return out[:, : self.c.vocab_size]
 
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
-        return self.audio.encode_windows(features["mel"])
+        return self.audio.encode_windows(log_mel(features["samples"], self.c.mel))
 
     @jax.named_scope("decoder")
     def write_cross_kv(self, encoded: Float[Array, "U D"], kv_cache: KVCache, slot_mapping: Int[Array, "U"]) -> KVCache:

@@ -43,6 +43,7 @@ class EngineRequest(abc.ABC, Generic[Output]):
     states: Sequence[OutputProcessor]
 
     def __init__(self, model: LoadedModel, engine_input: EngineInput, states: Sequence[OutputProcessor]) -> None:
+        model.check_awake()
         self.request_id = next(model.request_ids)
         self.engine_input = engine_input
         self.states = states

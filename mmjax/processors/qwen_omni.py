@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from mmjax.hf_config import VIDEO_PREPROCESSOR, audio_options, canonical
+from mmjax.mel import LogMel
 from mmjax.multimodal.video import Video
 from mmjax.processors.audio_in_video import AudioInVideoExpander, EmbedRun, Items
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
-from mmjax.processors.mel import LogMel
 from mmjax.processors.mel_features import FEATURES, LENGTHS
 from mmjax.processors.qwen_vl import QwenVLProcessor, area_bounds, frame_rate
 from mmjax.spec import FeatureField
@@ -70,13 +70,7 @@ class OmniProcessor(QwenVLProcessor):
         self.audio_bos_id, self.audio_eos_id = thinker["audio_start_token_id"], thinker["audio_end_token_id"]
         prepare = audio_options(files)
         self.sampling_rate = prepare["sampling_rate"]
-        self.mel = LogMel(
-            rate=prepare["sampling_rate"],
-            window=prepare["n_fft"],
-            hop=prepare["hop_length"],
-            bins=prepare["feature_size"],
-            samples=prepare["chunk_length"] * prepare["sampling_rate"],
-        )
+        self.mel = LogMel.from_hf(prepare)
 
     def process_audio(self, audio: np.ndarray) -> MediaItem:
         """The item of mono float32 [samples] at the model's rate."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.hf_config import audio_options, canonical
+from mmjax.mel import LogMel
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -16,7 +17,6 @@ from mmjax.processors.base import (
     item_of_any_length,
     linear_positions,
 )
-from mmjax.processors.mel import LogMel
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 
@@ -40,18 +40,6 @@ def chunk_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
         FeatureField("first_step"),
         FeatureField("num_frames"),
         FeatureField("audio_steps"),
-    )
-
-
-def log_mel(files: Mapping[str, dict[str, Any]]) -> LogMel:
-    """What the options of a Whisper feature extractor describe."""
-    prepare = audio_options(files)
-    return LogMel(
-        rate=prepare["sampling_rate"],
-        window=prepare["n_fft"],
-        hop=prepare["hop_length"],
-        bins=prepare["feature_size"],
-        samples=prepare["chunk_length"] * prepare["sampling_rate"],
     )
 
 
@@ -99,7 +87,7 @@ class WhisperClipProcessor(Processor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         config = canonical(config)
-        self.mel = log_mel(files)
+        self.mel = LogMel.from_hf(audio_options(files))
         self.sampling_rate: int | None = self.mel.rate
         self.placeholder_ids = {"audio": config["audio_token_id"]}
         self.window_frames: int = 2 * config["audio_config"]["max_source_positions"]  # mel frames

@@ -428,10 +428,11 @@ def test_audio_libraries_are_imported_with_the_first_audio(tiny_dir: Make, tmp_p
     code = (
         "import os, sys; import numpy as np; from pathlib import Path\n"
         "from input_processors import make_input_processor\n"
-        f"r = make_input_processor('whisper', Path({str(tiny_dir('whisper'))!r}))\n"
+        f"r = make_input_processor('qwen2_audio', Path({str(tiny_dir('qwen2_audio'))!r}))\n"
         "loaded = lambda: sorted({'jax', 'scipy', 'numba', 'librosa', 'soxr'} & set(sys.modules))\n"
         "print(*loaded())\n"
-        "r.process(r.parse({'prompt': '', 'multi_modal_data': {'audio': (np.zeros(1600, np.float32), 16000)}}))\n"
+        "audio = np.zeros(1600, np.float32), 16000\n"
+        "r.process(r.parse({'prompt': '<|AUDIO|>', 'multi_modal_data': {'audio': audio}}))\n"
         "print(*loaded())\n"
         "print(os.environ['NUMBA_CACHE_DIR'])"
     )
