@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_model(args: EngineArgs) -> LoadedModel:
-    """Load a model and compile its programs. ValueError for a model that cannot be loaded or does not fit."""
+def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel:
+    """Load a model and compile its programs: all, or with `compile_behind` those that the first requests need, and the
+    others while requests run. ValueError for a model that cannot be loaded or does not fit."""
     start = time.perf_counter()
     directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
@@ -59,7 +60,7 @@ def load_model(args: EngineArgs) -> LoadedModel:
         reload_params.append(reload)
     compile_s = 0.0
     if not args.enforce_eager:
-        compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling")) for engine in engines)
+        compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling"), behind=compile_behind) for engine in engines)
     first = engines[0]
     input_processor = _input_processor(args, processor, tokenizer, first, limits)
     connect = functools.partial(_connect, args, input_processor)

@@ -23,6 +23,9 @@ from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
 
+# Of the published English-only models, whose text tokens are GPT-2's; the others have one or two tokens more.
+ENGLISH_VOCAB_SIZE, ENGLISH_START_ID = 51_864, 50_257
+
 
 def window_fields(num_samples: int) -> tuple[FeatureField, ...]:
     """One window of sound per input, silence after its end. The encoder's program computes its log-mel features."""
@@ -51,11 +54,19 @@ class Processor(base.Processor):
         self.eos_id: int = config["eos_token_id"]
         initial = known.get("max_initial_timestamp_index")
         self.max_initial_index: int = self.encoder_length if initial is None else initial
+        stated = known.get("is_multilingual")
+        is_english = config["vocab_size"] == ENGLISH_VOCAB_SIZE or self.decoder_start_id == ENGLISH_START_ID
+        self._is_multilingual: bool = not is_english if stated is None else bool(stated)
 
     @property
     def audio_window_s(self) -> float:
         """Seconds of the encoder's window."""
         return self.mel.samples / self.mel.rate
+
+    @property
+    def is_multilingual(self) -> bool:
+        """As generation_config.json says, else by the vocabulary; the tokenizers of all have tokens of languages."""
+        return self._is_multilingual
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """0: an audio item takes no token of the decoder's prompt."""
