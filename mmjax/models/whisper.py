@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
+from mmjax.hf_config import audio_options
 from mmjax.mel import LogMel
 from mmjax.nn.attention import attend, cross_attend, write_kv
 from mmjax.nn.audio.mel import log_mel
@@ -100,7 +101,7 @@ class Config:
         width = config["d_model"]
         return cls(
             audio=WhisperEncoderConfig.from_hf(config),
-            mel=LogMel.of_window(config, files["preprocessor_config.json"]),
+            mel=LogMel.of_window(config, audio_options(files)),
             hidden_size=width,
             num_layers=config["decoder_layers"],
             num_heads=config["decoder_attention_heads"],

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options
 from mmjax.mel import LogMel
 from mmjax.processors import base
 from mmjax.processors.base import (
@@ -43,7 +44,7 @@ class Processor(base.Processor):
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         self.decoder_start_id: int = config["decoder_start_token_id"]
         self.encoder_length: int = config["max_source_positions"]
-        self.mel = LogMel.of_window(config, files["preprocessor_config.json"])
+        self.mel = LogMel.of_window(config, audio_options(files))
         self.sampling_rate: int | None = self.mel.rate
         known = files.get("generation_config.json", {})
         find = tokenizer.id_of if tokenizer else lambda token: None

@@ -29,7 +29,9 @@ class Tokenizer:
         self._backend = Backend.from_file(str(file))
         self._backend.no_truncation()  # some published files contain settings of the training run
         self._backend.no_padding()
-        self.config: dict[str, Any] = _read_json(self.directory / "tokenizer_config.json")
+        # older repositories name the special tokens in a file of their own
+        roles = _read_json(self.directory / "special_tokens_map.json")
+        self.config: dict[str, Any] = roles | _read_json(self.directory / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._texts: dict[int, str] = {}
