@@ -93,7 +93,7 @@ class ModelRunner:
         spec, buckets = self.spec, self.buckets
         block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
         cache_shape = (spec.num_layers * memory.num_blocks, *block)
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes(platform))
         rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
         def zeros(shape: tuple[int, ...], dtype: DTypeLike, placement: NamedSharding = self._replicated) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.models import qwen_vl
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
@@ -19,7 +19,7 @@ class Config(qwen_vl.Config):
         preprocessor = files["preprocessor_config.json"]
         vision = QwenVisionConfig.qwen2_5(config["vision_config"], preprocessor)
         return cls(
-            text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tie_embeddings=tied),
+            text=decoder_config(config.get("text_config", config), "qwen2_vl", tied=tied),
             vision=vision,
             max_item_embeds=qwen_vl.max_pixels(preprocessor) // (vision.patch_size * vision.merge_size) ** 2,
         )

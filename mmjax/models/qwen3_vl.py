@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.models import qwen_vl
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
@@ -19,13 +19,10 @@ class Config(qwen_vl.Config):
         preprocessor = files["preprocessor_config.json"]
         video = files.get("video_preprocessor_config.json", preprocessor)
         vision = QwenVisionConfig.qwen3(config["vision_config"], preprocessor)
-        text = dict(config["text_config"])
-        name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-        text[name] = {**text[name], "mrope_interleaved": True}  # config.json does not say so
         embed_area = (vision.patch_size * vision.merge_size) ** 2
         max_area = max(qwen_vl.max_pixels(preprocessor), qwen_vl.max_pixels(video) // vision.temporal_patch_size)
         return cls(
-            text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied, qk_norm=True, norm_topk_prob=True),
+            text=decoder_config(config["text_config"], "qwen3_vl", tied=tied),
             vision=vision,
             max_item_embeds=max_area // embed_area,
         )

@@ -53,8 +53,9 @@ class Processor(base.Processor):
                 f"preprocessor_config.json crops to {width}x{height}, but the vision tower of config.json takes "
                 f"{self.image_size}x{self.image_size}: the two files belong to different checkpoints"
             )
-        has_class_token = config["vision_feature_select_strategy"] == "full"
-        self.embeds_per_image = (self.image_size // vision["patch_size"]) ** 2 + has_class_token
+        has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+        drops_first = config.get("vision_feature_select_strategy", "default") == "default"
+        self.embeds_per_image = (self.image_size // vision["patch_size"]) ** 2 + has_class_token - drops_first
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """The same for every image."""

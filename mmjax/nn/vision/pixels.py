@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,3 +34,12 @@ class PixelNorm:
         mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)
         std = jnp.asarray(self.std, jnp.float32).reshape(shape)
         return (pixels.astype(jnp.float32) * self.scale - mean) / std
+
+
+def to_patches(pixels: Float[Array, "I 3 height width"], patch_size: int) -> Float[Array, "I patches patch_dim"]:
+    """The square patches of images, row by row. Pixels that fill no patch, at the right and below, are left out: SigLIP
+    cuts 384 pixels into 27 patches of 14."""
+    rows, columns = (edge // patch_size for edge in pixels.shape[2:])
+    x = pixels[:, :, : rows * patch_size, : columns * patch_size]
+    x = x.reshape(-1, 3, rows, patch_size, columns, patch_size).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, rows * columns, 3 * patch_size**2)
