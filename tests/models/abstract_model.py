@@ -1,4 +1,7 @@
-"""A family's model on abstract arrays: traced and lowered for any platform, without weights and without a device."""
+"""A family's model on abstract arrays: traced and lowered for any platform, without weights and without a device.
+
+Of programs that differ in widths and depth only, one is lowered: widths are what XLA is for, heads what kernels refuse.
+"""
 
 import dataclasses
 import functools
@@ -16,12 +19,13 @@ from mmjax.engine.memory import kv_block_shape
 from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
 from mmjax.spec import EncoderSpec, ModelSpec
+from models.published_sizes import PUBLISHED
 
 KINDS = {"cpu": "cpu", "gpu": "NVIDIA H200", "tpu": "TPU v5 lite"}
 CORES = {"cpu": None, "gpu": 132, "tpu": 1}
 LOWERED = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 DTYPE = {"cpu": jnp.float32, "gpu": jnp.bfloat16, "tpu": jnp.bfloat16}
-BLOCK_SIZE, TABLE, CACHE_BLOCKS = 128, 16, 32
+BLOCK_SIZE, TABLE, CACHE_BLOCKS = 256, 16, 32  # a large block keeps the kernels of a TPU small
 
 
 def mesh(platform: str) -> AbstractMesh:
@@ -35,33 +39,66 @@ def mesh(platform: str) -> AbstractMesh:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function, and the shapes of its arguments. key: equal for programs that differ in widths and depth only."""
+    """A function, and the shapes of its arguments."""
 
     function: Any
     arguments: tuple[Any, ...]
-    key: str
 
-    def shapes(self, platform: str) -> Any:
-        """The shapes of what it returns."""
+    def trace(self, platform: str) -> Any:
+        """Traced; `out_info` has the shapes of what it returns."""
         with jax.sharding.use_abstract_mesh(mesh(platform)):
-            return jax.eval_shape(self.function, *self.arguments)
+            return jax.jit(self.function).trace(*self.arguments)
 
     def lower(self, platform: str) -> str:
         """The text of the program."""
+        traced = self.trace(platform)
         with jax.sharding.use_abstract_mesh(mesh(platform)):
-            traced = jax.jit(self.function).trace(*self.arguments)
             return traced.lower(lowering_platforms=(LOWERED[platform],)).as_text()
 
 
 def shallow(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The same config.json with two decoder layers, which are traced once anyway."""
+    """The same config.json with one decoder layer: layers of equal structure are traced once anyway."""
     parts = {name: shallow(config[name]) for name in ("thinker_config", "text_config") if name in config}
-    short = {name: 2 for name in ("num_hidden_layers", "decoder_layers") if name in config}
+    short = {name: 1 for name in ("num_hidden_layers", "decoder_layers") if name in config}
     return {**config, **parts, **short}
 
 
-def programs(config: Mapping[str, Any], files: Mapping[str, Any], platform: str) -> Iterator[tuple[str, Program]]:
-    """(name, program): prefill, decode of one sequence and of 8, and each encoder."""
+def geometry(config: Mapping[str, Any], files: Mapping[str, Any]) -> tuple[str, str]:
+    """Of the decoder and of the encoders. Programs of the same geometry differ in widths and depth only."""
+    family = Family.of(dict(config))
+    sizes: Any = family.config.from_hf(dict(config), files, tied=False)
+    decoder: tuple[Any, ...] = (sizes.spec.num_kv_heads, sizes.spec.head_dim)
+    if (text := getattr(sizes, "text", None)) is not None:
+        decoder += (text.q_per_kv, text.windows != (), text.partial_rope, text.moe is None)
+    towers = {name: getattr(sizes, name).tower for name in ("vision", "audio") if hasattr(sizes, name)}
+    heads = {name: (tower.num_heads, tower.head_dim) for name, tower in towers.items()}
+    return repr(decoder), repr((family.name, heads))
+
+
+@functools.cache
+def first_of_geometry() -> Mapping[str, tuple[bool, bool]]:
+    """By name of a published checkpoint, whether its decoder, and its encoders, are the first of their geometry."""
+    seen: set[str] = set()
+    out = {}
+    for name, published in PUBLISHED.items():
+        decoder, encoders = geometry(*published)
+        out[name] = decoder not in seen, encoders not in seen
+        seen |= {decoder, encoders}
+    return out
+
+
+def lower_published(name: str, platform: str) -> None:
+    """Lower the programs of a published checkpoint whose geometry is new."""
+    decoder, encoders = first_of_geometry()[name]
+    if decoder or encoders:
+        for _, program in programs(*PUBLISHED[name], platform, decoder=decoder, encoders=encoders):
+            assert program.lower(platform)
+
+
+def programs(
+    config: Mapping[str, Any], files: Mapping[str, Any], platform: str, *, decoder: bool = True, encoders: bool = True
+) -> Iterator[tuple[str, Program]]:
+    """(name, program): prefill, decode of 8 sequences, on a GPU also of one, and each encoder."""
     family = Family.of(dict(config))
     sizes = family.config.from_hf(shallow(config), files, tied=False)
     graph, specs = param_specs(family, sizes)
@@ -82,21 +119,16 @@ def programs(config: Mapping[str, Any], files: Mapping[str, Any], platform: str)
     def write(params: Any, encoded: Any, k: Any, v: Any, slots: Any) -> Any:
         return nnx.merge(graph, params).write_cross_kv(encoded, KVCache(k, v), slots).k
 
-    key = repr((spec.num_kv_heads, spec.head_dim, spec.rope_axes, spec.is_encoder_decoder))
-    if (text := getattr(sizes, "text", None)) is not None:
-        key += repr((text.q_per_kv, text.windows, text.partial_rope, text.bias, text.qk_norm, text.moe is None))
-    for name, count, block_len in (
-        ("prefill", 4, kernels.q_block_size(platform)),
-        ("decode", 1, 1),
-        ("decode 8", 8, 1),
-    ):
-        yield name, Program(step, (params, _batch(spec, count, block_len), *cache, mm_embeds), f"{name} {key}")
-    for name, encoder in spec.encoders.items():
-        tower = repr((family.name, getattr(sizes, "vision" if name == "vision" else "audio")))
-        yield name, Program(functools.partial(encode, name), (params, _features(encoder)), tower)
+    steps = {"prefill": (4, kernels.q_block_size(platform)), "decode": (8, 1)}
+    if platform == "gpu":
+        steps["decode of one"] = (1, 1)
+    for name, (count, block_len) in steps.items() if decoder else ():
+        yield name, Program(step, (params, _batch(spec, count, block_len), *cache, mm_embeds))
+    for name, encoder in spec.encoders.items() if encoders else ():
+        yield name, Program(functools.partial(encode, name), (params, _features(encoder)))
         if spec.is_encoder_decoder:
             encoded = jax.ShapeDtypeStruct((encoder.keys_per_input, spec.hidden_size), dtype)
-            yield "cross", Program(write, (params, encoded, *cache, _int32(encoder.keys_per_input)), f"cross {key}")
+            yield "cross", Program(write, (params, encoded, *cache, _int32(encoder.keys_per_input)))
 
 
 def _batch(spec: ModelSpec, blocks: int, block_len: int) -> Batch:

@@ -1,11 +1,10 @@
-"""Every published configuration is read, and traced on abstract arrays; the other platforms' lowering is beside it."""
+"""Every published configuration is read, traced on abstract arrays, and lowered for the CPU; see `abstract_model`."""
 
-import jax
 import pytest
 
 from mmjax.loader.family import Family
 from mmjax.models import FAMILIES
-from models.abstract_model import programs
+from models.abstract_model import lower_published, programs
 from models.published_sizes import PUBLISHED
 
 
@@ -46,7 +45,7 @@ def test_sizes_of_published_configurations() -> None:
 def test_images_that_are_no_whole_number_of_patches() -> None:
     """384 pixels in patches of 14."""
     encode = dict(programs(*PUBLISHED["llava-onevision-qwen2-0.5b"], "cpu"))["vision"]
-    assert encode.shapes("cpu").shape == (2 * (729 + 27), 896)
+    assert encode.trace("cpu").out_info.shape == (2 * (729 + 27), 896)
 
 
 @pytest.mark.published
@@ -55,9 +54,14 @@ def test_traced(name: str) -> None:
     config, files = PUBLISHED[name]
     spec = Family.of(config).config.from_hf(config, files, tied=False).spec
     for kind, program in programs(config, files, "cpu"):
-        found = program.shapes("cpu")
-        assert isinstance(found, jax.ShapeDtypeStruct)
+        found = program.trace("cpu").out_info
         if kind.startswith(("prefill", "decode")):
             assert found.shape[1] == spec.vocab_size
         elif kind != "cross":
             assert found.shape[1] == (spec.mm_embed_dim or spec.hidden_size)
+
+
+@pytest.mark.published
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_lowered(name: str) -> None:
+    lower_published(name, "cpu")
