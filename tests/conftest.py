@@ -1,5 +1,6 @@
 """The environment of all tests: CPU, four devices, one thread per library, strict dtypes, warnings as errors."""
 
+import dataclasses
 import gc
 import importlib.util
 import os
@@ -34,11 +35,17 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_user_cache / "mmjax-test
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# The same holds for Python's bytecode, also where containers turn it off: to rewrite the assertions of all tests takes
+# each process 8 s.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import jax  # noqa: E402 - reads the environment when it is imported
 import pytest  # noqa: E402
 from cachetools import LRUCache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
+SHARE_ENGINES = tuple(f"tests/{folder}/" for folder in ("docs", "engine", "serve", "vllm_docs"))
 ROOT = Path(__file__).resolve().parent.parent
 
 if importlib.util.find_spec("mmjax") is None:
@@ -59,37 +66,51 @@ install_import_hook(
 
 @pytest.fixture(scope="module", autouse=True)
 def leave_nothing() -> Iterator[None]:
-    """Let go of what a file's tests compiled, and see that it went: XLA maps each function of each program for itself
-    (an engine has 1 000 to 5 000 maps), and a process that has used up Linux' 65 530 crashes at the next program."""
+    """Let go of what tests compiled once it is much, and see that it went: XLA maps each function of each program for
+    itself (an engine has 1 000 to 5 000 maps), and a process that has used up Linux' 65 530 crashes at the next one.
+
+    Not after every file: the next one would trace jax.numpy's functions again.
+    """
     yield
-    gc.collect()
-    jax.clear_caches()
+    if memory_maps() > 15_000:
+        gc.collect()
+        jax.clear_caches()
+    count = memory_maps()
+    assert count < 30_000, f"{count} memory maps are left: a fixture keeps engines that later tests do not use"
+
+
+def memory_maps() -> int:
+    """The memory maps of this process, 0 where the system does not tell."""
     maps = Path("/proc/self/maps")
-    if maps.exists():
-        count = len(maps.read_bytes().splitlines())
-        assert count < 30_000, f"{count} memory maps are left: a fixture keeps engines that later tests do not use"
+    return len(maps.read_bytes().splitlines()) if maps.exists() else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
 def share_programs() -> Iterator[None]:
     """An engine of the same sizes, dtypes and devices as an earlier one takes over its programs. To trace those of a
-    tiny Qwen2-VL again and to read them from the compilation cache takes 2.6 s."""
+    tiny Qwen2-VL again and to read them from the compilation cache takes 2.6 s.
+
+    Buckets are no sizes of a program, since its key has its own; only the largest number of sequences is one.
+    """
     from mmjax import kernels
     from mmjax.engine.model_runner import ModelRunner
     from mmjax.engine.programs import ProgramKey
 
     compile_anew = ModelRunner._compile
-    made: LRUCache[Hashable, Any] = LRUCache(maxsize=32)  # about 300 memory maps each
+    made: LRUCache[Hashable, Any] = LRUCache(maxsize=64)  # about 300 memory maps each
     lock = threading.Lock()
 
     def take_or_compile(runner: ModelRunner, key: ProgramKey) -> Any:
-        functions = runner.functions
+        functions, buckets = runner.functions, runner.functions.buckets
+        sizes = dataclasses.replace(
+            buckets, token_buckets=(), seq_buckets=buckets.seq_buckets[-1:], encoder_buckets={}, embed_rows=0
+        )
         leaves, structure = jax.tree.flatten((runner.params, runner.state))
         whole = (
             key,
             functions.graph,
             functions.paths,
-            repr((functions.spec, functions.buckets, functions.stops_early, runner.dtype, runner.platform)),
+            repr((functions.spec, sizes, functions.stops_early, runner.dtype, runner.platform)),
             functions.replicated,
             structure,
             tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves),
@@ -141,6 +162,19 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return make
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist=loadfile`, but files of a folder in SHARE_ENGINES run in one process: they share engines and programs."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadEngineScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "engines" if file.startswith(SHARE_ENGINES) else file
+
+    return LoadEngineScheduling(config, log) if config.option.dist == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

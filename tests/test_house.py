@@ -22,7 +22,7 @@ OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 LAYERS = (
     ("types", "version"),
     ("config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
-    ("multimodal",),
+    ("multimodal", "mel"),
     ("assets", "utils", "chat", "processors", "nn"),
     ("inputs", "models"),
     ("loader",),
@@ -58,6 +58,7 @@ IMPORT_RULES = {
     "types": HOST,
     "config": HOST,
     "spec": HOST,
+    "mel": HOST,
     "multimodal": HOST,
     "assets": HOST,
     "utils": ImportRule(ours=("multimodal",), banned=(*DEVICE, "transformers")),
@@ -68,13 +69,14 @@ IMPORT_RULES = {
     "outputs": HOST,
     "batch": ImportRule(ours=(), banned=NO_MODEL_CODE),
     "sharding": ImportRule(ours=(), banned=NO_MODEL_CODE),
-    "nn": ImportRule(ours=("nn", "kernels", "batch", "sharding", "spec"), banned=("orbax", "transformers")),
+    "nn": ImportRule(ours=("nn", "kernels", "batch", "sharding", "spec", "mel"), banned=("orbax", "transformers")),
     "models": ImportRule(
-        ours=("models", "nn", "processors", "batch", "sharding", "spec"), banned=("orbax", "transformers")
+        ours=("models", "nn", "processors", "batch", "sharding", "spec", "mel"), banned=("orbax", "transformers")
     ),
     "engine": HOST,
     "engine.model_runner": ImportRule(banned=("orbax", "transformers")),
     "engine.programs": ImportRule(banned=("orbax", "transformers")),
+    "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
     "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),

@@ -60,7 +60,7 @@ def body(data: bytes, **headers: str) -> Callable[[http.server.BaseHTTPRequestHa
 
 
 def gzipped(data: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
-    return body(gzip.compress(data), Content_Encoding="gzip")
+    return body(gzip.compress(data, compresslevel=1), Content_Encoding="gzip")
 
 
 def trickle(pause_s: float, count: int) -> Callable[[http.server.BaseHTTPRequestHandler], None]:

@@ -31,7 +31,7 @@ class Checkpoint:
     family: Family
     config: dict[str, Any]
     files: Mapping[str, dict[str, Any]]
-    token: str | None = None
+    token: str | bool | None = None
 
     @classmethod
     def open(
@@ -39,7 +39,7 @@ class Checkpoint:
         model: str,
         *,
         revision: str | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> Checkpoint:
         """Open a local directory or a hub id. overrides: values that replace those of config.json, such as the names of
@@ -115,8 +115,11 @@ class Checkpoint:
             yield path, self.tensors[path].read()
 
 
-def find_model(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a model: a local path, or a hub id, which is downloaded to huggingface_hub's cache.
+def find_model(
+    model: str, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | None = None
+) -> Path:
+    """The directory of a model: a local path, or a hub id, which is downloaded to `cache_dir`, by default
+    huggingface_hub's cache.
 
     "demo" is the model that ships with mmjax, unless a local directory of that name has a config.json.
     """
@@ -130,14 +133,17 @@ def find_model(model: str, *, revision: str | None = None, token: str | None = N
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(HUB_FILES)))
+        patterns = list(HUB_FILES)
+        return Path(
+            snapshot_download(model, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns)
+        )
     except Exception as error:  # huggingface_hub raises a dozen types of exceptions
         raise ValueError(
             f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
         ) from error
 
 
-def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
+def find_part(part: Part, config: Mapping[str, Any], token: str | bool | None) -> Path:
     """The directory of the checkpoint that has a part of a model. Raises ValueError if there is none."""
     try:
         return find_model(config[part.key], token=token)

@@ -4,17 +4,14 @@ import dataclasses
 import enum
 import io
 import math
-import os
 import subprocess
 import tempfile
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from mmjax.config import cache_root
 from mmjax.multimodal import ffmpeg
 from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
@@ -91,35 +88,23 @@ def to_mono(audio: np.ndarray) -> np.ndarray:
     return audio[0] if audio.shape[0] == 1 else audio.mean(axis=0)
 
 
-def librosa() -> ModuleType:
-    """Import librosa. It takes seconds to import, so only call this when there is audio to process.
-
-    numba compiles parts of it on the first import on a machine, and fails if it cannot cache the result. Its default
-    folders, beside librosa and in the home directory, may be read-only; the one set here is writable.
-    """
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
-    import librosa
-
-    return librosa
-
-
 def resample(audio: np.ndarray, source: float, target: float) -> np.ndarray:
     """Band-limited change of rate (Hz) along the last axis: float32, ceil(n * target / source) samples.
 
-    A polyphase filter over the ratio in lowest terms: 44.1 kHz to 16 kHz is 160/441, never an integer step. librosa's
-    other methods filter more sharply, but with each of them whisper-tiny.en transcribes an 8 kHz recording differently.
+    A polyphase filter over the ratio in lowest terms: 44.1 kHz to 16 kHz is 160/441, never an integer step. This is
+    librosa's "polyphase", without its import, for which numba compiles for 30 s on a new machine. librosa's other
+    methods filter more sharply, but with each of them whisper-tiny.en transcribes an 8 kHz recording differently.
     RequestError for an invalid sampling rate.
     """
+    from scipy import signal  # not imported before the first clip of another rate
+
     _check_rates(source, target)
     if abs(float(source) - float(target)) <= SAME_RATE:
         return audio
     ratio = Fraction(float(target)) / Fraction(float(source))
     # the filter is as long as the larger term, so odd rates are approximated, to a millionth of a Hz or better
     ratio = 1 / (1 / ratio).limit_denominator(LARGEST_TERM) if ratio > 1 else ratio.limit_denominator(LARGEST_TERM)
-    made: np.ndarray = librosa().resample(  # the length is exact already; `fix` would compute it from rounded rates
-        np.asarray(audio, np.float32), orig_sr=ratio.denominator, target_sr=ratio.numerator, res_type="polyphase",
-        fix=False,
-    )  # fmt: skip
+    made: np.ndarray = signal.resample_poly(np.asarray(audio, np.float32), ratio.numerator, ratio.denominator, axis=-1)
     return made
 
 
@@ -219,10 +204,8 @@ def find_split_point(wav: np.ndarray, start_idx: int, end_idx: int, min_energy_w
     count = max(0, -(-(len(segment) - min_energy_window) // min_energy_window))
     if not count:
         return end_idx
-    energy = librosa().feature.rms(
-        y=segment[: count * min_energy_window], frame_length=min_energy_window, hop_length=min_energy_window,
-        center=False, dtype=np.float64,
-    )  # fmt: skip
+    frames = segment[: count * min_energy_window].reshape(count, min_energy_window)
+    energy = np.sqrt(np.square(frames, dtype=np.float64).mean(axis=1))
     return start_idx + int(np.argmin(energy)) * min_energy_window
 
 

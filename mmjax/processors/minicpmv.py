@@ -25,7 +25,7 @@ from mmjax.processors.base import (
     placeholder_mismatch,
     positive_int,
 )
-from mmjax.processors.resize import image_size
+from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -76,12 +76,12 @@ class Slicer(NamedTuple):
 
     def slices(self, image: Image.Image, grid: Grid | None) -> list[np.ndarray]:
         """The whole image and, row by row, its slices: uint8 [height, width, 3] each."""
-        bicubic, (width, height) = Image.Resampling.BICUBIC, image.size
+        width, height = image.size
         fitted = self._fit(height, width, grow=grid is None)
-        out = [np.asarray(image.resize(fitted[::-1], bicubic))]
+        out = [resize(image, *fitted)]
         if grid is not None:
             cell = self.cell(height, width, grid)
-            resized = np.asarray(image.resize((cell[1] * grid[1], cell[0] * grid[0]), bicubic))
+            resized = resize(image, cell[0] * grid[0], cell[1] * grid[1])
             cells = resized.reshape(grid[0], cell[0], grid[1], cell[1], 3).swapaxes(1, 2)
             out.extend(cells.reshape(-1, *cell, 3))
         return out

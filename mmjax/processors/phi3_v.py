@@ -25,7 +25,7 @@ from mmjax.processors.base import (
     placeholder_mismatch,
     positive_int,
 )
-from mmjax.processors.resize import image_size
+from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -127,7 +127,7 @@ class Processor(base.Processor):
         if upright:  # in the published order of steps, which rounding depends on
             image = image.transpose(Image.Transpose.TRANSPOSE)
             height, width = width, height
-        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        resized = resize(image, height, width, Image.Resampling.BILINEAR)
         gap = -height % self.crop_size
         canvas = np.pad(resized, [(gap // 2, gap - gap // 2), (0, 0), (0, 0)], constant_values=255)
         return canvas.transpose(1, 0, 2) if upright else canvas

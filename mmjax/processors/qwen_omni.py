@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.mel import LogMel
 from mmjax.multimodal.video import Video
 from mmjax.processors.audio_in_video import AudioInVideoExpander, EmbedRun, Items
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
-from mmjax.processors.mel import LogMel
 from mmjax.processors.mel_features import FEATURES, LENGTHS
 from mmjax.processors.qwen_vl import QwenVLProcessor, area_bounds, frame_rate
 from mmjax.spec import FeatureField
@@ -71,13 +71,7 @@ class OmniProcessor(QwenVLProcessor):
         nested = files.get("processor_config.json", {}).get("feature_extractor")
         prepare = nested or files["preprocessor_config.json"]
         self.sampling_rate = prepare["sampling_rate"]
-        self.mel = LogMel(
-            rate=prepare["sampling_rate"],
-            window=prepare["n_fft"],
-            hop=prepare["hop_length"],
-            bins=prepare["feature_size"],
-            samples=prepare["chunk_length"] * prepare["sampling_rate"],
-        )
+        self.mel = LogMel.from_hf(prepare)
 
     def process_audio(self, audio: np.ndarray) -> MediaItem:
         """The item of mono float32 [samples] at the model's rate."""

@@ -87,6 +87,13 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property
+    def num_closing_tokens(self) -> int:
+        """How many special tokens are appended to every text, such as an end of sequence for embeddings."""
+        bare, full = (self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+        return len(full) - starts[0] - len(bare) if bare and starts else 0
+
+    @functools.cached_property
     def hf(self) -> Any:
         """The tokenizer as a Hugging Face object. Importing transformers, on first use, takes seconds."""
         from transformers import PreTrainedTokenizerFast

@@ -100,7 +100,7 @@ def programs(
 ) -> Iterator[tuple[str, Program]]:
     """(name, program): prefill, decode of 8 sequences, on a GPU also of one, and each encoder."""
     family = Family.of(dict(config))
-    sizes = family.config.from_hf(shallow(config), files, tied=False)
+    sizes = family.config.from_hf(shallow(config), files, tied=False).for_tp(1)
     graph, specs = param_specs(family, sizes)
     spec, dtype = sizes.spec, DTYPE[platform]
     params = nest({path: jax.ShapeDtypeStruct(each.shape, dtype) for path, each in specs.items()})

@@ -265,6 +265,9 @@ QWEN_VL = {
 # -- audio -------------------------------------------------------------------------------------------------------------
 
 
+WINDOW = {"chunk_length": 30, "sampling_rate": 16000, "hop_length": 160, "n_fft": 400, "n_samples": 480000}
+
+
 def whisper(width: int, layers: int, heads: int, vocab: int, decoder: int = 0, bins: int = 80) -> tuple[Json, Files]:
     mlp, decoder = 4 * width, decoder or layers
     return {
@@ -273,7 +276,7 @@ def whisper(width: int, layers: int, heads: int, vocab: int, decoder: int = 0, b
         "encoder_ffn_dim": mlp, "decoder_ffn_dim": mlp, "num_mel_bins": bins, "vocab_size": vocab,
         "max_source_positions": 1500, "max_target_positions": 448, "activation_function": "gelu",
         "scale_embedding": False,
-    }, {}  # fmt: skip
+    }, {"preprocessor_config.json": WINDOW | {"feature_size": bins}}  # fmt: skip
 
 
 def ultravox(model_type: str, sizes: Json, audio: Json = WHISPER_L, *, mid: bool = True) -> tuple[Json, Files]:
