@@ -141,7 +141,7 @@ class ModelRunner:
                 logit_bias=jnp.zeros((rows, vocab), jnp.float32),
             )
 
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes(platform))
         shapes = jax.eval_shape(zeros)
         in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
         placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
