@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -164,7 +164,9 @@ class EngineArgs:
     hf_token: str | bool | None = argument(
         None, "token for the Hugging Face hub; without a value, the one that `hf auth login` stored"
     )
-    hf_overrides: Mapping[str, Any] | None = argument(None, "values that override those of config.json")
+    hf_overrides: Mapping[str, Any] | Callable[[Any], Any] | None = argument(
+        None, "values merged into config.json; in Python also a function of the configuration that returns it"
+    )
     seed: int = argument(0, "seed for requests without one")
     gpu_memory_utilization: float = argument(0.9, "share of the accelerator's memory to use")
     kv_cache_memory_bytes: int | None = argument(None, "bytes of the KV cache; on the CPU 1 GiB if unset", human=True)
@@ -213,9 +215,11 @@ class EngineArgs:
         for name in ("limit_mm_per_prompt", "media_io_kwargs", "override_generation_config"):
             value = getattr(self, name)
             _require(isinstance(value, Mapping), name, value, "a dictionary")
-        for name in ("mm_processor_kwargs", "hf_overrides", "profiler_config"):
+        for name in ("mm_processor_kwargs", "profiler_config"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, Mapping), name, value, "a dictionary or None")
+        value, rule = self.hf_overrides, "a dictionary, a function or None"
+        _require(value is None or isinstance(value, Mapping) or callable(value), "hf_overrides", value, rule)
         if isinstance(self.allowed_media_domains, str):
             self.allowed_media_domains = [self.allowed_media_domains]
         for modality, limit in self.limit_mm_per_prompt.items():

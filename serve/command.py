@@ -164,7 +164,7 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Server
     check(arguments)
     log = _logging(arguments.uvicorn_log_level)
     logging.config.dictConfig(log)
-    llm = LLM(arguments.model, **engine)
+    llm = LLM.for_server(arguments.model, **engine)
     app = create_app(AsyncLLM(llm), chosen)
     uvicorn.run(
         app,

@@ -62,7 +62,7 @@ class CompletionHandler:
             raise RequestError("prompt: the list is empty")
         self.context.check_prompts(len(prompts))
         self.context.check_stops(body.stop)
-        options = tokenization_kwargs(body.truncate_prompt_tokens)
+        options = tokenization_kwargs(body)
         options |= {} if body.add_special_tokens else {"add_special_tokens": False}
         salt = {"cache_salt": body.cache_salt} if body.cache_salt else {}
 

@@ -21,7 +21,7 @@ OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 # From the bottom up. A package imports from itself and from lower layers, never from its own layer or above.
 LAYERS = (
     ("types", "version"),
-    ("config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
+    ("config", "hf_config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
     ("multimodal", "mel"),
     ("assets", "utils", "chat", "processors", "nn"),
     ("inputs", "models"),
@@ -57,6 +57,7 @@ IMPORT_RULES = {
     "converters.orbax": ImportRule(ours=("converters",), banned=("flax", "transformers")),
     "types": HOST,
     "config": HOST,
+    "hf_config": HOST,
     "spec": HOST,
     "mel": HOST,
     "multimodal": HOST,
@@ -69,9 +70,12 @@ IMPORT_RULES = {
     "outputs": HOST,
     "batch": ImportRule(ours=(), banned=NO_MODEL_CODE),
     "sharding": ImportRule(ours=(), banned=NO_MODEL_CODE),
-    "nn": ImportRule(ours=("nn", "kernels", "batch", "sharding", "spec", "mel"), banned=("orbax", "transformers")),
+    "nn": ImportRule(
+        ours=("nn", "kernels", "batch", "sharding", "spec", "hf_config", "mel"), banned=("orbax", "transformers")
+    ),
     "models": ImportRule(
-        ours=("models", "nn", "processors", "batch", "sharding", "spec", "mel"), banned=("orbax", "transformers")
+        ours=("models", "nn", "processors", "batch", "sharding", "spec", "hf_config", "mel"),
+        banned=("orbax", "transformers"),
     ),
     "engine": HOST,
     "engine.model_runner": ImportRule(banned=("orbax", "transformers")),

@@ -210,7 +210,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             shapes={path: spec.shape for path, spec in specs.items()},
             dtype=arguments.dtype,
             progress=progress,
-            tensors=checkpoint.tensors if checkpoint.family.table.parts else None,
+            tensors=checkpoint.tensors,
             config=checkpoint.config if checkpoint.family.table.parts else None,
         )
     counts = f"{len(specs)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
@@ -229,7 +229,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     _, specs = param_specs(checkpoint.family, checkpoint.model_config())
     shapes = {path: spec.shape for path, spec in specs.items()}
-    print(render(describe(arguments.directory, table=checkpoint.family.table, shapes=shapes)), end="")
+    table, tensors = checkpoint.family.table, checkpoint.tensors
+    print(render(describe(arguments.directory, table=table, shapes=shapes, tensors=tensors)), end="")
 
 
 def _version(arguments: argparse.Namespace) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
 import dataclasses
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
 from mmjax.engine.program_cache import ProgramCache, export, named_call
 from mmjax.engine.programs import (
+    Align,
     Decode,
     DeviceState,
     Encode,
@@ -77,6 +80,10 @@ class ModelRunner:
         self.warm = False
         self._shardings: Any = None  # of the parameters, while they are not on the device
         self._programs: dict[ProgramKey, Compiled] = {}
+        self.ready = memory.buckets
+        """`buckets` without those whose programs are still to be compiled; the largest are always there."""
+        self._compiling_behind: threading.Thread | None = None
+        self._stop_compiling = threading.Event()
         self._replicated = NamedSharding(mesh, P())
         self.functions = StepFunctions(
             graph,
@@ -95,6 +102,9 @@ class ModelRunner:
         self.max_greedy_seqs = 4 if platform == "gpu" else 0
         self._make_state = self._state_program(memory, precision.kv_dtype, platform)
         self.state = self._make_state()
+        self._inputs = ProgramInputs(
+            self.functions, jax.tree.map(_shape, self.params), jax.tree.map(_shape, self.state), self.dtype
+        )
         self.program_cache = self._program_cache()
 
     def _program_cache(self) -> ProgramCache | None:
@@ -131,7 +141,7 @@ class ModelRunner:
                 logit_bias=jnp.zeros((rows, vocab), jnp.float32),
             )
 
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes(platform))
         shapes = jax.eval_shape(zeros)
         in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
         placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
@@ -181,13 +191,13 @@ class ModelRunner:
         options = compiler_options(
             self.platform,
             decode=isinstance(key, Decode),
-            int8=any(isinstance(value, QuantizedArray) for value in self.params),
+            int8=any(isinstance(value, QuantizedArray) for value in self._inputs.params),
             num_devices=self.mesh.size,
         )
         return lowered.compile(compiler_options=dict(options))
 
     def _lower(self, key: ProgramKey) -> Lowered:
-        program = key.program(ProgramInputs(self.functions, self.params, self.state, self.dtype))
+        program = key.program(self._inputs)
         jit = functools.partial(jax.jit, donate_argnums=program.donate, out_shardings=program.outs)
         cache = self.program_cache
         traced = cache and cache.read(key)
@@ -216,21 +226,86 @@ class ModelRunner:
         ]
         biases = [SetLogitBiases(rows) for rows in buckets.seq_buckets]
         logprobs = [PromptLogprobs(tokens) for tokens in buckets.token_buckets]
-        return [*prefills, *decodes, *encodes, *writes, *biases, *logprobs, SetSamplingRow()]
+        aligns = [Align(name) for name in self.spec.encoders] if self.spec.num_alignment_heads else []
+        return [*prefills, *decodes, *encodes, *aligns, *writes, *biases, *logprobs, SetSamplingRow()]
 
     def _loop_steps(self, max_steps: int) -> int:
         """The length of the decode loop for at most this many steps."""
         return 1 if max_steps == 1 and not self.functions.stops_early else self.buckets.num_decode_steps
 
-    def warm_up(self, progress: ProgressBar) -> float:
-        """Compile all programs. Returns the seconds it took."""
+    def warm_up(self, progress: ProgressBar, *, behind: bool = False) -> float:
+        """Compile all programs. Returns the seconds it took.
+
+        behind: only those of the largest buckets, which can serve any request; the others follow on a thread, and are
+        used as soon as they are there.
+        """
         start = time.perf_counter()
-        keys = self.program_keys()
+        keys = [key for key in self.program_keys() if not behind or self._is_largest(key)]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:  # XLA compiles without holding the GIL
             for _ in progress(pool.map(self.program, keys), len(keys)):
                 pass
-        self.warm = True
+        self._update_ready()
+        if behind:
+            self._compiling_behind = threading.Thread(target=self._compile_behind, name="compile", daemon=True)
+            self._compiling_behind.start()
+            atexit.register(self.stop_compiling, wait=True)  # XLA does not survive the end of the process
+        else:
+            self.warm = True
         return time.perf_counter() - start
+
+    def _compile_behind(self) -> None:
+        """Compile what `warm_up` has left, small programs first."""
+        start = time.perf_counter()
+        keys = [key for key in reversed(self.program_keys()) if key not in self._programs]
+
+        def compile_one(key: ProgramKey) -> None:
+            if not self._stop_compiling.is_set():
+                self.program(key)
+                self._update_ready()
+
+        try:
+            # on the CPU, requests need the other cores
+            with concurrent.futures.ThreadPoolExecutor(max_workers=1 if self.platform == "cpu" else 4) as pool:
+                list(pool.map(compile_one, keys))
+        except Exception:
+            logger.exception("a program cannot be compiled; larger ones serve its requests")
+        if not self._stop_compiling.is_set():
+            self.warm = True
+            logger.info("compiled the other %d programs in %.1f s", len(keys), time.perf_counter() - start)
+
+    def stop_compiling(self, *, wait: bool = False) -> None:
+        """Compile no further program behind requests. wait: until the one that is being compiled is done."""
+        self._stop_compiling.set()
+        if wait and self._compiling_behind is not None:
+            self._compiling_behind.join()
+
+    def _is_largest(self, key: ProgramKey) -> bool:
+        buckets = self.buckets
+        match key:
+            case Prefill(tokens) | PromptLogprobs(tokens):
+                return tokens == buckets.token_buckets[-1]
+            case Decode(seqs) | SetLogitBiases(seqs):
+                return seqs == buckets.seq_buckets[-1]
+            case Encode(name, num_inputs):
+                return num_inputs == buckets.encoder_buckets[name][-1]
+        return True
+
+    def _update_ready(self) -> None:
+        """Offer the buckets all of whose programs are compiled."""
+        missing = [key for key in self.program_keys() if key not in self._programs]
+        tokens = {key.tokens for key in missing if isinstance(key, Prefill | PromptLogprobs)}
+        seqs = {key.seqs for key in missing if isinstance(key, Decode)}
+        seqs |= {key.rows for key in missing if isinstance(key, SetLogitBiases)}
+        inputs = {(key.encoder, key.num_inputs) for key in missing if isinstance(key, Encode)}
+        self.ready = dataclasses.replace(
+            self.buckets,
+            token_buckets=tuple(size for size in self.buckets.token_buckets if size not in tokens),
+            seq_buckets=tuple(size for size in self.buckets.seq_buckets if size not in seqs),
+            encoder_buckets={
+                name: tuple(size for size in sizes if (name, size) not in inputs)
+                for name, sizes in self.buckets.encoder_buckets.items()
+            },
+        )
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -249,6 +324,13 @@ class ModelRunner:
     def encode(self, name: str, num_inputs: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:
         """Dispatch an encoding of media by the named encoder."""
         self.state = self.program(Encode(name, num_inputs))(self.params, self.state, dict(features), dest)
+
+    def align(self, name: str, features: Mapping[str, np.ndarray], token_ids: np.ndarray) -> Array:
+        """Dispatch the alignment scores f32[A, T, U] of one transcript; T is the model's length."""
+        padded = np.zeros(self.spec.max_positions, np.int32)
+        padded[: len(token_ids)] = token_ids
+        scores: Array = self.program(Align(name))(self.params, dict(features), padded)
+        return scores
 
     def write_embeds(self, embeds: np.ndarray, dest: np.ndarray) -> None:
         """Dispatch a write of embeddings f32[N, W] that need no encoder."""
@@ -270,6 +352,10 @@ class ModelRunner:
     def set_logit_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
         """Write the logit biases f32[S, V] of rows i32[S], where S is a bucket."""
         self.state = self.program(SetLogitBiases(len(rows)))(self.state, rows, biases)
+
+
+def _shape(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _delete(tree: Any) -> None:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mmjax.chat import ChatOptions
 from mmjax.config import EngineArgs
 from mmjax.engine.loaded_model import LoadedModel
@@ -322,6 +324,16 @@ class AsyncLLM:
         """Call a slow function on one of the LLM's worker threads."""
         return await asyncio.get_running_loop().run_in_executor(self.llm.workers, work, *args)
 
+    async def alignment_scores(self, engine_input: EngineInput, token_ids: Sequence[int]) -> np.ndarray:
+        """f32[A, T, U]: for each alignment head, token of a transcript and step of the encoder, the score of its cross
+        attention before the softmax. engine_input: with the recording, as its only item."""
+        [entry] = engine_input.items
+        engine = min(self.model.engines, key=lambda each: each.num_unfinished)
+        tokens = np.asarray(token_ids, np.int32)
+        scores = await self.between_steps(lambda: engine.align(entry.modality, entry.item, tokens))
+        found = await asyncio.wrap_future(scores)
+        return await self._on_worker(lambda: np.asarray(found)[:, : len(tokens)])
+
     # -- the engine --------------------------------------------------------------------------------------------------
 
     async def between_steps(self, work: Callable[[], T]) -> T:
@@ -361,6 +373,8 @@ class AsyncLLM:
         if not self._closed:
             self._closed = True
             self._inbox.put(None)
+            for engine in self.model.engines:
+                engine.runner.stop_compiling()
         self._thread.join()
 
     def _dead_error(self) -> EngineDeadError:

@@ -61,8 +61,19 @@ class LLM:
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
-        self.args = EngineArgs.of(str(model), **kwargs)
-        self.model: LoadedModel = load_model(self.args)
+        self._start(EngineArgs.of(str(model), **kwargs), compile_behind=False)
+
+    @classmethod
+    def for_server(cls, model: str, **kwargs: Any) -> LLM:
+        """As the constructor, but ready sooner: with the programs that any request can use. Faster ones for small
+        requests are compiled meanwhile, so the same prompt may be rounded otherwise in the first minute."""
+        llm = cls.__new__(cls)
+        llm._start(EngineArgs.of(str(model), **kwargs), compile_behind=True)
+        return llm
+
+    def _start(self, args: EngineArgs, *, compile_behind: bool) -> None:
+        self.args = args
+        self.model: LoadedModel = load_model(args, compile_behind=compile_behind)
         self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="inputs")
         self.metrics = EngineMetrics(self.model, self.args.model)
         self._queued: list[Prepare[RequestOutput]] = []  # by `enqueue`

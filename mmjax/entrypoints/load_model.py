@@ -41,15 +41,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_model(args: EngineArgs) -> LoadedModel:
-    """Load a model and compile its programs. ValueError for a model that cannot be loaded or does not fit."""
+def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel:
+    """Load a model and compile its programs: all, or with `compile_behind` those that the first requests need, and the
+    others while requests run. ValueError for a model that cannot be loaded or does not fit."""
     start = time.perf_counter()
     directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
     replicas = _replica_devices(_start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
-    processor: Processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
+    processor = checkpoint.processor(tokenizer)
     _check_options(args, processor)
     limits = args.limits(processor.mm_limits)
     engines, reload_params = [], []
@@ -59,10 +60,12 @@ def load_model(args: EngineArgs) -> LoadedModel:
         reload_params.append(reload)
     compile_s = 0.0
     if not args.enforce_eager:
-        compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling")) for engine in engines)
+        compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling"), behind=compile_behind) for engine in engines)
     first = engines[0]
     input_processor = _input_processor(args, processor, tokenizer, first, limits)
     connect = functools.partial(_connect, args, input_processor)
+    for name in checkpoint.unread_overrides():
+        logger.warning("hf_overrides: %r changes nothing: %s does not read it", name, checkpoint.family.name)
     startup_s = time.perf_counter() - start
     logger.info("ready in %.1f s, of which %.1f s compiling", startup_s, compile_s)
     return LoadedModel(
@@ -272,10 +275,11 @@ def _generation_config(
     """(sampling defaults, end-of-sequence tokens) of the model's generation_config.json, overridden by the caller's."""
     stored = checkpoint.files.get("generation_config.json", {})
     config = checkpoint.config
-    stored_eos = stored.get(
-        "eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-    )
-    eos_ids = [int(token) for token in np.atleast_1d(stored_eos)] if stored_eos is not None else []
+    thinker = config.get("thinker_config", {})
+    places = (stored, config, config.get("text_config", {}), thinker, thinker.get("text_config", {}))
+    known = (place.get("eos_token_id") for place in places)
+    stored_eos: Any = next((eos for eos in known if eos is not None and eos != []), [])
+    eos_ids = [int(token) for token in np.atleast_1d(stored_eos)]
     if tokenizer is not None and tokenizer.eos_id is not None:
         eos_ids = [tokenizer.eos_id, *eos_ids]
     defaults = dict(stored) if args.generation_config == "auto" else {}

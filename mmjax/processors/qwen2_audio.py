@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options
 from mmjax.mel import LogMel
 from mmjax.processors.base import MediaItem, ProcessorKwargs
 from mmjax.processors.whisper_chunks import CHUNK_STEPS, WhisperClipProcessor, chunk_fields, split_window
@@ -29,7 +30,7 @@ class Processor(WhisperClipProcessor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        self.mel = LogMel.of_window(config["audio_config"], files["preprocessor_config.json"])
+        self.mel = LogMel.of_window(config["audio_config"], audio_options(files))
 
     def _steps(self, samples: int) -> int:
         """Encoder steps of so many samples."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options
 from mmjax.mel import LogMel
 from mmjax.processors import base
 from mmjax.processors.base import (
@@ -21,6 +22,9 @@ from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
+
+# Of the published English-only models, whose text tokens are GPT-2's; the others have one or two tokens more.
+ENGLISH_VOCAB_SIZE, ENGLISH_START_ID = 51_864, 50_257
 
 
 def window_fields(num_samples: int) -> tuple[FeatureField, ...]:
@@ -40,7 +44,7 @@ class Processor(base.Processor):
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         self.decoder_start_id: int = config["decoder_start_token_id"]
         self.encoder_length: int = config["max_source_positions"]
-        self.mel = LogMel.of_window(config, files["preprocessor_config.json"])
+        self.mel = LogMel.of_window(config, audio_options(files))
         self.sampling_rate: int | None = self.mel.rate
         known = files.get("generation_config.json", {})
         find = tokenizer.id_of if tokenizer else lambda token: None
@@ -50,11 +54,19 @@ class Processor(base.Processor):
         self.eos_id: int = config["eos_token_id"]
         initial = known.get("max_initial_timestamp_index")
         self.max_initial_index: int = self.encoder_length if initial is None else initial
+        stated = known.get("is_multilingual")
+        is_english = config["vocab_size"] == ENGLISH_VOCAB_SIZE or self.decoder_start_id == ENGLISH_START_ID
+        self._is_multilingual: bool = not is_english if stated is None else bool(stated)
 
     @property
     def audio_window_s(self) -> float:
         """Seconds of the encoder's window."""
         return self.mel.samples / self.mel.rate
+
+    @property
+    def is_multilingual(self) -> bool:
+        """As generation_config.json says, else by the vocabulary; the tokenizers of all have tokens of languages."""
+        return self._is_multilingual
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """0: an audio item takes no token of the decoder's prompt."""

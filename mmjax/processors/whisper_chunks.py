@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options, canonical
 from mmjax.mel import LogMel
 from mmjax.processors.base import (
     ExpandedPrompt,
@@ -85,9 +86,10 @@ class WhisperClipProcessor(Processor):
     item_for_embeds = item_of_any_length
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
-        self.mel = LogMel.from_hf(files["preprocessor_config.json"])
+        config = canonical(config)
+        self.mel = LogMel.from_hf(audio_options(files))
         self.sampling_rate: int | None = self.mel.rate
-        self.placeholder_ids = {"audio": config["audio_token_index"]}
+        self.placeholder_ids = {"audio": config["audio_token_id"]}
         self.window_frames: int = 2 * config["audio_config"]["max_source_positions"]  # mel frames
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
+import threading
 
 import numpy as np
 import pytest
 
 from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM, SamplingParams
-from mmjax.engine.programs import Decode, Prefill
+from mmjax.engine.model_runner import ModelRunner
+from mmjax.engine.programs import Decode, Prefill, ProgramKey
 from mmjax.outputs.request import GenerateRequest
 from mmjax.types import RequestError
 
@@ -361,6 +363,29 @@ def test_steps_write_the_kv_cache_in_place(make_llm) -> None:
         assert memory.temp_size_in_bytes < pool.k.nbytes / 10
         copies = re.findall(rf"= f32\[{shape}\]\S* (?:copy|transpose|convert)\(.*", program.as_text())
         assert not copies, copies
+
+
+def test_the_largest_programs_serve_while_smaller_ones_are_compiled(make_llm, qwen, monkeypatch) -> None:
+    prompts = [chat_text("Hello"), image_prompt(random_pixels(1)), chat_text("Who are you?")]
+    compiled, may_go_on = ModelRunner._compile, threading.Event()
+    llm = make_llm("qwen2_vl")
+    runner = llm.model.engines[0].runner
+
+    def compile_later(self: ModelRunner, key: ProgramKey) -> object:
+        assert self._is_largest(key) or may_go_on.wait(60)
+        return compiled(self, key)
+
+    expected = output_ids(qwen.generate(prompts, greedy(4), use_tqdm=False))
+    monkeypatch.setattr(ModelRunner, "_compile", compile_later)
+    runner.warm_up(lambda items, total: items, behind=True)
+    assert [len(sizes) for sizes in (runner.ready.token_buckets, runner.ready.seq_buckets)] == [1, 1]
+    assert runner.ready.seq_buckets[-1] == runner.buckets.seq_buckets[-1] > runner.buckets.seq_buckets[0]
+    assert output_ids(llm.generate(prompts, greedy(4), use_tqdm=False)) == expected and not runner.warm
+    may_go_on.set()
+    runner._compiling_behind.join(60)
+    assert runner.ready == runner.buckets and runner.warm
+    assert output_ids(llm.generate(prompts, greedy(4), use_tqdm=False)) == expected
+    assert llm.counters()["compiles_after_warmup"] == 0
 
 
 def test_nothing_compiles_after_warm_up(make_llm, compiles) -> None:
