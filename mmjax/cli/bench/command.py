@@ -106,7 +106,7 @@ def _bench_engine(arguments: argparse.Namespace) -> None:
             arguments.json.write_text(result.as_json() + "\n")
         if arguments.profile:
             with profile.trace(arguments.profile):
-                bench.run(work, seed=0)
+                bench.run(work, seed=arguments.repeats + 1)  # other inputs than all runs before: no cache has them
             print(f"\n{profile.tables(profile.read_trace(arguments.profile))}")
 
 
