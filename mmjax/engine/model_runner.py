@@ -237,9 +237,11 @@ class ModelRunner:
         """Compile all programs. Returns the seconds it took.
 
         behind: only those of the largest buckets, which can serve any request; the others follow on a thread, and are
-        used as soon as they are there.
+        used as soon as they are there. Not on a GPU: XLA tries kernels there while it compiles, in memory that the
+        requests need. An H200 ran out of it.
         """
         start = time.perf_counter()
+        behind = behind and self.platform != "gpu"
         keys = [key for key in self.program_keys() if not behind or self._is_largest(key)]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:  # XLA compiles without holding the GIL
             for _ in progress(pool.map(self.program, keys), len(keys)):
