@@ -50,6 +50,7 @@ SHARE_ENGINES = (
     "tests/models/test_preemption.py",
     "tests/models/test_recorded.py",
 )
+UNSHARED = ("tests/engine/test_decode_programs.py", "tests/engine/test_sampler.py")
 ROOT = Path(__file__).resolve().parent.parent
 
 if importlib.util.find_spec("mmjax") is None:
@@ -170,14 +171,17 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist=loadfile`, but the files in SHARE_ENGINES run in one process, where they share programs. They take about
-    half the time of all tests."""
+    """`--dist=loadfile`, but the files in SHARE_ENGINES run in one process, where they share programs. Without those of
+    UNSHARED they take half the time of all tests. The functions of the longest file of `-m parity` run in both."""
     from xdist.scheduler import LoadFileScheduling
 
     class LoadEngineScheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "engines" if file.startswith(SHARE_ENGINES) else file
+            if file == "tests/models/test_parity.py":
+                return nodeid.partition("[")[0]
+            shares = file.startswith(SHARE_ENGINES) and file not in UNSHARED
+            return "engines" if shares else file
 
     return LoadEngineScheduling(config, log) if config.option.dist == "loadfile" else None
 
