@@ -114,14 +114,14 @@ def main() -> None:
             "max_num_batched_tokens": 8192, "enable_prefix_caching": False,
         }  # fmt: skip
         bench = Bench(folder, engine)
-        print("parts", json.dumps({k: round(v, 2) for k, v in bench.llm.get_metrics().items()}), flush=True)
+        print("parts", json.dumps({k: round(v, 2) for k, v in bench.llm.counters().items()}), flush=True)
         watch = Watch(bench.llm)
         for name, work in list(WORK.items())[: 2 if args.quick else None]:
             bench.warm_up(work)
-            before = bench.llm.get_metrics()
+            before = bench.llm.counters()
             report = bench.run(work, seed=1)
             gaps = watch.gaps()
-            now = bench.llm.get_metrics()
+            now = bench.llm.counters()
             shares = {
                 part: (now[part] - before[part]) / report.wall_s for part in ("call_s", "wait_s", "host_s", "idle_s")
             }

@@ -48,21 +48,25 @@ class Description:
 
 
 def describe(
-    directory: Path | str, *, table: Table | None = None, shapes: Mapping[str, Shape] | None = None
+    directory: Path | str,
+    *,
+    table: Table | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Description:
-    """Count every tensor; with `table` and `shapes`, also say what the model would take, ignore and miss.
+    """Count every tensor; with `table` and `shapes`, also say what the model would take, ignore and miss. tensors: of
+    the directory, where they are open already.
 
     A converted checkpoint is compared with `shapes` alone, since its names are the model's own. Raises CheckpointError.
     """
     directory = Path(directory)
-    tensors: Mapping[str, Tensor]
     if is_orbax(directory):
         from mmjax.converters.orbax import open_converted  # Orbax takes seconds to import
 
-        tensors = open_converted(directory)
+        tensors = tensors or open_converted(directory)
         table = Table(tuple(Rule(path, path) for path in shapes or {}))
     else:
-        tensors = open_checkpoint(directory)
+        tensors = tensors or open_checkpoint(directory)
     dtypes: dict[str, Tally] = collections.defaultdict(Tally)
     shards: dict[str, Tally] = collections.defaultdict(Tally)
     prefixes: dict[str, Tally] = collections.defaultdict(Tally)

@@ -26,6 +26,7 @@ TEXT_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+TEMPLATES = "*_chat_templates/*.jinja"  # the chat templates with names
 
 
 def is_orbax(directory: Path | str) -> bool:

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from mmjax.converters.manifest import FORMAT, MANIFEST, TEXT_FILES, is_orbax, read_manifest
+from mmjax.converters.manifest import FORMAT, MANIFEST, TEMPLATES, TEXT_FILES, is_orbax, read_manifest
 from mmjax.converters.safetensors import CheckpointError, open_checkpoint
 from mmjax.converters.table import Piece, Plan, Table, Tensor, build, leaf_dtype, plan
 from mmjax.converters.transforms import Shape
@@ -162,7 +162,9 @@ def _write(made: Path, pending: dict[str, _Pending], progress: Progress | None, 
 
 def _copy_text_files(src: Path, dst: Path) -> list[str]:
     found = [name for name in TEXT_FILES if (src / name).is_file()]
+    found += [str(file.relative_to(src)) for file in src.glob(TEMPLATES)]
     for name in found:
+        (dst / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(src / name, dst / name)
     return found
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from mmjax.converters.formats import format_hint
 from safetensors import SafetensorError, safe_open
+
+log = logging.getLogger(__name__)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,7 +56,7 @@ class CheckpointError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in an open file; `start` counts bytes from the start of the file."""
+    """A tensor in an open file; `start` counts bytes from the start of the file. listed: not missing in an index."""
 
     name: str
     file: Path
@@ -59,6 +64,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     opened: safe_open = dataclasses.field(repr=False)
+    listed: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +81,7 @@ class StoredTensor:
 
 
 def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:
-    """Name -> tensor, in file order, of `model.safetensors`, a sharded index, or the one safetensors file there is.
+    """Name -> tensor, in file order, of `model.safetensors`, a sharded index, or the safetensors files there are.
 
     Reads headers only. Raises CheckpointError.
     """
@@ -86,13 +92,9 @@ def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:
         return read_header(directory / SINGLE)
     if (directory / INDEX).exists():
         return _open_shards(directory, _read_index(directory / INDEX))
-    files = sorted(directory.glob("*.safetensors"))
-    if len(files) == 1:
-        return read_header(files[0])
+    files = _weight_files(directory)
     if files:
-        raise CheckpointError(
-            f"{directory} has {len(files)} safetensors files but no {INDEX} to tell how they belong together"
-        )
+        return _open_unlisted(directory, files)
     pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise CheckpointError(
@@ -100,7 +102,7 @@ def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:
             " supported: save the model again with `save_pretrained(..., safe_serialization=True)`, or fetch a revision"
             " that has safetensors files"
         )
-    raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}")
+    raise CheckpointError(f"{directory} has no {SINGLE} and no {INDEX}{format_hint(directory) or ''}")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -212,22 +214,64 @@ def _read_index(file: Path) -> dict[str, str]:
     return places
 
 
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model without an index: no adapter's, and not those of Mistral's own format if there
+    are others."""
+    files = [file for file in sorted(directory.glob("*.safetensors")) if not file.name.startswith("adapter_")]
+    return [file for file in files if not file.name.startswith("consolidated")] or files
+
+
+def _open_unlisted(directory: Path, files: list[Path]) -> dict[str, StoredTensor]:
+    """The tensors of files that no index lists."""
+    numbered = {match[1]: int(match[2]) for file in files if (match := re.search(r"-(\d+)-of-(\d+)\.", file.name))}
+    if numbered and len(numbered) < (total := max(numbered.values())):
+        raise CheckpointError(f"{directory} has {len(numbered)} of {total} shards and no {INDEX}")
+    if len(files) > 1:
+        log.warning("%s has %d safetensors files and no %s: all are read", directory, len(files), INDEX)
+    return _collect(files, {})
+
+
 def _open_shards(directory: Path, places: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors of an index's shards. Where the index is not right, the tensors are taken from where they are."""
     shards = sorted(set(places.values()))
+    tensors = _collect([directory / shard for shard in shards if (directory / shard).is_file()], places)
+    if any(name not in tensors for name in places):
+        others = [file for file in _weight_files(directory) if file.name not in shards]
+        elsewhere = _collect(others, {})
+        tensors |= {name: tensor for name, tensor in elsewhere.items() if name in places and name not in tensors}
+    missing = [name for name in places if name not in tensors]
     absent = [shard for shard in shards if not (directory / shard).is_file()]
-    if absent:
+    if missing and absent:
         raise CheckpointError(f"{directory}: {len(absent)} of {len(shards)} shards are missing, first {absent[0]}")
-    tensors = dict(_shard_tensors(directory, shards, places))
-    for name, shard in places.items():
-        if name not in tensors:
-            raise CheckpointError(f"{directory / INDEX} puts tensor {name!r} into {shard}, which does not have it")
+    moved = [name for name, tensor in tensors.items() if name in places and tensor.file.name != places[name]]
+    unlisted = [name for name in tensors if name not in places]
+    for names, told in (
+        (missing, "lists tensors that no shard has"),
+        (moved, "lists tensors in another shard than they are in"),
+        (unlisted, "does not list all tensors of its shards"),
+    ):
+        if names:
+            log.warning("%s %s: %d, first %s", directory / INDEX, told, len(names), names[0])
+    return tensors | {name: dataclasses.replace(tensors[name], listed=False) for name in unlisted}
+
+
+def _collect(files: list[Path], places: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The tensors of all files. One that several files have is taken from where `places` puts it, else from the
+    first. CheckpointError where their shapes differ."""
+    tensors: dict[str, StoredTensor] = {}
+    doubled = []
+    for file in files:
+        for name, tensor in read_header(file).items():
+            first = tensors.get(name)
+            if first is not None:
+                doubled.append(name)
+                if first.shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{file}: tensor {name!r} has shape {tensor.shape}, but {first.shape} in {first.file.name}"
+                    )
+            if first is None or places.get(name) == file.name:
+                tensors[name] = tensor
+    if doubled:
+        where = tensors[doubled[0]].file
+        log.warning("%d tensors are in several files, first %s, which is read from %s", len(doubled), doubled[0], where)
     return tensors
-
-
-def _shard_tensors(directory: Path, shards: list[str], places: Mapping[str, str]) -> Iterator[tuple[str, StoredTensor]]:
-    for shard in shards:
-        for name, tensor in read_header(directory / shard).items():
-            if places.get(name) != shard:
-                told = f"puts it into {places[name]}" if name in places else "does not list it"
-                raise CheckpointError(f"{directory / shard} has tensor {name!r}, but {INDEX} {told}")
-            yield name, tensor

@@ -7,6 +7,7 @@ four errors, all found from names and shapes before a single weight is read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -124,6 +125,16 @@ class Table:
                 return new + name[len(old) :]
         return name
 
+    @functools.cached_property
+    def _sources(self) -> tuple[re.Pattern[str], ...]:
+        names = [*(_pattern(source).pattern for rule in self.rules for source in rule.sources), *self.ignore]
+        return tuple(map(re.compile, (*names, *map(re.escape, self.copies))))
+
+    def knows(self, name: str) -> bool:
+        """Whether a tensor of this name is taken or ignored, in any model of the family."""
+        canonical = self.canonical(name)
+        return any(pattern.fullmatch(canonical) for pattern in self._sources)
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -183,8 +194,15 @@ class _Survey:
         index = rule.index(number)
         return path in self.shapes and (index is None or index < (*self.shapes[path], 0)[0])
 
-    def take(self, name: str, shape: Shape) -> None:
-        """Give one tensor to the rule that claims it."""
+    def take(self, name: str, shape: Shape, *, listed: bool) -> None:
+        """Give one tensor to the rule that claims it. One that no index lists is ignored where it has no place."""
+        if not listed:
+            count = len(self.problems)
+            self.take(name, shape, listed=True)
+            if len(self.problems) > count:
+                del self.problems[count:]
+                self.ignored.append(name)
+            return
         canonical = self.table.canonical(name)
         first = self.table.copies.get(canonical)
         if first is not None and first in self.names:
@@ -249,8 +267,9 @@ def examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Sh
 
 def _examine(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Plan:
     survey = _Survey(table, shapes, tensors)
-    for name, tensor in tensors.items():
-        survey.take(name, tuple(tensor.shape))
+    listed = {name: getattr(tensor, "listed", True) for name, tensor in tensors.items()}
+    for name in sorted(listed, key=lambda name: not listed[name]):
+        survey.take(name, tuple(tensors[name].shape), listed=listed[name])
     pieces: dict[str, list[Piece]] = {path: [] for path in shapes}
     for (row, number), parts in survey.found.items():
         rule = table.rules[row]
@@ -317,23 +336,30 @@ def plan(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape
 
 
 def leaf_dtype(pieces: tuple[Piece, ...], tensors: Mapping[str, Tensor]) -> np.dtype:
-    """The dtype a parameter comes out in: that of its sources (the widest, should they differ)."""
-    return np.result_type(*{tensors[name].dtype for piece in pieces for name in piece.sources})
+    """The dtype a parameter comes out in: that of its sources. Should they differ, the widest, and float32 where
+    neither holds the other's values, such as float16 and bfloat16."""
+    dtypes = {tensors[name].dtype for piece in pieces for name in piece.sources}
+    try:
+        return np.result_type(*dtypes)
+    except TypeError:
+        return np.dtype(np.float32)
 
 
 def build(pieces: tuple[Piece, ...], shape: Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
     """The value of one parameter, C-contiguous. Raises WrongShapeError when a transform breaks its promise."""
-    out = np.empty(shape, leaf_dtype(pieces, tensors)) if pieces[0].index is not None else None
+    dtype = leaf_dtype(pieces, tensors)
+    out = np.empty(shape, dtype) if pieces[0].index is not None else None
     for piece in pieces:
         if out is None:
-            return np.ascontiguousarray(_made(piece, tensors))
-        out[piece.index] = _made(piece, tensors)  # not named: it is gone before the next one is read
+            return np.ascontiguousarray(_made(piece, tensors, dtype))
+        out[piece.index] = _made(piece, tensors, dtype)  # not named: it is gone before the next one is read
     assert out is not None
     return out
 
 
-def _made(piece: Piece, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    value = piece.transform(*(tensors[name].read() for name in piece.sources), shape=piece.shape)
+def _made(piece: Piece, tensors: Mapping[str, Tensor], dtype: np.dtype) -> np.ndarray:
+    sources = (tensors[name].read().astype(dtype, copy=False) for name in piece.sources)
+    value = piece.transform(*sources, shape=piece.shape)
     if value.shape != piece.shape:
         raise WrongShapeError(f"tensors {piece.sources} became shape {value.shape}, not {piece.shape}")
     return value

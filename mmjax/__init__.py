@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmjax.config import EngineArgs
     from mmjax.entrypoints.async_llm import AsyncLLM, EngineDeadError
     from mmjax.entrypoints.llm import LLM
+    from mmjax.entrypoints.metrics import EngineMetrics
     from mmjax.entrypoints.transcription import Speech, SpeechTask, Transcript
     from mmjax.outputs.completion import Delta
     from mmjax.types import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         RequestError,
         RequestOutput,
         SamplingParams,
+        ScoringRequestOutput,
         TextPrompt,
         TokensPrompt,
     )
@@ -35,11 +37,13 @@ __all__ = [
     "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineDeadError",
+    "EngineMetrics",
     "PoolingParams",
     "PoolingRequestOutput",
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "ScoringRequestOutput",
     "Speech",
     "SpeechTask",
     "TextPrompt",
@@ -59,6 +63,7 @@ _MODULES = {  # of the names that are not in mmjax.types
     "Delta": "mmjax.outputs.completion",
     "EngineDeadError": "mmjax.entrypoints.async_llm",
     "EngineArgs": "mmjax.config",
+    "EngineMetrics": "mmjax.entrypoints.metrics",
     "Speech": "mmjax.entrypoints.transcription",
     "SpeechTask": "mmjax.entrypoints.transcription",
     "Transcript": "mmjax.entrypoints.transcription",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from mmjax.types import UNLIMITED, ValidationError, read_limit
+from mmjax.types import UNLIMITED, ValidationError, read_limit, vllm_arguments
 
 DTYPES = {"half": "float16", "float": "float32", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 
@@ -53,6 +53,7 @@ VARIABLES: Mapping[str, str] = MappingProxyType(
         "MAX_VIDEO_DECODE_BYTES": "bytes of a decoded video",
         "MAX_EMBED_DECODE_BYTES": "bytes of a tensor sent in base64",
         "MM_HASHER_ALGORITHM": "hash that identifies media: `sha256` or `sha512`; `blake3` means `sha256`",
+        "TORCH_PROFILER_DIR": "directory to which `LLM.start_profile` writes",
         "ASSETS_CACHE": "directory to which sample media are written",
     }
 )
@@ -65,6 +66,11 @@ T = TypeVar("T")
 def env(name: str, default: str) -> str:
     """MMJAX_<name>, else VLLM_<name>, else the default."""
     return os.environ.get(f"MMJAX_{name}", os.environ.get(f"VLLM_{name}", default))
+
+
+def vllm_variable(name: str) -> str:
+    """A variable as a script for vLLM reads it, by its whole name; empty if it is unset."""
+    return os.environ.get(name, "")
 
 
 def env_number(name: str, default: float) -> float:
@@ -98,15 +104,21 @@ def cache_root() -> Path:
     return Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser()
 
 
-def argument(default: T, help: str) -> T:
-    """A field of EngineArgs: its default, and its meaning for `--help` and the documentation."""
-    metadata = {"help": help}
+def argument(default: T, help: str, *, human: bool = False) -> T:
+    """A field of EngineArgs: its default, and its meaning for `--help` and the documentation. human: its flag may be
+    written as 8k or 8K."""
+    metadata = {"help": help, "human": human}
     field: Any = (
         dataclasses.field(default_factory=default.copy, metadata=metadata)
         if isinstance(default, dict)
         else dataclasses.field(default=default, metadata=metadata)
     )
     return field
+
+
+def accepted(name: str) -> str:
+    """The meaning of an argument that is accepted and ignored."""
+    return f"accepted; {vllm_arguments.ENGINE[name].note}"
 
 
 @dataclasses.dataclass
@@ -132,9 +144,9 @@ class EngineArgs:
     runner: str = argument("auto", "`generate` returns text, `pooling` vectors; `auto` is `generate`")
     convert: str = argument("auto", "`embed` is runner `pooling`")
     tokenizer: str | None = argument(None, "directory of a tokenizer that replaces the model's")
-    tokenizer_mode: str = argument("auto", "accepted: `auto` or `hf`; the fast tokenizer is always used")
+    tokenizer_mode: str = argument("auto", accepted("tokenizer_mode"))
     skip_tokenizer_init: bool = argument(False, "no tokenizer: prompts are token ids, outputs have no text")
-    trust_remote_code: bool = argument(False, "accepted; mmjax runs its own model code, never a checkpoint's")
+    trust_remote_code: bool = argument(False, accepted("trust_remote_code"))
     allowed_local_media_path: str = argument("", "directory from which `file:` URLs may be read; empty: none may")
     allowed_media_domains: Sequence[str] | None = argument(
         None, "hosts from which media may be fetched; unset allows all"
@@ -142,15 +154,22 @@ class EngineArgs:
     tensor_parallel_size: int = argument(1, "devices that share one copy of the model")
     data_parallel_size: int = argument(1, "copies of the model, each on its own devices")
     dtype: str = argument("auto", "dtype to compute in; `auto` follows the checkpoint and the platform")
-    load_format: str = argument("auto", "`dummy` uses random weights instead of the checkpoint's")
+    load_format: str = argument(
+        "auto", "`dummy` uses random weights instead of the checkpoint's; `auto` and `safetensors` are the same"
+    )
+    download_dir: str | None = argument(None, "directory for files from the Hugging Face hub; unset: the hub's cache")
     quantization: str | None = argument(None, "`int8` halves the memory of the language model's weights")
     revision: str | None = argument(None, "branch, tag or commit of the model on the Hugging Face hub")
     tokenizer_revision: str | None = argument(None, "the same for the tokenizer")
-    hf_token: str | None = argument(None, "token for the Hugging Face hub")
-    hf_overrides: Mapping[str, Any] | None = argument(None, "values that override those of config.json")
+    hf_token: str | bool | None = argument(
+        None, "token for the Hugging Face hub; without a value, the one that `hf auth login` stored"
+    )
+    hf_overrides: Mapping[str, Any] | Callable[[Any], Any] | None = argument(
+        None, "values merged into config.json; in Python also a function of the configuration that returns it"
+    )
     seed: int = argument(0, "seed for requests without one")
     gpu_memory_utilization: float = argument(0.9, "share of the accelerator's memory to use")
-    kv_cache_memory_bytes: int | None = argument(None, "bytes of the KV cache; on the CPU 1 GiB if unset")
+    kv_cache_memory_bytes: int | None = argument(None, "bytes of the KV cache; on the CPU 1 GiB if unset", human=True)
     enforce_eager: bool = argument(False, "compile each shape on first use instead of all at start")
     chat_template: str | None = argument(None, "file or text of a template that replaces the model's")
     max_model_len: int | str | None = argument(
@@ -158,7 +177,7 @@ class EngineArgs:
     )
     max_num_seqs: int | None = argument(None, "sequences decoded together; unset: by platform")
     max_num_batched_tokens: int | None = argument(
-        None, "prompt tokens per step, and the largest media item; unset: by platform"
+        None, "prompt tokens per step, and the largest media item; unset: by platform", human=True
     )
     block_size: int | None = argument(None, "tokens per block of the KV cache; unset: by platform")
     num_decode_steps: int = argument(8, "decode steps per dispatch while no sequence needs the host")
@@ -171,12 +190,10 @@ class EngineArgs:
         False, "put the placeholders of media between the texts of a chat message, not in front"
     )
     mm_processor_cache_gb: float = argument(4.0, "GiB of processed media to cache; 0 disables the cache")
-    mm_processor_cache_type: str = argument(
-        "lru", "accepted: `lru` or `shm`; there is one process, so both are the same"
-    )
-    mm_shm_cache_max_object_size_mb: int = argument(128, "accepted; there is no shared memory")
-    mm_encoder_tp_mode: str = argument("weights", "accepted: `weights` or `data`; outputs are the same")
-    skip_mm_profiling: bool = argument(False, "accepted; memory is planned without a profiling run")
+    mm_processor_cache_type: str = argument("lru", accepted("mm_processor_cache_type"))
+    mm_shm_cache_max_object_size_mb: int = argument(128, accepted("mm_shm_cache_max_object_size_mb"))
+    mm_encoder_tp_mode: str = argument("weights", accepted("mm_encoder_tp_mode"))
+    skip_mm_profiling: bool = argument(False, accepted("skip_mm_profiling"))
     video_pruning_rate: float | None = argument(None, "must be unset: no model here prunes videos")
     enable_prefix_caching: bool | None = argument(
         None, "share the blocks of equal prefixes; unset: on for decoder-only models"
@@ -186,6 +203,9 @@ class EngineArgs:
     generation_config: str = argument("auto", "`auto` takes sampling defaults from the model, `vllm` neutral ones")
     override_generation_config: Mapping[str, Any] = argument({}, "sampling defaults that replace the model's")
     disable_log_stats: bool = argument(True, "do not log statistics")
+    profiler_config: Mapping[str, Any] | None = argument(
+        None, "`torch_profiler_dir`: directory to which `LLM.start_profile` writes; other keys are ignored"
+    )
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -195,9 +215,11 @@ class EngineArgs:
         for name in ("limit_mm_per_prompt", "media_io_kwargs", "override_generation_config"):
             value = getattr(self, name)
             _require(isinstance(value, Mapping), name, value, "a dictionary")
-        for name in ("mm_processor_kwargs", "hf_overrides"):
+        for name in ("mm_processor_kwargs", "profiler_config"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, Mapping), name, value, "a dictionary or None")
+        value, rule = self.hf_overrides, "a dictionary, a function or None"
+        _require(value is None or isinstance(value, Mapping) or callable(value), "hf_overrides", value, rule)
         if isinstance(self.allowed_media_domains, str):
             self.allowed_media_domains = [self.allowed_media_domains]
         for modality, limit in self.limit_mm_per_prompt.items():
@@ -225,7 +247,8 @@ class EngineArgs:
 
     def _check_choices(self) -> None:
         _require(self.dtype in ("auto", *DTYPES), "dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
-        _require(self.load_format in ("auto", "dummy"), "load_format", self.load_format, "'auto' or 'dummy'")
+        formats = ("auto", "safetensors", "dummy")
+        _require(self.load_format in formats, "load_format", self.load_format, "'auto', 'safetensors' or 'dummy'")
         _require(self.quantization in (None, "int8"), "quantization", self.quantization, "None or 'int8'")
         _require(
             self.runner in ("auto", "generate", "pooling"), "runner", self.runner, "'auto', 'generate' or 'pooling'"
@@ -246,6 +269,13 @@ class EngineArgs:
         _require(
             self.generation_config in ("auto", "vllm"), "generation_config", self.generation_config, "'auto' or 'vllm'"
         )
+
+    @classmethod
+    def of(cls, model: str, **keywords: Any) -> EngineArgs:
+        """The arguments for any keywords of `LLM`, vLLM's included. Those that do nothing here are logged.
+        ValidationError for one that is not supported, TypeError for an unknown one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(model, **vllm_arguments.engine_keywords(keywords, names, look_at_fields=True))
 
     @property
     def pooling(self) -> bool:

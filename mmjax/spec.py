@@ -62,7 +62,8 @@ class ModelSpec:
 
     encoders: by name, which the family chooses. is_encoder_decoder: whether the decoder reads the (one) encoder through
     cross attention. max_item_embeds: embeddings of the largest item that the default preprocessing yields. pooling:
-    whether it returns hidden states instead of tokens.
+    whether it returns hidden states instead of tokens. num_alignment_heads: heads of cross attention that tell when
+    each token is spoken.
     """
 
     num_layers: int
@@ -77,6 +78,7 @@ class ModelSpec:
     is_encoder_decoder: bool = False
     max_item_embeds: int = 0
     pooling: bool = False
+    num_alignment_heads: int = 0
 
     @property
     def cross_len(self) -> int:

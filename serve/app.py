@@ -25,7 +25,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
         yield
         engine.close()
 
-    app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan)
+    described: dict[str, Any] = {} if settings.api_docs else {"openapi_url": None}  # /docs and /redoc need it
+    app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan, **described)
     app.state.context = context
     errors.install(app)
 

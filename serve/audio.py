@@ -44,7 +44,9 @@ class SpeechForm(
     response_format: Annotated[str, PublishedAs(TranscriptFormat)] = "json"
     """`verbose_json`, `srt` and `vtt` have timestamps."""
     granularities: list[Literal["segment", "word"]] = Field(
-        default=[], alias="timestamp_granularities[]", description="Only `segment`, with `verbose_json`."
+        default=[],
+        alias="timestamp_granularities[]",
+        description="With `verbose_json`: `word` adds words.",
     )
     stream: bool = False
     """Send the text in chunks, as it is generated."""
@@ -76,10 +78,6 @@ class SpeechForm(
             raise ValidationError("Beam search is not supported.", parameter="use_beam_search")
         if self.n != 1:
             raise ValidationError("A recording has one transcript: n must be 1.", parameter="n")
-        if "word" in self.granularities:
-            raise ValidationError(
-                "Timestamps are to be had for segments, not for words.", parameter="timestamp_granularities[]"
-            )
         if self.granularities and self.response_format != "verbose_json":
             raise ValidationError(
                 "`timestamp_granularities[]` needs response_format verbose_json.", parameter="timestamp_granularities[]"
@@ -128,7 +126,9 @@ class AudioHandler:
         self.body = body
         self.kind = "translation" if translate else "transcription"
         language = (body.language or "").strip().lower() or None
-        self.task = SpeechTask(language, translate, body.prompt, body.has_timestamps)
+        self.task = SpeechTask(
+            language, translate, body.prompt, body.has_timestamps, words="word" in body.granularities
+        )
         self.id = f"{'trsl' if translate else 'trsc'}-{request.state.request_id}"
         self.created = int(time.time())
 
@@ -173,7 +173,7 @@ class AudioHandler:
             return PlainTextResponse(srt(transcript), media_type="application/x-subrip")
         if response_format == "vtt":
             return PlainTextResponse(vtt(transcript), media_type="text/vtt")
-        duration = {"type": "duration", "seconds": math.ceil(seconds)}
+        duration, words = {"type": "duration", "seconds": math.ceil(seconds)}, transcript.words
         if response_format == "json":
             return {"text": transcript.text, "usage": duration}
         return {
@@ -182,7 +182,7 @@ class AudioHandler:
             "duration": round(seconds, 3),
             "text": transcript.text,
             "segments": [dataclasses.asdict(segment) for segment in transcript.segments],
-            "words": None,
+            "words": None if words is None else [dataclasses.asdict(word) for word in words],
             "usage": duration,
         }
 

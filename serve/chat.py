@@ -84,6 +84,7 @@ class ChatHandler:
         self.created = int(time.time())
         self.prepared: tuple[Any, SamplingParams] | None = None
         self.grammar: Any = None  # the compiled structured outputs
+        self.echo = body.echoed(context.settings.role)
         self.schema, self.function = None, None
         if body.tool_choice not in (None, "none", "auto"):
             most = 1 if body.parallel_tool_calls is False else MAX_CALLS
@@ -113,7 +114,7 @@ class ChatHandler:
         """The response, once it is complete."""
         engine_input, params = await self.prepare()
         async with self.context.admitted(again=True):
-            output = await self.context.engine.generate(engine_input, params, self.grammar)
+            output = await self.context.engine.complete(engine_input, params, self.grammar)
         self.context.metrics.record(output)
         body = {
             **self._head("chat.completion"),
@@ -138,8 +139,9 @@ class ChatHandler:
             stream = self.context.engine.submit(engine_input, params, self.grammar, streaming=True)
             try:
                 for index in parsers:
-                    chunk = self._chunk(index, {"role": self.context.settings.role, "content": ""})
-                    yield chunk | ({"usage": usage(len(engine_input.token_ids), 0)} if always else {})
+                    first = self._chunk(index, {"role": self.context.settings.role, "content": ""})
+                    for chunk in (first, *([self._chunk(index, {"content": self.echo})] if self.echo else [])):
+                        yield chunk | ({"usage": usage(len(engine_input.token_ids), 0)} if always else {})
                 async for delta in self.context.engine.stream(stream):
                     output_tokens[delta.index] += len(delta.token_ids)
                     for chunk in self._chunks(delta, parsers[delta.index]):
@@ -210,6 +212,7 @@ class ChatHandler:
         parser = self._parser()
         if parser is not None:
             content, calls = parser.read(completion.text)
+        content = self.echo + content
         called = bool(calls) and completion.finish_reason == "stop"
         logprobs = None
         if self.body.logprobs and completion.logprobs is not None:

@@ -93,6 +93,10 @@ def _add_http_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--ssl-cert-reqs", type=int, default=0, help="client certificates: 0 none, 1 optional, 2 required"
     )
+    group.add_argument("--ssl-ciphers", metavar="CIPHERS", help="ciphers of TLS 1.2, as OpenSSL writes them")
+    group.add_argument(
+        "--disable-fastapi-docs", action=yes, default=False, help="do not serve /docs, /redoc and /openapi.json"
+    )
     levels = ("critical", "error", "warning", "info", "debug", "trace")
     group.add_argument("--uvicorn-log-level", choices=levels, default="info", help="least level that the server logs")
 
@@ -128,6 +132,7 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
         origin_methods=tuple(itertools.chain(*arguments.allowed_methods)),
         origin_headers=tuple(itertools.chain(*arguments.allowed_headers)),
         credentials=arguments.allow_credentials,
+        api_docs=not arguments.disable_fastapi_docs,
         tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
         **environment,
     )
@@ -159,7 +164,7 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Server
     check(arguments)
     log = _logging(arguments.uvicorn_log_level)
     logging.config.dictConfig(log)
-    llm = LLM(arguments.model, **engine)
+    llm = LLM.for_server(arguments.model, **engine)
     app = create_app(AsyncLLM(llm), chosen)
     uvicorn.run(
         app,
@@ -176,4 +181,5 @@ def run(arguments: argparse.Namespace, engine: Mapping[str, Any], chosen: Server
         ssl_certfile=arguments.ssl_certfile,
         ssl_ca_certs=arguments.ssl_ca_certs,
         ssl_cert_reqs=arguments.ssl_cert_reqs,
+        ssl_ciphers=arguments.ssl_ciphers,
     )

@@ -62,7 +62,7 @@ class CompletionHandler:
             raise RequestError("prompt: the list is empty")
         self.context.check_prompts(len(prompts))
         self.context.check_stops(body.stop)
-        options = tokenization_kwargs(body.truncate_prompt_tokens)
+        options = tokenization_kwargs(body)
         options |= {} if body.add_special_tokens else {"add_special_tokens": False}
         salt = {"cache_salt": body.cache_salt} if body.cache_salt else {}
 
@@ -83,7 +83,7 @@ class CompletionHandler:
         """The response, once it is complete."""
         engine_inputs, params = await self.prepare()
         async with self.context.admitted(again=True):
-            outputs = await self.context.engine.generate_all([(each, params) for each in engine_inputs], self.grammar)
+            outputs = await self.context.engine.complete_all([(each, params) for each in engine_inputs], self.grammar)
         for output in outputs:
             self.context.metrics.record(output)
         choices = [self._choice(output, i * params.n) for i, output in enumerate(outputs)]

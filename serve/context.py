@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
-from mmjax.serve.metrics import Metrics
 
-from mmjax import AsyncLLM
+from mmjax import AsyncLLM, EngineMetrics
 from mmjax.types import RequestError, ValidationError
 
 Out = TypeVar("Out")
@@ -32,7 +31,7 @@ class ServerSettings:
     content_format, template_kwargs: how chat templates are applied. prompt_details: usage reports cached tokens.
     always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
     origin_methods, origin_headers, credentials: CORS. tool_parser: the format of tool calls in outputs; None = they
-    stay in the text. development: add the routes that empty caches.
+    stay in the text. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes that empty caches.
     """
 
     names: tuple[str, ...]
@@ -54,6 +53,7 @@ class ServerSettings:
     origin_headers: tuple[str, ...] = ("*",)
     credentials: bool = False
     tool_parser: str | None = "hermes"
+    api_docs: bool = True
     development: bool = False
 
 
@@ -63,7 +63,7 @@ class ServerContext:
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = Metrics(engine, settings.names[0])
+        self.metrics = EngineMetrics(engine.model, settings.names[0])
         self.started = int(time.time())
         self.num_requests = 0
 

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from mmjax.serve.context import ServerContext, cancel_on_disconnect, gather_or_cancel, json_response, usage
 from mmjax.serve.openapi import PublishedAs
 from mmjax.serve.published_types import Conversation
-from mmjax.serve.schema import ChatFields, TruncatePromptTokens, tokenization_kwargs
+from mmjax.serve.schema import ChatFields, TruncatePromptTokens, TruncationSide, tokenization_kwargs
 from pydantic import ConfigDict, Field, model_validator
 
 from mmjax import PoolingParams, PoolingRequestOutput, RequestError
@@ -43,7 +43,9 @@ class EmbeddingRequest(ChatFields):
     add_generation_prompt: bool = False
     """End the prompt where the model's answer would begin."""
     truncate_prompt_tokens: TruncatePromptTokens | None = None
-    """Use only this many of the prompt's last tokens; -1: as many as the model's length allows."""
+    """Use only this many of the prompt's tokens; -1: as many as the model's length allows."""
+    truncation_side: TruncationSide | None = None
+    """Where tokens are left out; null: at the start, and at the end of what is embedded."""
     user: str | None = None
     """Accepted, but not used."""
 
@@ -93,7 +95,7 @@ def router(context: ServerContext) -> APIRouter:
 async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
     engine = context.engine
     params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize)
-    options = tokenization_kwargs(body.truncate_prompt_tokens)
+    options = tokenization_kwargs(body)
     if body.add_special_tokens is not None:
         options["add_special_tokens"] = body.add_special_tokens
     if body.messages is not None:

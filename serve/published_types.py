@@ -256,7 +256,12 @@ class TokenizationKwargs(PublishedType):
     model_config = ConfigDict(extra="forbid")
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    """Use only this many of the prompt's last tokens; -1: as many as the model's length allows."""
+    """Use only this many of the prompt's tokens; -1: as many as the model's length allows."""
+    truncation_side: Literal["left", "right"] | None = None
+    """Where tokens are left out; null: at the start, and at the end of what is embedded."""
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    """Refuse a longer prompt or, with `truncation`, use only this many of its tokens."""
+    truncation: bool | None = None
 
 
 Link = Annotated[str, WithJsonSchema({"type": "string", "format": "uri", "minLength": 1})]

@@ -7,7 +7,7 @@ below a field is its description in the API's own documentation.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from mmjax.serve import published_types as published
 from mmjax.serve.errors import TooDeep
@@ -32,6 +32,7 @@ MAX_TOKENIZED = 1 << 20  # characters or tokens in one call of the tokenizer, du
 Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
 CacheSalt = Annotated[str, Field(min_length=1)]
 TruncatePromptTokens = Annotated[int, Field(ge=-1)]
+TruncationSide = Literal["left", "right"]
 
 
 class RequestBody(BaseModel):
@@ -81,7 +82,9 @@ class GenerationFields(
     stream: bool = False
     """Send the output in chunks, as it is generated."""
     truncate_prompt_tokens: TruncatePromptTokens | None = None
-    """Use only this many of the prompt's last tokens; -1: as many as the model's length allows."""
+    """Use only this many of the prompt's tokens; -1: as many as the model's length allows."""
+    truncation_side: TruncationSide | None = None
+    """Where tokens are left out; null: at the start, and at the end of what is embedded."""
     cache_salt: CacheSalt | None = None
     """Share cached prefixes only with requests that have the same salt."""
     request_id: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:-]+$")] | None = None
@@ -210,6 +213,9 @@ class ChatRequest(SamplingFields, ChatFields):
     """Which tools the model may or must call; null: `auto`."""
     parallel_tool_calls: bool | None = None
     """Allow several calls in one output; null: true."""
+    echo: bool = False
+    """Begin each output with the last message, if it has the role of the output: with `continue_final_message`, what
+    the model continues."""
     add_special_tokens: bool = False
     """Let the tokenizer add special tokens to what the chat template wrote."""
     reasoning_effort: str | None = None
@@ -235,8 +241,17 @@ class ChatRequest(SamplingFields, ChatFields):
         """The keywords of `AsyncLLM.prepare_chat`. The template does not see tools that the model must not call."""
         return super().chat_kwargs() | ({"tools": None} if self.tool_choice == "none" else {})
 
+    def echoed(self, role: str) -> str:
+        """The text that outputs of this role begin with."""
+        last = self.messages[-1] if self.echo and self.messages else {}
+        content = last.get("content") if last.get("role") == role else None
+        if isinstance(content, list):
+            texts = (part if isinstance(part, str) else part.get("text") for part in content)
+            return "\n".join(text for text in texts if isinstance(text, str))
+        return content if isinstance(content, str) else ""
+
     def tokenization_kwargs(self) -> Json:
-        return tokenization_kwargs(self.truncate_prompt_tokens) | {"add_special_tokens": self.add_special_tokens}
+        return tokenization_kwargs(self) | {"add_special_tokens": self.add_special_tokens}
 
 
 class ConversationsRequest(ChatRequest):
@@ -315,9 +330,15 @@ class DetokenizeRequest(RequestBody):
     """Token ids."""
 
 
-def tokenization_kwargs(truncate_prompt_tokens: int | None) -> Json:
+class TruncatedRequest(Protocol):
+    truncate_prompt_tokens: int | None
+    truncation_side: TruncationSide | None
+
+
+def tokenization_kwargs(body: TruncatedRequest) -> Json:
     """`tokenization_kwargs` of `AsyncLLM.prepare`."""
-    return {} if truncate_prompt_tokens is None else {"truncate_prompt_tokens": truncate_prompt_tokens}
+    given = {name: getattr(body, name) for name in ("truncate_prompt_tokens", "truncation_side")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def sampling_params(given: Json, defaults: SamplingParams) -> SamplingParams:

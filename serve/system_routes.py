@@ -118,7 +118,7 @@ def tokens_router(context: ServerContext) -> APIRouter:
         context.check_model(body.model)
         engine = context.engine
         if body.messages is None:
-            tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+            tokens = await engine.tokenize(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
         else:
             options = context.chat_kwargs(body.chat_kwargs())
             special = {"add_special_tokens": bool(body.add_special_tokens)}
@@ -164,7 +164,7 @@ def generate_router(context: ServerContext) -> APIRouter:
 
         async def generate_one(prompt: Any) -> RequestOutput:
             engine_input = await engine.prepare_from_urls(prompt, body.tokenization_kwargs)
-            output = await engine.generate(engine_input, params, grammar)
+            output = await engine.complete(engine_input, params, grammar)
             context.metrics.record(output)
             return output
 

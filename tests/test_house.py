@@ -21,8 +21,8 @@ OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 # From the bottom up. A package imports from itself and from lower layers, never from its own layer or above.
 LAYERS = (
     ("types", "version"),
-    ("config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
-    ("multimodal",),
+    ("config", "hf_config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
+    ("multimodal", "mel"),
     ("assets", "utils", "chat", "processors", "nn"),
     ("inputs", "models"),
     ("loader",),
@@ -57,7 +57,9 @@ IMPORT_RULES = {
     "converters.orbax": ImportRule(ours=("converters",), banned=("flax", "transformers")),
     "types": HOST,
     "config": HOST,
+    "hf_config": HOST,
     "spec": HOST,
+    "mel": HOST,
     "multimodal": HOST,
     "assets": HOST,
     "utils": ImportRule(ours=("multimodal",), banned=(*DEVICE, "transformers")),
@@ -68,13 +70,17 @@ IMPORT_RULES = {
     "outputs": HOST,
     "batch": ImportRule(ours=(), banned=NO_MODEL_CODE),
     "sharding": ImportRule(ours=(), banned=NO_MODEL_CODE),
-    "nn": ImportRule(ours=("nn", "kernels", "batch", "sharding", "spec"), banned=("orbax", "transformers")),
+    "nn": ImportRule(
+        ours=("nn", "kernels", "batch", "sharding", "spec", "hf_config", "mel"), banned=("orbax", "transformers")
+    ),
     "models": ImportRule(
-        ours=("models", "nn", "processors", "batch", "sharding", "spec"), banned=("orbax", "transformers")
+        ours=("models", "nn", "processors", "batch", "sharding", "spec", "hf_config", "mel"),
+        banned=("orbax", "transformers"),
     ),
     "engine": HOST,
     "engine.model_runner": ImportRule(banned=("orbax", "transformers")),
     "engine.programs": ImportRule(banned=("orbax", "transformers")),
+    "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
     "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),

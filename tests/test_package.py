@@ -23,7 +23,7 @@ from test_house import PACKAGES, ROOT, dotted, imports, sources
 
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Not imported by name: starlette needs it to parse forms.
-BEHIND_OTHERS = {"python-multipart"}
+BEHIND_OTHERS = {"python-multipart", "flatbuffers"}
 TOP_LEVEL = {"mmjax", "converters", "kernels", "serve", "tests", "benchmarks", "examples", "docs"}
 
 # Imports every package, and prints the file of each.

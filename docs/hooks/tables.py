@@ -23,6 +23,8 @@ from mmjax.cli.main import MODEL_COMMANDS, model_parser, top_parser
 from mmjax.config import VARIABLES
 from mmjax.models import FAMILIES
 from mmjax.types import SAMPLING_PARAMETERS
+from mmjax.types.vllm_arguments import ENGINE as ENGINE_ARGUMENTS
+from mmjax.types.vllm_arguments import OLDER, OWN, RENAMED, SERVER, SHORT, Argument
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {"mmjax": ROOT / "mmjax", "mmjax.serve": ROOT / "serve"}
@@ -100,6 +102,38 @@ def plain(value: Any) -> Any:
             return None
         [value] = value
     return value
+
+
+# -- the arguments of vLLM -----------------------------------------------------------------------------------------
+
+
+def vllm_engine_table() -> str:
+    """Every keyword of vLLM's `LLM`, which is a flag of `vllm serve` too."""
+    works = {name: flags.meaning(name) for name in flags.FIELDS if name not in OWN}
+    return vllm_table(works, ENGINE_ARGUMENTS)
+
+
+def vllm_server_table() -> str:
+    """Every other flag of `vllm serve`."""
+    actions = actions_of(parser_of("serve"), engine=False)
+    works = {action.dest: meaning_and_default(action)[0] for action in actions if action.dest not in OWN}
+    return vllm_table(works, SERVER)
+
+
+def vllm_older_table() -> str:
+    """Arguments of earlier releases of vLLM."""
+    return vllm_table({name: f"as {new}" for name, new in RENAMED.items()}, OLDER)
+
+
+def vllm_table(works: Mapping[str, str], others: Mapping[str, Argument]) -> str:
+    """Arguments by name, with what becomes of them. works: the meanings of those that work."""
+    found = {name: ("works", meaning) for name, meaning in works.items() if name not in others}
+    found |= {name: (argument.outcome, argument.note) for name, argument in others.items()}
+    rows = []
+    for name, (outcome, note) in sorted(found.items()):
+        form = f"`{name}`" + (f", `{SHORT[name]}`" if name in SHORT else "")
+        rows.append((form, outcome, note))
+    return table(("argument", "here", "meaning, reason, or what to do instead"), rows)
 
 
 # -- environment variables -----------------------------------------------------------------------------------------
@@ -210,11 +244,15 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "run-batch flags": partial(flag_table, "run-batch", without="serve"),
     "bench flags": partial(flag_table, "bench latency"),
     "demo flags": partial(flag_table, "demo"),
+    "run flags": partial(flag_table, "run"),
     "convert flags": partial(flag_table, "convert"),
     "inspect flags": partial(flag_table, "inspect"),
     "environment": variable_table,
     "inputs by family": inputs_table,
     "sampling parameters": sampling_table,
+    "vllm engine arguments": vllm_engine_table,
+    "vllm server flags": vllm_server_table,
+    "older vllm arguments": vllm_older_table,
 }
 
 

@@ -1,7 +1,9 @@
 """Whether a template expects a message's content as a string or as a list of parts, from its syntax tree.
 
 A template that loops over the content of a message expects parts. The analysis follows what each name may refer to (the
-list of messages, one message, or one message's content) through assignments, loops and macros, up to a fixed point.
+list of messages, one message, or one message's content or tool calls) through assignments, loops and macros, up to a
+fixed point. A loop over what may be tool calls is about these: Mistral's templates take them from the content where a
+message has them there.
 """
 
 import functools
@@ -12,7 +14,7 @@ from jinja2 import nodes
 
 from mmjax.chat.sandbox import UNPARSABLE, environment
 
-MESSAGES, MESSAGE, CONTENT = "messages", "message", "content"
+MESSAGES, MESSAGE, CONTENT, TOOL_CALLS = "messages", "message", "content", "tool_calls"
 Referents = frozenset[str]
 NOTHING: Referents = frozenset()
 
@@ -40,7 +42,8 @@ class _TemplateAnalysis:
         while size != (size := sum(map(len, self.names.values()))):
             for name, referents in self._bindings():
                 self.names[name] |= referents
-        return any(CONTENT in self._referents(loop.iter) for loop in self.tree.find_all(nodes.For))
+        iterated = (self._referents(loop.iter) for loop in self.tree.find_all(nodes.For))
+        return any(CONTENT in referents and TOOL_CALLS not in referents for referents in iterated)
 
     def _bindings(self) -> Iterator[tuple[str, Referents]]:
         """(name, what it may refer to) for every binding."""
@@ -82,8 +85,8 @@ class _TemplateAnalysis:
             key = key.value
         owner = self._referents(node.node)
         found = set(self.names.get(_name(node), ()))
-        if MESSAGE in owner and key == "content":
-            found.add(CONTENT)
+        if MESSAGE in owner:
+            found |= {name for name in (CONTENT, TOOL_CALLS) if key == name}
         if MESSAGES in owner and isinstance(node, nodes.Getitem):
             found.add(MESSAGES if isinstance(key, nodes.Slice) else MESSAGE)
         if CONTENT in owner and isinstance(key, nodes.Slice):

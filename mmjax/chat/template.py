@@ -29,8 +29,8 @@ class ChatTemplateResolutionError(RequestError):
 class StoredTemplates:
     """The templates that come with a checkpoint, by name, and the special tokens that they may print.
 
-    processor: from chat_template.jinja or chat_template.json. tokenizer: from tokenizer_config.json. fallback: mmjax's
-    own template for this type of model.
+    processor: from chat_template.jinja, chat_template.json or processor_config.json. tokenizer: from
+    tokenizer_config.json. fallback: mmjax's own template for this type of model.
     """
 
     processor: Mapping[str, str]
@@ -41,12 +41,14 @@ class StoredTemplates:
     @classmethod
     def read(cls, directory: Path, tokenizer: Tokenizer | None, model_type: str | None) -> "StoredTemplates":
         """From a model's directory and its tokenizer, which may come from another directory."""
-        processor = {}
+        processor: dict[str, str] = {}
         jinja = directory / "chat_template.jinja"
         if jinja.is_file():
             processor = {"default": jinja.read_text(encoding="utf-8")}
-        elif (file := directory / "chat_template.json").is_file():
-            processor = _by_name(json.loads(file.read_text(encoding="utf-8")).get("chat_template"))
+        for name in ("chat_template.json", "processor_config.json"):
+            if not processor and (file := directory / name).is_file():
+                content = json.loads(file.read_text(encoding="utf-8"))
+                processor = _by_name(content.get("chat_template") if isinstance(content, dict) else None)
         processor |= {
             file.stem: file.read_text(encoding="utf-8") for file in directory.glob("*_chat_templates/*.jinja")
         }
@@ -182,7 +184,9 @@ def _by_name(templates: Any) -> dict[str, str]:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token, eos_token and the like, as text."""
     found: dict[str, Any] = {}
-    for name, token in {**config, **(config.get("extra_special_tokens") or {})}.items():
+    extra = config.get("extra_special_tokens")  # by name; in transformers 5 a list of tokens that no template prints
+    named = config.get("model_specific_special_tokens") or {}
+    for name, token in {**named, **config, **(extra if isinstance(extra, Mapping) else {})}.items():
         text = token.get("content") if isinstance(token, Mapping) else token
         if name.endswith("_token") and isinstance(text, str):
             found[name] = text

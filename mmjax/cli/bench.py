@@ -136,7 +136,7 @@ class Bench:
             raise ValueError("the benchmark writes its prompts as text and needs the model's tokenizer")
         prompts = make_prompts(work, tokenizer.encode, seed)
         params = SamplingParams(temperature=0.0, max_tokens=work.output, ignore_eos=True)
-        before = self.llm.get_metrics()
+        before = self.llm.counters()
         begin = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return self._result(outputs, before, time.perf_counter() - begin)
@@ -146,7 +146,7 @@ class Bench:
         self.run(dataclasses.replace(work, prompts=min(work.prompts, 2), output=min(work.output, 4)), seed=0)
 
     def _result(self, outputs: Sequence[RequestOutput], before: Mapping[str, float], wall_s: float) -> BenchResult:
-        now = self.llm.get_metrics()
+        now = self.llm.counters()
         spent = {name: now[name] - before[name] for name in ("decode_steps", "host_s", "idle_s")}
         ttft, itl = [], []
         for output in outputs:

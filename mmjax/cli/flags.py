@@ -16,21 +16,29 @@ import logging
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import EngineArgs
+from mmjax.config import EngineArgs, human_int
+from mmjax.types.vllm_arguments import KEYWORDS, RENAMED, SERVER, SHORT, Argument
 
 log = logging.getLogger(__name__)
 
 HINTS = typing.get_type_hints(EngineArgs)
 FIELDS = {field.name: field for field in dataclasses.fields(EngineArgs) if field.name != "model"}
+# accepted, but neither listed by --help nor fields of EngineArgs: see mmjax.types.vllm_arguments
+UNLISTED = [name for name in (*KEYWORDS, *RENAMED) if name not in FIELDS and name != "served_model_name"]
 MAPPINGS = frozenset(
     name
     for name in FIELDS
     if any(typing.get_origin(part) is collections.abc.Mapping for part in (HINTS[name], *typing.get_args(HINTS[name])))
-)
+) | {
+    "rope_scaling",
+    "override_pooler_config",
+    *(name for name, argument in {**KEYWORDS, **SERVER}.items() if argument.form == "json" and name not in FIELDS),
+}
+LONG = {short: "--" + name.replace("_", "-") for name, short in SHORT.items()}
 
 
 class FlagError(ValueError):
@@ -52,17 +60,55 @@ def default(name: str) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per engine argument. Only those given appear in the parsed namespace."""
-    group = parser.add_argument_group("engine arguments")
+def add_engine_flags(parser: argparse._ActionsContainer, *, defaults: bool = False) -> None:
+    """One flag per engine argument, and vLLM's other flags, unlisted. Only those given appear in the parsed namespace,
+    unless `defaults` are wanted."""
+    # scripts for vLLM also add them to a group, which can have no group in it
+    group = parser.add_argument_group("engine arguments") if isinstance(parser, argparse.ArgumentParser) else parser
     for name in FIELDS:
         text = f"{meaning(name)} (default: {shown(default(name))})".replace("%", "%%")
-        group.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text, **_argparse_kwargs(name))
+        value = default(name) if defaults else argparse.SUPPRESS
+        group.add_argument(*names(name), dest=name, default=value, help=text, **_argparse_kwargs(name))
+    for name in UNLISTED:
+        _add_unlisted(group, name, KEYWORDS.get(name), defaults=defaults)
+
+
+def add_unlisted_server_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `vllm serve` that do not work here. Only those given appear in the parsed namespace."""
+    group = parser.add_argument_group("server of vLLM")
+    for name, argument in SERVER.items():
+        _add_unlisted(group, name, argument, defaults=False)
 
 
 def engine_kwargs(parsed: argparse.Namespace) -> dict[str, Any]:
     """The engine arguments among parsed flags."""
-    return {name: value for name, value in vars(parsed).items() if name in FIELDS}
+    return {name: value for name, value in vars(parsed).items() if name in FIELDS or name in UNLISTED}
+
+
+def server_kwargs(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `vllm serve` among parsed ones that do not work here."""
+    return {name: value for name, value in vars(parsed).items() if name in SERVER}
+
+
+def names(name: str) -> list[str]:
+    """The forms of a flag, the short one last."""
+    return [flag(name), *([SHORT[name]] if name in SHORT else [])]
+
+
+def _add_unlisted(group: Any, name: str, argument: Argument | None, *, defaults: bool) -> None:
+    """Add a flag that `--help` does not list. argument: None for one that has another name today."""
+    value = argument.default if defaults and argument else None if defaults else argparse.SUPPRESS
+    form = argument.form if argument else "switch" if name.startswith("disable") else "value"
+    kwargs: dict[str, Any] = {}
+    if form == "switch":
+        kwargs = {"action": argparse.BooleanOptionalAction}
+    elif name in MAPPINGS:
+        kwargs = {"type": json.loads}
+    elif form == "values":
+        kwargs = {"nargs": "*"}
+    elif name == "rope_theta":
+        kwargs = {"type": float}
+    group.add_argument(*names(name), dest=name, default=value, help=argparse.SUPPRESS, **kwargs)
 
 
 def shown(value: Any) -> str:
@@ -83,10 +129,26 @@ def _argparse_kwargs(name: str) -> dict[str, Any]:
         return {"type": json.loads, "metavar": "JSON"}
     if hint_types == {bool}:
         return {"action": argparse.BooleanOptionalAction}
+    if bool in hint_types:  # a text, or the flag alone
+        return {"nargs": "?", "const": True, "metavar": name.rpartition("_")[2].upper()}
+    if FIELDS[name].metadata["human"]:
+        return {"type": _human(name), "metavar": "INT"}
     if collections.abc.Sequence in hint_types:
         return {"nargs": "+"}
     (parse,) = hint_types - {int} if len(hint_types) > 1 else hint_types  # EngineArgs reads "4k" and "4096" itself
     return {"type": parse, "metavar": parse.__name__.upper()}
+
+
+def _human(name: str) -> Callable[[str], int]:
+    """The type of a flag whose number may be written as 8k or 8K."""
+
+    def parse(text: str) -> int:
+        try:
+            return human_int(name, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
 
 
 def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
@@ -98,6 +160,9 @@ def fold(argv: Sequence[str], mappings: frozenset[str] = MAPPINGS) -> list[str]:
     trees: dict[str, dict[str, Any]] = {}
     words = iter(argv)
     for word in words:
+        short = re.match(r"-[a-z]+(?=[.=]|$)", word)
+        if short and short[0] in LONG:
+            word = LONG[short[0]] + word[short.end() :]
         match = re.fullmatch(r"--([A-Za-z][\w-]*)(?:\.([^=\s]+?))?(?:=(.*))?", word, re.DOTALL)
         if match is None:
             rest.append(word)

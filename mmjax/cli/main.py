@@ -1,4 +1,4 @@
-"""The command line: `mmjax demo|serve|chat|run-batch|convert|inspect|bench|version`.
+"""The command line: `mmjax demo|serve|chat|run-batch|run|convert|inspect|bench|version`.
 
 Commands import what they need when they run, so that `--help` is quick.
 """
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import mmjax
-from mmjax.cli import chat, flags
+from mmjax.cli import chat, flags, run
+from mmjax.types import vllm_arguments
 
 MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
 
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             parser = top_parser()
             try:
-                arguments = parser.parse_args(flags.fold(words))
+                # the arguments of a script are its own
+                arguments = parser.parse_args(words if words[:1] == ["run"] else flags.fold(words))
             except flags.FlagError as error:
                 parser.error(str(error))
         command: Callable[[argparse.Namespace], None] = arguments.command
@@ -64,6 +66,7 @@ def _model_command(name: str, words: Sequence[str]) -> argparse.Namespace:
     arguments.model = arguments.model or arguments.named_model
     if arguments.model is None:
         parser.error("which model? Name a directory, a hub id, or `demo`")
+    vllm_arguments.settle(flags.server_kwargs(arguments), vllm_arguments.SERVER)
     arguments.command = MODEL_COMMANDS[name][2]
     return arguments
 
@@ -77,6 +80,8 @@ def top_parser() -> argparse.ArgumentParser:
 
     for name, (meaning, *_) in MODEL_COMMANDS.items():  # `_model_command` adds their flags
         commands.add_parser(name, help=meaning, add_help=False)
+
+    run.add_flags(commands.add_parser("run", help="run a Python script that was written for vLLM"))
 
     convert = commands.add_parser("convert", help="convert a checkpoint to the format that loads fastest")
     convert.add_argument("source", help="model directory or hub id (safetensors)")
@@ -107,6 +112,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     from mmjax.serve import command
 
     command.add_flags(parser)
+    flags.add_unlisted_server_flags(parser)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -255,7 +261,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             shapes={path: spec.shape for path, spec in specs.items()},
             dtype=arguments.dtype,
             progress=progress,
-            tensors=checkpoint.tensors if checkpoint.family.table.parts else None,
+            tensors=checkpoint.tensors,
             config=checkpoint.config if checkpoint.family.table.parts else None,
         )
     counts = f"{len(specs)} parameters from {len(plan.claimed)} tensors, {len(plan.ignored)} ignored"
@@ -274,7 +280,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     _, specs = param_specs(checkpoint.family, checkpoint.model_config())
     shapes = {path: spec.shape for path, spec in specs.items()}
-    print(render(describe(arguments.directory, table=checkpoint.family.table, shapes=shapes)), end="")
+    table, tensors = checkpoint.family.table, checkpoint.tensors
+    print(render(describe(arguments.directory, table=table, shapes=shapes, tensors=tensors)), end="")
 
 
 def _version(arguments: argparse.Namespace) -> None:

@@ -25,7 +25,13 @@ class DeviceQueue:
         self._calls: list[Future[Any]] = []
 
     def run(self, program: Callable[P, Out], *args: P.args, **kwargs: P.kwargs) -> Future[Out]:
-        """Queue a call of a program."""
+        """Queue a call of a program that belongs to the next step."""
+        future = self.run_apart(program, *args, **kwargs)
+        self._calls.append(future)
+        return future
+
+    def run_apart(self, program: Callable[P, Out], *args: P.args, **kwargs: P.kwargs) -> Future[Out]:
+        """Queue a call of a program that belongs to no step: its error is the caller's alone."""
 
         def call() -> Out:
             start = time.perf_counter()
@@ -34,9 +40,7 @@ class DeviceQueue:
             finally:
                 self.call_s += time.perf_counter() - start
 
-        future = self._thread.submit(call)
-        self._calls.append(future)
-        return future
+        return self._thread.submit(call)
 
     def take_calls(self) -> list[Future[Any]]:
         """The calls queued since the last `take_calls`."""

@@ -31,6 +31,7 @@ from mmjax.engine.sampler import PromptLogprobs, token_counts_row
 from mmjax.engine.sampling_state import SamplingState
 from mmjax.engine.scheduler import NeedsResults, ScheduledChunk, Scheduler, SchedulerConfig, SchedulerOutput
 from mmjax.engine.sequence import EngineSequence
+from mmjax.processors.base import MediaItem
 from mmjax.spec import ModelSpec
 
 MAX_IN_FLIGHT = 2  # dispatches: one running and one queued. Interleaved decode steps do not count.
@@ -148,6 +149,20 @@ class Engine:
         self.stats.host_s += time.perf_counter() - start - (self.stats.wait_s - wait_before)
         return changed
 
+    def align(self, modality: str, item: MediaItem, token_ids: np.ndarray) -> Future[Any]:
+        """Alignment scores f32[A, T, U] of a transcript of an item, after what is dispatched already."""
+        return self.device.run_apart(self.runner.align, self.spec.encoder_of(modality), item.features, token_ids)
+
+    def sleep(self, *, keep_params: bool) -> Any:
+        """Free the device's memory. No sequence may be running. Returns the parameters on the host if they are kept."""
+        self.device.run(lambda: None).result()  # all earlier calls have returned
+        for call in self.device.take_calls():
+            call.result()
+        self.block_pool.reset_prefix_cache()
+        self.encoder_cache.clear()
+        self.runner.drop_state()
+        return self.runner.take_params(keep=keep_params)
+
     def counters(self) -> dict[str, float]:
         """`stats`, and the counters of the device queue, the runner and the scheduler, by name."""
         return vars(self.stats) | {
@@ -167,7 +182,7 @@ class Engine:
         for name, encoder in self.spec.encoders.items():
             encodes = [encode for encode in scheduled.encode if encode.encoder == name]
             if encodes:
-                self.device.run(self.runner.encode, name, *build_encode(self.buckets, name, encoder, encodes))
+                self.device.run(self.runner.encode, name, *build_encode(self.runner.ready, name, encoder, encodes))
                 self.stats.encoded_items += len(encodes)
         given_embeds = [encode for encode in scheduled.encode if encode.item.embeds is not None]
         if given_embeds:
@@ -182,7 +197,7 @@ class Engine:
 
     def _prefill(self, chunks: tuple[ScheduledChunk, ...]) -> InFlightStep:
         tokens, vector = build_prefill(
-            self.buckets, chunks, self.sampling_state, self.scheduler.block_tables, self.encoder_cache
+            self.runner.ready, chunks, self.sampling_state, self.scheduler.block_tables, self.encoder_cache
         )
         output = self.device.run(self.runner.prefill, tokens, vector)
         members = [(chunk.seq, column, 1) for column, chunk in enumerate(chunks) if chunk.is_last]
@@ -211,9 +226,9 @@ class Engine:
         if dynamic:
             biases = {row: self._bias_row(seq) for seq in dynamic if (row := seq.row) is not None}
             self.device.run(
-                self.runner.set_logit_biases, *build_logit_biases(self.buckets, biases, self.spec.vocab_size)
+                self.runner.set_logit_biases, *build_logit_biases(self.runner.ready, biases, self.spec.vocab_size)
             )
-        seqs, vector = build_decode(self.buckets, scheduled, self.sampling_state, self.scheduler.block_tables)
+        seqs, vector = build_decode(self.runner.ready, scheduled, self.sampling_state, self.scheduler.block_tables)
         max_steps = max(steps for _, steps in scheduled)
         output = self.device.run(self.runner.decode, seqs, vector, max_steps)
         self.stats.decode_steps += max_steps

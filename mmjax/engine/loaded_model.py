@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmjax.chat import ChatRenderer
@@ -18,17 +18,22 @@ from mmjax.spec import ModelSpec
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, SamplingParams
 
+MEMORY = ("weights", "kv_cache")
+"""What `LoadedModel.sleep` frees: the tags of `wake_up`."""
+
 
 @dataclasses.dataclass
 class LoadedModel:
-    """engines: one per replica. connect: makes media connectors. generation_config: sampling defaults. eos_ids:
-    end-of-sequence tokens, the primary one first. seeds: for requests without a seed. request_ids: for all requests.
+    """engines: one per replica. reload_params: reads the parameters of each replica again. connect: makes media
+    connectors. generation_config: sampling defaults. eos_ids: end-of-sequence tokens, the primary one first. seeds: for
+    requests without a seed. request_ids: for all requests. asleep: those of MEMORY that are not on the devices.
 
     Only the thread that steps the engines may use them, the two iterators and the reset methods. Everything else may be
     used from any thread.
     """
 
     engines: list[Engine]
+    reload_params: list[Callable[[], list[Any]]]
     input_processor: InputProcessor
     chat: ChatRenderer
     connect: Connect
@@ -44,6 +49,8 @@ class LoadedModel:
     compile_s: float
     seeds: Iterator[int]
     request_ids: Iterator[str]
+    asleep: frozenset[str] = frozenset()
+    _params_on_host: list[Any] = dataclasses.field(default_factory=list)  # of each engine, while it sleeps
 
     @property
     def vocab_size(self) -> int:
@@ -95,7 +102,7 @@ class LoadedModel:
         return min(self.engines, key=lambda engine: engine.num_unfinished)
 
     def counters(self) -> dict[str, float]:
-        """Counters since start by name, summed over the engines; see `LLM.get_metrics`."""
+        """Counters since start by name, summed over the engines; see `LLM.counters`."""
         cache = self.input_processor.cache
         counters: dict[str, float] = {
             "startup_s": self.startup_s,
@@ -114,6 +121,38 @@ class LoadedModel:
         waiting = sum(len(engine.scheduler.waiting) for engine in self.engines)
         used = [1 - engine.block_pool.num_free / max(engine.block_pool.num_blocks - 1, 1) for engine in self.engines]
         return running, waiting, max(used)
+
+    def sleep(self, level: int) -> None:
+        """Free the devices' memory: the KV cache, and the weights, which level 1 copies to the host and level 2
+        discards. RequestError while requests run, and for another level."""
+        if level not in (1, 2):
+            raise RequestError(f"sleep: level must be 1 or 2, got {level!r}.", "bad_level")
+        if any(engine.has_work for engine in self.engines):
+            raise RequestError("The engine cannot sleep while requests run.", "busy")
+        if not self.asleep:
+            self._params_on_host = [engine.sleep(keep_params=level == 1) for engine in self.engines]
+            self.asleep = frozenset(MEMORY)
+
+    def wake_up(self, tags: Sequence[str] | None) -> None:
+        """Allocate what `sleep` has freed. tags: "weights", "kv_cache", or None for both. Weights that were discarded
+        are read again. No program is compiled again."""
+        unknown = [tag for tag in tags or () if tag not in MEMORY]
+        if unknown:
+            raise RequestError(f"wake_up: unknown tags {unknown}; known: {', '.join(MEMORY)}.", "bad_tags")
+        waking = self.asleep & set(MEMORY if tags is None else tags)
+        if "weights" in waking:
+            for engine, host, reload in zip(self.engines, self._params_on_host, self.reload_params, strict=True):
+                engine.runner.restore_params(reload() if host is None else host)
+            self._params_on_host = []
+        if "kv_cache" in waking:
+            for engine in self.engines:
+                engine.runner.restore_state()
+        self.asleep -= waking
+
+    def check_awake(self) -> None:
+        """RequestError while the engine sleeps."""
+        if self.asleep:
+            raise RequestError(f"The engine sleeps ({', '.join(sorted(self.asleep))}): call wake_up first.", "asleep")
 
     def reset_mm_cache(self) -> None:
         """Empty the caches of processed media and of their embeddings."""

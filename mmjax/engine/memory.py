@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Protocol
 
@@ -11,12 +12,13 @@ import numpy as np
 from mmjax.config import BLOCK_SIZES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, EngineArgs
 from mmjax.engine.buckets import BucketConfig
 from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim, kv_cache_heads, kv_heads_first, q_block_size
-from mmjax.spec import ModelSpec
+from mmjax.spec import EncoderSpec, ModelSpec
 
 # Padding up to a bucket is wasted work, which hurts most on a CPU; more buckets take longer to compile, which hurts
 # most on a GPU.
 MIN_TOKEN_BUCKET = {"cpu": 128, "gpu": 256, "tpu": 256}
-TOKEN_BUCKET_FACTOR = {"cpu": 2, "gpu": 4, "tpu": 4}
+TOKEN_BUCKET_FACTOR = {"cpu": 2, "gpu": 2, "tpu": 4}
+FINE_ENCODER_BUCKETS = {"cpu": math.inf, "gpu": 8192, "tpu": math.inf}  # above, there is a bucket between two others
 MAX_STOP_IDS = 16  # stop tokens per sequence that the device checks
 EMBED_ROWS = 256  # embeddings per write, if they need no encoder: one or two writes per image in most families
 CPU_CACHE_BYTES = 1 << 30
@@ -126,18 +128,14 @@ class _Planner:
         spec, args, block_size = self.spec, self.args, self.block_size
         q_block, seqs = q_block_size(self.platform), self.max_num_seqs
         tokens = -(-self.max_num_batched_tokens // q_block) * q_block
-        encoder_buckets = {}
-        for name, encoder in spec.encoders.items():
-            group = encoder.group_size
-            largest = num_mm_rows // encoder.embeds_per_group * group if encoder.embeds_per_group else min(seqs, 8)
-            largest = max(largest, encoder.max_item_inputs)
-            encoder_buckets[name] = bucket_sizes(max(group, min(256, largest)) if group > 1 else 1, largest, 2)
         return BucketConfig(
             token_buckets=bucket_sizes(
                 min(MIN_TOKEN_BUCKET[self.platform], tokens), tokens, TOKEN_BUCKET_FACTOR[self.platform]
             ),
-            seq_buckets=bucket_sizes(1, seqs, 4),
-            encoder_buckets=encoder_buckets,
+            seq_buckets=_seq_buckets(seqs),
+            encoder_buckets={
+                name: self._encoder_buckets(encoder, num_mm_rows) for name, encoder in spec.encoders.items()
+            },
             num_mm_rows=num_mm_rows,
             q_block_size=q_block,
             block_size=block_size,
@@ -151,6 +149,21 @@ class _Planner:
             embed_rows=min(EMBED_ROWS, num_mm_rows) if args.enable_mm_embeds or args.enable_prompt_embeds else 0,
         )
 
+    def _encoder_buckets(self, encoder: EncoderSpec, num_mm_rows: int) -> tuple[int, ...]:
+        """Inputs per program of an encoder."""
+        group = encoder.group_size
+        largest = min(self.max_num_seqs, 8)
+        if encoder.embeds_per_group:
+            largest = num_mm_rows // encoder.embeds_per_group * group
+        largest = max(largest, encoder.max_item_inputs)
+        sizes = bucket_sizes(max(group, min(256, largest)) if group > 1 else 1, largest, 2)
+        between = {
+            (low + high) // 2 // group * group
+            for low, high in itertools.pairwise(sizes)
+            if low >= FINE_ENCODER_BUCKETS[self.platform]
+        }
+        return tuple(sorted({*sizes, *between}))
+
 
 def kv_block_shape(
     spec: ModelSpec, block_size: int, dtype: str, platform: str, tp_size: int
@@ -159,6 +172,14 @@ def kv_block_shape(
     heads = kv_cache_heads(spec.num_kv_heads // tp_size, platform) * tp_size
     inner = (heads, block_size) if kv_heads_first(platform) else (block_size, heads)
     return (*inner, kv_cache_head_dim(spec.head_dim, platform)), kv_cache_dtype(dtype, platform)
+
+
+def _seq_buckets(largest: int) -> tuple[int, ...]:
+    """Numbers of sequences per decode step. Above 64 the cache's bytes count more than the weights': on an H200 a step
+    of 256 rows takes twice as long as one of 64."""
+    return (
+        bucket_sizes(1, largest, 4) if largest <= 64 else (*bucket_sizes(1, 64, 4)[:-1], *bucket_sizes(64, largest, 2))
+    )
 
 
 def bucket_sizes(smallest: int, largest: int, factor: int) -> tuple[int, ...]:

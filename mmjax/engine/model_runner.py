@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import concurrent.futures
+import dataclasses
+import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,14 +19,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.stages import Lowered
 
-from mmjax import sharding
+from mmjax import kernels, sharding
 from mmjax.batch import KVCache
 from mmjax.engine import sampler
 from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
+from mmjax.engine.program_cache import ProgramCache, export
 from mmjax.engine.programs import (
+    Align,
     Decode,
     DeviceState,
     Encode,
@@ -71,7 +78,12 @@ class ModelRunner:
         self.compiles = 0
         self.compiles_after_warmup = 0
         self.warm = False
+        self._shardings: Any = None  # of the parameters, while they are not on the device
         self._programs: dict[ProgramKey, Compiled] = {}
+        self.ready = memory.buckets
+        """`buckets` without those whose programs are still to be compiled; the largest are always there."""
+        self._compiling_behind: threading.Thread | None = None
+        self._stop_compiling = threading.Event()
         self._replicated = NamedSharding(mesh, P())
         self.functions = StepFunctions(
             graph,
@@ -79,34 +91,85 @@ class ModelRunner:
             spec,
             self.buckets,
             self._replicated,
-            # On the CPU, checking after each step costs nothing. On an accelerator the host would wait for the result,
-            # so the loop has a fixed length there (on an H100 both take the same 2.9 ms at batch 1).
-            stops_early=platform == "cpu",
+            # On the CPU, checking after each step costs nothing, and in the CUDA graph of one GPU (compiler_options.py)
+            # the device checks. Elsewhere the host would wait for the result, so the loop has a fixed length.
+            stops_early=platform == "cpu" or (platform == "gpu" and mesh.size == 1),
         )
         self.platform = platform
-        # Decode programs of their own for rows that ask for no sampling: without its branches a step has fewer kernels.
-        # Where the host waits for each step anyway, they would only be more to compile.
-        self.greedy_programs = platform == "gpu"
-        self.state = self._initial_state(memory, precision.kv_dtype, platform)
+        # Up to this many sequences have decode programs of their own if none asks for more than greedy sampling.
+        # Without the sampler's branches a step of one takes 0.05 ms less on an H200, but a step of 256 no less. Where
+        # the host waits for each step anyway, they would only be more to compile.
+        self.max_greedy_seqs = 4 if platform == "gpu" else 0
+        self._make_state = self._state_program(memory, precision.kv_dtype, platform)
+        self.state = self._make_state()
+        self._inputs = ProgramInputs(
+            self.functions, jax.tree.map(_shape, self.params), jax.tree.map(_shape, self.state), self.dtype
+        )
+        self.program_cache = self._program_cache()
 
-    def _initial_state(self, memory: EngineMemory, kv_dtype: str, platform: str) -> DeviceState:
+    def _program_cache(self) -> ProgramCache | None:
+        """Beside jax's own cache, if that is a local directory."""
+        directory = jax.config.values["jax_compilation_cache_dir"]
+        if not directory or "://" in directory:
+            return None
+        functions, device = self.functions, self.mesh.devices.flat[0]
+        arrays = jax.tree.leaves((self.params, self.state))
+        return ProgramCache(
+            Path(directory),
+            (
+                (functions.graph, functions.paths, repr((functions.spec, functions.buckets, functions.stops_early))),
+                [(x.shape, str(x.dtype), repr(x.sharding)) for x in arrays],
+                [type(value).__name__ for value in self.params],
+                (str(self.dtype), self.platform, device.device_kind, self.mesh.size, kernels.multiplies_bfloat16()),
+            ),
+        )
+
+    def _state_program(self, memory: EngineMemory, kv_dtype: str, platform: str) -> Callable[[], DeviceState]:
+        """The compiled program that allocates the state. It is kept: waking up compiles nothing."""
         spec, buckets = self.spec, self.buckets
         block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
         cache_shape = (spec.num_layers * memory.num_blocks, *block)
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
         rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
-        def zeros(shape: tuple[int, ...], dtype: DTypeLike, placement: NamedSharding = self._replicated) -> Array:
-            return jnp.zeros(shape, dtype, device=placement)
+        def zeros() -> DeviceState:
+            return DeviceState(
+                kv_cache=KVCache(jnp.zeros(cache_shape, dtype), jnp.zeros(cache_shape, dtype)),
+                mm_embeds=jnp.zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
+                last_token=jnp.zeros((rows,), jnp.int32),
+                stopped=jnp.zeros((rows,), jnp.bool_),
+                token_counts=jnp.zeros((rows, vocab), jnp.int32),
+                logit_bias=jnp.zeros((rows, vocab), jnp.float32),
+            )
 
-        return DeviceState(
-            kv_cache=KVCache(zeros(cache_shape, dtype, cache_sharding), zeros(cache_shape, dtype, cache_sharding)),
-            mm_embeds=zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
-            last_token=zeros((rows,), jnp.int32),
-            stopped=zeros((rows,), jnp.bool_),
-            token_counts=zeros((rows, vocab), jnp.int32),
-            logit_bias=zeros((rows, vocab), jnp.float32),
-        )
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        shapes = jax.eval_shape(zeros)
+        in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
+        placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
+        compiled: Callable[[], DeviceState] = jax.jit(zeros, out_shardings=placements).lower().compile()
+        return compiled
+
+    # -- sleeping ----------------------------------------------------------------------------------------------------
+
+    def take_params(self, *, keep: bool) -> list[Any] | None:
+        """Free the parameters on the device. Returns copies of them on the host if they are to be kept."""
+        host = jax.device_get(self.params) if keep else None
+        self._shardings = jax.tree.map(lambda array: array.sharding, self.params)
+        _delete(self.params)
+        self.params = []
+        return host
+
+    def restore_params(self, host: list[Any]) -> None:
+        """Put the parameters that `take_params` returned, or the same ones read again, back on the device. The compiled
+        programs take them as before."""
+        self.params = jax.device_put(host, self._shardings)
+
+    def drop_state(self) -> None:
+        """Free the state on the device: the KV cache and all else. No sequence may be running."""
+        _delete(self.state)
+
+    def restore_state(self) -> None:
+        """Allocate the state anew, as it was at the start."""
+        self.state = self._make_state()
 
     # -- compiling ---------------------------------------------------------------------------------------------------
 
@@ -121,19 +184,28 @@ class ModelRunner:
         return self._programs[key]
 
     def _compile(self, key: ProgramKey) -> Compiled:
-        program = key.program(ProgramInputs(self.functions, self.params, self.state, self.dtype))
         # float32 is chosen for exact results, so no TF32
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
-            jitted = jax.jit(program.fn, donate_argnums=program.donate, out_shardings=program.outs)
-            lowered = jitted.lower(*program.args)
+            lowered = self._lower(key)
         options = compiler_options(
             self.platform,
             decode=isinstance(key, Decode),
-            int8=any(isinstance(value, QuantizedArray) for value in self.params),
+            int8=any(isinstance(value, QuantizedArray) for value in self._inputs.params),
             num_devices=self.mesh.size,
         )
         return lowered.compile(compiler_options=dict(options))
+
+    def _lower(self, key: ProgramKey) -> Lowered:
+        program = key.program(self._inputs)
+        jit = functools.partial(jax.jit, donate_argnums=program.donate, out_shardings=program.outs)
+        cache = self.program_cache
+        traced = cache and cache.read(key)
+        if cache and not traced:
+            traced = export(jit(program.fn), program.args)
+            if traced:
+                cache.write(key, traced)
+        return jit(traced.call if traced else program.fn).lower(*program.args)
 
     def program_keys(self) -> list[ProgramKey]:
         """The keys of all programs, the slowest to compile first."""
@@ -146,27 +218,94 @@ class ModelRunner:
         if self.spec.pooling:
             return [*prefills, *encodes, *writes]
         loops = sorted({self._loop_steps(1), self._loop_steps(buckets.num_decode_steps)})
-        modes = (False, True) if self.greedy_programs else (False,)
         decodes = [
-            Decode(seqs, steps, greedy) for seqs in reversed(buckets.seq_buckets) for steps in loops for greedy in modes
+            Decode(seqs, steps, greedy)
+            for seqs in reversed(buckets.seq_buckets)
+            for steps in loops
+            for greedy in ((False, True) if seqs <= self.max_greedy_seqs else (False,))
         ]
         biases = [SetLogitBiases(rows) for rows in buckets.seq_buckets]
         logprobs = [PromptLogprobs(tokens) for tokens in buckets.token_buckets]
-        return [*prefills, *decodes, *encodes, *writes, *biases, *logprobs, SetSamplingRow()]
+        aligns = [Align(name) for name in self.spec.encoders] if self.spec.num_alignment_heads else []
+        return [*prefills, *decodes, *encodes, *aligns, *writes, *biases, *logprobs, SetSamplingRow()]
 
     def _loop_steps(self, max_steps: int) -> int:
         """The length of the decode loop for at most this many steps."""
         return 1 if max_steps == 1 and not self.functions.stops_early else self.buckets.num_decode_steps
 
-    def warm_up(self, progress: ProgressBar) -> float:
-        """Compile all programs. Returns the seconds it took."""
+    def warm_up(self, progress: ProgressBar, *, behind: bool = False) -> float:
+        """Compile all programs. Returns the seconds it took.
+
+        behind: only those of the largest buckets, which can serve any request; the others follow on a thread, and are
+        used as soon as they are there.
+        """
         start = time.perf_counter()
-        keys = self.program_keys()
+        keys = [key for key in self.program_keys() if not behind or self._is_largest(key)]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:  # XLA compiles without holding the GIL
             for _ in progress(pool.map(self.program, keys), len(keys)):
                 pass
-        self.warm = True
+        self._update_ready()
+        if behind:
+            self._compiling_behind = threading.Thread(target=self._compile_behind, name="compile", daemon=True)
+            self._compiling_behind.start()
+            atexit.register(self.stop_compiling, wait=True)  # XLA does not survive the end of the process
+        else:
+            self.warm = True
         return time.perf_counter() - start
+
+    def _compile_behind(self) -> None:
+        """Compile what `warm_up` has left, small programs first."""
+        start = time.perf_counter()
+        keys = [key for key in reversed(self.program_keys()) if key not in self._programs]
+
+        def compile_one(key: ProgramKey) -> None:
+            if not self._stop_compiling.is_set():
+                self.program(key)
+                self._update_ready()
+
+        try:
+            # on the CPU, requests need the other cores
+            with concurrent.futures.ThreadPoolExecutor(max_workers=1 if self.platform == "cpu" else 4) as pool:
+                list(pool.map(compile_one, keys))
+        except Exception:
+            logger.exception("a program cannot be compiled; larger ones serve its requests")
+        if not self._stop_compiling.is_set():
+            self.warm = True
+            logger.info("compiled the other %d programs in %.1f s", len(keys), time.perf_counter() - start)
+
+    def stop_compiling(self, *, wait: bool = False) -> None:
+        """Compile no further program behind requests. wait: until the one that is being compiled is done."""
+        self._stop_compiling.set()
+        if wait and self._compiling_behind is not None:
+            self._compiling_behind.join()
+
+    def _is_largest(self, key: ProgramKey) -> bool:
+        buckets = self.buckets
+        match key:
+            case Prefill(tokens) | PromptLogprobs(tokens):
+                return tokens == buckets.token_buckets[-1]
+            case Decode(seqs) | SetLogitBiases(seqs):
+                return seqs == buckets.seq_buckets[-1]
+            case Encode(name, num_inputs):
+                return num_inputs == buckets.encoder_buckets[name][-1]
+        return True
+
+    def _update_ready(self) -> None:
+        """Offer the buckets all of whose programs are compiled."""
+        missing = [key for key in self.program_keys() if key not in self._programs]
+        tokens = {key.tokens for key in missing if isinstance(key, Prefill | PromptLogprobs)}
+        seqs = {key.seqs for key in missing if isinstance(key, Decode)}
+        seqs |= {key.rows for key in missing if isinstance(key, SetLogitBiases)}
+        inputs = {(key.encoder, key.num_inputs) for key in missing if isinstance(key, Encode)}
+        self.ready = dataclasses.replace(
+            self.buckets,
+            token_buckets=tuple(size for size in self.buckets.token_buckets if size not in tokens),
+            seq_buckets=tuple(size for size in self.buckets.seq_buckets if size not in seqs),
+            encoder_buckets={
+                name: tuple(size for size in sizes if (name, size) not in inputs)
+                for name, sizes in self.buckets.encoder_buckets.items()
+            },
+        )
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -177,7 +316,7 @@ class ModelRunner:
 
     def decode(self, seqs: int, vector: np.ndarray, max_steps: int) -> StepOutput:
         """Dispatch at most `max_steps` decode steps: sampled [>= max_steps, S], -1 where a row had stopped."""
-        greedy = self.greedy_programs and all_plain_greedy(self.buckets.decode_layout(seqs).views(vector))
+        greedy = seqs <= self.max_greedy_seqs and all_plain_greedy(self.buckets.decode_layout(seqs).views(vector))
         program = self.program(Decode(seqs, self._loop_steps(max_steps), greedy))
         self.state, output = program(self.params, self.state, vector)
         return output
@@ -185,6 +324,13 @@ class ModelRunner:
     def encode(self, name: str, num_inputs: int, features: Mapping[str, np.ndarray], dest: np.ndarray) -> None:
         """Dispatch an encoding of media by the named encoder."""
         self.state = self.program(Encode(name, num_inputs))(self.params, self.state, dict(features), dest)
+
+    def align(self, name: str, features: Mapping[str, np.ndarray], token_ids: np.ndarray) -> Array:
+        """Dispatch the alignment scores f32[A, T, U] of one transcript; T is the model's length."""
+        padded = np.zeros(self.spec.max_positions, np.int32)
+        padded[: len(token_ids)] = token_ids
+        scores: Array = self.program(Align(name))(self.params, dict(features), padded)
+        return scores
 
     def write_embeds(self, embeds: np.ndarray, dest: np.ndarray) -> None:
         """Dispatch a write of embeddings f32[N, W] that need no encoder."""
@@ -206,3 +352,12 @@ class ModelRunner:
     def set_logit_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
         """Write the logit biases f32[S, V] of rows i32[S], where S is a bucket."""
         self.state = self.program(SetLogitBiases(len(rows)))(self.state, rows, biases)
+
+
+def _shape(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _delete(tree: Any) -> None:
+    for array in jax.tree.leaves(tree):
+        array.delete()

@@ -19,7 +19,7 @@ from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.sampling_state import SAMPLING_FIELDS
 from mmjax.models.base import CrossModel, Model
 from mmjax.nn.weight import WeightValue
-from mmjax.spec import ModelSpec
+from mmjax.spec import EncoderSpec, ModelSpec
 
 Array = jax.Array
 Params = list[WeightValue]
@@ -235,6 +235,13 @@ class StepFunctions:
         mm_embeds = state.mm_embeds.at[dest].set(encoded.astype(state.mm_embeds.dtype), mode="drop")
         return dataclasses.replace(state, mm_embeds=mm_embeds)
 
+    def align(self, params: Params, features: Mapping[str, Array], token_ids: Array, *, name: str) -> Array:
+        """f32[A, T, U]: the alignment heads' scores of each token of a transcript for each encoder step."""
+        model = cast(CrossModel, self._model(params))
+        with jax.named_scope(name):
+            encoded = model.encode(name, features)
+        return model.alignment_scores(encoded, token_ids)
+
     def write_embeds(self, state: DeviceState, rows: Array, dest: Array) -> DeviceState:
         """Write embeddings that need no encoder to the rows `dest` of mm_embeds."""
         return dataclasses.replace(
@@ -337,12 +344,7 @@ class Encode:
         functions = inputs.functions
         encoder = functions.spec.encoders[self.encoder]
         buckets = functions.buckets
-        features = {
-            field.name: inputs.array(
-                (buckets.field_len(field, encoder, self.num_inputs), *field.shape), jnp.dtype(field.dtype)
-            )
-            for field in encoder.fields
-        }
+        features = _features(inputs, encoder, self.num_inputs)
         dest = inputs.array((self.num_inputs * encoder.keys_per_input or buckets.num_embeds(encoder, self.num_inputs),))
         return Program(
             functools.partial(functions.encode, name=self.encoder),
@@ -350,6 +352,28 @@ class Encode:
             inputs.state_sharding,
             donate=(1,),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Align:
+    """Alignment scores of one transcript, padded to the model's length, for one input of the named encoder."""
+
+    encoder: str
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        functions = inputs.functions
+        features = _features(inputs, functions.spec.encoders[self.encoder], 1)
+        args = (inputs.params, features, inputs.array((functions.spec.max_positions,)))
+        return Program(functools.partial(functions.align, name=self.encoder), args, functions.replicated)
+
+
+def _features(inputs: ProgramInputs, encoder: EncoderSpec, num_inputs: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The input arrays of an encoder."""
+    buckets = inputs.functions.buckets
+    return {
+        field.name: inputs.array((buckets.field_len(field, encoder, num_inputs), *field.shape), jnp.dtype(field.dtype))
+        for field in encoder.fields
+    }
 
 
 @dataclasses.dataclass(frozen=True)

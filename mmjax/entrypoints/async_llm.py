@@ -8,18 +8,30 @@ import functools
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
 
 from mmjax.chat import ChatOptions
+from mmjax.config import EngineArgs
 from mmjax.engine.loaded_model import LoadedModel
 from mmjax.engine.logits.structured_output import CompiledGrammar
 from mmjax.engine.output_processor import OutputProcessor
-from mmjax.entrypoints.llm import LLM
+from mmjax.entrypoints.llm import LLM, check_adapters
+from mmjax.entrypoints.request_stream import RequestStream
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.outputs.completion import Delta
-from mmjax.outputs.request import EngineRequest, GenerateRequest, PoolingRequest
-from mmjax.types import PoolingParams, PoolingRequestOutput, RequestOutput, SamplingParams
+from mmjax.outputs.request import GenerateRequest, PoolingRequest
+from mmjax.outputs.streamed import StreamedOutputs
+from mmjax.types import (
+    PoolingParams,
+    PoolingRequestOutput,
+    RequestError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,80 +40,6 @@ Output = TypeVar("Output", covariant=True)
 
 class EngineDeadError(RuntimeError):
     """The engine's thread has ended, because of an error or because it was closed. No request can be served."""
-
-
-class RequestStream(Generic[Output]):
-    """The caller's side of a request. The engine's thread runs the request; its deltas arrive on the caller's event
-    loop.
-
-    output: None until the request has finished. closed: the caller has dropped the stream, or the request has failed.
-    """
-
-    def __init__(self, start: Callable[[], EngineRequest[Output]], *, streaming: bool) -> None:
-        self.streaming = streaming
-        self.output: Output | None = None
-        self.closed = False
-        self._start = start
-        self._request: EngineRequest[Output] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue()  # None: the request has finished
-
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """The deltas of a streaming request, until it finishes. Raises the error if it fails."""
-        while (item := await self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def fail(self, error: BaseException) -> None:
-        """Raise an error on the caller's side. May be called from any thread."""
-        self._put(error)
-
-    # -- on the engine's thread --------------------------------------------------------------------------------------
-
-    @property
-    def states(self) -> Sequence[OutputProcessor]:
-        """The output processors of the request; none before it has started."""
-        return () if self._request is None else self._request.states
-
-    def start(self) -> None:
-        """Start the request, unless its caller has dropped it."""
-        if self.closed:
-            return
-        try:
-            self._request = self._start()
-        except Exception as error:  # of this request only; the others continue
-            self.closed = True
-            self.fail(error)
-
-    def record_times(self, state: OutputProcessor) -> None:
-        """Record that one of the outputs has changed now."""
-        if self._request is not None:
-            self._request.record_times(state)
-
-    def publish(self) -> bool:
-        """Send new deltas to the caller. Returns whether the request has finished. Raises its error if it failed."""
-        assert self._request is not None
-        self._request.check()
-        if self.streaming:
-            for delta in self._request.new_deltas():
-                self._put(delta)
-        if not self._request.finished:
-            return False
-        self.output = self._request.output()
-        self._put(None)
-        return True
-
-    def abort(self) -> None:
-        """Abort the request, if it has started."""
-        if self._request is not None:
-            self._request.abort()
-
-    def _put(self, item: Delta | BaseException | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:  # the caller's loop is closed
-            self.closed = True
 
 
 class AsyncLLM:
@@ -147,7 +85,7 @@ class AsyncLLM:
         """Process a prompt whose media are URLs (http, https, data, file), and whose embeddings are base64 tensors."""
         return await self.prepare(await self.model.fetch(prompt), tokenization_kwargs)
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The token ids of a text. add_special_tokens: whether the tokenizer adds its special tokens around it."""
         return await self._on_worker(functools.partial(self.model.encode, text, add_special_tokens=add_special_tokens))
 
@@ -175,15 +113,131 @@ class AsyncLLM:
         """ValidationError when the prompt leaves too little room for max_tokens."""
         self.model.params_checker.check_max_tokens(len(engine_input.token_ids), params)
 
-    # -- requests ----------------------------------------------------------------------------------------------------
+    # -- requests, as vLLM's AsyncLLM takes them ---------------------------------------------------------------------
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, **_: Any) -> AsyncLLM:
+        """Load a model and serve it. The other arguments of vLLM's method have no effect."""
+        return cls(LLM.from_engine_args(engine_args))
 
     async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        *,
+        lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one prompt, step by step, in the form that `output_kind` of the parameters says; the last one
+        is finished. Closing this early aborts the request. The other arguments of vLLM's method have no effect.
+
+        prompt: as `LLM.generate` takes it, or from `prepare`. Raises as `LLM.generate` does, and RequestError if
+        a request with this id runs.
+        """
+        check_adapters(1, lora_request)
+        params = self.llm.get_default_sampling_params() if sampling_params is None else sampling_params
+        engine_input = prompt if isinstance(prompt, EngineInput) else await self.prepare(prompt, tokenization_kwargs)
+        grammar = await self.compile_grammar(params)
+        streaming = params.output_kind is not RequestOutputKind.FINAL_ONLY
+        stream = self.submit(engine_input, params, grammar, streaming=streaming, request_id=request_id)
+        outputs = StreamedOutputs(request_id, engine_input, params)
+        try:
+            async for delta in stream.deltas():
+                if (output := outputs.add(delta)) is not None:
+                    yield output
+        finally:
+            self.drop(stream)
+        assert stream.output is not None
+        self.llm.metrics.record(stream.output)
+        yield outputs.last(stream.output)
+
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams | None,
+        request_id: str,
+        lora_request: Any = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> AsyncGenerator[PoolingRequestOutput, None]:
+        """The vector of one prompt, as the only item. The other arguments of vLLM's method have no effect."""
+        check_adapters(1, lora_request)
+        engine_input = prompt if isinstance(prompt, EngineInput) else await self.prepare(prompt, tokenization_kwargs)
+        params = PoolingParams() if pooling_params is None else pooling_params
+        output = await self.embed(engine_input, params, task=params.task, request_id=request_id)
+        output.request_id = request_id
+        self.llm.metrics.record(output)
+        yield output
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by their ids: their last output has the finish reason "abort". Unknown ids are ignored."""
+        ids = {request_id} if isinstance(request_id, str) else set(request_id)
+        await self.between_steps(lambda: self._finish_now([s for s in list(self._streams) if s.request_id in ids]))
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """`LLM.sleep`. mode: "abort" ends running requests, "wait" waits for their end."""
+        if mode not in ("abort", "wait"):
+            raise RequestError(f"sleep: mode must be 'abort' or 'wait', got {mode!r}.", "bad_mode")
+        while mode == "wait" and self.open:
+            await asyncio.sleep(0.01)
+
+        def sleep() -> None:
+            self._finish_now(list(self._streams))
+            for engine in self.model.engines:
+                while engine.has_work:  # the dispatches in flight
+                    engine.step()
+            self.model.sleep(level)
+
+        await self.between_steps(sleep)
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """`LLM.wake_up`."""
+        await self.between_steps(lambda: self.model.wake_up(tags))
+
+    async def is_sleeping(self) -> bool:
+        """Whether the engine sleeps, at least in part."""
+        return bool(self.model.asleep)
+
+    async def reset_mm_cache(self) -> None:
+        """`LLM.reset_mm_cache`."""
+        await self.between_steps(self.model.reset_mm_cache)
+
+    async def reset_prefix_cache(self, *_: Any, **__: Any) -> bool:
+        """`LLM.reset_prefix_cache`."""
+        return await self.between_steps(self.model.reset_prefix_cache)
+
+    async def start_profile(self, profile_prefix: str | None = None) -> None:
+        """`LLM.start_profile`."""
+        self.llm.start_profile(profile_prefix)
+
+    async def stop_profile(self) -> None:
+        """`LLM.stop_profile`."""
+        self.llm.stop_profile()
+
+    async def check_health(self) -> None:
+        """EngineDeadError if the engine's thread has ended."""
+        self.check()
+
+    def get_tokenizer(self) -> Any:
+        """`LLM.get_tokenizer`."""
+        return self.llm.get_tokenizer()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """`close`. timeout has no effect."""
+        self.close()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    async def complete(
         self, engine_input: EngineInput, params: SamplingParams, grammar: CompiledGrammar | None = None
     ) -> RequestOutput:
-        """Generate the output of one prompt. If this is cancelled or fails, the request's blocks are freed at once."""
+        """Generate the output of one processed prompt. If this is cancelled or fails, the request's blocks are freed at
+        once."""
         return await self._finish(self.submit(engine_input, params, grammar, streaming=False))
 
-    async def generate_all(
+    async def complete_all(
         self, requests: Sequence[tuple[EngineInput, SamplingParams]], grammar: CompiledGrammar | None = None
     ) -> list[RequestOutput]:
         """Generate the outputs of several prompts together, in their order. If one fails, the others are dropped."""
@@ -196,12 +250,16 @@ class AsyncLLM:
             for stream in streams:
                 self.drop(stream)
 
-    async def embed(self, engine_input: EngineInput, params: PoolingParams) -> PoolingRequestOutput:
+    async def embed(
+        self, engine_input: EngineInput, params: PoolingParams, *, task: str | None = "embed", request_id: str = ""
+    ) -> PoolingRequestOutput:
         """The embedding of one prompt. RequestError unless the model was loaded to pool."""
         self.check()
         self.model.params_checker.check_pooling("embed")
-        [checked] = self.model.params_checker.pooling_params(params, 1, "embed")
-        stream = RequestStream(lambda: PoolingRequest(self.model, engine_input, checked), streaming=False)
+        [checked] = self.model.params_checker.pooling_params(params, 1, task)
+        stream = RequestStream(
+            lambda: PoolingRequest(self.model, engine_input, checked), streaming=False, request_id=request_id
+        )
         self._submit(stream)
         return await self._finish(stream)
 
@@ -212,15 +270,22 @@ class AsyncLLM:
         grammar: CompiledGrammar | None = None,
         *,
         streaming: bool,
+        request_id: str = "",
     ) -> RequestStream[RequestOutput]:
         """Queue a request. The caller must `drop` the stream in the end.
 
-        grammar: from `compile_grammar`; without it, the engine's thread compiles it. EngineDeadError if that thread has
-        ended, RequestError for parameters that this model cannot serve.
+        request_id: for `abort`. grammar: from `compile_grammar`; without it, the engine's thread compiles it.
+        EngineDeadError if that thread has ended, RequestError for parameters that this model cannot serve.
         """
         self.check()
         self.model.params_checker.check_sampling(params)
-        stream = RequestStream(lambda: GenerateRequest(self.model, engine_input, params, grammar), streaming=streaming)
+        if request_id and any(stream.request_id == request_id for stream in list(self._streams)):
+            raise RequestError(f"A request with the id {request_id!r} is already running.", "id_in_use")
+        stream = RequestStream(
+            lambda: GenerateRequest(self.model, engine_input, params, grammar),
+            streaming=streaming,
+            request_id=request_id,
+        )
         self._submit(stream)
         return stream
 
@@ -258,6 +323,16 @@ class AsyncLLM:
     async def _on_worker(self, work: Callable[..., T], *args: Any) -> T:
         """Call a slow function on one of the LLM's worker threads."""
         return await asyncio.get_running_loop().run_in_executor(self.llm.workers, work, *args)
+
+    async def alignment_scores(self, engine_input: EngineInput, token_ids: Sequence[int]) -> np.ndarray:
+        """f32[A, T, U]: for each alignment head, token of a transcript and step of the encoder, the score of its cross
+        attention before the softmax. engine_input: with the recording, as its only item."""
+        [entry] = engine_input.items
+        engine = min(self.model.engines, key=lambda each: each.num_unfinished)
+        tokens = np.asarray(token_ids, np.int32)
+        scores = await self.between_steps(lambda: engine.align(entry.modality, entry.item, tokens))
+        found = await asyncio.wrap_future(scores)
+        return await self._on_worker(lambda: np.asarray(found)[:, : len(tokens)])
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
@@ -298,6 +373,8 @@ class AsyncLLM:
         if not self._closed:
             self._closed = True
             self._inbox.put(None)
+            for engine in self.model.engines:
+                engine.runner.stop_compiling()
         self._thread.join()
 
     def _dead_error(self) -> EngineDeadError:
@@ -342,6 +419,13 @@ class AsyncLLM:
         stream.abort()
         self._forget(stream)
 
+    def _finish_now(self, streams: Sequence[RequestStream[object]]) -> None:
+        """Abort requests, and give their callers what there is of their outputs."""
+        for stream in streams:
+            if stream.output is None and not stream.closed:
+                stream.abort()
+                self._publish_one(stream)
+
     def _forget(self, stream: RequestStream[object]) -> None:
         for state in stream.states:
             self._stream_of.pop(state.seq.seq_id, None)
@@ -355,11 +439,14 @@ class AsyncLLM:
                 stream.record_times(state)
                 streams[stream] = None
         for stream in streams:
-            try:
-                ended = stream.publish()
-            except Exception as error:  # of this request only; the others continue
-                stream.closed = ended = True
-                stream.fail(error)
-                stream.abort()
-            if ended:
-                self._forget(stream)
+            self._publish_one(stream)
+
+    def _publish_one(self, stream: RequestStream[object]) -> None:
+        try:
+            ended = stream.publish()
+        except Exception as error:  # of this request only; the others continue
+            stream.closed = ended = True
+            stream.fail(error)
+            stream.abort()
+        if ended:
+            self._forget(stream)

@@ -7,13 +7,17 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import numpy as np
 
 from mmjax.chat import ChatOptions, RenderedChat, load_template, split
-from mmjax.config import EngineArgs
+from mmjax.config import EngineArgs, env
 from mmjax.engine.loaded_model import LoadedModel
 from mmjax.entrypoints.batch_job import BatchJob, Prepare, Start, UseTqdm
 from mmjax.entrypoints.load_model import load_model
+from mmjax.entrypoints.metrics import EngineMetrics
 from mmjax.inputs import parse
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.inputs.params import check_count
@@ -26,10 +30,26 @@ from mmjax.types import (
     RequestError,
     RequestOutput,
     SamplingParams,
+    ScoringOutput,
+    ScoringRequestOutput,
 )
+from mmjax.types.metrics import Metric
+
+if TYPE_CHECKING:
+    from mmjax.entrypoints.llm_engine import LLMEngine
 
 logger = logging.getLogger(__name__)
-Output = TypeVar("Output")
+Output = TypeVar("Output", RequestOutput, PoolingRequestOutput)
+
+
+def _unsupported(method: str, advice: str) -> Callable[..., NoReturn]:
+    """A method of vLLM's `LLM` that mmjax does not have."""
+
+    def refuse(self: LLM, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RequestError(f"LLM.{method}() is not supported: {advice}.", "unsupported")
+
+    refuse.__doc__ = f"Not supported: {advice}."
+    return refuse
 
 
 class LLM:
@@ -41,9 +61,27 @@ class LLM:
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
-        self.args = EngineArgs(str(model), **kwargs)
-        self.model: LoadedModel = load_model(self.args)
+        self._start(EngineArgs.of(str(model), **kwargs), compile_behind=False)
+
+    @classmethod
+    def for_server(cls, model: str, **kwargs: Any) -> LLM:
+        """As the constructor, but ready sooner: with the programs that any request can use. Faster ones for small
+        requests are compiled meanwhile, so the same prompt may be rounded otherwise in the first minute."""
+        llm = cls.__new__(cls)
+        llm._start(EngineArgs.of(str(model), **kwargs), compile_behind=True)
+        return llm
+
+    def _start(self, args: EngineArgs, *, compile_behind: bool) -> None:
+        self.args = args
+        self.model: LoadedModel = load_model(args, compile_behind=compile_behind)
         self.workers = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="inputs")
+        self.metrics = EngineMetrics(self.model, self.args.model)
+        self._queued: list[Prepare[RequestOutput]] = []  # by `enqueue`
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLM:
+        """The LLM with these arguments."""
+        return cls(**vars(engine_args))
 
     # -- generation --------------------------------------------------------------------------------------------------
 
@@ -65,12 +103,30 @@ class LLM:
         prompt. priority: per prompt, lower first. Raises TypeError for an object that is not a prompt, ValueError for a
         prompt that cannot be processed; the engine stays usable.
         """
-        batch = parse.split_prompts(prompts)
-        params = self._sampling_params(sampling_params, len(batch))
-        _check_adapters(len(batch), lora_request)
-        _check_priority(len(batch), priority)
-        processes = self._parse(batch, tokenization_kwargs)
-        return self._run(list(map(self._prepare_generate, processes, params)), use_tqdm, priority)
+        prepares = self._generate_prepares(prompts, sampling_params, lora_request, tokenization_kwargs)
+        _check_priority(len(prepares), priority)
+        return self._run(prepares, use_tqdm, priority)
+
+    def enqueue(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        use_tqdm: UseTqdm = True,
+        tokenization_kwargs: dict[str, Any] | None = None,
+    ) -> list[str]:
+        """Queue prompts as `generate` takes them, for `wait_for_completion`. Returns their numbers in the queue."""
+        prepares = self._generate_prepares(prompts, sampling_params, lora_request, tokenization_kwargs)
+        _check_priority(len(prepares), priority)
+        first = len(self._queued)
+        self._queued += prepares
+        return [str(first + i) for i in range(len(prepares))]
+
+    def wait_for_completion(self, output_type: Any = None, *, use_tqdm: UseTqdm = True) -> list[RequestOutput]:
+        """Run the prompts that `enqueue` has queued. Returns their outputs in the order of the queue."""
+        prepares, self._queued = self._queued, []
+        return self._run(prepares, use_tqdm)
 
     def chat(
         self,
@@ -110,7 +166,7 @@ class LLM:
         )
         conversations = split(messages)
         params = self._sampling_params(sampling_params, len(conversations))
-        _check_adapters(len(conversations), lora_request)
+        check_adapters(len(conversations), lora_request)
         rendered = [self.model.chat.render(conversation, options) for conversation in conversations]
 
         def process(chat: RenderedChat) -> EngineInput:
@@ -165,10 +221,54 @@ class LLM:
         self.model.params_checker.check_pooling("encode")
         batch = parse.split_prompts(prompts)
         params = self.model.params_checker.pooling_params(pooling_params, len(batch), pooling_task)
-        _check_adapters(len(batch), lora_request)
+        check_adapters(len(batch), lora_request)
         _check_priority(len(batch), priority)
         processes = self._parse(batch, tokenization_kwargs)
         return self._run(list(map(self._prepare_pooling, processes, params)), use_tqdm, priority)
+
+    def score(
+        self,
+        data_1: Any,
+        data_2: Any,
+        /,
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | None = None,
+        lora_request: Any = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How alike prompts are: the cosine of the vectors of `embed`, for each pair of the two lists. One prompt in
+        data_1 is compared with every prompt of data_2. Raises as `embed` does.
+        """
+        self.model.params_checker.check_pooling("score")
+        if chat_template is not None:
+            raise RequestError("chat_template is only supported for cross-encoder models.", "no_cross_encoder")
+        first, second = parse.split_prompts(data_1), parse.split_prompts(data_2)
+        if len(first) not in (1, len(second)) or not second:
+            raise RequestError(
+                f"score compares 1 prompt with N, or N with N, got {len(first)} and {len(second)}.", "length_mismatch"
+            )
+        vectors = self.encode(
+            [*first, *second],
+            pooling_params,
+            use_tqdm=use_tqdm,
+            lora_request=lora_request,
+            pooling_task="embed",
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        ones, others = vectors[: len(first)], vectors[len(first) :]
+        tokenizer = self.model.tokenizer
+        between = [] if tokenizer is None or tokenizer.pad_id is None else [tokenizer.pad_id]
+        return [
+            ScoringRequestOutput(
+                request_id=f"{one.request_id}_{other.request_id}",
+                outputs=ScoringOutput(_cosine(one.outputs.data, other.outputs.data)),
+                prompt_token_ids=[*one.prompt_token_ids, *between, *other.prompt_token_ids],
+                num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
+            )
+            for one, other in zip(ones * len(others) if len(ones) == 1 else ones, others, strict=True)
+        ]
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -179,6 +279,16 @@ class LLM:
         input_processor = self.model.input_processor
         parsed = [input_processor.parse(prompt) for prompt in prompts]
         return [functools.partial(input_processor.process, prompt, tokenization_kwargs) for prompt in parsed]
+
+    def _generate_prepares(
+        self, prompts: Any, sampling_params: Any, lora_request: Any, tokenization_kwargs: dict[str, Any] | None
+    ) -> list[Prepare[RequestOutput]]:
+        """Check the arguments of `generate`. Returns a function per prompt that processes it."""
+        batch = parse.split_prompts(prompts)
+        params = self._sampling_params(sampling_params, len(batch))
+        check_adapters(len(batch), lora_request)
+        processes = self._parse(batch, tokenization_kwargs)
+        return list(map(self._prepare_generate, processes, params))
 
     def _prepare_generate(self, process: Callable[[], EngineInput], params: SamplingParams) -> Prepare[RequestOutput]:
         def prepare() -> Start[RequestOutput]:
@@ -200,14 +310,17 @@ class LLM:
         self, prepares: Sequence[Prepare[Output]], use_tqdm: UseTqdm, priority: Sequence[int] | None = None
     ) -> list[Output]:
         """Run prompts to completion. Returns the outputs in the order of the prompts."""
+        self.model.check_awake()
         count = len(prepares)
         order = sorted(range(count), key=lambda i: priority[i]) if priority is not None else range(count)
         with BatchJob[Output](self.model.engines, self.workers, use_tqdm, count) as job:
             for i in order:
                 job.submit(i, prepares[i])
             outputs = job.run()
+        for output in outputs.values():
+            self.metrics.record(output)
         if not self.args.disable_log_stats:
-            logger.info("after %d prompts: %s", count, self.get_metrics())
+            logger.info("after %d prompts: %s", count, self.counters())
         return [outputs[i] for i in range(count)]
 
     def _sampling_params(self, given: Any, count: int) -> list[SamplingParams]:
@@ -227,7 +340,15 @@ class LLM:
         """The parameters that `generate` uses if none are given, from the model's generation_config.json."""
         return self.model.default_sampling_params()
 
-    def get_metrics(self) -> dict[str, float]:
+    def get_world_size(self, include_dp: bool = True) -> int:
+        """The number of devices; without include_dp, those of one copy of the model."""
+        return self.args.tensor_parallel_size * (self.args.data_parallel_size if include_dp else 1)
+
+    def get_metrics(self) -> list[Metric]:
+        """The metrics of the server's `/metrics` route, as objects: see `mmjax.types.metrics`."""
+        return self.metrics.snapshot()
+
+    def counters(self) -> dict[str, float]:
         """Counters since start, by name: engine work, times in seconds, compilations, cache queries and hits."""
         return self.model.counters()
 
@@ -235,12 +356,73 @@ class LLM:
         """Empty the caches of processed media and of their embeddings."""
         self.model.reset_mm_cache()
 
-    def reset_prefix_cache(self) -> bool:
-        """Empty the prefix cache. Returns False, and does nothing, while requests run."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Empty the prefix cache. Returns False, and does nothing, while requests run. The arguments have no effect: no
+        request runs between calls, and there is no connector."""
         return self.model.reset_prefix_cache()
 
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Free the devices' memory until `wake_up`: the KV cache, and the weights, which level 1 copies to the host and
+        level 2 discards. mode: has no effect, as no request runs between calls."""
+        self.model.sleep(level)
 
-def _check_adapters(count: int, lora_request: Any) -> None:
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Allocate what `sleep` has freed. tags: "weights", "kv_cache", or None for both. Weights that were discarded
+        are read from the checkpoint again. Nothing is compiled again."""
+        self.model.wake_up(tags)
+
+    # -- the engine --------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def llm_engine(self) -> LLMEngine:
+        """The same LLM as `LLMEngine`, of which scripts for vLLM read attributes."""
+        from mmjax.entrypoints.llm_engine import LLMEngine
+
+        return LLMEngine(self)
+
+    @property
+    def model_config(self) -> Any:
+        """What scripts for vLLM read of the model: `model`, `max_model_len`, `dtype`, `seed`."""
+        return self.llm_engine.model_config
+
+    # -- profiling ---------------------------------------------------------------------------------------------------
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Start a profile of the device and the host, to be read with XProf or Perfetto. It is written to the directory
+        `torch_profiler_dir` of profiler_config, else to that of MMJAX_TORCH_PROFILER_DIR; profile_prefix: a folder in
+        it. RuntimeError while a profile runs."""
+        import jax
+
+        config = self.args.profiler_config or {}
+        directory = Path(config.get("torch_profiler_dir") or env("TORCH_PROFILER_DIR", "mmjax-profile")).expanduser()
+        jax.profiler.start_trace(str(directory / (profile_prefix or "")))
+
+    def stop_profile(self) -> None:
+        """End the profile, and write it. RuntimeError unless one runs."""
+        import jax
+
+        jax.profiler.stop_trace()
+
+    # -- what vLLM's LLM has, and mmjax has not ----------------------------------------------------------------------
+
+    classify = _unsupported("classify", "no model here has a classification head")
+    reward = _unsupported("reward", "no model here has a reward head; `encode` returns the hidden states")
+    beam_search = _unsupported("beam_search", "use `generate` with n > 1 and a temperature")
+    apply_model = _unsupported("apply_model", "the model is no torch module; its parameters are on the devices")
+    collective_rpc = _unsupported("collective_rpc", "one process drives all devices, so there are no workers")
+    init_weight_transfer_engine = _unsupported(
+        "init_weight_transfer_engine", "start an engine with the new weights, or use `sleep(level=2)` and `wake_up`"
+    )
+    update_weights = _unsupported("update_weights", "write a checkpoint, and use `sleep(level=2)` and `wake_up`")
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """The cosine of two vectors [D]; 0 for a vector of length 0."""
+    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(np.dot(one, other)) / norms if norms else 0.0
+
+
+def check_adapters(count: int, lora_request: Any) -> None:
     """RequestError for LoRA adapters, which are not supported."""
     if isinstance(lora_request, Sequence):
         check_count("lora_request", lora_request, count)

@@ -41,27 +41,36 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_model(args: EngineArgs) -> LoadedModel:
-    """Load a model and compile its programs. ValueError for a model that cannot be loaded or does not fit."""
+def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel:
+    """Load a model and compile its programs: all, or with `compile_behind` those that the first requests need, and the
+    others while requests run. ValueError for a model that cannot be loaded or does not fit."""
     start = time.perf_counter()
-    checkpoint = Checkpoint.open(args.model, revision=args.revision, token=args.hf_token, overrides=args.hf_overrides)
+    directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
+    checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
     replicas = _replica_devices(_start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
-    processor: Processor = checkpoint.family.processor(checkpoint.config, checkpoint.files, tokenizer)
+    processor = checkpoint.processor(tokenizer)
     _check_options(args, processor)
     limits = args.limits(processor.mm_limits)
-    engines = [_load_engine(args, checkpoint, devices, limits) for devices in replicas]
+    engines, reload_params = [], []
+    for devices in replicas:
+        engine, reload = _load_engine(args, checkpoint, devices, limits)
+        engines.append(engine)
+        reload_params.append(reload)
     compile_s = 0.0
     if not args.enforce_eager:
-        compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling")) for engine in engines)
+        compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling"), behind=compile_behind) for engine in engines)
     first = engines[0]
     input_processor = _input_processor(args, processor, tokenizer, first, limits)
     connect = functools.partial(_connect, args, input_processor)
+    for name in checkpoint.unread_overrides():
+        logger.warning("hf_overrides: %r changes nothing: %s does not read it", name, checkpoint.family.name)
     startup_s = time.perf_counter() - start
     logger.info("ready in %.1f s, of which %.1f s compiling", startup_s, compile_s)
     return LoadedModel(
         engines=engines,
+        reload_params=reload_params,
         input_processor=input_processor,
         chat=_chat_renderer(args, checkpoint, input_processor, connect),
         connect=connect,
@@ -172,7 +181,9 @@ def _chat_renderer(
 def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
     if args.tokenizer is None:
         return checkpoint.directory
-    return find_model(args.tokenizer, revision=args.tokenizer_revision, token=args.hf_token)
+    return find_model(
+        args.tokenizer, revision=args.tokenizer_revision, token=args.hf_token, cache_dir=args.download_dir
+    )
 
 
 def _start_jax(args: EngineArgs) -> types.ModuleType:
@@ -202,8 +213,9 @@ def _replica_devices(jax: types.ModuleType, args: EngineArgs) -> list[list[jax.D
 
 def _load_engine(
     args: EngineArgs, checkpoint: Checkpoint, devices: list[jax.Device], limits: Mapping[str, int]
-) -> Engine:
-    """The engine of one replica, with its weights on its devices and its programs not compiled yet."""
+) -> tuple[Engine, Callable[[], list[Any]]]:
+    """The engine of one replica, with its weights on its devices and its programs not compiled yet; and a function that
+    reads these weights again."""
     from mmjax import sharding
     from mmjax.engine.model_runner import ModelRunner
 
@@ -219,7 +231,8 @@ def _load_engine(
         if any(limits.get(modality, 0) for modality in encoder.modalities)
     }
     mesh = sharding.mesh(devices)
-    graph, config, params = load_params(
+    load = functools.partial(
+        load_params,
         checkpoint,
         config,
         mesh,
@@ -229,6 +242,7 @@ def _load_engine(
         text_only=not encoders and not config.spec.is_encoder_decoder,
         progress=_progress_bar("Loading weights"),
     )
+    graph, config, params = load()
     spec = _served_spec(args, config.spec, encoders)
     memory = EngineMemory.plan(
         args, spec, platform, kv_dtype=precision.kv_dtype, tp_size=sharding.tp_size(mesh), device=devices[0]
@@ -239,7 +253,7 @@ def _load_engine(
     prefix_caching = args.enable_prefix_caching
     if prefix_caching is None:
         prefix_caching = not spec.is_encoder_decoder
-    return Engine(runner, spec, memory, prefix_caching=prefix_caching)
+    return Engine(runner, spec, memory, prefix_caching=prefix_caching), lambda: list(load()[2].values())
 
 
 def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> ModelSpec:
@@ -261,10 +275,11 @@ def _generation_config(
     """(sampling defaults, end-of-sequence tokens) of the model's generation_config.json, overridden by the caller's."""
     stored = checkpoint.files.get("generation_config.json", {})
     config = checkpoint.config
-    stored_eos = stored.get(
-        "eos_token_id", config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-    )
-    eos_ids = [int(token) for token in np.atleast_1d(stored_eos)] if stored_eos is not None else []
+    thinker = config.get("thinker_config", {})
+    places = (stored, config, config.get("text_config", {}), thinker, thinker.get("text_config", {}))
+    known = (place.get("eos_token_id") for place in places)
+    stored_eos: Any = next((eos for eos in known if eos is not None and eos != []), [])
+    eos_ids = [int(token) for token in np.atleast_1d(stored_eos)]
     if tokenizer is not None and tokenizer.eos_id is not None:
         eos_ids = [tokenizer.eos_id, *eos_ids]
     defaults = dict(stored) if args.generation_config == "auto" else {}

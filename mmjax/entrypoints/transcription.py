@@ -13,16 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.entrypoints.async_llm import AsyncLLM, RequestStream
+from mmjax.entrypoints.async_llm import AsyncLLM
+from mmjax.entrypoints.request_stream import RequestStream
+from mmjax.entrypoints.word_timestamps import Word, shorten, split_words, time_words
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.multimodal.audio import decode, load, split_audio
 from mmjax.multimodal.media_limits import MediaLimits
+from mmjax.processors.base import SuppressedTokens
 from mmjax.types import RequestOutput, SamplingParams, ValidationError
 
 OVERLAP_S = 1.0  # a recording is cut in the last second of each window, at the quietest point
 ENERGY_WINDOW = 1600  # samples per measurement of loudness
 TIMESTAMP_STEP_S = 0.02  # seconds between two timestamp tokens
-SUPPRESS_BIAS = -100.0  # added to the logits of the model's suppress_tokens
+TASK_TOKENS = ("<|transcribe|>", "<|translate|>")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,13 +49,15 @@ class Recording:
 class SpeechTask:
     """What to do with a recording. language: a code such as "de"; None detects it. translate: into English.
 
-    prompt: text that the transcript continues. timestamps: whether to return segments.
+    prompt: text that the transcript continues. timestamps: whether to return segments. words: whether to return words
+    with their times, too.
     """
 
     language: str | None = None
     translate: bool = False
     prompt: str = ""
     timestamps: bool = False
+    words: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,24 +78,37 @@ class TranscriptSegment:
 
 
 @dataclasses.dataclass(frozen=True)
+class TranscriptWord:
+    """A word with its punctuation, between two times in seconds of the whole recording."""
+
+    word: str
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Transcript:
-    """The text of a recording. segments: empty unless the task has timestamps. outputs: one per chunk."""
+    """The text of a recording. segments: empty unless the task has timestamps; words: None unless it asks for them.
+    outputs: one per chunk."""
 
     text: str
     language: str
     seconds: float
     segments: list[TranscriptSegment]
     outputs: list[RequestOutput]
+    words: list[TranscriptWord] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TranscriptionJob:
-    """A task with its chunks processed for the engine."""
+    """A task with its chunks processed for the engine. task_ids: the start token and those of language and task."""
 
     recording: Recording
     language: str
     engine_inputs: list[EngineInput]
     params: SamplingParams
+    task_ids: tuple[int, ...]
+    words: bool
 
 
 class Speech:
@@ -114,10 +132,13 @@ class Speech:
         self.window_s: float = window_s
         file = tokenizer.directory / "generation_config.json"
         stored: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        self.multilingual: bool = stored.get("is_multilingual", True)
-        self.suppressed_ids: list[int] = list(stored.get("suppress_tokens") or ())
-        self.languages = self._language_ids() if self.multilingual else {}
         self.start_id = self._id_of("<|startoftranscript|>")
+        self.multilingual = processor.is_multilingual
+        self.suppressed = SuppressedTokens(
+            tuple(stored.get("suppress_tokens") or ()), tuple(stored.get("begin_suppress_tokens") or ())
+        )
+        self.languages = self._language_ids() if self.multilingual else {}
+        self.end_id = self._id_of("<|endoftext|>")
         self.previous_text_id = self._id_of("<|startofprev|>")
         self.no_timestamps_id = self._id_of("<|notimestamps|>")
         self.first_timestamp_id = self._id_of("<|0.00|>")
@@ -159,15 +180,16 @@ class Speech:
         """Detect the language if the task has none, and process every chunk."""
         self.check(task)
         language = task.language or await self.language_of(recording.chunks[0])
-        token_ids = await self._decoder_prompt(task, language)
-        if self.suppressed_ids:
-            bias = dict.fromkeys(self.suppressed_ids, SUPPRESS_BIAS) | (params.logit_bias or {})
-            params = dataclasses.replace(params, logit_bias=bias)
+        task_ids = self._task_ids(task, language)
+        token_ids = await self._decoder_prompt(task, task_ids)
         longest = self.engine.model.max_model_len - len(token_ids)
         params = dataclasses.replace(params, max_tokens=min(params.max_tokens or longest, longest))
         self.engine.model.params_checker.check_sampling(params)
-        engine_inputs = [await self._process(chunk, token_ids) for chunk in recording.chunks]
-        return TranscriptionJob(recording, language, engine_inputs, params)
+        # the first token of a transcript with timestamps is one, and stands in the prompt
+        suppressed = dataclasses.replace(self.suppressed, first_ids=()) if task.timestamps else self.suppressed
+        processed = [await self._process(chunk, token_ids) for chunk in recording.chunks]
+        engine_inputs = [dataclasses.replace(each, suppressed=suppressed) for each in processed]
+        return TranscriptionJob(recording, language, engine_inputs, params, task_ids, task.words)
 
     async def language_of(self, chunk: AudioChunk) -> str:
         """The language that the model finds likeliest."""
@@ -179,21 +201,23 @@ class Speech:
     async def _first_token(self, chunk: AudioChunk, allowed_ids: Sequence[int]) -> RequestOutput:
         """The likeliest of some tokens after the start token."""
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=0, allowed_token_ids=list(allowed_ids))
-        return await self.engine.generate(await self._process(chunk, [self.start_id]), params)
+        return await self.engine.complete(await self._process(chunk, [self.start_id]), params)
 
     async def _process(self, chunk: AudioChunk, token_ids: Sequence[int]) -> EngineInput:
         audio = (chunk.samples, self.sampling_rate)
         return await self.engine.prepare({"prompt_token_ids": list(token_ids), "multi_modal_data": {"audio": audio}})
 
-    async def _decoder_prompt(self, task: SpeechTask, language: str) -> list[int]:
+    def _task_ids(self, task: SpeechTask, language: str) -> tuple[int, ...]:
+        """start [language task]."""
+        if not self.languages:
+            return (self.start_id,)
+        return (self.start_id, self.languages[language], self._id_of(TASK_TOKENS[task.translate]))
+
+    async def _decoder_prompt(self, task: SpeechTask, task_ids: Sequence[int]) -> list[int]:
         """[previous text] start [language task] (no timestamps | the first timestamp)."""
-        token_ids = [self.start_id]
-        if self.languages:
-            task_token = "<|translate|>" if task.translate else "<|transcribe|>"
-            token_ids += [self.languages[language], self._id_of(task_token)]
-        token_ids.append(self.first_timestamp_id if task.timestamps else self.no_timestamps_id)
+        token_ids = [*task_ids, self.first_timestamp_id if task.timestamps else self.no_timestamps_id]
         if task.prompt.strip():
-            previous = await self.engine.encode(" " + task.prompt.strip(), add_special_tokens=False)
+            previous = await self.engine.tokenize(" " + task.prompt.strip(), add_special_tokens=False)
             longest = self.engine.model.max_model_len // 2 - 1
             token_ids = [self.previous_text_id, *previous[-longest:], *token_ids]
         return token_ids
@@ -217,16 +241,51 @@ class Speech:
     async def transcribe(self, job: TranscriptionJob, *, timestamps: bool) -> Transcript:
         """Run all chunks together, and join their texts."""
         params = dataclasses.replace(job.params, logprobs=0) if timestamps else job.params
-        outputs = await self.engine.generate_all([(engine_input, params) for engine_input in job.engine_inputs])
+        outputs = await self.engine.complete_all([(engine_input, params) for engine_input in job.engine_inputs])
         segments: list[TranscriptSegment] = []
+        words: list[TranscriptWord] = []
         if timestamps:
-            for chunk, output in zip(job.recording.chunks, outputs, strict=True):
+            for index, (chunk, output) in enumerate(zip(job.recording.chunks, outputs, strict=True)):
                 no_speech_prob = await self._no_speech_prob(chunk)
-                segments += self._segments(chunk, output, no_speech_prob, len(segments), job.params.temperature)
+                new = self._segments(chunk, output, no_speech_prob, len(segments), job.params.temperature)
+                segments += new
+                if job.words:
+                    words += await self._words(job, index, new)
             text = "".join(segment.text for segment in segments)
         else:
             text = "".join(output.outputs[0].text for output in outputs)
-        return Transcript(text.strip(), job.language, job.recording.seconds, segments, outputs)
+        seconds = job.recording.seconds
+        return Transcript(text.strip(), job.language, seconds, segments, outputs, words if job.words else None)
+
+    async def _words(
+        self, job: TranscriptionJob, index: int, segments: Sequence[TranscriptSegment]
+    ) -> list[TranscriptWord]:
+        """The words of the segments of chunk `index`."""
+        chunk, token_ids = job.recording.chunks[index], [token for segment in segments for token in segment.tokens]
+        first_row = len(job.task_ids)
+        token_ids = token_ids[: self.engine.model.spec.max_positions - first_row - 2]
+        if not token_ids:
+            return []
+        aligned = [*job.task_ids, self.no_timestamps_id, *token_ids, self.end_id]
+        scores = await self.engine.alignment_scores(job.engine_inputs[index], aligned)
+        num_steps = max(1, min(scores.shape[2], round((chunk.end - chunk.start) / TIMESTAMP_STEP_S)))
+        bounds = [(each.start - chunk.start, each.end - chunk.start, len(each.tokens)) for each in segments]
+
+        def align() -> list[Word]:
+            split = split_words(token_ids, self.tokenizer.decode, job.language)
+            timed = time_words(split, scores[:, :, :num_steps], first_row, TIMESTAMP_STEP_S)
+            return shorten(timed, bounds)
+
+        words = await asyncio.get_running_loop().run_in_executor(self.engine.llm.workers, align)
+        return [
+            TranscriptWord(
+                word.text.strip(),
+                round(min(chunk.start + word.start, chunk.end), 2),
+                round(min(chunk.start + word.end, chunk.end), 2),
+            )
+            for word in words
+            if word.text.strip()
+        ]
 
     async def stream(self, job: TranscriptionJob, outputs: list[RequestOutput]) -> AsyncGenerator[str, None]:
         """`transcribe` without timestamps, in pieces. Each chunk's output is added to `outputs` once complete."""

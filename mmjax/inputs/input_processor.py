@@ -19,15 +19,18 @@ from mmjax.inputs import parse, prompt_embeds
 from mmjax.inputs.media_embeds import EmbedsInput, MediaEmbedsReader
 from mmjax.inputs.parse import MediaInput, ParsedPrompt
 from mmjax.inputs.processor_cache import ProcessorCache
-from mmjax.inputs.processor_kwargs import check_kwargs, given_kwargs
+from mmjax.inputs.processor_kwargs import check_kwargs, given_kwargs, kwargs_of_items
+from mmjax.inputs.tokenization import TokenizationOptions
 from mmjax.multimodal import audio, image, size_check, video
 from mmjax.multimodal.hash import content_id, named_id
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
 from mmjax.processors.base import (
+    NOTHING_SUPPRESSED,
     ExpandedPrompt,
     MediaItem,
     PlaceholderSpan,
     Processor,
+    SuppressedTokens,
     TimestampTokens,
     linear_positions,
 )
@@ -40,9 +43,6 @@ log = logging.getLogger(__name__)
 
 class ProcessingError(RuntimeError):
     """A processor failed on an item that passed all checks: a bug, not a mistake of the caller."""
-
-
-TOKENIZATION_KWARGS = ("add_special_tokens", "truncate_prompt_tokens")
 
 
 class HashedItem(NamedTuple):
@@ -60,7 +60,7 @@ class EngineInput:
     items: one per span, in the order of spans; if there are no spans, in the order given. spans: each refers to an item
     by its modality and its index in that modality. Token i >= T has rotary position i + rope_delta on every axis.
     timestamps: for a transcript with timestamps. is_embeds: the prompt was given as embeddings, and its token ids are
-    meaningless zeros.
+    meaningless zeros. suppressed: tokens that must not be sampled.
     """
 
     prompt: str | None
@@ -74,10 +74,11 @@ class EngineInput:
     encoder_token_ids: np.ndarray | None = None  # int32, encoder-decoder models only
     timestamps: TimestampTokens | None = None
     is_embeds: bool = False
+    suppressed: SuppressedTokens = NOTHING_SUPPRESSED
 
 
 class _MediaOptions(NamedTuple):
-    """The options of all media of a prompt. serial: the prompt's number, for hashes if nothing is cached."""
+    """The options of a media item. serial: the prompt's number, for hashes if nothing is cached."""
 
     processor_kwargs: Mapping[str, Any]
     io_kwargs: Mapping[str, Mapping[str, Any]]
@@ -199,22 +200,28 @@ class InputProcessor:
     def process(self, prompt: ParsedPrompt, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:
         """Prepare a prompt for the engine. RequestError for anything that the caller can correct.
 
-        tokenization_kwargs: add_special_tokens (bool), truncate_prompt_tokens (use the last n tokens; -1:
-        max_model_len).
+        tokenization_kwargs: see `TokenizationOptions.read`.
         """
+        options = TokenizationOptions.read(
+            tokenization_kwargs or {},
+            self.config.max_model_len - self.config.generates,
+            from_start=not self.config.generates,  # as vLLM does: what is embedded is known by its start
+        )
         with self._concurrency:
             if prompt.prompt_embeds is not None:
-                return self._process_embeds(prompt, prompt.prompt_embeds)
-            return self._process_tokens(prompt, tokenization_kwargs or {})
+                return self._process_embeds(prompt, options)
+            return self._process_tokens(prompt, options)
 
-    def _process_tokens(self, prompt: ParsedPrompt, tokenization_kwargs: Mapping[str, Any]) -> EngineInput:
+    def _process_tokens(self, prompt: ParsedPrompt, options: TokenizationOptions) -> EngineInput:
         """A prompt of text or token ids."""
         self._check_counts(prompt)
-        token_ids = self._tokenize(prompt, tokenization_kwargs)
+        token_ids = self._tokenize(prompt, options)
+        if len(token_ids) > self.config.max_model_len:  # checked before any media are decoded
+            raise self._too_long(len(token_ids))
         hashed = self._items(prompt)
         items = {modality: [entry.item for entry in entries] for modality, entries in hashed.items()}
         expanded = self.processor.expand_prompt(token_ids, items) if self.processor else ExpandedPrompt(token_ids, [])
-        self._check_length(len(expanded.token_ids))
+        self._check_length(len(expanded.token_ids), options.max_length)
         if self.processor:
             positions, delta = self.processor.rope_positions(expanded.token_ids, expanded.spans, items)
         else:
@@ -234,9 +241,11 @@ class InputProcessor:
             timestamps=expanded.timestamps,
         )
 
-    def _process_embeds(self, prompt: ParsedPrompt, embeds: np.ndarray) -> EngineInput:
+    def _process_embeds(self, prompt: ParsedPrompt, options: TokenizationOptions) -> EngineInput:
         """A prompt of embeddings [T, D], as one item per block, so that prompts with equal beginnings share blocks."""
-        self._check_length(len(embeds))
+        assert prompt.prompt_embeds is not None
+        embeds = prompt.prompt_embeds[options.used(len(prompt.prompt_embeds))]
+        self._check_length(len(embeds), options.max_length)
         items = prompt_embeds.to_items(embeds, self.config.mm_embed_dim, self.config.block_size)
         token_ids = [0] * len(embeds)
         positions, delta = (
@@ -262,46 +271,25 @@ class InputProcessor:
 
     # --- text
 
-    def _tokenize(self, prompt: ParsedPrompt, options: Mapping[str, Any]) -> list[int]:
-        """The prompt's token ids, placeholders not expanded."""
+    def _tokenize(self, prompt: ParsedPrompt, options: TokenizationOptions) -> list[int]:
+        """The prompt's token ids that are used, placeholders not expanded."""
         if prompt.token_ids is not None:
             for token in prompt.token_ids:
                 if not 0 <= token < self.config.vocab_size and token not in self.out_of_vocab_ids:
                     raise RequestError(f"Token id {token} is out of vocabulary", "bad_token_id")
-            return list(prompt.token_ids)
+            return list(prompt.token_ids[options.used(len(prompt.token_ids))])
         if self.tokenizer is None:
             raise RequestError(
                 "Without a tokenizer (skip_tokenizer_init) prompts must be `prompt_token_ids`.", "no_tokenizer"
             )
-        add_special_tokens, max_kept = self._tokenization_options(options)
-        text = self._with_placeholders(prompt)
-        max_tokens = None if max_kept is not None else self.config.max_model_len
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=add_special_tokens, max_tokens=max_tokens)
-        token_ids = self.processor.tokenize(text, encode) if self.processor else encode(text)
-        if max_kept is not None:
-            return token_ids[max(0, len(token_ids) - max_kept) :]
-        if len(token_ids) > self.config.max_model_len:  # checked before any media are decoded
-            raise ValidationError(
-                f"This model's maximum context length is {self.config.max_model_len} tokens, but the text alone has "
-                f"{len(token_ids)}. {self._too_long(len(token_ids))}",
-                parameter="input_tokens",
-                value=len(token_ids),
-            )
-        return token_ids
-
-    def _tokenization_options(self, options: Mapping[str, Any]) -> tuple[bool, int | None]:
-        """(whether to add special tokens, how many tokens to use or None for all)."""
-        for name in options:
-            if name not in TOKENIZATION_KWARGS:
-                raise ValidationError(
-                    f"Unknown key in tokenization_kwargs; known are {TOKENIZATION_KWARGS}.", parameter=name
-                )
-        truncate = options.get("truncate_prompt_tokens")
-        if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < -1):
-            raise ValidationError("Must be an integer >= -1.", parameter="truncate_prompt_tokens", value=truncate)
         # an encoder-decoder's processor adds the start tokens itself
-        add_special_tokens = bool(options.get("add_special_tokens", not self.config.encoder_decoder))
-        return add_special_tokens, self.config.max_model_len - 1 if truncate == -1 else truncate
+        default = not self.config.encoder_decoder
+        special = default if options.add_special_tokens is None else bool(options.add_special_tokens)
+        text = self._with_placeholders(prompt)
+        max_tokens = None if options.max_used is not None else self.config.max_model_len
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=special, max_tokens=max_tokens)
+        token_ids = self.processor.tokenize(text, encode) if self.processor else encode(text)
+        return options.truncate(token_ids, self.tokenizer.num_closing_tokens if special else 0)
 
     def _with_placeholders(self, prompt: ParsedPrompt) -> str:
         """The text, with `<image>`, `<video>` and `<audio>` replaced by the model's placeholders, if the text has no
@@ -317,18 +305,31 @@ class InputProcessor:
                 text = first + "".join(placeholder.replace("{i}", str(i)) + part for i, part in enumerate(rest, 1))
         return text
 
-    def _check_length(self, length: int) -> None:
+    def _check_length(self, length: int, max_length: int | None) -> None:
+        """RequestError for a prompt of no tokens, or of more than fit the model or `max_length` allows."""
         if not length:
             raise RequestError("The decoder prompt cannot be empty", "empty_prompt")
         if length + self.config.generates > self.config.max_model_len:
-            raise RequestError(self._too_long(length), "prompt_too_long")
+            raise self._too_long(length)
+        if max_length is not None and length > max_length:
+            raise ValidationError(
+                f"This model's maximum context length is {self.config.max_model_len} tokens, and `max_length` allows "
+                f"{max_length} of them, but the prompt has {length}. Shorten it, raise `max_length`, or set "
+                "`truncation=True`.",
+                parameter="input_tokens",
+                value=length,
+                code="prompt_too_long",
+            )
 
-    def _too_long(self, length: int) -> str:
-        return (
-            f"The decoder prompt (length {length}) is longer than the maximum model length of "
-            f"{self.config.max_model_len}. "
-            "Make sure that `max_model_len` is no smaller than the number of text tokens plus multimodal tokens, and "
-            "leave room for at least one output token."
+    def _too_long(self, length: int) -> ValidationError:
+        most = self.config.max_model_len
+        return ValidationError(
+            f"This model's maximum context length is {most} tokens. The decoder prompt (length {length}) is longer "
+            f"than the maximum model length of {most}. Make sure that `max_model_len` is no smaller than the number of "
+            "text tokens plus multimodal tokens, and leave room for at least one output token.",
+            parameter="input_tokens",
+            value=length,
+            code="prompt_too_long",
         )
 
     # --- media
@@ -340,8 +341,12 @@ class InputProcessor:
         kwargs = self._merged_processor_kwargs(prompt)
         io_kwargs = self.merged_io_kwargs(prompt.io_kwargs)
         options = _MediaOptions(kwargs, io_kwargs, _background(io_kwargs), prompt.cache_salt, next(self._serials))
+        own = {modality: kwargs_of_items(kwargs, modality, len(inputs)) for modality, inputs in prompt.media.items()}
         return {
-            modality: [self._item(modality, index, media, options) for index, media in enumerate(inputs)]
+            modality: [
+                self._item(modality, index, media, options._replace(processor_kwargs=own[modality][index]))
+                for index, media in enumerate(inputs)
+            ]
             for modality, inputs in prompt.media.items()
         }
 

@@ -193,35 +193,37 @@ def parse_media(
                 )
     media = {}
     for modality in MODALITIES:
-        if modality in data or uuids.get(modality):
+        names = _uuids(modality, uuids.get(modality))
+        if modality in data or names:
             items = split_items(modality, data.get(modality), embeds)
-            media[modality] = _with_uuids(modality, items, _uuids(modality, uuids.get(modality)))
+            if items or names or data.get(modality) is None:  # an empty list is no media
+                media[modality] = _with_uuids(modality, items, names)
     return media
 
 
-def _with_uuids(modality: str, items: list[Any], uuids: list[str | None]) -> tuple[MediaInput, ...]:
-    """Every item with its uuid. RequestError for an item with neither data nor a uuid."""
+def _with_uuids(modality: str, items: list[Any], uuids: list[str | None] | None) -> tuple[MediaInput, ...]:
+    """Every item with its uuid. uuids: None where not given. RequestError for an item with neither data nor a uuid."""
     data_field, uuid_field = f"multi_modal_data['{modality}']", f"multi_modal_uuids['{modality}']"
     if not items:
         if not uuids:
             raise RequestError(f"{data_field} is empty but {uuid_field} is missing.", "missing_media")
         items = [None] * len(uuids)
-    if uuids and len(uuids) != len(items):
+    if uuids is not None and len(uuids) != len(items):
         raise RequestError(
             f"If given, {uuid_field} must have same length as {data_field}, but got {len(uuids)} vs {len(items)}.",
             "uuid_mismatch",
         )
-    uuids = uuids or [None] * len(items)
+    uuids = [None] * len(items) if uuids is None else uuids
     for index, (item, uuid) in enumerate(zip(items, uuids, strict=True)):
         if item is None and uuid is None:
             raise RequestError(f"{data_field}[{index}] is empty but {uuid_field}[{index}] is missing.", "missing_media")
     return tuple(map(MediaInput, items, uuids))
 
 
-def _uuids(modality: str, given: Any) -> list[str | None]:
+def _uuids(modality: str, given: Any) -> list[str | None] | None:
     uuids = [given] if isinstance(given, str) else given
     if uuids is None:
-        return []
+        return None
     if not _is_list(uuids) or not all(uuid is None or (isinstance(uuid, str) and uuid) for uuid in uuids):
         raise RequestError(
             f"multi_modal_uuids['{modality}'] must be a string, or a list of non-empty strings and None.", "bad_uuid"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,26 +14,34 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.converters.formats import ADAPTER, GGUF, format_hint, refuse_quantized
 from mmjax.converters.table import Part, Tensor, convert
+from mmjax.hf_config import HfConfig, MissingNameError, Overrides, canonical, override, unread_changes
 from mmjax.loader.family import Family
 from mmjax.models.base import Config
+from mmjax.processors.base import Processor
+from mmjax.tokenizer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 DEMO = "demo"  # the name of the model that ships with mmjax
 DEMO_DIRECTORY = Path(__file__).resolve().parent.parent / "demo" / "model"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 HEAD = "lm_head.weight"
+GENERATION = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model directory. config: config.json. files: all *config.json by name. token: for the hub, which may have parts
-    of the model."""
+    """A model directory. config: config.json with the overrides. files: all *config.json by name. token: for the hub,
+    which may have parts of the model. stored_config: config.json as it is stored."""
 
     directory: Path
     family: Family
-    config: dict[str, Any]
+    config: HfConfig
     files: Mapping[str, dict[str, Any]]
-    token: str | None = None
+    token: str | bool | None = None
+    stored_config: HfConfig | None = None
 
     @classmethod
     def open(
@@ -39,29 +49,32 @@ class Checkpoint:
         model: str,
         *,
         revision: str | None = None,
-        token: str | None = None,
-        overrides: Mapping[str, Any] | None = None,
+        token: str | bool | None = None,
+        overrides: Overrides | None = None,
     ) -> Checkpoint:
-        """Open a local directory or a hub id. overrides: values that replace those of config.json, such as the names of
-        checkpoints with parts of the model. Raises ValueError for an incomplete checkpoint."""
+        """Open a local directory or a hub id. overrides: changes of config.json, see `hf_config.override`. Raises
+        ValueError for an incomplete checkpoint, and for one in a format that is not supported."""
         directory = find_model(model, revision=revision, token=token)
         files = {path.name: read_json(path) for path in sorted(directory.glob("*config.json"))}
-        nested = files.get("processor_config.json", {})
-        for key, name in (
-            ("image_processor", "preprocessor_config.json"),
-            ("feature_extractor", "preprocessor_config.json"),
-            ("video_processor", "video_preprocessor_config.json"),
-        ):
-            if key in nested and name not in files:  # save_pretrained of transformers 5 writes them so
-                files[name] = nested[key]
         if "config.json" not in files:
-            raise ValueError(f"{directory} holds no config.json; is it a model directory?")
-        config = files["config.json"] | dict(overrides or {})
+            raise ValueError(
+                f"{directory} holds no config.json{format_hint(directory) or '; is it a model directory?'}"
+            )
+        if GENERATION in files:  # a null there means that the model has no opinion
+            files[GENERATION] = {name: value for name, value in files[GENERATION].items() if value is not None}
+        stored = canonical(files["config.json"])
+        config = override(stored, overrides)
         family = Family.of(config)
-        for part in family.table.parts:
-            if part.config not in config and config.get(part.key):
-                config[part.config] = read_json(find_part(part, config, token) / "config.json")
-        return cls(directory, family, config, files, token)
+        parts = {
+            part.config: read_json(find_part(part, config, token) / "config.json")
+            for part in family.table.parts
+            if part.config not in config and config.get(part.key)
+        }
+        if parts:
+            stored = stored | canonical(parts)
+            config = override(stored, overrides)
+        refuse_quantized(config, files)
+        return cls(directory, family, config, files, token, stored)
 
     @functools.cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -71,8 +84,11 @@ class Checkpoint:
 
             return open_converted(self.directory)
         from mmjax.converters.safetensors import open_checkpoint
+        from mmjax.converters.wrappers import unwrapped
 
-        stored = open_checkpoint(self.directory)
+        stored = unwrapped(open_checkpoint(self.directory), self.family.table)
+        if (self.directory / ADAPTER).is_file():
+            log.warning("%s has an adapter beside the model (%s), which is not loaded", self.directory, ADAPTER)
         tensors: dict[str, Tensor] = dict(stored)
         for part in self.family.table.parts:
             if self.config.get(part.key) and not any(name.startswith(part.prefix) for name in stored):
@@ -98,7 +114,26 @@ class Checkpoint:
             has_head = "text.head" in self.tensors
         else:
             has_head = any(self.family.table.canonical(name) == HEAD for name in self.tensors)
-        return self.family.config.from_hf(self.config, self.files, tied=bool(tied) or headless or not has_head)
+        with self._architecture_told():
+            return self.family.config.from_hf(self.config, self.files, tied=bool(tied) or headless or not has_head)
+
+    def processor(self, tokenizer: Tokenizer | None) -> Processor:
+        """The family's processor."""
+        with self._architecture_told():
+            return self.family.processor(self.config, self.files, tokenizer)
+
+    @contextlib.contextmanager
+    def _architecture_told(self) -> Iterator[None]:
+        """Adds the architecture to the error of a missing name."""
+        try:
+            yield
+        except MissingNameError as error:
+            names, model_type = ", ".join(map(str, self.config["architectures"])), self.config.get("model_type")
+            raise ValueError(f"{error} (architecture {names}, model_type {model_type!r})") from error
+
+    def unread_overrides(self) -> list[str]:
+        """Names that the overrides change and that nobody has read. To be asked when the model is loaded."""
+        return [] if self.stored_config is None else unread_changes(self.stored_config, self.config)
 
     def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
         """(path, value) of every parameter, one at a time. Raises ConversionError for a checkpoint that does not
@@ -115,8 +150,11 @@ class Checkpoint:
             yield path, self.tensors[path].read()
 
 
-def find_model(model: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """The directory of a model: a local path, or a hub id, which is downloaded to huggingface_hub's cache.
+def find_model(
+    model: str, *, revision: str | None = None, token: str | bool | None = None, cache_dir: str | None = None
+) -> Path:
+    """The directory of a model: a local path, or a hub id, which is downloaded to `cache_dir`, by default
+    huggingface_hub's cache.
 
     "demo" is the model that ships with mmjax, unless a local directory of that name has a config.json.
     """
@@ -125,19 +163,24 @@ def find_model(model: str, *, revision: str | None = None, token: str | None = N
         return DEMO_DIRECTORY
     if path.is_dir():
         return path
+    if path.suffix == ".gguf":
+        raise ValueError(f"{model!r} is a GGUF file; {GGUF}")
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise ValueError(f"{model!r} is neither a model directory nor a hub id such as 'Qwen/Qwen2-VL-2B-Instruct'")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, token=token, allow_patterns=list(HUB_FILES)))
+        patterns = list(HUB_FILES)
+        return Path(
+            snapshot_download(model, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=patterns)
+        )
     except Exception as error:  # huggingface_hub raises a dozen types of exceptions
         raise ValueError(
             f"{model!r} is no local directory, and fetching it from the hub failed: {type(error).__name__}: {error}"
         ) from error
 
 
-def find_part(part: Part, config: Mapping[str, Any], token: str | None) -> Path:
+def find_part(part: Part, config: Mapping[str, Any], token: str | bool | None) -> Path:
     """The directory of the checkpoint that has a part of a model. Raises ValueError if there is none."""
     try:
         return find_model(config[part.key], token=token)

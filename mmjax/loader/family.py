@@ -34,7 +34,7 @@ class Family:
     @classmethod
     def of(cls, config: dict[str, Any]) -> Family:
         """The family of a config.json. Raises ValueError, with the known architectures, for any other."""
-        names = config.get("architectures") or ["(none named)"]
+        names = config.get("architectures") or [f"(none named; model_type {config.get('model_type')!r})"]
         for name in names:
             if name in FAMILIES:
                 break

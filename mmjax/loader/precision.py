@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.config import DTYPES
+from mmjax.hf_config import canonical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Precision:
 
 def stored_dtype(config: Mapping[str, Any]) -> str:
     """The dtype that config.json names for its weights; float32 where it names none."""
+    config = canonical(config)
     for part in (config, config.get("text_config", {}), config.get("thinker_config", {})):
-        for key in ("dtype", "torch_dtype"):
-            if part.get(key):
-                return str(part[key])
+        if part.get("dtype"):
+            return str(part["dtype"])
     return "float32"
 
 

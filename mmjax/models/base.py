@@ -63,3 +63,10 @@ class CrossModel(Model, Protocol):
     def write_cross_kv(self, encoded: Float[Array, "U D"], kv_cache: KVCache, slot_mapping: Int[Array, "U"]) -> KVCache:
         """Write the cross-attention keys and values of `encoded`, output of `encode`, at the slots of each layer."""
         ...
+
+    def alignment_scores(
+        self, encoded: Float[Array, "U D"], token_ids: Int[Array, "T"]
+    ) -> Float32[Array, "num_heads T U"]:
+        """Scores of `ModelSpec.num_alignment_heads` heads of cross attention to `encoded`, output of `encode`, for each
+        token of a transcript."""
+        ...

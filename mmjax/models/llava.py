@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.encoder import Features
@@ -48,7 +49,7 @@ class Config(decoder_vlm.Config):
             vision=ClipConfig.from_hf(config["vision_config"], layer),
             act=config.get("projector_hidden_act", "gelu"),
             drop_class=config.get("vision_feature_select_strategy", "default") == "default",
-            pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
+            pixels=PixelNorm.from_hf(image_options(files)),
         )
 
     @property

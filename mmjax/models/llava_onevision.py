@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
 from mmjax.nn.encoder import Features
@@ -59,7 +60,7 @@ class Config(decoder_vlm.Config):
             text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
             vision=vision,
             act=config.get("projector_hidden_act", "gelu"),
-            pixels=PixelNorm.from_hf(files["preprocessor_config.json"]),
+            pixels=PixelNorm.from_hf(image_options(files)),
             max_crops=max(math.prod(grid) for grid in grids),
             max_item_embeds=patches
             + max(min(math.prod(grid) * patches, max_patches) + grid[0] * vision.grid_size for grid in grids),

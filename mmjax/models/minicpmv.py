@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.encoder import Features
@@ -52,7 +53,7 @@ class Config(decoder_vlm.Config):
         """From config.json and preprocessor_config.json. Raises ValueError for another version than 2.6."""
         if config["version"] != VERSION:
             raise ValueError(f"MiniCPM-V {config['version']} is another model; only {VERSION} is supported")
-        preprocessor = files["preprocessor_config.json"]
+        preprocessor = image_options(files)
         layer = -2 if config.get("drop_vision_last_layer", True) else -1
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=True)
         mean, std = preprocessor["norm_mean"], preprocessor["norm_std"]

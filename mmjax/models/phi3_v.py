@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.encoder import Features, gelu
@@ -52,7 +53,7 @@ class Config(decoder_vlm.Config):
             raise ValueError(f"images are laid out in a way that is not supported: {layout}, {feature} features")
         if order not in ("sub_glb", "glb_sub"):
             raise ValueError(f"hd_transform_order {order!r} is not supported; known: sub_glb, glb_sub")
-        preprocessor = files["preprocessor_config.json"]
+        preprocessor = image_options(files)
         vision = {**CLIP_LARGE, **tower.get("vision_config", {})}
         return cls(
             text=DecoderConfig.from_hf(config, bias=False, tie_embeddings=tied),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.hf_config import image_options
 from mmjax.models import qwen_omni, qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig
 from mmjax.nn.decoder import DecoderConfig
@@ -17,7 +18,7 @@ class Config(qwen_omni.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (the whole model's, or the thinker's alone) and preprocessor_config.json."""
-        thinker, preprocessor = config.get("thinker_config", config), files["preprocessor_config.json"]
+        thinker, preprocessor = config.get("thinker_config", config), image_options(files)
         vision = QwenVisionConfig.qwen2_5(thinker["vision_config"], preprocessor)
         return cls(
             text=DecoderConfig.from_hf(thinker["text_config"], bias=True, tie_embeddings=tied),

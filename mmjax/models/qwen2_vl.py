@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.hf_config import image_options
 from mmjax.models import qwen_vl
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
@@ -16,7 +17,7 @@ class Config(qwen_vl.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (flat as published, or with a text_config) and preprocessor_config.json."""
-        preprocessor = files["preprocessor_config.json"]
+        preprocessor = image_options(files)
         vision = QwenVisionConfig.qwen2(config["vision_config"], preprocessor)
         return cls(
             text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tie_embeddings=tied),

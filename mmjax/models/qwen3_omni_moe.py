@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.hf_config import canonical, image_options
 from mmjax.models import qwen_omni, qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig
 from mmjax.nn.decoder import DecoderConfig
@@ -17,11 +18,11 @@ class Config(qwen_omni.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json (the whole model's, or the thinker's alone) and preprocessor_config.json."""
-        thinker, preprocessor = config.get("thinker_config", config), files["preprocessor_config.json"]
+        thinker, preprocessor = config.get("thinker_config", config), image_options(files)
         vision = QwenVisionConfig.qwen3(thinker["vision_config"], preprocessor)
-        text = dict(thinker["text_config"])
-        name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-        text[name] = {**text[name], "mrope_interleaved": True}  # config.json does not say so
+        text = canonical(thinker["text_config"])
+        # config.json does not say so
+        text = text | {"rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
         return cls(
             text=DecoderConfig.from_hf(text, bias=text.get("attention_bias", False), tie_embeddings=tied, qk_norm=True),
             vision=vision,

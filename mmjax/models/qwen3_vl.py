@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.hf_config import canonical, image_options, video_options
 from mmjax.models import qwen_vl
 from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
+
+MAX_PIXELS = 4096 * 4096  # of an image, where the options do not say
 
 
 class Config(qwen_vl.Config):
@@ -16,14 +19,14 @@ class Config(qwen_vl.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json and the preprocessor files; the maximum area of a video is that of all its frames."""
-        preprocessor = files["preprocessor_config.json"]
-        video = files.get("video_preprocessor_config.json", preprocessor)
+        preprocessor, video = image_options(files), video_options(files)
         vision = QwenVisionConfig.qwen3(config["vision_config"], preprocessor)
-        text = dict(config["text_config"])
-        name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
-        text[name] = {**text[name], "mrope_interleaved": True}  # config.json does not say so
+        text = canonical(config["text_config"])
+        # config.json does not say so
+        text = text | {"rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
         embed_area = (vision.patch_size * vision.merge_size) ** 2
-        max_area = max(qwen_vl.max_pixels(preprocessor), qwen_vl.max_pixels(video) // vision.temporal_patch_size)
+        image_area, video_area = (qwen_vl.max_pixels(each, MAX_PIXELS) for each in (preprocessor, video))
+        max_area = max(image_area, video_area // vision.temporal_patch_size)
         return cls(
             text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied, qk_norm=True, norm_topk_prob=True),
             vision=vision,

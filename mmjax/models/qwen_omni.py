@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mmjax.hf_config import audio_options
 from mmjax.models import qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig, Qwen2OmniAudioEncoder, Qwen3OmniAudioEncoder
 from mmjax.nn.encoder import Features
@@ -49,8 +50,8 @@ class Config(qwen_vl.Config):
 
 def max_mel_frames(files: Mapping[str, dict[str, Any]]) -> int:
     """Mel frames of the feature extractor's window."""
-    preprocessor = files.get("processor_config.json", {}).get("feature_extractor") or files["preprocessor_config.json"]
-    return int(preprocessor["chunk_length"] * preprocessor["sampling_rate"]) // int(preprocessor["hop_length"])
+    options = audio_options(files)
+    return int(options["chunk_length"] * options["sampling_rate"]) // int(options["hop_length"])
 
 
 class Model(qwen_vl.Model):

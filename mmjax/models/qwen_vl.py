@@ -44,9 +44,11 @@ class Config(decoder_vlm.Config):
         return dataclasses.replace(self, text=self.text.for_tp(tp_size), vision=self.vision.for_tp(tp_size))
 
 
-def max_pixels(preprocessor: Mapping[str, Any]) -> int:
-    """The largest area that a preprocessor file allows; `max_pixels` and `size` are both areas."""
-    return int(preprocessor.get("max_pixels") or preprocessor["size"]["longest_edge"])
+def max_pixels(options: Mapping[str, Any], default: int = 28 * 28 * 1280) -> int:
+    """The largest area that a processor's options allow; `max_pixels` and `size` are both areas. default: of the
+    published processor."""
+    size = options.get("size") or {}
+    return int(options.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or default)
 
 
 class Model(decoder_vlm.Model):

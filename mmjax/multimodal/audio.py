@@ -4,17 +4,14 @@ import dataclasses
 import enum
 import io
 import math
-import os
 import subprocess
 import tempfile
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from mmjax.config import cache_root
 from mmjax.multimodal import ffmpeg
 from mmjax.multimodal.arrays import is_array, to_numpy
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
@@ -89,19 +86,6 @@ def to_mono(audio: np.ndarray) -> np.ndarray:
     if audio.shape[0] > audio.shape[1] > 0:
         audio = audio.T
     return audio[0] if audio.shape[0] == 1 else audio.mean(axis=0)
-
-
-def librosa() -> ModuleType:
-    """Import librosa. It takes half a second to import, so only call this when there is audio to process.
-
-    numba compiles those parts of it that are called for the first time on a machine, and fails if it cannot cache the
-    result. Its default folders, beside librosa and in the home directory, may be read-only; the one set here is
-    writable.
-    """
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_root() / "numba"))
-    import librosa
-
-    return librosa
 
 
 def resample(audio: np.ndarray, source: float, target: float) -> np.ndarray:

@@ -99,11 +99,21 @@ def probe_video(file: Path) -> VideoStream:
     return VideoStream(len(packets), rate, timestamps if timed else None, 3 * pixels)
 
 
+def select_expression(name: str, keys: list[int]) -> str:
+    """An expression of the `select` filter: is the variable one of these keys, which ascend? A binary search, since
+    ffmpeg refuses expressions that are 100 deep, as a sum of 100 comparisons is, and evaluates one for every frame."""
+    if len(keys) <= 16:
+        return "+".join(f"eq({name},{key})" for key in keys)
+    middle = len(keys) // 2
+    below, above = select_expression(name, keys[:middle]), select_expression(name, keys[middle:])
+    return f"if(lt({name},{keys[middle]}),{below},{above})"
+
+
 class FrameDecoder:
     """A decoder process over the frames that a `select` expression chooses (None: all).
 
-    Iterating yields (timestamp of the frame, uint8 [H, W, 3]), upright. A context manager: leaving it before the end
-    stops the process.
+    Iterating yields (timestamp of the frame, uint8 [H, W, 3]), upright; subprocess.TimeoutExpired if it takes too long.
+    A context manager: leaving it before the end stops the process.
     """
 
     def __init__(self, file: Path, select: str | None):
@@ -113,10 +123,15 @@ class FrameDecoder:
         self._timestamps: list[int] = []
         self._changed, self._ended = threading.Condition(), False
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self._timer = threading.Timer(FFMPEG_TIMEOUT_S, self._process.kill)
+        self._timed_out = False
+        self._timer = threading.Timer(FFMPEG_TIMEOUT_S, self._stop_late)
         self._log_reader = threading.Thread(target=self._read_log, daemon=True)
         self._timer.start()
         self._log_reader.start()
+
+    def _stop_late(self) -> None:
+        self._timed_out = True
+        self._process.kill()
 
     def _read_log(self) -> None:
         """Read the timestamps of frames from the log of the `showinfo` filter."""
@@ -140,6 +155,8 @@ class FrameDecoder:
                 break
             yield self._timestamp(count), frame
         self._log_reader.join()
+        if self._timed_out:
+            raise subprocess.TimeoutExpired(self._process.args, FFMPEG_TIMEOUT_S)
 
     def _timestamp(self, count: int) -> int:
         """The timestamp of a frame that has arrived; its log line may not have arrived yet."""

@@ -8,7 +8,7 @@ import operator
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,12 @@ def load(source: bytes | Path, sampling: FrameSampling = FrameSampling(), *, lim
             if not stream.frames:
                 raise RequestError("Could not open video stream: it has no frames.", "bad_media")
             found, total, rate = _sample(file, stream, sampling, limits)
+        except subprocess.TimeoutExpired as error:
+            raise RequestError(
+                f"Decoding this video takes more than {error.timeout:.0f} seconds. Send a shorter one, or a smaller "
+                "resolution.",
+                "media_too_large",
+            ) from error
         except (subprocess.SubprocessError, OSError) as error:
             raise RequestError("Could not open video stream.", "bad_media") from error
     indices = sorted(found)
@@ -269,25 +275,41 @@ def _check_num_frames(count: int, frame_bytes: int, limits: MediaLimits) -> None
 
 def _read(file: Path, stream: ffmpeg.VideoStream, wanted: list[int], limits: MediaLimits) -> dict[int, np.ndarray]:
     """Those of the wanted frames that can be decoded, by index."""
-    if not wanted:
-        return {}
-    timestamps = stream.timestamps
-    keys = [timestamps[index] for index in wanted] if timestamps else wanted  # the filter's criterion
-    select: str | None = "+".join(f"eq({'pts' if timestamps else 'n'},{key})" for key in keys)
-    if len(wanted) == stream.frames or (select and len(select) > MAX_FILTER_CHARS):
-        select = None
-    index_of = dict(zip(keys, wanted, strict=True))
     found: dict[int, np.ndarray] = {}
-    num_bytes = 0
+    for batch, select in _batches(stream, wanted):
+        for index, frame in _read_batch(file, stream, batch, select):
+            found[index] = frame
+            if limits.video_bytes and len(found) * frame.nbytes > limits.video_bytes:  # larger than the header says
+                _check_num_frames(len(found) + 1, frame.nbytes, limits)
+    return found
+
+
+def _batches(stream: ffmpeg.VideoStream, wanted: list[int]) -> Iterator[tuple[list[int], str | None]]:
+    """The wanted frames with the filter that selects them, None for all. As few batches as possible, because each
+    decodes the file from its start."""
+    if not wanted or len(wanted) == stream.frames:
+        yield from [(wanted, None)] if wanted else []
+        return
+    keys = [stream.timestamps[index] for index in wanted] if stream.timestamps else wanted
+    select = ffmpeg.select_expression("pts" if stream.timestamps else "n", keys)
+    if len(select) <= MAX_FILTER_CHARS or len(wanted) == 1:
+        yield wanted, select
+    else:
+        middle = len(wanted) // 2
+        yield from _batches(stream, wanted[:middle])
+        yield from _batches(stream, wanted[middle:])
+
+
+def _read_batch(
+    file: Path, stream: ffmpeg.VideoStream, batch: list[int], select: str | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(index, frame) of those of a batch that can be decoded."""
+    timestamps = stream.timestamps
+    index_of = {timestamps[index]: index for index in batch} if timestamps else {}
     with ffmpeg.FrameDecoder(file, select) as decoder:
         for count, (timestamp, frame) in enumerate(decoder):
-            key = timestamp if timestamps else keys[min(count, len(keys) - 1)] if select else count
-            if key not in index_of:
-                continue
-            found[index_of[key]] = frame
-            num_bytes += frame.nbytes
-            if limits.video_bytes and num_bytes > limits.video_bytes:  # frames exceed the size in the stream's header
-                _check_num_frames(len(found) + 1, frame.nbytes, limits)
-            if len(found) == len(wanted):
+            index = index_of.pop(timestamp, None) if timestamps else batch[count]
+            if index is not None:
+                yield index, frame
+            if not index_of and (timestamps or count + 1 == len(batch)):
                 break
-    return found

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
+from mmjax.hf_config import canonical
 from mmjax.nn import decode_step
 from mmjax.nn.attention import attend
 from mmjax.nn.layers import jit_layers
@@ -83,13 +84,14 @@ class DecoderConfig:
     ) -> DecoderConfig:
         """From the text part of config.json. tie_embeddings: the head is the embedding. norm_topk_prob: see
         `MoeConfig.from_hf`. Raises ValueError for heads that do not divide."""
+        text = canonical(text)
         heads = text["num_attention_heads"]
         kv_heads = text.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
-        scaling = text.get("rope_parameters") or text.get("rope_scaling")
-        theta = text.get("rope_theta") or (scaling or {}).get("rope_theta", 10000.0)
+        scaling = text.get("rope_parameters")
+        theta = (scaling or {}).get("rope_theta", 10000.0)
         if scaling:
             limits = ("max_position_embeddings", "original_max_position_embeddings")
             scaling = {name: text[name] for name in limits if name in text} | scaling

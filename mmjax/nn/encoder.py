@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
@@ -26,8 +28,12 @@ def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact (erf) GELU."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact (erf) GELU.
+
+    In float32: in bfloat16, `jax.nn.gelu` computes erfc, which on an H200 takes Whisper's encoder 6 % of its time more.
+    """
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -57,11 +63,15 @@ class EncoderConfig:
     act: str
 
     def for_tp(self, tp_size: int) -> EncoderConfig:
-        """The same tower with every sharded size a multiple of `tp_size`."""
+        """The same tower with every sharded size a multiple of `tp_size`, and rows of 16 bytes in bfloat16.
+
+        cuBLAS has no fast kernel for other rows: at [16384, 3420] x [3420, 1280], Qwen2.5-VL's feed-forward, an H200
+        reaches 283 TFLOP/s, and 839 with 3424.
+        """
         return dataclasses.replace(
             self,
             num_heads=round_up(self.num_heads, tp_size),
-            intermediate_size=round_up(self.intermediate_size, tp_size),
+            intermediate_size=round_up(self.intermediate_size, 8 * tp_size),
         )
 
 

@@ -38,7 +38,7 @@ class MoeConfig:
     @classmethod
     def from_hf(cls, text: dict[str, Any], *, norm_topk_prob: bool | None = None) -> MoeConfig | None:
         """From the text part of config.json; None for a model without experts. `norm_topk_prob` overrides the file."""
-        experts = text.get("num_experts") or text.get("num_local_experts")  # transformers 5 writes the latter
+        experts = text.get("num_experts")
         if not experts:
             return None
         step, dense_only = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or []

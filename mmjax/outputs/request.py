@@ -43,6 +43,7 @@ class EngineRequest(abc.ABC, Generic[Output]):
     states: Sequence[OutputProcessor]
 
     def __init__(self, model: LoadedModel, engine_input: EngineInput, states: Sequence[OutputProcessor]) -> None:
+        model.check_awake()
         self.request_id = next(model.request_ids)
         self.engine_input = engine_input
         self.states = states
@@ -215,11 +216,14 @@ def _stop_ids(model: LoadedModel, params: SamplingParams) -> tuple[int, ...]:
 def _logits_processors(
     model: LoadedModel, engine_input: EngineInput, params: SamplingParams, grammar: CompiledGrammar | None
 ) -> list[LogitsProcessor]:
-    """The logits processor of each output. One with a grammar has state; the others can be shared."""
-    bias = LogitsBias(params, model.vocab_size, model.tokenizer)
+    """The logits processor of each output. One with a grammar or with suppressed tokens has state; the others can be
+    shared."""
+    bias = LogitsBias(params, model.vocab_size, model.tokenizer, engine_input.suppressed)
     if params.structured_outputs is not None:
         grammar = grammar or model.grammar_compiler.compile(params.structured_outputs)
         return [StructuredOutput(model.grammar_compiler, grammar, bias) for _ in range(params.n)]
     if engine_input.timestamps is not None:
         return [TimestampRules(engine_input.timestamps, model.vocab_size, bias)] * params.n
+    if bias.has_state:
+        return [LogitsBias(params, model.vocab_size, model.tokenizer, engine_input.suppressed) for _ in range(params.n)]
     return [bias] * params.n

@@ -84,6 +84,17 @@ class TimestampTokens:
     prefix_ids: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class SuppressedTokens:
+    """Tokens that must not be sampled: ids never, first_ids not as the first one."""
+
+    ids: tuple[int, ...] = ()
+    first_ids: tuple[int, ...] = ()
+
+
+NOTHING_SUPPRESSED = SuppressedTokens()
+
+
 class ExpandedPrompt(NamedTuple):
     """A prompt after expansion, with spans in prompt order.
 
@@ -145,6 +156,11 @@ class Processor(Protocol):
     def audio_window_s(self) -> float | None:
         """Seconds of audio in an item at most; None where any length fits."""
         return None
+
+    @property
+    def is_multilingual(self) -> bool:
+        """Whether a model for transcripts knows other languages than English."""
+        return True
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
         """A token for every embedding of each item. A prompt that is expanded already is returned as it is.

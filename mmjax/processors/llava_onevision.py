@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from mmjax.hf_config import HfConfig, canonical, image_options, video_options
 from mmjax.multimodal.video import Video
 from mmjax.processors import base
 from mmjax.processors.base import (
@@ -22,6 +24,15 @@ from mmjax.processors.base import (
     expand_placeholders,
     item_of_any_length,
     linear_positions,
+)
+from mmjax.processors.image_options import (
+    allow_only,
+    edges,
+    flag,
+    padded_to_square,
+    refused,
+    resampling,
+    same_normalization,
 )
 from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
@@ -108,20 +119,35 @@ class Processor(base.Processor):
     sampling_rate: int | None = None
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        config = canonical(config)
         vision = config["vision_config"]
-        self.placeholder_ids = {"image": config["image_token_index"], "video": config["video_token_index"]}
+        self.placeholder_ids = {"image": config["image_token_id"], "video": config["video_token_id"]}
         self.crop_size: int = vision["image_size"]
         self.grid_size = self.crop_size // vision["patch_size"]
         self.aspect: str = config.get("vision_aspect_ratio", "anyres_max_9")
         self.grid_pinpoints = [(height, width) for height, width in config["image_grid_pinpoints"]]
-        prepare = files["preprocessor_config.json"]
-        self.pad_color = tuple(int(255 * mean) for mean in prepare["image_mean"])
-        size = prepare.get("size", {"height": self.crop_size, "width": self.crop_size})
-        if (size["height"], size["width"]) != (self.crop_size, self.crop_size):
-            raise ValueError(
-                f"preprocessor_config.json makes crops of {size['width']}x{size['height']}, but the vision tower of "
-                f"config.json takes {self.crop_size}x{self.crop_size}: the two files belong to different checkpoints"
-            )
+        images, videos = image_options(files), video_options(files)
+        self.pad_color = tuple(int(255 * mean) for mean in images["image_mean"])
+        same_normalization(images, videos)
+        self.resample, self.video_resample = resampling(images), resampling(videos)
+        self.do_resize, self.video_do_resize = (flag(options, "do_resize", True) for options in (images, videos))
+        for options in (images, videos):
+            self._check(options)
+
+    def _check(self, options: HfConfig) -> None:
+        """ValueError for options that make other crops than the tower takes, or the crops of another grid."""
+        allow_only(options, "crops and frames are resized, never cropped", do_center_crop=False)
+        for name in ("size", "crop_size"):
+            size = edges(options, name, square=True)
+            if size and set(size.values()) != {self.crop_size}:
+                width, height = (size.get(edge, size.get("shortest_edge")) for edge in ("width", "height"))
+                raise ValueError(
+                    f"{options.origin()}: {name} makes crops of {width}x{height}, but the vision tower of config.json "
+                    f"takes {self.crop_size}x{self.crop_size}: the two files belong to different checkpoints"
+                )
+        grid = options.get("image_grid_pinpoints")
+        if grid is not None and [tuple(canvas) for canvas in grid] != self.grid_pinpoints:
+            raise refused(options, "image_grid_pinpoints", "those of config.json differ, and embeddings follow them")
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """Tokens of an image (height, width) or a video (frames, height, width)."""
@@ -137,7 +163,7 @@ class Processor(base.Processor):
     def process_item(self, modality: str, media: Any, kwargs: ProcessorKwargs) -> MediaItem:
         """An image or a video, as `crop_fields`."""
         if isinstance(media, Video):
-            crops = [resize(frame, self.crop_size, self.crop_size) for frame in media.frames]
+            crops = [self._resized(frame, self.video_resample, self.video_do_resize) for frame in media.frames]
             sources = self._video_sources(len(crops))
         elif (max_crops := self._max_crops(kwargs)) is None:
             crops, sources = [self._padded(media)], concat([self._first_crop, newlines(1)])
@@ -169,19 +195,24 @@ class Processor(base.Processor):
             fitted = canvas[0], min(math.ceil(width * scale), canvas[1])
         padded = np.zeros((*canvas, 3), np.uint8)
         top, left = ((edge - inner) // 2 for edge, inner in zip(canvas, fitted, strict=True))
-        padded[top : top + fitted[0], left : left + fitted[1]] = resize(image, *fitted)
+        padded[top : top + fitted[0], left : left + fitted[1]] = resize(image, *fitted, self.resample)
         cells = padded.reshape(canvas[0] // size, size, canvas[1] // size, size, 3).swapaxes(1, 2)
-        return [resize(image, size, size), *cells.reshape(-1, size, size, 3)]
+        return [resize(image, size, size, self.resample), *cells.reshape(-1, size, size, 3)]
 
     def _padded(self, image: Any) -> np.ndarray:
         """The image on a square of the mean color."""
-        height, width = image_size(image)
-        edge = max(height, width)
-        padded = np.empty((edge, edge, 3), np.uint8)
-        padded[:] = self.pad_color
-        top, left = (edge - height) // 2, (edge - width) // 2
-        padded[top : top + height, left : left + width] = np.asarray(image)
-        return resize(padded, self.crop_size, self.crop_size)
+        return self._resized(padded_to_square(image, self.pad_color), self.resample, self.do_resize)
+
+    def _resized(self, image: np.ndarray, resample: Image.Resampling, do_resize: bool) -> np.ndarray:
+        """The image as one crop. RequestError for one of another size where do_resize is false."""
+        size = self.crop_size
+        if not do_resize and image.shape[:2] != (size, size):
+            raise RequestError(
+                f"do_resize is false in the model's files, so that a video frame, or one of several images padded to a "
+                f"square, must have {size}x{size} pixels, got {image.shape[1]}x{image.shape[0]}.",
+                "bad_image_size",
+            )
+        return resize(image, size, size, resample)
 
     # -- embeddings --------------------------------------------------------------------------------------------------
 

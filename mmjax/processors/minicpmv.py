@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mmjax.hf_config import image_options
 from mmjax.multimodal.video import Video
 from mmjax.processors import base
+from mmjax.processors.arange import arange32
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -25,7 +27,8 @@ from mmjax.processors.base import (
     placeholder_mismatch,
     positive_int,
 )
-from mmjax.processors.resize import image_size
+from mmjax.processors.image_options import allow_only, tower_sizes
+from mmjax.processors.resize import BICUBIC, image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -41,7 +44,6 @@ TAGS = {  # by key of preprocessor_config.json: the token where that file does n
 }
 
 Grid = tuple[int, int]
-F32 = np.float32
 AREA_FACTOR = 2  # a slice has at least 1 / 2 and at most 2 times the patches of a square one
 
 
@@ -76,12 +78,12 @@ class Slicer(NamedTuple):
 
     def slices(self, image: Image.Image, grid: Grid | None) -> list[np.ndarray]:
         """The whole image and, row by row, its slices: uint8 [height, width, 3] each."""
-        bicubic, (width, height) = Image.Resampling.BICUBIC, image.size
+        width, height = image.size
         fitted = self._fit(height, width, grow=grid is None)
-        out = [np.asarray(image.resize(fitted[::-1], bicubic))]
+        out = [resize(image, *fitted)]
         if grid is not None:
             cell = self.cell(height, width, grid)
-            resized = np.asarray(image.resize((cell[1] * grid[1], cell[0] * grid[0]), bicubic))
+            resized = resize(image, cell[0] * grid[0], cell[1] * grid[1])
             cells = resized.reshape(grid[0], cell[0], grid[1], cell[1], 3).swapaxes(1, 2)
             out.extend(cells.reshape(-1, *cell, 3))
         return out
@@ -123,25 +125,12 @@ class Slicer(NamedTuple):
 
     def _bucket(self, count: int) -> np.ndarray:
         """int32 [count]: in which of position_grid equal parts of an edge each of `count` patches begins."""
-        bounds = _steps(1 / self.position_grid, 1.0, 1 / self.position_grid)
-        return np.searchsorted(bounds, _steps(0.0, 1 - 1e-6, 1 / count), side="right").astype(np.int32)
+        bounds = arange32(1 / self.position_grid, 1.0, 1 / self.position_grid)
+        return np.searchsorted(bounds, arange32(0.0, 1 - 1e-6, 1 / count), side="right").astype(np.int32)
 
 
 def _nearest(length: float, unit: int) -> int:
     return max(round(length / unit), 1) * unit
-
-
-def _steps(start: float, stop: float, step: float) -> np.ndarray:
-    """float32 start, start + step, ... below stop, to the last bit as torch.arange makes them on a CPU.
-
-    Where a patch begins on the boundary of two parts, the last bit decides, and the model was trained with torch's.
-    Torch's vector loop takes two vectors of eight at a time and rounds the first of each eight to float32 before it
-    adds the offsets of the others in float64; the remainder is computed in float64 alone.
-    """
-    at = np.arange(math.ceil((stop - start) / step))
-    exact = (start + step * at).astype(F32)
-    vectors = ((start + step * (at // 8 * 8)).astype(F32) + step * (at % 8)).astype(F32)
-    return np.where(at < len(at) // 16 * 16, vectors, exact)
 
 
 FIRST_SURROGATE = 0xD800  # lone surrogates stand for special tokens: no text can hold them
@@ -201,8 +190,11 @@ class Processor(base.Processor):
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         if tokenizer is None:
             raise ValueError("MiniCPM-V needs its tokenizer: only there stand the ids of the tokens around images")
-        self.tokenizer, prepare = tokenizer, files["preprocessor_config.json"]
+        self.tokenizer, prepare = tokenizer, image_options(files)
         vision, self.num_queries = config["vision_config"], config["query_num"]
+        rule = "images are cut into slices of about scale_resolution squared, which are resized bicubically"
+        allow_only(prepare, rule, do_resize=True, resample=BICUBIC, do_center_crop=False, do_pad=False)
+        tower_sizes(prepare, patch_size=vision["patch_size"])
         self.slicer = Slicer(
             slice_size=prepare["scale_resolution"],
             patch=prepare["patch_size"],

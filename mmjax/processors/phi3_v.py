@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax.hf_config import image_options
 from mmjax.processors import base
 from mmjax.processors.base import (
     Encode,
@@ -25,7 +26,8 @@ from mmjax.processors.base import (
     placeholder_mismatch,
     positive_int,
 )
-from mmjax.processors.resize import image_size
+from mmjax.processors.image_options import allow_only, edges, refused
+from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
@@ -68,7 +70,18 @@ class Processor(base.Processor):
         vision = config["img_processor"].get("vision_config", {})
         self.crop_size: int = vision.get("image_size", CLIP_IMAGE_SIZE)
         self.embeds_per_edge = self.crop_size // vision.get("patch_size", CLIP_PATCH_SIZE) // 2
-        self.num_crops: int = files.get("preprocessor_config.json", {}).get("num_crops", DEFAULT_CROPS)
+        options = image_options(files)
+        allow_only(
+            options,
+            "an image is resized bilinearly to fill num_crops squares and padded with white, as published",
+            do_resize=True,
+            resample=Image.Resampling.BILINEAR,
+            do_center_crop=False,
+            do_pad=True,
+        )
+        if (size := edges(options, "size", square=True)) and set(size.values()) != {self.crop_size}:
+            raise refused(options, "size", f"a crop has the {self.crop_size} pixels of the vision tower")
+        self.num_crops: int = options.get("num_crops", DEFAULT_CROPS)
         self.global_first = config["embd_layer"]["hd_transform_order"] == "glb_sub"
         found = tokenizer.id_of("<|image|>") if tokenizer else IMAGE_ID
         self.image_id = IMAGE_ID if found is None else found
@@ -127,7 +140,7 @@ class Processor(base.Processor):
         if upright:  # in the published order of steps, which rounding depends on
             image = image.transpose(Image.Transpose.TRANSPOSE)
             height, width = width, height
-        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+        resized = resize(image, height, width, Image.Resampling.BILINEAR)
         gap = -height % self.crop_size
         canvas = np.pad(resized, [(gap // 2, gap - gap // 2), (0, 0), (0, 0)], constant_values=255)
         return canvas.transpose(1, 0, 2) if upright else canvas

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options
+from mmjax.mel import LogMel
 from mmjax.processors.base import MediaItem, ProcessorKwargs
 from mmjax.processors.whisper_chunks import CHUNK_STEPS, WhisperClipProcessor, chunk_fields, split_window
 from mmjax.spec import FeatureField, conv_length
@@ -28,11 +30,7 @@ class Processor(WhisperClipProcessor):
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         super().__init__(config, files, tokenizer)
-        if self.mel.frames != self.window_frames:
-            raise ValueError(
-                f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
-                f"needs {self.window_frames}: the two files belong to different checkpoints"
-            )
+        self.mel = LogMel.of_window(config["audio_config"], audio_options(files))
 
     def _steps(self, samples: int) -> int:
         """Encoder steps of so many samples."""

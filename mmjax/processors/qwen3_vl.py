@@ -23,7 +23,7 @@ from mmjax.types import RequestError
 log = logging.getLogger(__name__)
 
 DEFAULT_FPS = 2.0  # at which videos are sampled, and of videos without metadata
-MIN_FRAMES, MAX_FRAMES = 4, 768
+MIN_FRAMES, MAX_FRAMES = 4, 768  # bounds of the number that a rate gives; `num_frames` is taken as it is
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,14 +161,24 @@ def source_timing(video: Video, kwargs: ProcessorKwargs) -> tuple[float, list[in
 
 
 def sample_frames(video: Video, kwargs: ProcessorKwargs) -> Video:
-    """The video at `fps` or with `num_frames` frames, if do_sample_frames says that it has all frames of the source."""
+    """The video at `fps` or with `num_frames` frames, if do_sample_frames says that it has all frames of the source.
+
+    Like the published processor, more frames than the video has repeat some. RequestError for more than MAX_FRAMES of
+    such."""
     if not kwargs.get("do_sample_frames", video.metadata.get("do_sample_frames", False)):
         return video
     if kwargs.get("num_frames") and kwargs.get("fps"):
         raise RequestError("mm_processor_kwargs: fps and num_frames exclude each other.", "bad_kwargs")
     total, (rate, indices) = len(video.frames), source_timing(video, {})
-    wanted = kwargs.get("num_frames") or int(total / rate * kwargs.get("fps", DEFAULT_FPS))
-    count = min(max(wanted, MIN_FRAMES), MAX_FRAMES, total)
+    count = kwargs.get("num_frames")
+    if count is None:
+        count = min(max(int(total / rate * kwargs.get("fps", DEFAULT_FPS)), MIN_FRAMES), MAX_FRAMES, total)
+    elif count > max(total, MAX_FRAMES):
+        raise RequestError(
+            f"mm_processor_kwargs: num_frames is {count}, but the video has {total} frames. Lower it to at most "
+            f"{max(total, MAX_FRAMES)}.",
+            "bad_kwargs",
+        )
     sampled = np.linspace(0, total - 1, count).round().astype(int)
     metadata = {**video.metadata, "fps": rate, "frames_indices": [indices[i] for i in sampled]}
     return Video(video.frames[sampled], metadata)

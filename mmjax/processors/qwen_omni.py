@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import VIDEO_PREPROCESSOR, audio_options, canonical
+from mmjax.mel import LogMel
 from mmjax.multimodal.video import Video
 from mmjax.processors.audio_in_video import AudioInVideoExpander, EmbedRun, Items
 from mmjax.processors.base import ExpandedPrompt, MediaItem, PlaceholderSpan, ProcessorKwargs, expand_placeholders
-from mmjax.processors.mel import LogMel
 from mmjax.processors.mel_features import FEATURES, LENGTHS
 from mmjax.processors.qwen_vl import QwenVLProcessor, area_bounds, frame_rate
 from mmjax.spec import FeatureField
@@ -56,28 +57,20 @@ class OmniProcessor(QwenVLProcessor):
     shared_bos_position: bool
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        config = canonical(config)
         self.thinker = thinker = config.get("thinker_config", config)
         self.positions_per_second: float = thinker["position_id_per_seconds"]
         vision = thinker["vision_config"] | {"tokens_per_second": self.positions_per_second}
         super().__init__(thinker | {"vision_config": vision}, files, tokenizer)
-        # the published processors have bounds of their own for videos: the file is about images
-        self.pixel_bounds["video"] = area_bounds(
-            files.get("video_preprocessor_config.json", {}), self.default_bounds["video"]
-        )
-        key = "audio_token_id" if "audio_token_id" in thinker else "audio_token_index"
-        self.placeholder_ids["audio"] = thinker[key]
+        # The published processors have bounds of their own for videos: preprocessor_config.json is about images, and
+        # what transformers 5 saves as their video_processor is a copy of it, which their processors override too.
+        self.pixel_bounds["video"] = area_bounds(files.get(VIDEO_PREPROCESSOR, {}), self.default_bounds["video"])
+        self.placeholder_ids["audio"] = thinker["audio_token_id"]
         self.chunk_frames: int = 2 * thinker["audio_config"]["n_window"]  # mel frames
         self.audio_bos_id, self.audio_eos_id = thinker["audio_start_token_id"], thinker["audio_end_token_id"]
-        nested = files.get("processor_config.json", {}).get("feature_extractor")
-        prepare = nested or files["preprocessor_config.json"]
+        prepare = audio_options(files)
         self.sampling_rate = prepare["sampling_rate"]
-        self.mel = LogMel(
-            rate=prepare["sampling_rate"],
-            window=prepare["n_fft"],
-            hop=prepare["hop_length"],
-            bins=prepare["feature_size"],
-            samples=prepare["chunk_length"] * prepare["sampling_rate"],
-        )
+        self.mel = LogMel.from_hf(prepare)
 
     def process_audio(self, audio: np.ndarray) -> MediaItem:
         """The item of mono float32 [samples] at the model's rate."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import HfConfig, canonical, image_options, video_options
 from mmjax.multimodal.video import MAX_NUMBER, MIN_RATE, Video
 from mmjax.processors.base import (
     ExpandedPrompt,
@@ -20,6 +21,14 @@ from mmjax.processors.base import (
     ProcessorKwargs,
     expand_placeholders,
     positive_int,
+)
+from mmjax.processors.image_options import (
+    allow_only,
+    flag,
+    refused,
+    resampling,
+    same_normalization,
+    tower_sizes,
 )
 from mmjax.processors.resize import image_size, resize
 from mmjax.spec import FeatureField
@@ -89,21 +98,34 @@ class QwenVLProcessor(Processor):
     default_bounds: Mapping[str, PixelBounds]  # of the published processors, where the files name none
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
+        config = canonical(config)
         vision = config["vision_config"]
         self.patch_size, self.merge_size = vision["patch_size"], vision["spatial_merge_size"]
         self.temporal_patch_size = vision["temporal_patch_size"]
         self.placeholder_ids: dict[str, int] = {
-            modality: config[f"{modality}_token_id"]
-            if f"{modality}_token_id" in config
-            else config[f"{modality}_token_index"]
-            for modality in ("image", "video")
+            modality: config[f"{modality}_token_id"] for modality in ("image", "video")
         }
-        image = files.get("preprocessor_config.json")
-        video = files.get("video_preprocessor_config.json", image)  # older repositories keep one file for both
-        self.pixel_bounds = {
-            modality: area_bounds(file or {}, self.default_bounds[modality])
-            for modality, file in (("image", image), ("video", video))
-        }
+        options = {"image": image_options(files), "video": video_options(files)}
+        for each in options.values():
+            self._check(each)
+        same_normalization(options["image"], options["video"])
+        self.pixel_bounds = {name: area_bounds(each, self.default_bounds[name]) for name, each in options.items()}
+        self.resample = {name: resampling(each) for name, each in options.items()}
+        self.do_resize = {name: flag(each, "do_resize", True) for name, each in options.items()}
+
+    def _check(self, options: HfConfig) -> None:
+        """ValueError for options that this family cannot honor."""
+        allow_only(options, "images of any size are resized, never cropped", do_center_crop=False)
+        tower_sizes(
+            options,
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            temporal_patch_size=self.temporal_patch_size,
+        )
+        size = options.get("size")
+        names = {"shortest_edge", "longest_edge", "min_pixels", "max_pixels"}
+        if size is not None and not (isinstance(size, Mapping) and names >= {k for k, v in size.items() if v}):
+            raise refused(options, "size", "shortest_edge and longest_edge are the areas between which an image is")
 
     def resized_size(self, modality: str, frames: int, height: int, width: int, bounds: PixelBounds) -> tuple[int, int]:
         """(height, width) to which every frame is resized; `bounds` are areas in pixels."""
@@ -113,7 +135,7 @@ class QwenVLProcessor(Processor):
         self, modality: str, frames: int, height: int, width: int, kwargs: ProcessorKwargs
     ) -> tuple[int, int]:
         factor = self.patch_size * self.merge_size
-        if kwargs.get("do_resize", True):
+        if kwargs.get("do_resize", self.do_resize[modality]):
             return self.resized_size(modality, frames, height, width, area_bounds(kwargs, self.pixel_bounds[modality]))
         if height % factor or width % factor:
             raise RequestError(
@@ -136,7 +158,7 @@ class QwenVLProcessor(Processor):
         """An image or a video, as `patch_fields`."""
         frames = list(media.frames) if isinstance(media, Video) else [media]
         height, width = self._target_size(modality, len(frames), *image_size(frames[0]), kwargs)
-        resized = [resize(frame, height, width) for frame in frames]
+        resized = [resize(frame, height, width, self.resample[modality]) for frame in frames]
         # an image counts twice; videos of an odd number of frames repeat the last
         resized += resized[-1:] * (-len(resized) % self.temporal_patch_size)
         t, h, w = len(resized) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options
+from mmjax.mel import LogMel
 from mmjax.processors import base
 from mmjax.processors.base import (
     ExpandedPrompt,
@@ -15,17 +17,19 @@ from mmjax.processors.base import (
     TimestampTokens,
     linear_positions,
 )
-from mmjax.processors.whisper_chunks import log_mel
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError
 
 log = logging.getLogger(__name__)
 
+# Of the published English-only models, whose text tokens are GPT-2's; the others have one or two tokens more.
+ENGLISH_VOCAB_SIZE, ENGLISH_START_ID = 51_864, 50_257
 
-def window_fields(num_mel_bins: int, num_frames: int) -> tuple[FeatureField, ...]:
-    """One window of log-mel frames per input."""
-    return (FeatureField("mel", (num_mel_bins, num_frames), "float32"),)
+
+def window_fields(num_samples: int) -> tuple[FeatureField, ...]:
+    """One window of sound per input, silence after its end. The encoder's program computes its log-mel features."""
+    return (FeatureField("samples", (num_samples,), "float32"),)
 
 
 class Processor(base.Processor):
@@ -40,7 +44,7 @@ class Processor(base.Processor):
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
         self.decoder_start_id: int = config["decoder_start_token_id"]
         self.encoder_length: int = config["max_source_positions"]
-        self.mel = log_mel(files)
+        self.mel = LogMel.of_window(config, audio_options(files))
         self.sampling_rate: int | None = self.mel.rate
         known = files.get("generation_config.json", {})
         find = tokenizer.id_of if tokenizer else lambda token: None
@@ -50,16 +54,19 @@ class Processor(base.Processor):
         self.eos_id: int = config["eos_token_id"]
         initial = known.get("max_initial_timestamp_index")
         self.max_initial_index: int = self.encoder_length if initial is None else initial
-        if self.mel.frames != 2 * self.encoder_length:
-            raise ValueError(
-                f"preprocessor_config.json yields {self.mel.frames} frames, but max_source_positions of config.json "
-                f"({self.encoder_length}) needs twice as many: the two files belong to different checkpoints"
-            )
+        stated = known.get("is_multilingual")
+        is_english = config["vocab_size"] == ENGLISH_VOCAB_SIZE or self.decoder_start_id == ENGLISH_START_ID
+        self._is_multilingual: bool = not is_english if stated is None else bool(stated)
 
     @property
     def audio_window_s(self) -> float:
         """Seconds of the encoder's window."""
         return self.mel.samples / self.mel.rate
+
+    @property
+    def is_multilingual(self) -> bool:
+        """As generation_config.json says, else by the vocabulary; the tokenizers of all have tokens of languages."""
+        return self._is_multilingual
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """0: an audio item takes no token of the decoder's prompt."""
@@ -73,7 +80,9 @@ class Processor(base.Processor):
                 len(media) / self.mel.rate,
                 self.mel.samples / self.mel.rate,
             )
-        return MediaItem(modality, {"mel": self.mel(media)[None]}, num_inputs=1, num_embeds=0)
+        samples = np.zeros((1, self.mel.samples), np.float32)
+        samples[0, : len(media)] = media[: self.mel.samples]
+        return MediaItem(modality, {"samples": samples}, num_inputs=1, num_embeds=0)
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:
         """The decoder's prompt, with one start token; the encoder's prompt is that many dummy tokens."""

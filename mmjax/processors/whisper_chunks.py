@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.hf_config import audio_options, canonical
+from mmjax.mel import LogMel
 from mmjax.processors.base import (
     ExpandedPrompt,
     MediaItem,
@@ -15,7 +17,6 @@ from mmjax.processors.base import (
     item_of_any_length,
     linear_positions,
 )
-from mmjax.processors.mel import LogMel
 from mmjax.spec import FeatureField
 from mmjax.tokenizer.tokenizer import Tokenizer
 
@@ -39,18 +40,6 @@ def chunk_fields(num_mel_bins: int) -> tuple[FeatureField, ...]:
         FeatureField("first_step"),
         FeatureField("num_frames"),
         FeatureField("audio_steps"),
-    )
-
-
-def log_mel(files: Mapping[str, dict[str, Any]]) -> LogMel:
-    """What preprocessor_config.json of a Whisper feature extractor describes."""
-    prepare = files["preprocessor_config.json"]
-    return LogMel(
-        rate=prepare["sampling_rate"],
-        window=prepare["n_fft"],
-        hop=prepare["hop_length"],
-        bins=prepare["feature_size"],
-        samples=prepare["chunk_length"] * prepare["sampling_rate"],
     )
 
 
@@ -97,9 +86,10 @@ class WhisperClipProcessor(Processor):
     item_for_embeds = item_of_any_length
 
     def __init__(self, config: dict[str, Any], files: Mapping[str, dict[str, Any]], tokenizer: Tokenizer | None):
-        self.mel = log_mel(files)
+        config = canonical(config)
+        self.mel = LogMel.from_hf(audio_options(files))
         self.sampling_rate: int | None = self.mel.rate
-        self.placeholder_ids = {"audio": config["audio_token_index"]}
+        self.placeholder_ids = {"audio": config["audio_token_id"]}
         self.window_frames: int = 2 * config["audio_config"]["max_source_positions"]  # mel frames
 
     def expand_prompt(self, token_ids: Sequence[int], items: Mapping[str, Sequence[MediaItem]]) -> ExpandedPrompt:

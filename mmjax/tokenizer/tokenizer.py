@@ -29,7 +29,9 @@ class Tokenizer:
         self._backend = Backend.from_file(str(file))
         self._backend.no_truncation()  # some published files contain settings of the training run
         self._backend.no_padding()
-        self.config: dict[str, Any] = _read_json(self.directory / "tokenizer_config.json")
+        # older repositories name the special tokens in a file of their own
+        roles = _read_json(self.directory / "special_tokens_map.json")
+        self.config: dict[str, Any] = roles | _read_json(self.directory / "tokenizer_config.json")
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self._texts: dict[int, str] = {}
@@ -85,6 +87,13 @@ class Tokenizer:
     def longest_token(self) -> int:
         """Characters of the longest token. Text with more than n times as many has more than n tokens."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    @functools.cached_property
+    def num_closing_tokens(self) -> int:
+        """How many special tokens are appended to every text, such as an end of sequence for embeddings."""
+        bare, full = (self._backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+        return len(full) - starts[0] - len(bare) if bare and starts else 0
 
     @functools.cached_property
     def hf(self) -> Any:

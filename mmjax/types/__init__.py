@@ -14,6 +14,8 @@ from mmjax.types.outputs import (
     RequestMetrics,
     RequestOutput,
     SampleLogprobs,
+    ScoringOutput,
+    ScoringRequestOutput,
 )
 from mmjax.types.prompts import (
     EmbedsPrompt,
@@ -62,6 +64,8 @@ __all__ = [
     "SampleLogprobs",
     "SamplingParameter",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "SingletonPrompt",
     "TextPrompt",
     "TokensPrompt",

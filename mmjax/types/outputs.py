@@ -148,3 +148,19 @@ class EmbeddingRequestOutput(PoolingRequestOutput):
     """`PoolingRequestOutput` whose `outputs` is an `EmbeddingOutput`."""
 
     outputs: EmbeddingOutput
+
+
+@dataclass(repr=False)
+class ScoringOutput:
+    """How alike two prompts are: the cosine of their vectors."""
+
+    score: float
+
+    def __repr__(self) -> str:
+        return f"ScoringOutput(score={self.score})"
+
+
+class ScoringRequestOutput(PoolingRequestOutput):
+    """`PoolingRequestOutput` whose `outputs` is a `ScoringOutput`."""
+
+    outputs: ScoringOutput

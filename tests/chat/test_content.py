@@ -31,7 +31,19 @@ OPENAI = {
     + "{% endfor %}",
     "vlm2vec": VLM2VEC,
 }
+# how Mistral's templates find tool calls
+TOOL_CALLS = (
+    "{% for m in messages %}{% if m.tool_calls is defined %}{% set calls = m.tool_calls %}{% else %}"
+    "{% set calls = m.content %}{% endif %}{% for call in calls %}{{ call.function }}{% endfor %}{{ m.content }}"
+    "{% endfor %}"
+)
+OPENAI["parts_and_tool_calls"] = (
+    TOOL_CALLS + "{% for m in messages %}" + LOOP.replace("%s", "m.content") + "{% endfor %}"
+)
 STRING = {
+    "tool_calls_in_content": TOOL_CALLS,
+    "tool_calls_or_content": "{% for m in messages %}{% for call in m['tool_calls'] or m['content'] %}{{ call.id }}"
+    "{% endfor %}{% endfor %}",
     "chatml": CHATML,
     "basic": BASIC,
     "no_messages": "{{ bos_token }}",

@@ -45,6 +45,18 @@ def test_sources_of_templates() -> None:
         both.resolve("/etc/passwd", tools=False)  # text from a request is never a path
 
 
+@pytest.mark.parametrize(
+    "extra", [["<|im_start|>"], {"image_token": "<image>"}, None], ids=["of transformers 5", "by name", "null"]
+)
+def test_extra_special_tokens(extra: Any, tmp_path: Path, tiny_dir: Any) -> None:
+    """A list since transformers 5, which names tokens in model_specific_special_tokens instead."""
+    tokenizer = Tokenizer(tiny_dir("llava"))
+    tokenizer.config |= {"extra_special_tokens": extra, "model_specific_special_tokens": {"audio_token": "<audio>"}}
+    found = StoredTemplates.read(tmp_path, tokenizer, None).special_tokens
+    assert found["bos_token"] == "<s>" and found["audio_token"] == "<audio>"
+    assert found.get("image_token") == ("<image>" if isinstance(extra, dict) else None)
+
+
 def test_reading_a_directory(tmp_path: Path, tiny_dir: Any) -> None:
     tokenizer = Tokenizer(tiny_dir("llava"))
     stored = StoredTemplates.read(tmp_path, tokenizer, "llava")
@@ -56,6 +68,8 @@ def test_reading_a_directory(tmp_path: Path, tiny_dir: Any) -> None:
     ]
     named = StoredTemplates.read(tmp_path, tokenizer, None)
     assert named.resolve(None, tools=False) == "D{}" and named.resolve(None, tools=True) == "U{}"
+    (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "P{}", "image_processor": {}}))
+    assert StoredTemplates.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "P{}"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "J{}"}))
     assert StoredTemplates.read(tmp_path, tokenizer, "llava").resolve(None, tools=False) == "J{}"
     (tmp_path / "chat_template.jinja").write_text("X{}")

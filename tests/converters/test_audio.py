@@ -29,6 +29,7 @@ LAYOUTS = {  # published prefix -> since transformers 4.52
         "multi_modal_projector.": "model.multi_modal_projector.",
     },
 }
+EXTRACTOR = {"sampling_rate": 16000, "n_fft": 400, "hop_length": 160, "feature_size": 128, "chunk_length": 30}
 Make = Callable[[str], Path]
 
 
@@ -43,7 +44,7 @@ class Header:
 def fits(config: dict[str, Any], tensors: Mapping[str, Shape], *, tied: bool) -> Sizes:
     """Every tensor of a checkpoint is claimed, and every parameter is filled."""
     family = Family.of(config)
-    made = family.config.from_hf(config, {}, tied=tied)
+    made = family.config.from_hf(config, {"preprocessor_config.json": EXTRACTOR}, tied=tied)
     shapes = {path: leaf.shape for path, leaf in param_specs(family, made)[1].items()}
     assert not plan({name: Header(shape) for name, shape in tensors.items()}, family.table, shapes).ignored
     found: Sizes = made.spec
@@ -107,7 +108,7 @@ def test_whisper_large(depth: int) -> None:
     }  # fmt: skip
     shape = fits(config, tensors, tied=True)
     assert (shape.num_layers, shape.cross_len, shape.max_positions, shape.vocab_size) == (depth, 1500, 448, 51866)
-    assert shape.encoders["audio"].fields[0].shape == (128, 3000)
+    assert shape.encoders["audio"].fields[0].shape == (480_000,)
 
 
 # -- parts in other checkpoints ----------------------------------------------------------------------------------------

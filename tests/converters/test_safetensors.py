@@ -67,12 +67,23 @@ def test_a_view_outlives_the_reader_and_the_directory(tmp_path: Path) -> None:
     np.testing.assert_array_equal(value, np.arange(5000))
 
 
-def test_the_only_file_needs_no_index(tmp_path: Path) -> None:
+def test_files_need_no_index(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "weights.safetensors")
     assert list(open_checkpoint(tmp_path)) == ["a"]
     save_file({"b": np.ones(2, np.float32)}, tmp_path / "more.safetensors")
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index\.json"):
+    for name in ("adapter_model", "consolidated"):  # of a LoRA, and Mistral's own format beside the other
+        save_file({name: np.ones(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    assert sorted(open_checkpoint(tmp_path)) == ["a", "b"]
+    assert "no model.safetensors.index.json: all are read" in caplog.text
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    for number in (1, 3):
+        save_file({str(number): np.ones(2, np.float32)}, tmp_path / f"model-0000{number}-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 of 3 shards and no model\.safetensors\.index\.json"):
         open_checkpoint(tmp_path)
+    save_file({"2": np.ones(2, np.float32)}, tmp_path / "model-00002-of-00003.safetensors")
+    assert list(open_checkpoint(tmp_path)) == ["1", "2", "3"]
 
 
 HEADERS = [
@@ -157,11 +168,15 @@ PLACES = [
     ("sub folder", {"a": "sub/one.safetensors"}, "plain name"),
     ("another format", {"a": "pytorch_model.bin"}, "plain name"),
     ("not a name", {"a": 3}, "plain name"),
-    ("missing shard", {"a": "one.safetensors", "b": "three.safetensors"}, "1 of 2 shards are missing, first three"),
-    ("absent tensor", {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}, "does not have it"),
-    ("unlisted tensor", {"a": "one.safetensors", "c": "two.safetensors"}, "does not list it"),
-    ("tensor elsewhere", {"a": "one.safetensors", "b": "one.safetensors"}, "does not have it"),
-    ("swapped", {"a": "two.safetensors", "b": "one.safetensors"}, "puts it into two.safetensors"),
+    ("missing shard", {"a": "one.safetensors", "c": "three.safetensors"}, "1 of 2 shards are missing, first three"),
+]
+# An index that is wrong about tensors that are there all the same.
+MISTAKES = [
+    ("absent tensor", {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}, "that no shard has"),
+    ("unlisted tensor", {"a": "one.safetensors", "c": "two.safetensors"}, "does not list all tensors"),
+    ("tensor elsewhere", {"a": "one.safetensors", "b": "one.safetensors"}, "in another shard"),
+    ("swapped", {"a": "two.safetensors", "b": "one.safetensors"}, "in another shard"),
+    ("other names of shards", {"a": "one.safetensors", "b": "three.safetensors"}, "in another shard"),
 ]
 
 
@@ -169,6 +184,27 @@ PLACES = [
 def test_refuses_a_bad_index(places: Any, words: str, tmp_path: Path) -> None:
     sharded(tmp_path, places)
     with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(("places", "words"), [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+def test_an_index_with_mistakes_is_told(
+    places: Any, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sharded(tmp_path, places)
+    tensors = open_checkpoint(tmp_path)
+    assert {name: tensor.listed for name, tensor in tensors.items()} == {name: name in places for name in "ab"}
+    assert words in caplog.text and INDEX in caplog.text
+
+
+def test_a_tensor_in_two_shards_is_read_from_the_listed_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sharded(tmp_path, {"a": "two.safetensors", "b": "two.safetensors"})
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}}))
+    save_file({"a": np.full(2, 7, np.float32), "b": np.ones(2, np.float32)}, tmp_path / "two.safetensors")
+    assert open_checkpoint(tmp_path)["a"].read()[0] == 7
+    assert "1 tensors are in several files, first a, which is read from" in caplog.text
+    save_file({"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}, tmp_path / "two.safetensors")
+    with pytest.raises(CheckpointError, match=r"'a' has shape \(3,\), but \(2,\) in one"):
         open_checkpoint(tmp_path)
 
 

@@ -30,6 +30,7 @@ class Held:
 
     value: np.ndarray
     reads: int = 0
+    listed: bool = True
 
     @property
     def dtype(self) -> np.dtype:
@@ -85,6 +86,28 @@ def test_lists_and_stacks() -> None:
 def test_keeps_the_dtype_of_the_source() -> None:
     tensors = {name: Held(tensor.value.astype(ml_dtypes.bfloat16)) for name, tensor in held(**GOOD).items()}
     assert {value.dtype for _, value in convert(tensors, TABLE, SHAPES)} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_half_dtypes_that_differ_meet_in_float32() -> None:
+    """float16 beside bfloat16, in a fused parameter and in the layers of a stack, and a half beside float32."""
+    tensors = held(**GOOD)
+    half = {"m.tower.0.a": np.float16, "m.tower.1.b": np.float16, "m.layers.1.w": np.float16}
+    mixed = {n: Held(t.value.astype(half.get(n, ml_dtypes.bfloat16))) for n, t in tensors.items()}
+    values = dict(convert(mixed, TABLE, SHAPES))
+    assert values["tower.ab"].dtype == np.float32 and values["layers.1.w"].dtype == np.float16
+    np.testing.assert_array_equal(values["tower.ab"][0, :, 0], mixed["m.tower.0.a"].value.astype(np.float32).T)
+    np.testing.assert_array_equal(values["tower.ab"][1, :, 0], mixed["m.tower.1.a"].value.astype(np.float32).T)
+    mixed["m.tower.0.a"] = tensors["m.tower.0.a"]
+    assert dict(convert(mixed, TABLE, SHAPES))["tower.ab"].dtype == np.float32
+
+
+def test_an_unlisted_tensor_may_have_no_place() -> None:
+    """One that no index lists fills a hole, and is ignored where there is none."""
+    tensors = held(**GOOD, m__extra=(7,), m__embed=(5, 3))
+    for name in ("m.extra", "m.embed", "m.layers.1.w"):
+        tensors[name].listed = False
+    ready = plan(tensors, TABLE, SHAPES)
+    assert set(ready.ignored) == {"model.buffer.7", "m.extra", "m.embed"} and "m.layers.1.w" in ready.claimed
 
 
 def test_reads_one_parameter_at_a_time() -> None:

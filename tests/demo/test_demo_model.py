@@ -80,11 +80,11 @@ def test_cached(demo: LLM) -> None:
     (prompt,) = prompts("compare")
     demo.reset_mm_cache()
     assert demo.reset_prefix_cache()
-    before = demo.get_metrics()["mm_cache_hits"]
+    before = demo.counters()["mm_cache_hits"]
     (first,) = demo.generate(prompt, GREEDY, use_tqdm=False)
-    assert demo.get_metrics()["mm_cache_hits"] == before
+    assert demo.counters()["mm_cache_hits"] == before
     (again,) = demo.generate(prompt, GREEDY, use_tqdm=False)
-    assert demo.get_metrics()["mm_cache_hits"] == before + 2
+    assert demo.counters()["mm_cache_hits"] == before + 2
     assert not first.num_cached_tokens and again.num_cached_tokens
     assert said([first]) == said([again])
 

@@ -54,7 +54,7 @@ def test_concurrent_callers_get_the_same_outputs(qwen: LLM, served: AsyncLLM) ->
 
 def test_a_disconnected_caller_frees_its_blocks(qwen: LLM, served: AsyncLLM) -> None:
     async def leave() -> None:
-        task = asyncio.create_task(served.generate(await served.prepare("A long story"), greedy(300)))
+        task = asyncio.create_task(served.complete(await served.prepare("A long story"), greedy(300)))
         ticket = served.submit(await served.prepare("Another"), greedy(300), streaming=True)
         async for _ in served.stream(ticket):
             break
@@ -80,10 +80,10 @@ def test_bad_requests_do_not_stop_the_engine(served: AsyncLLM) -> None:
             await served.prepare({"prompt_token_ids": [5] * 2000})
         rendered = await served.prepare("Hi")
         with pytest.raises(ValueError, match="stop tokens"):
-            await served.generate(rendered, greedy(4, stop_token_ids=list(range(100))))
+            await served.complete(rendered, greedy(4, stop_token_ids=list(range(100))))
         with pytest.raises(ValueError, match="allowed_token_ids"):
             served.submit(rendered, greedy(4, allowed_token_ids=[10**6]), streaming=False)
-        return (await served.generate(rendered, greedy(4))).outputs[0].text
+        return (await served.complete(rendered, greedy(4))).outputs[0].text
 
     assert asyncio.run(run())
 
@@ -100,9 +100,9 @@ def test_an_engine_error_reaches_every_caller(qwen: LLM, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(engine, "step", broken)
         with pytest.raises(EngineDeadError, match="no device"):
-            await served.generate(rendered, greedy(4))
+            await served.complete(rendered, greedy(4))
         with pytest.raises(EngineDeadError, match="no device"):
-            await served.generate(rendered, greedy(4))
+            await served.complete(rendered, greedy(4))
 
     asyncio.run(run())
     monkeypatch.undo()

@@ -19,7 +19,7 @@ def decodes(llm: LLM) -> list[Decode]:
 def test_rows_that_ask_for_no_sampling_run_without_its_branches(make_llm, qwen: LLM) -> None:
     llm = make_llm("qwen2_vl")
     runner = llm.model.engines[0].runner
-    runner.greedy_programs = True
+    runner.max_greedy_seqs = 4
     programs = len(runner.program_keys())
     assert output_ids(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == output_ids(
         qwen.generate(PROMPTS, greedy(), use_tqdm=False)
@@ -31,7 +31,7 @@ def test_rows_that_ask_for_no_sampling_run_without_its_branches(make_llm, qwen: 
     )
     assert any(not key.greedy for key in decodes(llm)), "one row that samples takes the batch with it"
     assert set(runner._programs) <= set(runner.program_keys()), "a server would compile after warm-up"
-    runner.greedy_programs = False
+    runner.max_greedy_seqs = 0
     assert programs > len(runner.program_keys())
 
 
@@ -55,6 +55,7 @@ def test_layers_of_fused_kernels_give_the_same_tokens(
     monkeypatch.setattr(decode_step, "can_run", can_run)
     monkeypatch.setattr(decode_step, "tile_for", tile_for)
     llm = make_llm(family, quantization=quantization, num_decode_steps=3)  # sizes whose programs no other test has
+    llm.model.engines[0].runner.program_cache = None  # nor any later run of this one
     assert output_ids(llm.generate(PROMPTS, greedy(), use_tqdm=False)) == want
     assert [output_ids(llm.generate(prompt, greedy(), use_tqdm=False))[0] for prompt in PROMPTS] == want
     assert len(set(rows)) > 1 and 1 in rows, rows

@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
+import threading
 
 import numpy as np
 import pytest
 
 from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM, SamplingParams
-from mmjax.engine.programs import Decode, Prefill
+from mmjax.engine.model_runner import ModelRunner
+from mmjax.engine.programs import Decode, Prefill, ProgramKey
 from mmjax.outputs.request import GenerateRequest
 from mmjax.types import RequestError
 
@@ -69,7 +71,7 @@ def test_preempted_sequences_give_the_same_output(make_llm, qwen: LLM) -> None:
     page_bytes = 2 * 2 * 16 * 2 * 16 * 4
     llm = make_llm("qwen2_vl", max_model_len=176, kv_cache_memory_bytes=15 * page_bytes)
     assert output_ids(llm.generate(prompts, greedy(100), use_tqdm=False)) == expected
-    assert llm.get_metrics()["preemptions"] > 0
+    assert llm.counters()["preemptions"] > 0
     assert llm.reset_prefix_cache(), "every page came back"
 
 
@@ -236,9 +238,9 @@ def test_whisper_shares_encoded_audio_between_outputs(shared_llm) -> None:
     clips = [(rng.standard_normal(16000 * s).astype(np.float32) * 0.1, 16000) for s in (1, 2, 3)]
     prompts = [{"prompt": "", "multi_modal_data": {"audio": clip}} for clip in clips]
     alone = [output_ids(llm.generate(p, greedy(), use_tqdm=False))[0] for p in prompts]
-    encoded = llm.get_metrics()["encoded_items"]
+    encoded = llm.counters()["encoded_items"]
     assert output_ids(llm.generate(prompts, greedy(), use_tqdm=False)) == alone
-    assert llm.get_metrics()["encoded_items"] == encoded, "the pages of their cross attention were still there"
+    assert llm.counters()["encoded_items"] == encoded, "the pages of their cross attention were still there"
     assert len({tuple(a) for a in alone}) > 1, "the audio is heard"
     assert llm.reset_prefix_cache()
     assert output_ids(llm.generate(prompts[::-1], greedy(), use_tqdm=False)) == alone[::-1]
@@ -341,7 +343,7 @@ def test_limits_are_checked_before_any_work(make_llm) -> None:
     llm = make_llm("qwen2_vl", limit_mm_per_prompt={"image": 1, "video": 0})
     with pytest.raises(ValueError, match=r"At most 1 image\(s\) may be provided in one prompt"):
         llm.generate(image_prompt(random_pixels(1), random_pixels(2)), greedy(), use_tqdm=False)
-    assert llm.get_metrics()["mm_cache_queries"] == 0
+    assert llm.counters()["mm_cache_queries"] == 0
 
 
 def test_steps_write_the_kv_cache_in_place(make_llm) -> None:
@@ -363,6 +365,29 @@ def test_steps_write_the_kv_cache_in_place(make_llm) -> None:
         assert not copies, copies
 
 
+def test_the_largest_programs_serve_while_smaller_ones_are_compiled(make_llm, qwen, monkeypatch) -> None:
+    prompts = [chat_text("Hello"), image_prompt(random_pixels(1)), chat_text("Who are you?")]
+    compiled, may_go_on = ModelRunner._compile, threading.Event()
+    llm = make_llm("qwen2_vl")
+    runner = llm.model.engines[0].runner
+
+    def compile_later(self: ModelRunner, key: ProgramKey) -> object:
+        assert self._is_largest(key) or may_go_on.wait(60)
+        return compiled(self, key)
+
+    expected = output_ids(qwen.generate(prompts, greedy(4), use_tqdm=False))
+    monkeypatch.setattr(ModelRunner, "_compile", compile_later)
+    runner.warm_up(lambda items, total: items, behind=True)
+    assert [len(sizes) for sizes in (runner.ready.token_buckets, runner.ready.seq_buckets)] == [1, 1]
+    assert runner.ready.seq_buckets[-1] == runner.buckets.seq_buckets[-1] > runner.buckets.seq_buckets[0]
+    assert output_ids(llm.generate(prompts, greedy(4), use_tqdm=False)) == expected and not runner.warm
+    may_go_on.set()
+    runner._compiling_behind.join(60)
+    assert runner.ready == runner.buckets and runner.warm
+    assert output_ids(llm.generate(prompts, greedy(4), use_tqdm=False)) == expected
+    assert llm.counters()["compiles_after_warmup"] == 0
+
+
 def test_nothing_compiles_after_warm_up(make_llm, compiles) -> None:
     llm = make_llm("qwen2_vl", enforce_eager=False, max_num_seqs=2, max_model_len=256, max_num_batched_tokens=128)
     warm = compiles.count
@@ -375,4 +400,4 @@ def test_nothing_compiles_after_warm_up(make_llm, compiles) -> None:
     llm.generate([image_prompt(random_pixels(i, *size)) for i, size in enumerate(sizes)], params, use_tqdm=False)
     llm.generate(MIXED, dataclasses.replace(rich, n=1), use_tqdm=False)
     assert compiles.count == warm
-    assert llm.get_metrics()["compiles_after_warmup"] == 0
+    assert llm.counters()["compiles_after_warmup"] == 0

@@ -120,7 +120,7 @@ def test_no_head_is_loaded_and_nothing_compiled_after_start(make_llm: MakeLLM) -
     prompt = {"prompt": "USER: <image>\nWhat?", "multi_modal_data": {"image": random_pixels(1)}}
     first, second = (output.outputs.embedding for output in llm.embed([prompt, "Hi"], use_tqdm=False))
     assert np.linalg.norm(first) == pytest.approx(1) and np.abs(np.subtract(first, second)).max() > 0.01
-    assert llm.get_metrics()["compiles_after_warmup"] == 0
+    assert llm.counters()["compiles_after_warmup"] == 0
 
 
 def test_each_runner_refuses_the_other_calls(pooling: LLM, shared_llm: Callable[[str], LLM]) -> None:
@@ -157,3 +157,24 @@ def test_an_encoder_decoder_cannot_pool(make_llm: MakeLLM) -> None:
         make_llm("whisper", runner="pooling")
     with pytest.raises(ValidationError, match="convert"):
         make_llm("qwen2_vl", runner="generate", convert="embed")
+
+
+SCORED = [PROMPTS[0], PROMPTS[1]]
+
+
+def test_score(pooling: LLM) -> None:
+    first, second, third = (output.outputs.data for output in pooling.encode([*SCORED, "Hi"], use_tqdm=False))
+    one_to_many = pooling.score(SCORED[0], [SCORED[1], "Hi", SCORED[0]], use_tqdm=False)
+    wanted = [float(np.dot(first, second)), float(np.dot(first, third)), 1.0]
+    np.testing.assert_allclose([output.outputs.score for output in one_to_many], wanted, atol=1e-5)
+    pairs = pooling.score(SCORED, ["Hi", "Hi"], use_tqdm=False)
+    np.testing.assert_allclose(
+        [output.outputs.score for output in pairs], [np.dot(first, third), np.dot(second, third)], atol=1e-5
+    )
+    assert repr(one_to_many[2].outputs).startswith("ScoringOutput(score=")
+    assert one_to_many[1].prompt_token_ids[-1] == pooling.model.encode("Hi", add_special_tokens=True)[-1]
+    for wrong in ((SCORED, ["a", "b", "c"]), (SCORED, "a")):
+        with pytest.raises(RequestError, match="score compares 1 prompt with N, or N with N"):
+            pooling.score(*wrong)
+    with pytest.raises(RequestError, match="only supported for cross-encoder models"):
+        pooling.score("a", "b", chat_template="x")

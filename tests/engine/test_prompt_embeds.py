@@ -101,7 +101,7 @@ def test_chunks_batches_and_preemption(make_llm: Any, table: Any) -> None:
     tokens = output_ids(llm.generate([{"prompt_token_ids": p} for p in prompts], greedy(24), use_tqdm=False))
     assert want[:2] + want[4:] == tokens
     assert output_ids(llm.generate(mixed, greedy(24), use_tqdm=False)) == want
-    assert llm.get_metrics()["preemptions"] > 0
+    assert llm.counters()["preemptions"] > 0
 
 
 def test_embeddings_of_media_within_the_prompt(taking: Any, table: Any) -> None:

@@ -166,7 +166,7 @@ def test_limits_of_the_operator(tiny_dir: Make) -> None:
 
 
 def test_lengths(tiny_dir: Make) -> None:
-    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20)
+    input_processor = make_input_processor("qwen2_vl", tiny_dir("qwen2_vl"), max_model_len=20, prompt_embeds_dim=32)
     assert len(process(input_processor, [3] * 19).token_ids) == 19
     for length in (20, 21, 500):
         with pytest.raises(
@@ -175,6 +175,11 @@ def test_lengths(tiny_dir: Make) -> None:
             process(input_processor, [3] * length)
     with pytest.raises(RequestError, match="number of text tokens plus multimodal tokens"):
         process(input_processor, image_prompt(Image.new("RGB", (200, 200))))  # fits before expansion, not after
+    wordy = image_prompt(Image.new("RGB", (200, 200)))
+    for long in ([3] * 20, [3] * 500, wordy, {"prompt_embeds": np.zeros((21, 32), np.float32)}):
+        with pytest.raises(ValidationError, match=r"^This model's maximum context length is 20 tokens\. ") as caught:
+            process(input_processor, long)
+        assert caught.value.code == "prompt_too_long"
     with pytest.raises(ValidationError, match=r"^This model's maximum context length is 20 tokens") as caught:
         process(input_processor, "# " * 40)
     assert caught.value.parameter == "input_tokens" and "is longer than the maximum model length" in str(caught.value)
@@ -231,6 +236,37 @@ def test_an_option_that_is_none_is_not_given(qwen: InputProcessor) -> None:
     plain = keys(process(qwen, image_prompt(RED)))
     assert keys(process(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "size": {"a": None}}))) != plain
     assert keys(process(qwen, image_prompt(RED, mm_processor_kwargs={"do_resize": None, "min_pixels": None}))) == plain
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("qwen2_5_vl", None), ("qwen3_vl", None), ("qwen2_5_omni", "videos_kwargs")]
+)
+def test_a_frame_rate_for_each_video(family: str, name: str | None, tiny_dir: Make) -> None:
+    """qwen_vl_utils returns {"fps": [2.0]}, and {"fps": []} where there is no video."""
+    input_processor = make_input_processor(family, tiny_dir(family))
+
+    def clips(count: int, fps: Any) -> EngineInput:
+        kwargs = {"fps": fps} if name is None else {name: {"fps": fps}}
+        media = {"video": [CLIP] * count, "image": [RED]}
+        prompt = "<video>" * count + "<image>"
+        return process(input_processor, {"prompt": prompt, "multi_modal_data": media, "mm_processor_kwargs": kwargs})
+
+    def each(engine_input: EngineInput) -> list[str]:
+        return list(dict.fromkeys(keys(engine_input)))  # a video may have several spans
+
+    one, half, both = clips(1, 1.0), clips(1, 0.5), clips(2, [1.0, 0.5])
+    assert each(clips(1, [1.0]))[0] == each(one)[0] and clips(1, (1,)).items[0].item.frame_times
+    assert each(both)[:2] == [each(one)[0], each(half)[0]]
+    assert each(both)[2] == each(clips(0, []))[0] == each(clips(1, [3.0]))[1], "images have no rate"
+    same, alone = clips(2, [1.0, 1.0]), clips(2, 1.0)
+    assert same.token_ids.tolist() == alone.token_ids.tolist()
+    np.testing.assert_array_equal(same.rope_positions, alone.rope_positions)
+    for count, wrong in ((2, [1.0]), (1, []), (1, [1.0, 1.0])):
+        with pytest.raises(RequestError, match=rf"fps has {len(wrong)} numbers for {count} videos"):
+            clips(count, wrong)
+    for wrong in ([0], ["2"], [None], [True], [float("nan")], [[1.0]], {"a": 1}):
+        with pytest.raises(RequestError, match="fps must be a positive number, or a list with one for each video"):
+            clips(1, wrong)
 
 
 def test_statistics_of_the_cache(qwen: InputProcessor) -> None:
@@ -428,10 +464,11 @@ def test_audio_libraries_are_imported_with_the_first_audio(tiny_dir: Make, tmp_p
     code = (
         "import os, sys; import numpy as np; from pathlib import Path\n"
         "from input_processors import make_input_processor\n"
-        f"r = make_input_processor('whisper', Path({str(tiny_dir('whisper'))!r}))\n"
+        f"r = make_input_processor('qwen2_audio', Path({str(tiny_dir('qwen2_audio'))!r}))\n"
         "loaded = lambda: sorted({'jax', 'scipy', 'numba', 'librosa', 'soxr'} & set(sys.modules))\n"
         "print(*loaded())\n"
-        "r.process(r.parse({'prompt': '', 'multi_modal_data': {'audio': (np.zeros(1600, np.float32), 16000)}}))\n"
+        "audio = np.zeros(1600, np.float32), 16000\n"
+        "r.process(r.parse({'prompt': '<|AUDIO|>', 'multi_modal_data': {'audio': audio}}))\n"
         "print(*loaded())\n"
         "print(os.environ['NUMBA_CACHE_DIR'])"
     )

@@ -98,9 +98,18 @@ def test_wrong_types_are_type_errors(prompt: Any, encoder_decoder: bool, words: 
             "Unsupported modality: smell",
         ),
         ({"multi_modal_data": {"image": None}}, "multi_modal_data['image'] is empty but multi_modal_uuids['image'] is"),
-        ({"multi_modal_data": {"image": []}}, "multi_modal_data['image'] is empty but multi_modal_uuids['image'] is"),
-        ({"multi_modal_data": {"video": []}}, "multi_modal_data['video'] is empty but multi_modal_uuids['video'] is"),
-        ({"multi_modal_data": {"audio": []}}, "multi_modal_data['audio'] is empty but multi_modal_uuids['audio'] is"),
+        (
+            {"multi_modal_data": {"audio": None}, "multi_modal_uuids": {"audio": []}},
+            "multi_modal_data['audio'] is empty but multi_modal_uuids['audio'] is missing.",
+        ),
+        *(
+            (
+                {"multi_modal_data": {"image": [PICTURE]}, "multi_modal_uuids": {"image": uuids}},
+                f"must have same length as multi_modal_data['image'], but got {len(uuids)} vs 1.",
+            )
+            for uuids in ([], ["a", "b"], [None] * 3)
+        ),
+        ({"multi_modal_uuids": {"image": ""}}, "list of non-empty strings"),
         (
             {"multi_modal_data": {"image": [PICTURE] * 2}, "multi_modal_uuids": {"image": ["a"]}},
             "multi_modal_uuids['image'] must have same length as multi_modal_data['image'], but got 1 vs 2.",
@@ -138,6 +147,15 @@ def test_wrong_values_are_request_errors(prompt: dict[str, Any], words: str) -> 
     with pytest.raises(RequestError) as caught:
         parse.parse_prompt({"prompt": "x", **prompt})
     assert words in str(caught.value) and caught.value.code != "invalid_request"
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+@pytest.mark.parametrize("uuids", [{}, {"multi_modal_uuids": None}, []])
+def test_an_empty_list_is_no_media(modality: str, uuids: Any) -> None:
+    named = uuids if isinstance(uuids, dict) else {"multi_modal_uuids": {modality: uuids}}
+    assert not parse.parse_prompt({"prompt": "x", "multi_modal_data": {modality: []}, **named}).media
+    asked = {"prompt": "x", "multi_modal_data": {modality: []}, "multi_modal_uuids": {modality: ["a"]}}
+    assert [item.uuid for item in parse.parse_prompt(asked).media[modality]] == ["a"], "which the cache may have"
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,7 @@ def test_names() -> None:
     assert media(data={"image": []}, uuids={"image": ["a"]}) == [(True, "a")]
     assert media(uuids={"image": "a"}) == [(True, "a")]
     # optional if there are data
-    lenient: tuple[Any, ...] = (None, {}, {"image": None}, {"image": []}, {"video": None})
+    lenient: tuple[Any, ...] = (None, {}, {"image": None}, {"video": None}, {"video": []})
     for uuids in lenient:
         assert media(data={"image": PICTURE}, uuids=uuids) == [(False, None)]
 

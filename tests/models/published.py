@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     import transformers
 
 from input_processors import make_input_processor, read_files
+from mmjax.hf_config import audio_options, canonical, image_options
 from mmjax.processors.base import MediaItem
 
 MODELS = {
@@ -79,11 +80,13 @@ class Published:
             return
         load = getattr(transformers, MODELS[family]).from_pretrained
         self.model = load(directory, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+        if family == "qwen3_moe":
+            return  # a language model
         if family in ("whisper", "qwen2_audio"):
             self.prepare = transformers.WhisperFeatureExtractor.from_pretrained(directory)
-        elif "image_processor_type" in self.files.get("preprocessor_config.json", {}):
+        else:
             self.prepare = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
-        if "feature_extractor_type" in self.files.get("preprocessor_config.json", {}):
+        if "feature_extractor_type" in audio_options(self.files):
             self.feature_extractor = transformers.WhisperFeatureExtractor.from_pretrained(directory)
 
     def ask(self, question: Mapping[str, Any], steps: int, stop: int | None = None) -> Reply:
@@ -166,7 +169,7 @@ class Published:
 
     def _positions(self, ids: Sequence[int], media: Mapping[str, Any]) -> np.ndarray:
         """i64[3, 1, T]: text counts on from the largest position so far, which transformers 5 forgets after clips."""
-        config = self.files["config.json"]
+        config = canonical(self.files["config.json"])
         sizes = {kind: media[f"{kind}_grid_thw"].tolist() for kind in ("image", "video") if f"{kind}_grid_thw" in media}
         if self.family.startswith("qwen3") and "video" in sizes:  # frame by frame, each with its time in words before
             sizes["video"] = [(1, h, w) for t, h, w in sizes["video"] for _ in range(t)]
@@ -193,7 +196,7 @@ def _elsewhere(family: str) -> Any:
 
 def normalize(item: MediaItem, files: Mapping[str, dict[str, Any]]) -> np.ndarray:
     """f32 pixels of an item: scaled to 0..1, minus the mean, divided by the deviation of each channel."""
-    prepare = files["preprocessor_config.json"]
+    prepare = image_options(files)
     mean, std = (np.asarray(prepare[f"image_{name}"], np.float32)[:, None] for name in ("mean", "std"))
     pixels = item.features["pixels"]
     if "embed_order" in item.features:  # windows have moved the patches of each row

@@ -96,15 +96,13 @@ def test_two_devices_chunks_and_prefixes_give_the_recorded_outputs(
     asked = [QUESTIONS[family][case]() for case in cases]
     wanted = [RECORDED[family][case]["ids"] for case in cases]
     first = llm.generate(asked, greedy(12), use_tqdm=False)
-    encoded = llm.get_metrics()["encoded_items"]
+    encoded = llm.counters()["encoded_items"]
     llm.model.input_processor.cache.clear()
     again = llm.generate(asked, greedy(12), use_tqdm=False)
     assert output_ids(first) == output_ids(again) == wanted
     lengths = [len(RECORDED[family][case]["prompt_ids"]) for case in cases]
     assert [output.num_cached_tokens for output in again] == [(n - 1) // 16 * 16 for n in lengths]
-    assert llm.get_metrics()["encoded_items"] <= encoded + 1, (
-        "clips that end in a block's last tokens are encoded again"
-    )
+    assert llm.counters()["encoded_items"] <= encoded + 1, "clips that end in a block's last tokens are encoded again"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 
 from engine_inputs import greedy, output_ids
@@ -58,6 +59,8 @@ FEATURES, LOGITS = 1e-4, 2e-4
 NOISY = {"qwen2_5_vl": 4e-4}
 KINDS = [("encoder_hidden", "audio"), *((f"{kind}_features", kind) for kind in ("image", "video", "audio"))]
 NEW = 16  # tokens of each golden answer
+MADE_WITH = "13.0.0"
+PILLOW = "" if PIL.__version__ == MADE_WITH else f" (made with Pillow {MADE_WITH}; this is Pillow {PIL.__version__})"
 
 
 class Golden:
@@ -109,7 +112,7 @@ class Golden:
         """The prompt's ids and, at each but the first, the whole distribution."""
         assert output.prompt_token_ids == self.prompt_ids(case)
         if len(self.prompt_ids(case)) > 1:
-            close(prompt_table(output), log_softmax(self.arrays[f"{case}/logits"])[:-1], self.allowed, case)
+            close(prompt_table(output), log_softmax(self.arrays[f"{case}/logits"])[:-1], self.allowed, case + PILLOW)
 
     @property
     def allowed(self) -> float:
@@ -117,7 +120,7 @@ class Golden:
 
     def check_answer(self, case: str, output: RequestOutput) -> None:
         """The greedy ids and the whole distribution at each."""
-        assert output_ids([output]) == [self.arrays[f"{case}/gen_ids"].tolist()], case
+        assert output_ids([output]) == [self.arrays[f"{case}/gen_ids"].tolist()], case + PILLOW
         close(answer_table(output), log_softmax(self.arrays[f"{case}/gen_logits"]), self.allowed, case)
 
 

@@ -11,7 +11,9 @@ import pytest
 import tiny
 from engine_inputs import greedy, output_ids, random_pixels
 from mmjax import LLM, kernels
+from mmjax.chat import StoredTemplates
 from mmjax.cli.main import main
+from mmjax.tokenizer.tokenizer import Tokenizer
 from models import variants
 from models.bare_model import Bare
 from models.questions import (
@@ -151,27 +153,39 @@ def usual(request: pytest.FixtureRequest, tiny_dir: Callable[[str], Path]) -> tu
 
 
 def test_key_layouts_shards_and_converted_directories(usual: tuple[str, Path], tmp_path: Path) -> None:
-    """Every other layout of a checkpoint gives the same bits as the published names."""
+    """Every other layout of a checkpoint gives the same bits as the published names; one is a whole model as
+    transformers saves it, with its tokenizer and its processor."""
+    from models import whole
+
     family, directory = usual
     asked, params = questions(family)[:2], greedy(NEW, logprobs=2)
     model = published(family, directory)
     first = engine(directory)
     compare(first, model, asked, f"{family}: published names")
-    wanted = [output.outputs[0] for output in first.generate(asked, params, use_tqdm=False)]
+    answers = first.generate(asked, params, use_tqdm=False)
+    wanted, prompt_ids = ([output.outputs[0] for output in answers], [output.prompt_token_ids for output in answers])
 
     assert main(["convert", str(directory), str(tmp_path / "converted")]) == 0
     forms = {
         "names since 4.52": variants.rename(family, directory, tmp_path / "renamed"),
-        "saved by transformers": variants.save(model, directory, tmp_path / "saved"),
+        "saved by transformers": whole.save(model, directory, tmp_path / "saved"),
         "shards": tiny.make(family, tmp_path / "shards", shards=3),
         "converted": tmp_path / "converted",
     }
     assert main(["convert", str(forms["shards"]), str(tmp_path / "converted shards")]) == 0
     for name, form in (forms | {"converted shards": tmp_path / "converted shards"}).items():
-        outputs = [output.outputs[0] for output in engine(form).generate(asked, params, use_tqdm=False)]
-        for output, expected in zip(outputs, wanted, strict=True):
+        answers = engine(form).generate(asked, params, use_tqdm=False)
+        assert [answer.prompt_token_ids for answer in answers] == prompt_ids, (family, name)
+        for output, expected in zip((answer.outputs[0] for answer in answers), wanted, strict=True):
             assert output.token_ids == expected.token_ids, (family, name)
             assert output.logprobs == expected.logprobs, (family, name)
+    prepare, saved = whole.processor(family, directory), forms["saved by transformers"]
+    for question, ours in zip(asked, prompt_ids, strict=True):
+        theirs = whole.prompt_ids(family, prepare, question)
+        assert theirs == (ours[-len(theirs) :] if family == "whisper" else ours)  # ours begins with the start token
+    if getattr(prepare, "chat_template", None):
+        stored = StoredTemplates.read(saved, Tokenizer(saved), None)
+        assert stored.resolve(None, tools=False) == prepare.chat_template
     for name in ("names since 4.52", "saved by transformers"):
         reply = published(family, forms[name]).ask(asked[1], NEW)
         assert reply.ids == wanted[1].token_ids, f"{family}, {name}: transformers itself reads it otherwise"

@@ -18,8 +18,8 @@ def test_preempted_outputs_are_the_same(tiny_dir: Callable[[str], Path]) -> None
     prompts = [image_prompt(random_pixels(seed, 56 * seed, 84)) for seed in (1, 2, 3)]
     prompts.append(qwen2_vl(VIDEO + "Who?", video=[clip(4, 8, 56, 56)]))
     alone = [output_ids(llm.generate(prompt, greedy(90), use_tqdm=False))[0] for prompt in prompts]
-    assert llm.get_metrics()["preemptions"] == 0
+    assert llm.counters()["preemptions"] == 0
     assert llm.reset_prefix_cache()
     assert output_ids(llm.generate(prompts, greedy(90), use_tqdm=False)) == alone
-    assert llm.get_metrics()["preemptions"] > 0
+    assert llm.counters()["preemptions"] > 0
     assert llm.reset_prefix_cache(), "a block was lost"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmjax.multimodal import video
+from mmjax.multimodal import ffmpeg, video
 from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.multimodal.video import FrameSampling
 from mmjax.types import RequestError
@@ -155,9 +155,40 @@ def test_limits(clip: Path, limits: MediaLimits) -> None:
     assert caught.value.code == "media_too_large"
 
 
-def test_more_frames_than_fit_a_filter(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "MAX_FILTER_CHARS", 10)
-    assert shades(video.load(clip, FrameSampling(num_frames=8))) == [0, 3, 7, 10, 14, 17, 21, 25]
+@pytest.mark.parametrize("chars", [10, 40])
+def test_more_frames_than_fit_a_filter(clip: Path, monkeypatch: pytest.MonkeyPatch, chars: int) -> None:
+    monkeypatch.setattr(video, "MAX_FILTER_CHARS", chars)
+    assert shades(video.load(clip, FrameSampling(num_frames=4))) == [0, 8, 16, 25]
+
+
+@pytest.mark.parametrize(
+    ("container", "samplings"),
+    [
+        ("mp4", [{"num_frames": 101}, {"num_frames": 768}, {"video_backend": "opencv_dynamic", "fps": 4}]),
+        ("h264", [{"num_frames": 101}]),  # without timestamps
+    ],
+)
+def test_more_frames_than_a_sum_may_have_terms(tmp_path: Path, container: str, samplings: list[dict[str, Any]]) -> None:
+    """ffmpeg refuses expressions that are 100 deep."""
+    file = tmp_path / f"long.{container}"
+    source = ["-f", "lavfi", "-i", "testsrc=size=64x48:rate=25:duration=32", "-c:v", "libx264", "-preset", "ultrafast"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, str(file)], check=True)
+    whole = video.load(file, FrameSampling(num_frames=5000))
+    assert whole.metadata["total_num_frames"] == len(whole.frames) == 800 and whole.metadata["fps"] == 25
+    for options in samplings:
+        sampling = FrameSampling(**options)
+        some = video.load(file, sampling)
+        indices = some.metadata["frames_indices"]
+        assert indices == sampling.indices(800, 25) and len(indices) > 100
+        np.testing.assert_array_equal(some.frames, whole.frames[indices])
+
+
+def test_decoding_that_takes_too_long(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffmpeg, "FFMPEG_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(ffmpeg, "probe_video", lambda file: ffmpeg.VideoStream(26, 10.0, None, 64 * 48 * 3))
+    with pytest.raises(RequestError, match=r"takes more than 0 seconds. Send a shorter one") as caught:
+        video.load(clip)
+    assert caught.value.code == "media_too_large"
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from input_processors import load_processor, make_input_processor, read_files
+from mmjax.mel import LogMel
 from mmjax.multimodal.video import Video
+from mmjax.nn.audio.mel import log_mel
 from mmjax.processors import llava, qwen2_vl, whisper
 from mmjax.processors.base import Processor
-from mmjax.processors.mel import LogMel
 from mmjax.types import RequestError
 
 Make = Callable[[str], Path]
@@ -152,19 +154,19 @@ def test_whisper_of_silence_noise_and_long_audio(tiny_dir: Make, caplog: pytest.
     processor, _ = load_processor("whisper", tiny_dir("whisper"))
     assert isinstance(processor, whisper.Processor)
     window = processor.mel.samples
-    silence = processor.process_item("audio", np.zeros(10, np.float32), {}).features["mel"]
-    assert silence.shape == (1, 80, window // 160) and silence.dtype == np.float32 and np.ptp(silence) < 1e-6
+    short = processor.process_item("audio", np.ones(10, np.float32), {}).features["samples"]
+    assert short.shape == (1, window) and short.dtype == np.float32 and short.sum() == short[0, :10].sum() == 10
     noise = np.random.default_rng(2).standard_normal(2 * window).astype(np.float32)
     with caplog.at_level(logging.WARNING):
-        long = processor.process_item("audio", noise, {}).features["mel"]
+        long = processor.process_item("audio", noise, {}).features["samples"]
     assert "is cut to the model's window" in caplog.text
-    np.testing.assert_array_equal(long, processor.process_item("audio", noise[:window], {}).features["mel"])
+    np.testing.assert_array_equal(long, noise[None, :window])
 
 
 @pytest.mark.parametrize("samples", [1, 159, 160, 201, 4000, 16000, 63_900, 64_000])
 def test_mel_equals_a_plain_transform(samples: int) -> None:
-    """The fast path (only frames with audio, float32) against the definition: pad, window, transform all, in
-    float64."""
+    """The host's fast path (only frames with audio, float32) and the device's, against the definition: pad, window,
+    transform all, in float64."""
     mel = LogMel(rate=16000, window=400, hop=160, bins=80, samples=64_000)
     audio = (np.random.default_rng(samples).standard_normal(samples) * 0.1).astype(np.float32)
     padded = np.pad(np.pad(audio.astype(np.float64), (0, 64_000 - samples)), 200, mode="reflect")
@@ -175,6 +177,10 @@ def test_mel_equals_a_plain_transform(samples: int) -> None:
     expected = (np.maximum(log, log.max() - 8) + 4) / 4
     np.testing.assert_allclose(mel(audio), expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(mel.zero_padded(audio), expected[:, : -(-samples // 160)], rtol=0, atol=1e-4)
+    windows = np.stack([np.pad(audio, (0, 64_000 - samples)), np.zeros(64_000, np.float32)])
+    on_device = np.asarray(log_mel(jnp.asarray(windows), mel))
+    np.testing.assert_allclose(on_device[0].T, expected, rtol=0, atol=1e-4)
+    assert np.ptp(on_device[1]) < 1e-6  # silence
 
 
 @pytest.mark.parametrize("samples", [201, 4000, 16000, 63_900])

@@ -34,7 +34,8 @@ def full(files: dict[str, dict[str, Any]]) -> Processor:
     config, edges = files["config.json"], range(384, 2305, 384)
     config["vision_config"]["image_size"] = 384
     config["image_grid_pinpoints"] = [[height, width] for height in edges for width in edges]
-    files["preprocessor_config.json"]["size"] = {"height": 384, "width": 384}
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        files[name] |= {"size": {"height": 384, "width": 384}, "image_grid_pinpoints": config["image_grid_pinpoints"]}
     return Processor(config, files, None)
 
 

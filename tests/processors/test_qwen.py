@@ -151,7 +151,11 @@ def test_sampling_where_the_clip_has_every_frame(tiny_dir: Make) -> None:
     assert processor.process_item("video", video(24, **known), {"fps": 0.1}).grid[0] == 2, (
         "never fewer than four frames"
     )
-    assert processor.process_item("video", video(24, **known), {"num_frames": 8}).grid[0] == 4
+    # as many frames as transformers 5.24 samples; it bounds only the number that a rate gives
+    for num_frames, steps in ((8, 4), (2, 1), (1, 1), (24, 12), (32, 16), (768, 384)):
+        assert processor.process_item("video", video(24, **known), {"num_frames": num_frames}).grid[0] == steps
+    with pytest.raises(RequestError, match=r"num_frames is 769, but the video has 24 frames\. Lower it to at most 768"):
+        processor.process_item("video", video(24, **known), {"num_frames": 769})
     assert processor.process_item("video", video(24, **known), {"do_sample_frames": False}).grid[0] == 12
     with pytest.raises(RequestError, match="exclude each other"):
         processor.process_item("video", video(24, **known), {"num_frames": 8, "fps": 1})

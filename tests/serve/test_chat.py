@@ -55,6 +55,20 @@ def test_stream_has_the_same_text(client: TestClient) -> None:
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_echo_of_the_message_that_is_continued(client: TestClient) -> None:
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True, "max_tokens": 4}
+    for content in ("I am", [{"type": "text", "text": "I am"}]):
+        messages = [*HELLO, {"role": "assistant", "content": content}]
+        plain, echoed = (
+            chat(client, messages=messages, echo=echo, **goes_on).json()["choices"][0]["message"]["content"]
+            for echo in (False, True)
+        )
+        assert echoed == "I am" + plain != plain
+        chunks = events(chat(client, messages=messages, echo=True, stream=True, **goes_on))
+        assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == echoed
+    assert chat(client, echo=True).json()["choices"] == chat(client).json()["choices"], "the last is the user's"
+
+
 def test_usage_in_every_chunk(client: TestClient) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     for chunks in (

@@ -92,6 +92,7 @@ def test_refusals(client: TestClient) -> None:
         ({"allowed_token_ids": [10**20]}, 400),
         ({"logprobs": 10**12}, 400),
         ({"truncate_prompt_tokens": 10**20}, 200),
+        ({"truncation_side": "top"}, 400),
         ({"n": 10**20}, 400),
         ({"prompt": [2**40]}, 400),
         ({"prompt": [-1]}, 400),
@@ -103,6 +104,24 @@ def test_numbers_beyond_the_range_of_the_device(client: TestClient, field: dict[
     response = complete(client, given.pop("prompt", "the lazy dog"), **given)
     assert response.status_code == status, response.text
     assert complete(client, "a").status_code == 200
+
+
+@pytest.mark.parametrize(("side", "used"), [("left", [4, 5]), ("right", [1, 2])])
+def test_a_part_of_the_prompt(client: TestClient, side: str, used: list[int]) -> None:
+    part = complete(client, [1, 2, 3, 4, 5], truncate_prompt_tokens=2, truncation_side=side, echo=True).json()
+    alone = complete(client, used, echo=True).json()
+    assert part["choices"] == alone["choices"] and part["usage"] == alone["usage"]
+
+
+@pytest.mark.parametrize("prompt", ["the lazy dog " * 3000, [5] * 3000, {"messages": "dog " * 3000}])
+def test_a_prompt_that_is_too_long(client: TestClient, prompt: Any) -> None:
+    if isinstance(prompt, dict):
+        messages = [{"role": "user", "content": prompt["messages"]}]
+        response = client.post("/v1/chat/completions", json={"messages": messages})
+    else:
+        response = complete(client, prompt)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("This model's maximum context length is ")
 
 
 @pytest.mark.parametrize(

@@ -59,18 +59,18 @@ def test_a_disconnect_frees_the_blocks(address: str, served: AsyncLLM, path: str
         body = {"input": "Tell me more", "max_output_tokens": 300, "ignore_eos": True, "stream": stream}
     if path == "/generate":
         body = {"prompts": ["the", "a"], "sampling_params": {"max_tokens": 300, "ignore_eos": True}}
-    made = served.llm.get_metrics()["output_tokens"]
+    made = served.llm.counters()["output_tokens"]
 
     def begun(connection: socket.socket) -> None:
         if stream and path != "/generate":
             assert b"200 OK" in connection.recv(4096)
-        wait_until(lambda: served.llm.get_metrics()["output_tokens"] > made + 4, "tokens are generated")
+        wait_until(lambda: served.llm.counters()["output_tokens"] > made + 4, "tokens are generated")
 
     disconnect(address, path, body, begun)
     wait_until(lambda: served.open == 0 and served.load()[:2] == (0, 0), "the request has ended", 10)
     assert served.load()[2] == 0, "no block is in use"
     assert httpx.get(f"{address}/load").json() == {"server_load": 0}
-    assert served.llm.get_metrics()["output_tokens"] < made + 500
+    assert served.llm.counters()["output_tokens"] < made + 500
 
 
 def test_a_disconnect_before_the_response(address: str, served: AsyncLLM) -> None:

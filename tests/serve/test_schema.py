@@ -174,7 +174,7 @@ def answers(client: TestClient, count: int, **cases: "st.SearchStrategy[schemath
 @pytest.mark.parametrize("kind", ["served", "listening", "pooling"])
 def test_no_request_causes_a_server_error(kind: str, request: pytest.FixtureRequest) -> None:
     engine: AsyncLLM = request.getfixturevalue(kind)
-    client, looked_up = client_over(engine), engine.llm.get_metrics()["mm_cache_queries"]
+    client, looked_up = client_over(engine), engine.llm.counters()["mm_cache_queries"]
     published = client.get("/openapi.json").json()
     near = operations(fitting(published, FITTING | {"listening": SPEECH, "pooling": VECTORS}.get(kind, {})))
     for label, operation in operations(published).items():
@@ -185,4 +185,4 @@ def test_no_request_causes_a_server_error(kind: str, request: pytest.FixtureRequ
         asked = sum(count for (sort, _), count in answered.items() if sort == "fitting")
         assert answered["fitting", 200] >= 0.5 * asked > 0, (label, answered)
     engine.check()
-    assert engine.llm.get_metrics()["mm_cache_queries"] > looked_up, "media reached the processor"
+    assert engine.llm.counters()["mm_cache_queries"] > looked_up, "media reached the processor"

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from api_server import sse_events
 from mmjax import AsyncLLM, SamplingParams, Speech, SpeechTask
 from mmjax.entrypoints.transcription import split_segments
+from mmjax.processors.base import SuppressedTokens
 from prompts import base64_wav, random_chord
 
 LONG = 10.5  # seconds: three windows of the tiny model
@@ -48,6 +49,21 @@ def test_formats(speech_client: TestClient) -> None:
     vtt = listen(speech_client, language="de", response_format="vtt")
     assert vtt.headers["content-type"].startswith("text/vtt")
     assert re.match(rf"WEBVTT\n\n{time}\.\d{{3}} --> {time}\.\d{{3}}\n\S", vtt.text)
+
+
+def test_words(speech_client: TestClient, listening: AsyncLLM) -> None:
+    whole = listen(
+        speech_client,
+        sound(LONG),
+        language="en",
+        response_format="verbose_json",
+        **{"timestamp_granularities[]": ["word", "segment"]},
+    ).json()
+    words = whole["words"]
+    assert set(words[0]) == {"word", "start", "end"} and whole["segments"]
+    assert "".join("".join(w["word"] for w in words).split()) == "".join(whole["text"].split())
+    times = [time for w in words for time in (w["start"], w["end"])]
+    assert times == sorted(times) and 0 <= times[0] < times[-1] <= LONG
 
 
 def test_times_of_a_long_recording(speech_client: TestClient, listening: AsyncLLM) -> None:
@@ -106,6 +122,28 @@ def test_prompts_have_the_format_of_whispers_training(listening: AsyncLLM) -> No
         assert asyncio.run(prompt(task)) == wanted
 
 
+def test_suppressed_tokens(listening: AsyncLLM) -> None:
+    """As generation_config.json says: some never, some not as the first token. A logit_bias of the request wins."""
+    speech = Speech(listening)
+    assert len(speech.suppressed.first_ids) == 2 and speech.suppressed.ids == ()
+
+    async def ids(task: SpeechTask, **params: Any) -> list[int]:
+        recording = await speech.decode(sound(1.0))
+        work = await speech.prepare(recording, task, SamplingParams(temperature=0, max_tokens=8, **params))
+        transcript = await speech.transcribe(work, timestamps=task.timestamps)
+        return list(transcript.outputs[0].outputs[0].token_ids)
+
+    plain, timed = (asyncio.run(ids(SpeechTask("en", timestamps=timed))) for timed in (False, True))
+    first = plain[0]
+    speech.suppressed = SuppressedTokens(first_ids=(first,))
+    other = asyncio.run(ids(SpeechTask("en")))
+    assert other[0] != first and len(other) == 8
+    assert asyncio.run(ids(SpeechTask("en"), logit_bias={first: 0.0})) == plain
+    assert asyncio.run(ids(SpeechTask("en", timestamps=True))) == timed
+    speech.suppressed = SuppressedTokens(ids=tuple(set(plain)))
+    assert not set(asyncio.run(ids(SpeechTask("en")))) & set(plain)
+
+
 @pytest.mark.parametrize(
     ("tokens", "seconds", "wanted"),
     [
@@ -130,7 +168,7 @@ def test_refusals(speech_client: TestClient) -> None:
         (sound(1.0), {"response_format": "yaml"}, 400, "Currently only support response_format"),
         (sound(1.0), {"response_format": "verbose_json", "stream": "true"}, 400, "streamed"),
         (sound(1.0), {"stream_include_usage": "true"}, 400, "stream=True"),
-        (sound(1.0), {"timestamp_granularities[]": "word", "response_format": "verbose_json"}, 400, "words"),
+        (sound(1.0), {"timestamp_granularities[]": "word"}, 400, "verbose_json"),
         (sound(1.0), {"timestamp_granularities[]": "segment"}, 400, "verbose_json"),
         (sound(1.0), {"temperature": "-1"}, 400, "temperature"),
         (sound(1.0), {"temperature": "warm"}, 400, "temperature"),

@@ -29,6 +29,15 @@ def test_round_trip_and_roles(tiny_dir: Make, family: str) -> None:
     assert max(tokenizer.special_ids) < tokenizer.vocab_size
 
 
+def test_roles_in_a_file_of_their_own(tiny_dir: Make, tmp_path: Path) -> None:
+    copy(tiny_dir("llava"), tmp_path, bos_token=None)
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": {"content": "</s>"}, "bos_token": "<s>"})
+    )
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.eos_id == tokenizer.id_of("</s>") and tokenizer.bos_id is None
+
+
 def test_special_tokens(tiny_dir: Make) -> None:
     tokenizer = Tokenizer(tiny_dir("llava"))
     with_, without = tokenizer.encode("Hi"), tokenizer.encode("Hi", add_special_tokens=False)

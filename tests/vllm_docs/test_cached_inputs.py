@@ -33,7 +33,7 @@ def two(images: Any, uuids: Any = None, **more: Any) -> dict[str, Any]:
 
 
 def queries_and_hits(llm: LLM) -> tuple[float, float]:
-    metrics = llm.get_metrics()
+    metrics = llm.counters()
     return metrics["mm_cache_queries"], metrics["mm_cache_hits"]
 
 
@@ -145,7 +145,7 @@ def test_encoder_and_prefix_caches(qwen: LLM) -> None:
     """A cached image is not encoded again, whatever the question; equal prefixes are computed once."""
 
     def encoded() -> float:
-        return qwen.get_metrics()["encoded_items"]
+        return qwen.counters()["encoded_items"]
 
     before = encoded()
     first = generate_one(

@@ -234,7 +234,7 @@ def test_embeds_only(make_llm: Callable[..., LLM], qwen: LLM) -> None:
         generate_one(llm, {**asked, "multi_modal_data": {"image": [random_image(1)] * 2}})
     with pytest.raises(ValueError, match=r"At most 0 image\(s\)"):
         chat_one(llm, user_messages({"type": "image_pil", "image_pil": random_image(1)}))
-    assert llm.get_metrics()["compiles_after_warmup"] == 0
+    assert llm.counters()["compiles_after_warmup"] == 0
     runner = llm.model.engines[0].runner  # the tower stays off the device
     assert all(leaf.size == 0 for path, leaf in zip(runner.paths, runner.params, strict=True) if path[:5] != "text.")
 

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mmjax.processors.base import NOTHING_SUPPRESSED, SuppressedTokens
 from mmjax.types import SamplingParams, ValidationError
 
 
@@ -19,25 +20,44 @@ class TextEncoder(Protocol):
 class LogitsBias:
     """The biases of a request over a vocabulary of `vocab` logits; see `LogitsProcessor`.
 
-    dynamic: some bad word has several tokens; its last token is forbidden after the others. Raises
-    ValidationError for bad words without a tokenizer, or whose tokens the model does not have. The other parameters
-    must have passed SamplingParams.verify.
+    dynamic: some bad word has several tokens; its last token is forbidden after the others. Or the first token is yet
+    to come, and some tokens must not be it (has_state: this changes with the first token). A logit_bias of the request
+    goes before a suppressed token. Raises ValidationError for bad words without a tokenizer, or whose tokens the model
+    does not have. The other parameters must have passed SamplingParams.verify.
     """
 
     first_timestamp = 0  # there are no timestamps
 
-    def __init__(self, params: SamplingParams, vocab: int, tokenizer: TextEncoder | None) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab: int,
+        tokenizer: TextEncoder | None,
+        suppressed: SuppressedTokens = NOTHING_SUPPRESSED,
+    ) -> None:
         words = _bad_word_ids(params.bad_words or (), vocab, tokenizer)
         self._phrases = [word for word in words if len(word) > 1]
-        self.dynamic = bool(self._phrases)
+        banned, self._not_first = (
+            [token for token in ids if 0 <= token < vocab and token not in (params.logit_bias or {})]
+            for ids in (suppressed.ids, suppressed.first_ids)
+        )
+        self.has_state = bool(self._not_first)
+        self.dynamic = bool(self._phrases or self._not_first)
         self._fixed: np.ndarray | None = None
-        if words or params.logit_bias or params.allowed_token_ids is not None:
-            self._fixed = _fixed_row(params, vocab, [word[0] for word in words if len(word) == 1])
+        if words or params.logit_bias or params.allowed_token_ids is not None or banned or self._not_first:
+            self._fixed = _fixed_row(params, vocab, [*banned, *(word[0] for word in words if len(word) == 1)])
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray | None:
         """f32[V] to add to the logits of the token after `output_ids`; callers must not write to it. None: no token is
         ever biased."""
         if self._fixed is None or not self.dynamic:
+            return self._fixed
+        if self._not_first and not len(output_ids):
+            row = self._fixed.copy()
+            row[self._not_first] = -np.inf
+            return row if np.isfinite(row).any() else self._fixed
+        if not self._phrases:
+            self.dynamic = False  # from now on the row stays as it is
             return self._fixed
         longest = max(map(len, self._phrases)) - 1
         tail = tuple(int(token) for token in output_ids[-longest:])

@@ -87,9 +87,9 @@ class WhisperEncoder(ConvEncoder):
         super().__init__(c.tower, c.num_mel_bins)
         self.positions = weight(c.window_steps, c.tower.hidden_size, axes=("position", "embed"))
 
-    def encode_windows(self, mel: Float32[Array, "I bins t"]) -> Float[Array, "U C"]:
+    def encode_windows(self, mel: Float32[Array, "I t bins"]) -> Float[Array, "U C"]:
         """Hidden states of whole windows, after the final norm; U counts the steps of all windows."""
-        x = self.apply_conv2(self.apply_conv1(mel.swapaxes(1, 2), pad=1), pad=1) + self.positions[...]
+        x = self.apply_conv2(self.apply_conv1(mel, pad=1), pad=1) + self.positions[...]
         num_inputs, steps, width = x.shape
         segment_ids = jnp.arange(num_inputs * steps, dtype=jnp.int32) // steps
         return self.final_norm(self(x.reshape(-1, width), segment_ids, segment_len=steps))

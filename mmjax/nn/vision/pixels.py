@@ -19,12 +19,14 @@ class PixelNorm:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> PixelNorm:
-        """From preprocessor_config.json; `do_rescale` and `do_normalize` are honored."""
-        normalize = config.get("do_normalize", True)
+        """From the options of an image processor; `do_rescale` and `do_normalize` are honored, and null is the default.
+        Raises ValueError for a mean or deviation that is neither a number nor one for each channel."""
+        normalize, rescale = (config.get(name) in (None, True) for name in ("do_normalize", "do_rescale"))
+        factor = config.get("rescale_factor")
         return cls(
-            scale=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0,
-            mean=tuple(config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
-            std=tuple(config["image_std"]) if normalize else (1.0, 1.0, 1.0),
+            scale=(1 / 255 if factor is None else float(factor)) if rescale else 1.0,
+            mean=_per_channel("image_mean", config["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+            std=_per_channel("image_std", config["image_std"]) if normalize else (1.0, 1.0, 1.0),
         )
 
     def normalize(self, pixels: Shaped[Array, "*shape"], *, axis: int) -> Float32[Array, "*shape"]:
@@ -34,3 +36,11 @@ class PixelNorm:
         mean = jnp.asarray(self.mean, jnp.float32).reshape(shape)
         std = jnp.asarray(self.std, jnp.float32).reshape(shape)
         return (pixels.astype(jnp.float32) * self.scale - mean) / std
+
+
+def _per_channel(name: str, value: Any) -> tuple[float, ...]:
+    """One number for each channel, from one number or three."""
+    values = [value] * 3 if isinstance(value, int | float) else list(value)
+    if len(values) != 3 or not all(isinstance(each, int | float) for each in values):
+        raise ValueError(f"{name} {value!r} is not supported: it is a number, or one for each of 3 channels")
+    return tuple(map(float, values))

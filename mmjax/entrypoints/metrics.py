@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+import prometheus_client
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.samples import Sample
 
-from mmjax import AsyncLLM, RequestOutput
+from mmjax.engine.loaded_model import LoadedModel
+from mmjax.types import PoolingRequestOutput, RequestOutput
+from mmjax.types.metrics import Counter, Gauge, Histogram, Metric
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
@@ -23,12 +27,15 @@ COUNTERS = {  # engine counter -> (metric, meaning)
 }
 
 
-class Metrics:
-    """The metrics of one server. Counters are read from the engine at each scrape."""
+class EngineMetrics:
+    """The metrics of one LLM or server. Counters are read from the engine when they are asked for.
 
-    def __init__(self, engine: AsyncLLM, model: str) -> None:
-        self.engine = engine
+    name: of the model, their label.
+    """
+
+    def __init__(self, model: LoadedModel, name: str) -> None:
         self.model = model
+        self.name = name
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self._ttft = self._histogram("vllm:time_to_first_token_seconds", "seconds to the first token", SECONDS)
@@ -41,11 +48,15 @@ class Metrics:
         self._finished: dict[str, int] = {}
 
     def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Any:
-        histogram = Histogram(name, meaning, ["model_name"], buckets=buckets, registry=self.registry)
-        return histogram.labels(self.model)
+        histogram = prometheus_client.Histogram(name, meaning, ["model_name"], buckets=buckets, registry=self.registry)
+        return histogram.labels(self.name)
 
-    def record(self, output: RequestOutput) -> None:
-        """Count a finished request."""
+    def record(self, output: RequestOutput | PoolingRequestOutput) -> None:
+        """Count a finished request. One for a vector has no times."""
+        if isinstance(output, PoolingRequestOutput):
+            self._prompt_tokens.observe(len(output.prompt_token_ids))
+            self._finished["stop"] = self._finished.get("stop", 0) + 1
+            return
         times = output.metrics
         output_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         self._prompt_tokens.observe(len(output.prompt_token_ids or ()))
@@ -61,29 +72,57 @@ class Metrics:
             decode_s = times.finished_time - times.first_token_time
             self._tpot.observe(decode_s / (output_tokens / len(output.outputs) - 1))
 
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[prometheus_client.Metric]:
         """The current counters and gauges; the registry calls this."""
-        counts = self.engine.llm.get_metrics()
+        counts = self.model.counters()
         for name, (metric, meaning) in COUNTERS.items():
             counter = CounterMetricFamily(metric, meaning, labels=["model_name"])
-            counter.add_metric([self.model], counts.get(name, 0))
+            counter.add_metric([self.name], counts.get(name, 0))
             yield counter
-        running, waiting, used = self.engine.load()
+        running, waiting, used = self.model.load()
         for metric, meaning, value in (
             ("vllm:num_requests_running", "requests on the device", running),
             ("vllm:num_requests_waiting", "requests waiting to be scheduled", waiting),
             ("vllm:kv_cache_usage_perc", "share of the KV cache's blocks in use, 0 to 1", used),
         ):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])
-            gauge.add_metric([self.model], value)
+            gauge.add_metric([self.name], value)
             yield gauge
         finished = CounterMetricFamily(
             "vllm:request_success", "finished requests", labels=["model_name", "finished_reason"]
         )
         for reason, count in self._finished.items():
-            finished.add_metric([self.model, reason], count)
+            finished.add_metric([self.name, reason], count)
         yield finished
 
     def text(self) -> bytes:
         """The page of /metrics."""
         return generate_latest(self.registry)
+
+    def snapshot(self) -> list[Metric]:
+        """The current metrics as objects; a counter's name is without `_total`."""
+        found: list[Metric] = []
+        for family in self.registry.collect():
+            if family.type == "histogram":
+                found += _histograms(family.name, family.samples)
+            elif family.type == "gauge":
+                found += [Gauge(family.name, dict(sample.labels), sample.value) for sample in family.samples]
+            else:
+                samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                found += [Counter(family.name, dict(sample.labels), int(sample.value)) for sample in samples]
+        return found
+
+
+def _histograms(name: str, samples: list[Sample]) -> list[Histogram]:
+    """The histograms of one family, which has one for each of its labels."""
+    found: dict[tuple[str, ...], Histogram] = {}
+    for sample in samples:
+        labels = {key: value for key, value in sample.labels.items() if key != "le"}
+        histogram = found.setdefault(tuple(labels.values()), Histogram(name, labels, 0, 0.0, {}))
+        if sample.name.endswith("_bucket"):
+            histogram.buckets[sample.labels["le"]] = int(sample.value)
+        elif sample.name.endswith("_count"):
+            histogram.count = int(sample.value)
+        elif sample.name.endswith("_sum"):
+            histogram.sum = sample.value
+    return list(found.values())

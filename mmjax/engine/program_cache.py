@@ -1,0 +1,117 @@
+"""Traced programs on disk. A start whose programs are known reads them, instead of tracing Python for seconds each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.export import DisabledSafetyCheck, Exported
+
+from mmjax import kernels
+from mmjax.batch import Batch, KVCache
+from mmjax.engine.programs import DeviceState, StepOutput
+from mmjax.engine.sampler import SamplerOutput
+from mmjax.nn.weight import QuantizedArray
+
+logger = logging.getLogger(__name__)
+
+KEPT_SOURCES = 4  # versions of the code whose programs stay on disk
+# jax promises no stability for these; a program is only read by the versions that wrote it.
+CUSTOM_CALLS = tuple(
+    DisabledSafetyCheck.custom_call(target)
+    for target in ("__gpu$xla.gpu.triton", "triton_kernel_call", "__cudnn$fmhaSoftmax", "tpu_custom_call")
+)
+
+
+class ProgramCache:
+    """The files of one model's programs, below jax's compilation cache. Files of other code are never read.
+
+    model: what every program of the model depends on. Programs are not pickled: their form is that of jax.export. Only
+    `model` is, to be hashed.
+    """
+
+    def __init__(self, directory: Path, model: object) -> None:
+        _register_trees()
+        self._directory = directory / "traced" / _source_digest()
+        self._model = pickle.dumps(model)
+
+    def read(self, key: object) -> Exported | None:
+        """The program of this key, if there is one."""
+        try:
+            data = bytearray(self._file(key).read_bytes())
+        except OSError:
+            return None
+        try:
+            return jax.export.deserialize(data)
+        except Exception as error:
+            logger.warning("a traced program in %s cannot be read, and is made again: %r", self._directory, error)
+            return None
+
+    def write(self, key: object, exported: Exported) -> None:
+        """Keep a program. If it cannot be written, the log says so once."""
+        try:
+            if not self._directory.is_dir():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                _remove_oldest(self._directory.parent)
+            with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
+                file.write(exported.serialize())
+            os.replace(file.name, self._file(key))
+        except OSError as error:
+            _warn_once(f"traced programs cannot be kept: {error}")
+
+    def _file(self, key: object) -> Path:
+        return self._directory / hashlib.sha256(self._model + repr(key).encode()).hexdigest()
+
+
+def export(jitted: Any, args: Iterable[Any]) -> Exported | None:
+    """A jitted function for arguments of these shapes, as it can be written. None if jax cannot write it."""
+    try:
+        return jax.export.export(jitted, disabled_checks=CUSTOM_CALLS)(*args)
+    except ValueError as error:
+        _warn_once(f"programs are traced at every start: {error}")
+        return None
+
+
+@functools.cache
+def _register_trees() -> None:
+    for tree in (Batch, KVCache, DeviceState, StepOutput, SamplerOutput, QuantizedArray):
+        jax.export.register_pytree_node_serialization(
+            tree,
+            serialized_name=f"{tree.__module__}.{tree.__qualname__}",
+            serialize_auxdata=lambda _: b"",  # they hold arrays only
+            deserialize_auxdata=lambda _: (),
+        )
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Of this package's code, and the versions of the packages that trace it."""
+    digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax")).encode())
+    folders = {Path(__file__).parent.parent, Path(str(kernels.__file__)).parent}
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _remove_oldest(directory: Path) -> None:
+    """Leave the programs of the versions of the code that were written to last."""
+    folders = sorted((folder for folder in directory.iterdir() if folder.is_dir()), key=lambda f: f.stat().st_mtime)
+    for folder in folders[:-KEPT_SOURCES]:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(folder)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
