@@ -45,7 +45,12 @@ import pytest  # noqa: E402
 from cachetools import LRUCache  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
-SHARE_ENGINES = tuple(f"tests/{folder}/" for folder in ("docs", "engine", "serve", "vllm_docs"))
+SHARE_ENGINES = (
+    *(f"tests/{folder}/" for folder in ("docs", "engine", "serve", "vllm_docs")),
+    "tests/models/test_preemption.py",
+    "tests/models/test_recorded.py",
+)
+UNSHARED = ("tests/engine/test_decode_programs.py", "tests/engine/test_sampler.py")
 ROOT = Path(__file__).resolve().parent.parent
 
 if importlib.util.find_spec("mmjax") is None:
@@ -72,7 +77,7 @@ def leave_nothing() -> Iterator[None]:
     Not after every file: the next one would trace jax.numpy's functions again.
     """
     yield
-    if memory_maps() > 15_000:
+    if memory_maps() > 25_000:
         gc.collect()
         jax.clear_caches()
     count = memory_maps()
@@ -97,7 +102,7 @@ def share_programs() -> Iterator[None]:
     from mmjax.engine.programs import ProgramKey
 
     compile_anew = ModelRunner._compile
-    made: LRUCache[Hashable, Any] = LRUCache(maxsize=64)  # about 300 memory maps each
+    made: LRUCache[Hashable, Any] = LRUCache(maxsize=96)  # 150 memory maps each
     lock = threading.Lock()
 
     def take_or_compile(runner: ModelRunner, key: ProgramKey) -> Any:
@@ -126,6 +131,9 @@ def share_programs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelRunner, "_compile", take_or_compile)
+        # Traced programs on disk would outlive what tests patch in traced code. They are also for programs that start
+        # more often than their code changes: to write them takes a fifth more time, to read them saves two fifths.
+        patch.setattr(ModelRunner, "_program_cache", lambda runner: None)
         yield
 
 
@@ -166,13 +174,17 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist=loadfile`, but files of a folder in SHARE_ENGINES run in one process: they share engines and programs."""
+    """`--dist=loadfile`, but the files in SHARE_ENGINES run in one process, where they share programs. Without those of
+    UNSHARED they take half the time of all tests. The functions of the longest file of `-m parity` run in both."""
     from xdist.scheduler import LoadFileScheduling
 
     class LoadEngineScheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "engines" if file.startswith(SHARE_ENGINES) else file
+            if file == "tests/models/test_parity.py":
+                return nodeid.partition("[")[0]
+            shares = file.startswith(SHARE_ENGINES) and file not in UNSHARED
+            return "engines" if shares else file
 
     return LoadEngineScheduling(config, log) if config.option.dist == "loadfile" else None
 

@@ -31,7 +31,8 @@ def make_llm(tiny_dir: Callable[[str], Path]) -> Callable[..., LLM]:
 def shared_llm(make_llm: Callable[..., LLM]) -> Callable[[str], LLM]:
     """`shared_llm(family)`: the engine that tests share. Each test must leave it idle."""
     made: dict[str, LLM] = {}
-    return lambda family: made.get(family) or made.setdefault(family, make_llm(family))
+    limits = {"whisper": {"max_model_len": 64}}  # as in tests/vllm_docs
+    return lambda family: made.get(family) or made.setdefault(family, make_llm(family, **limits.get(family, {})))
 
 
 @pytest.fixture

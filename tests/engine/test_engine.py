@@ -225,9 +225,9 @@ def test_bad_words_are_never_sampled(qwen: LLM) -> None:
     assert output_ids(out)[1] == list(free.token_ids)
 
 
-def test_long_outputs_stop_at_max_model_len(make_llm) -> None:
-    llm = make_llm("qwen2_vl", max_model_len=64)
-    out = llm.generate({"prompt_token_ids": [5] * 40}, greedy(1000), use_tqdm=False)[0]
+def test_long_outputs_stop_at_max_model_len(qwen: LLM) -> None:
+    assert qwen.model.max_model_len == 384
+    out = qwen.generate({"prompt_token_ids": [5] * 360}, greedy(1000), use_tqdm=False)[0]
     assert len(out.outputs[0].token_ids) == 24
     assert out.outputs[0].finish_reason == "length"
 

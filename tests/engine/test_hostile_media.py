@@ -51,7 +51,7 @@ def served(make_llm: Callable[..., LLM], place: tuple[Site, Path]) -> Iterator[C
     with pytest.MonkeyPatch.context() as patch:
         for name, value in VARIABLES.items():
             patch.setenv(name, value)
-        sizes = {"whisper": {"max_model_len": 64, "max_num_batched_tokens": 32}}
+        sizes = {"whisper": {"max_model_len": 64}}
         yield (
             lambda family: (
                 made.get(family) or made.setdefault(family, make_llm(family, **rules | sizes.get(family, {})))

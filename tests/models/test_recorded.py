@@ -22,34 +22,29 @@ RECORDED: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text())
 CASES = [(family, case) for family, cases in QUESTIONS.items() for case in cases]
 LOGPROBS = 2e-4
 
-# Qwen2-VL's are those of tests/engine, whose programs the compile cache then has.
-SMALL = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 128, "num_decode_steps": 4}
-SEQS = {
-    "qwen3_omni_moe": 1,
-    "llava": 1,
-    "whisper": 2,
-    "qwen2_audio": 1,
-    "ultravox": 1,
-    "llava_onevision": 1,
-    "minicpmv": 2,
-    "phi3_v": 2,
-    "qwen3_vl": 1,
-    "qwen3_vl_moe": 1,
-    "qwen3_moe": 2,
-}  # fewer buckets to compile
+# As in tests/engine and tests/vllm_docs, whose programs are taken over.
+SMALL = {
+    "max_model_len": 384,
+    "block_size": 16,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "num_decode_steps": 4,
+}
+TOGETHER = ("qwen2_vl", "qwen2_5_omni", "whisper", "minicpmv", "phi3_v", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
 def outputs(tiny_dir: Callable[[str], Path]) -> Callable[[str, str], RequestOutput]:
-    """`outputs(family, case)`: our output; all cases of a family run at once."""
+    """`outputs(family, case)`: our output; all cases of a family in TOGETHER run at once."""
     made: dict[str, dict[str, RequestOutput]] = {}
 
     def get(family: str, case: str) -> RequestOutput:
         if family not in made:
-            options = SMALL | {"max_num_seqs": SEQS.get(family, SMALL["max_num_seqs"])}
-            llm = LLM(str(tiny_dir(family)), **options, enforce_eager=True)
+            length = {"max_model_len": 64} if family == "whisper" else {}
+            llm = LLM(str(tiny_dir(family)), **SMALL | length, enforce_eager=True)
             asked = [question() for question in QUESTIONS[family].values()]
-            answers = llm.generate(asked, greedy(12, logprobs=0), use_tqdm=False)
+            batches = [asked] if family in TOGETHER else [[one] for one in asked]
+            answers = [a for batch in batches for a in llm.generate(batch, greedy(12, logprobs=0), use_tqdm=False)]
             made[family] = dict(zip(QUESTIONS[family], answers, strict=True))
         return made[family][case]
 
