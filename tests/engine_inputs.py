@@ -6,6 +6,14 @@ import numpy as np
 
 from mmjax import SamplingParams
 
+# One size for small engines, so that they take over each other's programs.
+SMALL: dict[str, Any] = {
+    "max_model_len": 384,
+    "block_size": 16,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 128,
+    "num_decode_steps": 4,
+}
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 

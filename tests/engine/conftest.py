@@ -6,15 +6,8 @@ from typing import Any
 
 import pytest
 
+from engine_inputs import SMALL
 from mmjax import LLM
-
-SMALL = {
-    "max_model_len": 384,
-    "block_size": 16,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 128,
-    "num_decode_steps": 4,
-}
 
 
 @pytest.fixture(scope="session")

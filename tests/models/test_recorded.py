@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_inputs import greedy, output_ids
+from engine_inputs import SMALL, greedy, output_ids
 from mmjax import LLM
 from mmjax.types import RequestOutput
 from models.questions import QUESTIONS
@@ -22,14 +22,6 @@ RECORDED: dict[str, dict[str, dict[str, Any]]] = json.loads(FILE.read_text())
 CASES = [(family, case) for family, cases in QUESTIONS.items() for case in cases]
 LOGPROBS = 2e-4
 
-# As in tests/engine and tests/vllm_docs, whose programs are taken over.
-SMALL = {
-    "max_model_len": 384,
-    "block_size": 16,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 128,
-    "num_decode_steps": 4,
-}
 TOGETHER = ("qwen2_vl", "qwen2_5_omni", "whisper", "minicpmv", "phi3_v", "qwen3_moe")
 
 

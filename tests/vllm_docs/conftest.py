@@ -15,19 +15,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from engine_inputs import SMALL
 from mmjax import LLM
 from mmjax.cli import flags
 from web import Site, running_site
 
-SMALL: dict[str, Any] = {
-    "max_model_len": 384,
-    "block_size": 16,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 128,
-    "num_decode_steps": 4,
-    "enforce_eager": True,
-    "enable_mm_embeds": True,
-}
+WITH_EMBEDS = SMALL | {"enforce_eager": True, "enable_mm_embeds": True}
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +28,7 @@ def make_llm(tiny_dir: Callable[[str], Path]) -> Callable[..., LLM]:
     """`make_llm(family, **kwargs)`: a small engine that takes embeddings and compiles on demand."""
 
     def make(family: str, **kwargs: Any) -> LLM:
-        return LLM(str(tiny_dir(family)), **(SMALL | kwargs))
+        return LLM(str(tiny_dir(family)), **(WITH_EMBEDS | kwargs))
 
     return make
 

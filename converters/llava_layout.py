@@ -1,0 +1,26 @@
+"""What LLaVA-1.5 and LLaVA-OneVision share: a tower, a projector and a text model under published names, those of
+transformers since 4.52, and those that transformers 5 saves."""
+
+from __future__ import annotations
+
+from mmjax.converters import clip_or_siglip, decoder
+from mmjax.converters.table import linear
+
+RULES = (
+    *decoder.RULES,
+    *clip_or_siglip.RULES,
+    *linear("projector.linear_1", "projector.fc1"),
+    *linear("projector.linear_2", "projector.fc2"),
+)
+IGNORE = (*decoder.IGNORE, *clip_or_siglip.IGNORE)
+PREFIXES = (
+    ("model.language_model.", "text."),
+    ("language_model.model.", "text."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.vision_tower.vision_model.", "vision."),
+    ("model.vision_tower.", "vision."),
+    ("vision_tower.vision_model.", "vision."),
+    ("vision_tower.", "vision."),
+    ("model.multi_modal_projector.", "projector."),
+    ("multi_modal_projector.", "projector."),
+)
