@@ -2,7 +2,7 @@
 
     python3 benchmarks/gpu_engine.py [--quick]
 
-Run it twice to see a cold and a warm start. Needs no checkpoint: the tokenizer is that of the tests' tiny model.
+Run it twice to see a cold and a warm start. Needs no checkpoint: it is `mmjax bench --model-config qwen2-vl-2b`.
 
 Two measures of how well the device is fed. "of wall time" is the engine's own: the thread that calls programs was in a
 call for `call_s`. "device idle" is of the device: the share of the wall time during which it had been handed nothing
@@ -23,27 +23,10 @@ from typing import Any
 import jax
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import tiny  # noqa: E402
-from mmjax.cli.bench import Bench, Workload  # noqa: E402
-
-SIZES = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "vision_config": {
-        "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 1536,
-        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-    },
-}  # fmt: skip
+from mmjax.cli.bench.engine import Bench, Workload  # noqa: E402
+from mmjax.cli.bench.published_sizes import write_model  # noqa: E402
 
 WORK = {
     "batch 1, text 128 in, 128 out": Workload(prompts=1, text=128, output=128),
@@ -108,9 +91,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the first two cases only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tiny.make("qwen2_vl", Path(folder))
+        write_model("qwen2-vl-2b", Path(folder))
         engine = {
-            "load_format": "dummy", "hf_overrides": SIZES, "max_model_len": 4096, "max_num_seqs": 128,
+            "load_format": "dummy", "max_model_len": 4096, "max_num_seqs": 128,
             "max_num_batched_tokens": 8192, "enable_prefix_caching": False,
         }  # fmt: skip
         bench = Bench(folder, engine)

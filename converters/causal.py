@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from mmjax.converters import decoder
-from mmjax.converters.table import Rule, Table
+from mmjax.converters.table import Table
 
-
-def _table(experts: tuple[Rule, ...], otherwise: Table | None = None) -> Table:
-    return Table(
-        rules=(*decoder.RULES, *decoder.FUSED, *experts),
-        ignore=decoder.IGNORE,
-        prefixes=(("model.", "text."),),
-        otherwise=otherwise,
-    )
-
-
-TABLE = _table(decoder.EXPERTS, _table(decoder.TRANSPOSED_EXPERTS))
+TABLE = decoder.any_text_model(
+    Table(rules=decoder.RULES, ignore=decoder.IGNORE, prefixes=(("model.", "text."),)),
+)

@@ -11,11 +11,14 @@ from mmjax.converters.table import Rule, linear, norm, optional
 _S, _T = "vision.encoder.layers.{i}", "vision.layers"
 _QKV = tuple(f"{_S}.self_attn.{x}_proj" for x in "qkv")
 
-RULES = (
+FIRST = (  # what SigLIP does not have
     Rule("vision.embeddings.class_embedding", "vision.class_embed"),
+    *norm("vision.pre_layrnorm", "vision.pre_norm"),  # the published spelling
+)
+RULES = (
+    *FIRST,
     Rule("vision.embeddings.patch_embedding.weight", "vision.patch", to.patches(3)),
     Rule("vision.embeddings.position_embedding.weight", "vision.positions"),
-    *norm("vision.pre_layrnorm", "vision.pre_norm"),  # the published spelling
     *optional(
         *norm(f"{_S}.layer_norm1", f"{_T}.norm1"),
         Rule(tuple(f"{x}.weight" for x in _QKV), f"{_T}.qkv", to.fuse_qkv),

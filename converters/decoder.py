@@ -4,8 +4,10 @@ tensors of its checkpoint would be unclaimed.
 
 from __future__ import annotations
 
+import dataclasses
+
 from mmjax.converters import transforms as to
-from mmjax.converters.table import Rule
+from mmjax.converters.table import Rule, Table, linear
 
 _S, _T = "text.layers.{i}", "text.layers.{i}"
 _QKV = tuple(f"{_S}.self_attn.{x}_proj" for x in "qkv")
@@ -18,9 +20,11 @@ RULES = (
     Rule(f"{_S}.self_attn.q_norm.weight", f"{_T}.q_norm"),  # Qwen3's
     Rule(f"{_S}.self_attn.k_norm.weight", f"{_T}.k_norm"),
     Rule(f"{_S}.self_attn.o_proj.weight", f"{_T}.o", to.merge_heads),
+    Rule(f"{_S}.self_attn.o_proj.bias", f"{_T}.o_bias"),
     Rule(f"{_S}.post_attention_layernorm.weight", f"{_T}.mlp_norm"),
     Rule((f"{_S}.mlp.gate_proj.weight", f"{_S}.mlp.up_proj.weight"), f"{_T}.gate_up", to.fuse_gate_up),
-    Rule(f"{_S}.mlp.down_proj.weight", f"{_T}.down", to.transpose),
+    Rule((f"{_S}.mlp.gate_proj.bias", f"{_S}.mlp.up_proj.bias"), f"{_T}.gate_up_bias", to.stack),
+    *linear(f"{_S}.mlp.down_proj", f"{_T}.down"),
     Rule("text.norm.weight", "text.norm"),
     Rule("lm_head.weight", "text.head", optional=True),  # a tied head is the embedding
 )
@@ -53,3 +57,10 @@ TRANSPOSED_EXPERTS = (
 
 # Old checkpoints carry the rotary tables, which follow from the config.
 IGNORE = (r"text\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"text\.rotary_emb\.inv_freq")
+
+
+def any_text_model(table: Table) -> Table:
+    """The table of a family that may have any of the text models, with the rules of those that are fused or have
+    experts."""
+    other = dataclasses.replace(table, rules=(*table.rules, *FUSED, *TRANSPOSED_EXPERTS))
+    return dataclasses.replace(table, rules=(*table.rules, *FUSED, *EXPERTS), otherwise=other)

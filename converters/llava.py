@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from mmjax.converters import clip, decoder
+from mmjax.converters import clip_or_siglip, decoder
 from mmjax.converters.table import Table, linear
 
-TABLE = Table(
-    rules=(
-        *decoder.RULES,
-        *clip.RULES,
-        *linear("projector.linear_1", "projector.fc1"),
-        *linear("projector.linear_2", "projector.fc2"),
-    ),
-    ignore=(*decoder.IGNORE, *clip.IGNORE),
-    prefixes=(
-        ("model.language_model.", "text."),
-        ("language_model.model.", "text."),
-        ("language_model.lm_head.", "lm_head."),
-        ("model.vision_tower.vision_model.", "vision."),
-        ("model.vision_tower.", "vision."),
-        ("vision_tower.vision_model.", "vision."),
-        ("vision_tower.", "vision."),
-        ("model.multi_modal_projector.", "projector."),
-        ("multi_modal_projector.", "projector."),
-    ),
+TABLE = decoder.any_text_model(
+    Table(
+        rules=(
+            *decoder.RULES,
+            *clip_or_siglip.RULES,
+            *linear("projector.linear_1", "projector.fc1"),
+            *linear("projector.linear_2", "projector.fc2"),
+        ),
+        ignore=(*decoder.IGNORE, *clip_or_siglip.IGNORE),
+        prefixes=(
+            ("model.language_model.", "text."),
+            ("language_model.model.", "text."),
+            ("language_model.lm_head.", "lm_head."),
+            ("model.vision_tower.vision_model.", "vision."),
+            ("model.vision_tower.", "vision."),
+            ("vision_tower.vision_model.", "vision."),
+            ("vision_tower.", "vision."),
+            ("model.multi_modal_projector.", "projector."),
+            ("multi_modal_projector.", "projector."),
+        ),
+    )
 )

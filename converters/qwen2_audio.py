@@ -7,16 +7,18 @@ from mmjax.converters.table import Table, linear
 
 from . import whisper_encoder
 
-TABLE = Table(
-    rules=(*decoder.RULES, *whisper_encoder.RULES, *linear("projector.linear", "project")),
-    ignore=decoder.IGNORE,
-    prefixes=(
-        ("model.language_model.", "text."),
-        ("language_model.model.", "text."),
-        ("language_model.lm_head.", "lm_head."),
-        ("model.audio_tower.", "audio."),
-        ("audio_tower.", "audio."),
-        ("model.multi_modal_projector.", "projector."),
-        ("multi_modal_projector.", "projector."),
-    ),
+TABLE = decoder.any_text_model(
+    Table(
+        rules=(*decoder.RULES, *whisper_encoder.RULES, *linear("projector.linear", "project")),
+        ignore=decoder.IGNORE,
+        prefixes=(
+            ("model.language_model.", "text."),
+            ("language_model.model.", "text."),
+            ("language_model.lm_head.", "lm_head."),
+            ("model.audio_tower.", "audio."),
+            ("audio_tower.", "audio."),
+            ("model.multi_modal_projector.", "projector."),
+            ("multi_modal_projector.", "projector."),
+        ),
+    )
 )

@@ -25,6 +25,7 @@ if __name__ != "kernels":
     from .attn_states import AttnStates
     from .choose import (
         IMPLEMENTATIONS,
+        current_platform,
         kv_cache_dtype,
         kv_cache_head_dim,
         kv_cache_heads,
@@ -49,6 +50,7 @@ if __name__ != "kernels":
         "ResidualParts",
         "Tile",
         "add_rms_norm",
+        "current_platform",
         "fused_decode",
         "kv_cache_dtype",
         "kv_cache_head_dim",

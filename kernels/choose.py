@@ -46,16 +46,30 @@ def select(platform: str) -> Mapping[str, str]:
     return chosen
 
 
-@functools.cache
+def current_platform() -> str:
+    """The platform that is traced for: of the devices of the current mesh, or the default backend's if none is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind: str = device.device_kind
+    by_kind = "cpu" if kind == "cpu" else "tpu" if kind.startswith("TPU") else "gpu"
+    platform: str = getattr(device, "platform", by_kind)  # jax 0.10.0 has no `platform`
+    return platform
+
+
 def implementation(op: str, impl: str | None) -> Callable[..., Any]:
-    """The `run` of an implementation, by default that of the default backend. Pallas is imported only if it is needed.
+    """The `run` of an implementation, by default that of the current platform. Pallas is imported only if it is needed.
 
     Raises ValueError for an unknown `impl`.
     """
-    name = impl or select(jax.default_backend())[op]
-    if name not in IMPLEMENTATIONS[op]:
-        raise ValueError(f"{op} has no implementation {name!r}, only {', '.join(IMPLEMENTATIONS[op])}")
-    return importlib.import_module(f".{op}.{name}", __package__).run
+    return _implementation(op, impl or select(current_platform())[op])
+
+
+@functools.cache
+def _implementation(op: str, impl: str) -> Callable[..., Any]:
+    if impl not in IMPLEMENTATIONS[op]:
+        raise ValueError(f"{op} has no implementation {impl!r}, only {', '.join(IMPLEMENTATIONS[op])}")
+    return importlib.import_module(f".{op}.{impl}", __package__).run
 
 
 def raise_unsupported(op: str, impl: str, why: str, **arrays: Shaped[Array, "..."]) -> NoReturn:
@@ -89,14 +103,14 @@ def kv_cache_heads(kv_heads: int, platform: str) -> int:
 
 
 def kv_heads_first(platform: str | None = None) -> bool:
-    """Whether a cache block is [K, block_size, H] instead of [block_size, K, H]. None: on the default backend.
+    """Whether a cache block is [K, block_size, H] instead of [block_size, K, H]. None: on the current platform.
 
     Accelerator kernels transpose blocks while they copy them, and XLA there writes a token in place only if tokens are
     the outer axis. On the CPU the matrix products need the keys of each head together, and transposing the blocks took
     most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with token-major
     blocks of 16 to 3.8 ms with heads first and blocks of 64.
     """
-    return (platform or jax.default_backend()) == "cpu"
+    return (platform or current_platform()) == "cpu"
 
 
 def kv_cache_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:

@@ -43,7 +43,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command; "bench throughput" and "bench latency" are commands of their own."""
+    """The parser of a command; "bench throughput" and the like are commands of their own."""
     if command in MODEL_COMMANDS:
         return model_parser(command)
     parser = top_parser()
@@ -243,6 +243,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "chat flags": partial(flag_table, "chat", without="serve"),
     "run-batch flags": partial(flag_table, "run-batch", without="serve"),
     "bench flags": partial(flag_table, "bench latency"),
+    "bench serve flags": partial(flag_table, "bench serve"),
     "demo flags": partial(flag_table, "demo"),
     "run flags": partial(flag_table, "run"),
     "convert flags": partial(flag_table, "convert"),

@@ -45,9 +45,11 @@ def fused_decode(
     first_block: Int[Array, ""],
     *,
     scale: float,
+    window: int | None = None,
     impl: str | None = None,
 ) -> tuple[Float[Array, "S KGH"] | AttnStates, Num[Array, "num_blocks _ _ H"], Num[Array, "num_blocks _ _ H"]]:
-    """Sequence s writes its new key and value and attends its keys 0..context_lens[s]-1, the last being the new one.
+    """Sequence s writes its new key and value and attends its keys 0..context_lens[s]-1, the last being the new one,
+    or the last `window` of them.
 
     qkv: [S, K, G + 2, H], or float32 with a leading axis to be summed over; G queries, a key and a value of each kv
     head. k_cache, v_cache: as for `paged_decode`, donated. block_table, slot_mapping: as for `paged_decode` and
@@ -56,4 +58,5 @@ def fused_decode(
     gives a finite output. Raises NotImplementedError where `impl` does not serve the shapes.
     """
     run = implementation("fused_decode", impl)
-    return run(qkv, epilogue, k_cache, v_cache, block_table, context_lens, slot_mapping, first_block, scale=scale)
+    arrays = (k_cache, v_cache, block_table, context_lens, slot_mapping, first_block)
+    return run(qkv, epilogue, *arrays, scale=scale, window=window)

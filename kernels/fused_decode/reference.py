@@ -20,6 +20,7 @@ def run(
     first_block: Int[Array, ""],
     *,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Float[Array, "S KGH"], Num[Array, "num_blocks K block_size H"], Num[Array, "num_blocks K block_size H"]]:
     """See `fused_decode`. The keys are not split."""
     dtype = jnp.bfloat16 if k_cache.dtype == jnp.uint16 else k_cache.dtype
@@ -39,7 +40,7 @@ def run(
     slots = jnp.where(slot_mapping >= 0, slot_mapping + first_block * k_cache.shape[2], -1)
     k_cache, v_cache = write_kv_cache(k_cache, v_cache, key, value, slots)
     out = implementation("paged_decode", "reference")(
-        query, k_cache, v_cache, block_table + first_block, context_lens, scale=scale
+        query, k_cache, v_cache, block_table + first_block, context_lens, scale=scale, window=window
     )
     return out.reshape(out.shape[0], -1), k_cache, v_cache
 

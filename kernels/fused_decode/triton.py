@@ -37,6 +37,7 @@ def run(
     first_block: Int[Array, ""],
     *,
     scale: float,
+    window: int | None = None,
     interpret: bool = False,
 ) -> tuple[
     Float[Array, "S KGH"] | AttnStates, Num[Array, "num_blocks block_size K H"], Num[Array, "num_blocks block_size K H"]
@@ -51,7 +52,7 @@ def run(
     if not powers or min(block_size, H) < gpu.TENSOR_CORE_ROWS or k_cache.shape[2:] != (K, H):
         why = "block size and head dim must be those of the cache, powers of two >= 16"
         raise_unsupported("fused_decode", "triton", why, qkv=qkv, k=k_cache)
-    splits = kv_splits(S * K, block_table.shape[1] * block_size)
+    splits = kv_splits(S * K, block_table.shape[1] * block_size, window)
     optional = {name: getattr(epilogue, name) for name in ("sum_squares", "bias", "q_norm", "k_norm")}
     inputs = {"qkv": parts, "cos": epilogue.cos, "sin": epilogue.sin}
     inputs |= {name: array for name, array in optional.items() if array is not None}
@@ -70,6 +71,7 @@ def run(
         scale=scale * gpu.LOG2E,
         hidden_size=epilogue.hidden_size,
         eps=epilogue.eps,
+        window=window,
     )
     out, lse, k_cache, v_cache = pl.pallas_call(
         kernel,
@@ -86,15 +88,24 @@ def run(
     return (states.out[0] if splits == 1 else states), k_cache, v_cache
 
 
-def kv_splits(heads: int, max_keys: int) -> int:
+def kv_splits(heads: int, max_keys: int, window: int | None = None) -> int:
     """Into how many parts to split the keys of `heads` kv heads, all sequences together, of at most max_keys each."""
+    max_keys = max_keys if window is None else min(max_keys, window)
     splits = 1
     while splits < MAX_SPLITS and heads * splits < PROGRAMS and splits * 64 < max_keys:
         splits *= 2
     return splits
 
 
-def _kernel(*refs: Any, names: tuple[str, ...], block: int, scale: float, hidden_size: int, eps: float) -> None:
+def _kernel(
+    *refs: Any,
+    names: tuple[str, ...],
+    block: int,
+    scale: float,
+    hidden_size: int,
+    eps: float,
+    window: int | None,
+) -> None:
     r = dict(zip(names, refs, strict=True))
     s, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     splits, _, _, G, H = r["out"].shape
@@ -102,6 +113,7 @@ def _kernel(*refs: Any, names: tuple[str, ...], block: int, scale: float, hidden
     lane = jnp.arange(H, dtype=jnp.int32)
     row = jnp.minimum(jnp.arange(max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(G)), dtype=jnp.int32), G - 1)
     old = jnp.maximum(r["context_lens"][s] - 1, 0)
+    low = 0 if window is None else jnp.maximum(old + 1 - window, 0)
     first_block = r["first_block"][0]
 
     load = functools.partial(_load, r, s, h, hidden_size, eps)
@@ -113,7 +125,8 @@ def _kernel(*refs: Any, names: tuple[str, ...], block: int, scale: float, hidden
         at = c * block
         block_id = r["block_table"][s, lax.div(at, block_size)] + first_block
         keys = pl.ds(lax.rem(at, block_size), block)
-        live = at + jnp.arange(block, dtype=jnp.int32) < old
+        key_pos = at + jnp.arange(block, dtype=jnp.int32)
+        live = key_pos < old if window is None else (key_pos < old) & (key_pos >= low)
         x = tile.qk_dot(query, r["k"][block_id, keys, h, :]) * scale
         values = plgpu.load(r["v"].at[block_id, keys, h, :], mask=live[:, None], other=0.0)
         x = jnp.where(live[None], x, online_softmax.MASKED)
@@ -126,9 +139,10 @@ def _kernel(*refs: Any, names: tuple[str, ...], block: int, scale: float, hidden
         jnp.zeros_like(score) + own,
         jnp.zeros(query.shape, jnp.float32) + value.astype(jnp.float32)[None] * own,
     )
-    blocks = lax.div(old + (block - 1), block)
-    split = lax.div(blocks + (splits - 1), splits)
-    state = lax.fori_loop(i * split, jnp.minimum(i * split + split, blocks), chunk, state)
+    first = 0 if window is None else lax.div(low, block)
+    last = lax.div(old + (block - 1), block)
+    split = lax.div(last - first + (splits - 1), splits)
+    state = lax.fori_loop(first + i * split, jnp.minimum(first + (i + 1) * split, last), chunk, state)
     top, total, _ = state
     # Rows past the last query head repeat it: they write what it writes.
     r["out"][i, s, h, row[:, None], lane[None]] = online_softmax.finalize(state).astype(jnp.bfloat16)

@@ -26,30 +26,38 @@ def run(
     context_lens: Int[Array, "S"],
     *,
     scale: float,
+    window: int | None = None,
 ) -> Float[Array, "S K G H"]:
-    """See `paged_decode`. All sequences run through their keys together, chunk by chunk, up to the longest length."""
+    """See `paged_decode`. All sequences run through their keys together, chunk by chunk, up to the longest length; with
+    a window, each from the block on in which its own begins."""
     S, K, G, H = q.shape
     block_size = k_cache.shape[2]
     blocks_per_chunk = max(1, CHUNK_KEYS // block_size)
     chunk_keys = blocks_per_chunk * block_size
     block_table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % blocks_per_chunk)))
     query = q.astype(jnp.float32) * scale
+    low = jnp.zeros_like(context_lens) if window is None else jnp.maximum(context_lens - window, 0)
+    first_block = low // block_size
 
     def chunk(c: Int[Array, ""], state: online_softmax.State) -> online_softmax.State:
-        ids = lax.dynamic_slice_in_dim(block_table, c * blocks_per_chunk, blocks_per_chunk, 1)
-        in_context = (c * chunk_keys + jnp.arange(chunk_keys, dtype=jnp.int32))[None] < context_lens[:, None]
+        at = c * blocks_per_chunk
+        if window is None:
+            ids = lax.dynamic_slice_in_dim(block_table, at, blocks_per_chunk, 1)
+        else:
+            index = (first_block + at)[:, None] + jnp.arange(blocks_per_chunk, dtype=jnp.int32)
+            ids = jnp.take_along_axis(block_table, index, axis=1, mode="clip")
+        key_pos = (first_block * block_size + c * chunk_keys)[:, None] + jnp.arange(chunk_keys, dtype=jnp.int32)
+        visible = (key_pos >= low[:, None]) & (key_pos < context_lens[:, None])
 
         def gather(cache: Num[Array, "num_blocks K block_size H"]) -> Float32[Array, "S K chunk_keys H"]:
             blocks = jnp.take(cache, ids, axis=0, mode="clip")
             return cache_to_float32(blocks.swapaxes(1, 2).reshape(S, K, chunk_keys, H))
 
         scores = jnp.einsum("skgh,skjh->skgj", query, gather(k_cache))
-        scores = jnp.where(in_context[:, None, None], scores, online_softmax.MASKED)
-        values = jnp.where(
-            in_context[:, None, :, None], gather(v_cache), 0.0
-        )  # slots past the context may hold anything
+        scores = jnp.where(visible[:, None, None], scores, online_softmax.MASKED)
+        values = jnp.where(visible[:, None, :, None], gather(v_cache), 0.0)  # slots past the context may hold anything
         return online_softmax.update(state, scores, lambda weights: jnp.einsum("skgj,skjh->skgh", weights, values))
 
-    num_chunks = lax.div(jnp.max(context_lens) + (chunk_keys - 1), chunk_keys)
+    num_chunks = lax.div(jnp.max(context_lens - first_block * block_size) + (chunk_keys - 1), chunk_keys)
     state = lax.fori_loop(0, num_chunks, chunk, online_softmax.init((S, K, G), H))
     return online_softmax.finalize(state).astype(q.dtype)

@@ -30,6 +30,7 @@ def run(
     context_lens: Int[Array, "S"],
     *,
     scale: float,
+    window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "S K G H"]:
     """See `paged_decode`. block_size and H must be powers of two, from 16 up."""
@@ -41,10 +42,13 @@ def run(
         )
     key_block = gpu.key_block_size(block_size, k_cache.dtype)
     rows = max(gpu.TENSOR_CORE_ROWS, pl.next_power_of_2(G))
-    num_splits = max(1, min(MAX_SPLITS, TARGET_PROGRAMS // (S * K), block_table.shape[1] * block_size // key_block))
+    max_keys = block_table.shape[1] * block_size
+    if window is not None:
+        max_keys = min(max_keys, window + key_block)
+    num_splits = max(1, min(MAX_SPLITS, TARGET_PROGRAMS // (S * K), max_keys // key_block))
     query = jnp.pad(q, ((0, 0), (0, 0), (0, rows - G), (0, 0)))
     row_max, row_sum, acc = pl.pallas_call(
-        functools.partial(_kernel, key_block=key_block, num_splits=num_splits, scale=scale * gpu.LOG2E),
+        functools.partial(_kernel, key_block=key_block, num_splits=num_splits, scale=scale * gpu.LOG2E, window=window),
         grid=(S, K, num_splits),
         in_specs=[pl.BlockSpec((None, None, rows, H), lambda s, h, i: (s, h, 0, 0)), *[pl.no_block_spec] * 4],
         out_specs=[
@@ -80,12 +84,15 @@ def _kernel(
     key_block: int,
     num_splits: int,
     scale: float,
+    window: int | None,
 ) -> None:
     s, h, i = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     block_size = k_ref.shape[1]
     context_len = context_lens_ref[s]
-    num_blocks = lax.div(context_len + (key_block - 1), key_block)
-    blocks_per_split = lax.div(num_blocks + (num_splits - 1), num_splits)
+    low = 0 if window is None else jnp.maximum(context_len - window, 0)
+    first_block = 0 if window is None else lax.div(low, key_block)
+    end_block = lax.div(context_len + (key_block - 1), key_block)
+    blocks_per_split = lax.div(end_block - first_block + (num_splits - 1), num_splits)
     query = q_ref[...]
 
     def chunk(c: Int[Array, ""], state: online_softmax.State) -> online_softmax.State:
@@ -94,14 +101,16 @@ def _kernel(
             block_table_ref[s, lax.div(first_key, block_size)],
             pl.ds(lax.rem(first_key, block_size), key_block),
         )
-        in_context = first_key + jnp.arange(key_block, dtype=jnp.int32) < context_len
+        key_pos = first_key + jnp.arange(key_block, dtype=jnp.int32)
+        in_context = key_pos < context_len
+        visible = in_context if window is None else in_context & (key_pos >= low)
         scores = tile.qk_dot(query, k_ref[block_id, rows, h, :]) * scale
         value = plgpu.load(v_ref.at[block_id, rows, h, :], mask=in_context[:, None], other=0.0)
-        scores = jnp.where(in_context[None], scores, online_softmax.MASKED)
+        scores = jnp.where(visible[None], scores, online_softmax.MASKED)
         return online_softmax.update(state, scores, lambda weights: tile.pv_dot(weights, value), exp=jnp.exp2)
 
     state = online_softmax.init(q_ref.shape[:1], q_ref.shape[1])
-    first = i * blocks_per_split
+    first = first_block + i * blocks_per_split
     row_max_ref[...], row_sum_ref[...], acc_ref[...] = lax.fori_loop(
-        first, jnp.minimum(first + blocks_per_split, num_blocks), chunk, state
+        first, jnp.minimum(first + blocks_per_split, end_block), chunk, state
     )

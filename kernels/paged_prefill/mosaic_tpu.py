@@ -33,6 +33,7 @@ def run(
     *,
     causal: bool,
     scale: float,
+    window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B Q K G H"]:
     """See `paged_prefill`. Each kv head has a matrix of queries, whose row is query * G + head."""
@@ -46,20 +47,24 @@ def run(
     query = jnp.pad(query, ((0, 0), (0, 0), (0, padded_rows - Q * G), (0, 0)))
     block_lens = jnp.where(q_start > -Q, context_lens[seq_index], 0)
     end = jnp.clip(q_start + Q, 0, block_lens) if causal else block_lens
-    num_steps = jnp.maximum(lax.div(jnp.max(end) + (blocks_per_step * block_size - 1), blocks_per_step * block_size), 1)
+    spans = end if window is None else end - _first_block(q_start, window, block_size) * block_size
+    num_steps = jnp.maximum(
+        lax.div(jnp.max(spans) + (blocks_per_step * block_size - 1), blocks_per_step * block_size), 1
+    )
 
     def cache_block(j: int) -> pl.BlockSpec:
         def index(
             b: Int[Array, ""], p: Int[Array, ""], block_table: Ref, seq_index: Ref, q_start: Ref, end: Ref
         ) -> tuple[Int[Array, ""], int, int, int]:
             last = jnp.maximum(lax.div(end[b] + (block_size - 1), block_size) - 1, 0)
-            return block_table[seq_index[b], jnp.minimum(p * blocks_per_step + j, last)], 0, 0, 0
+            block = _first_block(q_start[b], window, block_size) + p * blocks_per_step + j
+            return block_table[seq_index[b], jnp.minimum(block, last)], 0, 0, 0
 
         return pl.BlockSpec((None, block_size, K, H), index)
 
     heads = pl.BlockSpec((None, K, padded_rows, H), lambda b, p, *_: (b, 0, 0, 0))
     out = pl.pallas_call(
-        functools.partial(_kernel, blocks_per_step=blocks_per_step, group=G, causal=causal, scale=scale),
+        functools.partial(_kernel, blocks_per_step=blocks_per_step, group=G, causal=causal, scale=scale, window=window),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(B, num_steps),
@@ -77,6 +82,11 @@ def run(
     return out[:, :, : Q * G].reshape(B, K, Q, G, H).transpose(0, 2, 1, 3, 4)
 
 
+def _first_block(q_start: Int[Array, "*B"], window: int | None, block_size: int) -> Int[Array, "*B"] | int:
+    """The first cache block that a query block attends to."""
+    return 0 if window is None else lax.div(jnp.maximum(q_start - window + 1, 0), block_size)
+
+
 def _kernel(
     block_table_ref: Ref,
     seq_index_ref: Ref,
@@ -88,25 +98,29 @@ def _kernel(
     group: int,
     causal: bool,
     scale: float,
+    window: int | None,
 ) -> None:
     k_refs, v_refs = refs[:blocks_per_step], refs[blocks_per_step : 2 * blocks_per_step]
     out_ref, row_max, row_sum, acc = refs[2 * blocks_per_step :]
     b, p = pl.program_id(0), pl.program_id(1)
     block_size, K, _ = k_refs[0].shape
     padded_rows = q_ref.shape[1]
-    end = end_ref[b]
+    end, first_block = end_ref[b], _first_block(q_start_ref[b], window, block_size)
     pl.when(p == 0)(lambda: tpu.init(row_max, row_sum, acc))
     for j in range(blocks_per_step):
-        first = (p * blocks_per_step + j) * block_size
+        first = (first_block + p * blocks_per_step + j) * block_size
 
         def update(first: Int[Array, ""] = first, k_ref: Ref = k_refs[j], v_ref: Ref = v_refs[j]) -> None:
             in_context = first + lax.broadcasted_iota(jnp.int32, (block_size, 1), 0) < end
             key_pos = first + lax.broadcasted_iota(jnp.int32, (padded_rows, block_size), 1)
             visible = key_pos < end
             if causal:
-                visible &= key_pos <= q_start_ref[b] + lax.div(
+                query_pos = q_start_ref[b] + lax.div(
                     lax.broadcasted_iota(jnp.int32, (padded_rows, block_size), 0), group
                 )
+                visible &= key_pos <= query_pos
+                if window is not None:
+                    visible &= key_pos > query_pos - window
             for h in range(K):
                 scores = jnp.where(visible, tile.qk_dot(q_ref[h], k_ref[:, h, :]) * scale, online_softmax.MASKED)
                 value = v_ref[:, h, :]

@@ -30,6 +30,7 @@ def run(
     *,
     causal: bool,
     scale: float,
+    window: int | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B Q K G H"]:
     """See `paged_prefill`. block_size and H must be powers of two from 16 up, and Q * G a multiple of 16."""
@@ -54,6 +55,7 @@ def run(
             key_block=gpu.key_block_size(block_size, k_cache.dtype),
             causal=causal,
             scale=scale * gpu.LOG2E,
+            window=window,
         ),
         grid=(Q * G // tile_rows, K, B),
         in_specs=[pl.no_block_spec] * 7,
@@ -63,6 +65,28 @@ def run(
         interpret=interpret,
         name="paged_prefill",
     )(q, k_cache, v_cache, block_table, seq_index, q_start, context_lens)
+
+
+def _key_blocks(
+    queries: tuple[Int[Array, ""], Int[Array, ""]],
+    context_len: Int[Array, ""],
+    key_block: int,
+    causal: bool,
+    window: int | None,
+) -> tuple[Int[Array, ""] | int, Int[Array, ""] | int, Int[Array, ""], Int[Array, ""]]:
+    """(first, inner_first, inner_last, last): a tile, whose first and last query are at these positions, attends to the
+    key blocks [first, last), and all its rows to all keys of [inner_first, inner_last)."""
+    any_row_end, all_rows_end = context_len, context_len
+    if causal:
+        any_row_end, all_rows_end = (
+            jnp.maximum(jnp.minimum(context_len, query + 1), 0) for query in (queries[1], queries[0])
+        )
+    inner_last, last = lax.div(all_rows_end, key_block), lax.div(any_row_end + (key_block - 1), key_block)
+    if window is None:
+        return 0, 0, inner_last, last
+    first, inner_first = (jnp.maximum(query - window + 1, 0) for query in queries)
+    inner_first = jnp.minimum(lax.div(inner_first + (key_block - 1), key_block), last)
+    return lax.div(first, key_block), inner_first, jnp.maximum(inner_first, inner_last), last
 
 
 def _kernel(
@@ -79,6 +103,7 @@ def _kernel(
     key_block: int,
     causal: bool,
     scale: float,
+    window: int | None,
 ) -> None:
     i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     _, Q, _, G, H = q_ref.shape
@@ -87,9 +112,8 @@ def _kernel(
     j, g = lax.div(row, G), lax.rem(row, G)
     sequence, q_start = seq_index_ref[b], q_start_ref[b]
     context_len = jnp.where(q_start > -Q, context_lens_ref[sequence], 0)
-    first_query, last_query = q_start + lax.div(i * tile_rows, G), q_start + lax.div((i + 1) * tile_rows - 1, G)
-    any_row_end = jnp.maximum(jnp.minimum(context_len, last_query + 1), 0) if causal else context_len
-    all_rows_end = jnp.maximum(jnp.minimum(context_len, first_query + 1), 0) if causal else context_len
+    queries = q_start + lax.div(i * tile_rows, G), q_start + lax.div((i + 1) * tile_rows - 1, G)
+    first, inner_first, inner_last, last = _key_blocks(queries, context_len, key_block, causal, window)
     query = q_ref[b, j, h, g, :]
 
     def chunk(c: Int[Array, ""], state: online_softmax.State, masked: bool) -> online_softmax.State:
@@ -106,15 +130,21 @@ def _kernel(
             in_context = key_pos < context_len
             value = plgpu.load(v_ref.at[block_id, keys, h, :], mask=in_context[:, None], other=0.0)
             visible = (key_pos[None] <= (q_start + j)[:, None]) & in_context[None] if causal else in_context[None]
+            if window is not None:
+                visible &= key_pos[None] > (q_start + j)[:, None] - window
             scores = jnp.where(visible, scores, online_softmax.MASKED)
         return online_softmax.update(state, scores, lambda weights: tile.pv_dot(weights, value), exp=jnp.exp2)
 
-    num_unmasked = lax.div(all_rows_end, key_block)
+    def masked_chunk(e: Int[Array, ""], state: online_softmax.State) -> online_softmax.State:
+        index = first + e  # one loop over the blocks before and after those keeps the program small
+        return chunk(jnp.where(index < inner_first, index, index + (inner_last - inner_first)), state, masked=True)
+
     state = online_softmax.init((tile_rows,), H)
-    state = lax.fori_loop(0, num_unmasked, functools.partial(chunk, masked=False), state)
-    state = lax.fori_loop(
-        num_unmasked, lax.div(any_row_end + (key_block - 1), key_block), functools.partial(chunk, masked=True), state
-    )
+    state = lax.fori_loop(inner_first, inner_last, functools.partial(chunk, masked=False), state)
+    if window is None:
+        state = lax.fori_loop(inner_last, last, functools.partial(chunk, masked=True), state)
+    else:
+        state = lax.fori_loop(0, (inner_first - first) + (last - inner_last), masked_chunk, state)
     # An array, not a slice: the interpreter of Pallas stores through slices only or through arrays only.
     lane = jnp.arange(H, dtype=jnp.int32)[None]
     out_ref[b, j[:, None], h, g[:, None], lane] = online_softmax.finalize(state).astype(out_ref.dtype)

@@ -6,7 +6,6 @@ Commands import what they need when they run, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import mmjax
 from mmjax.cli import chat, flags, run
+from mmjax.cli.bench import command as bench
 from mmjax.types import vllm_arguments
 
 MAPPINGS = flags.MAPPINGS | {"default_chat_template_kwargs"}
@@ -95,13 +95,7 @@ def top_parser() -> argparse.ArgumentParser:
     inspect.add_argument("directory", type=Path, help="checkpoint directory")
     inspect.set_defaults(command=_inspect)
 
-    bench = commands.add_parser("bench", help="measure throughput or latency on random inputs")
-    benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
-    for name, prompts in (("throughput", 16), ("latency", 1)):
-        benchmark = benchmarks.add_parser(name, allow_abbrev=False)
-        benchmark.set_defaults(command=_bench, benchmark=name)
-        _add_workload(benchmark, prompts)
-        flags.add_engine_flags(benchmark)
+    bench.add_parsers(commands.add_parser("bench", help="measure the speed of an engine or a server on random inputs"))
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(command=_version)
@@ -192,51 +186,6 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     files = {"image": arguments.image, "video": arguments.video, "audio": arguments.audio}
     show.run(files, arguments.question, arguments.out, arguments.seed, arguments.eval)
-
-
-def _add_workload(parser: argparse.ArgumentParser, prompts: int) -> None:
-    parser.add_argument("model", help="model directory or hub id; random weights with --load-format dummy")
-    group = parser.add_argument_group("workload")
-    group.add_argument("--prompts", "--batch", type=int, default=prompts, help=f"prompts at once (default: {prompts})")
-    group.add_argument("--text", type=int, default=64, help="approximate tokens of text per prompt (default: 64)")
-    group.add_argument(
-        "--image", type=_size, action="append", default=[], metavar="WxH", help="one more image per prompt"
-    )
-    group.add_argument(
-        "--audio", type=float, default=0.0, metavar="SECONDS", help="seconds of audio per prompt (default: 0)"
-    )
-    group.add_argument("--output", type=int, default=64, help="tokens to generate per prompt (default: 64)")
-    group.add_argument(
-        "--repeats", type=int, default=5, help="runs of the latency benchmark; the median is reported (default: 5)"
-    )
-    group.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 640x480")
-    return int(match[1]), int(match[2])
-
-
-def _bench(arguments: argparse.Namespace) -> None:
-    from mmjax.cli import bench
-
-    work = bench.Workload(
-        prompts=arguments.prompts,
-        text=arguments.text,
-        images=tuple(arguments.image),
-        audio_s=arguments.audio,
-        output=arguments.output,
-    )
-    engine_kwargs = flags.engine_kwargs(arguments)
-    if arguments.benchmark == "throughput":
-        result = bench.throughput(arguments.model, work, engine_kwargs)
-    else:
-        result = bench.latency(arguments.model, work, engine_kwargs, arguments.repeats)
-    print(result.as_table())
-    if arguments.json:
-        arguments.json.write_text(result.as_json() + "\n")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

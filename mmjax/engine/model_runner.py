@@ -26,7 +26,7 @@ from mmjax.batch import KVCache
 from mmjax.engine import sampler
 from mmjax.engine.compiler_options import compiler_options
 from mmjax.engine.memory import EngineMemory, kv_block_shape
-from mmjax.engine.program_cache import ProgramCache, export
+from mmjax.engine.program_cache import ProgramCache, export, named_call
 from mmjax.engine.programs import (
     Align,
     Decode,
@@ -141,7 +141,7 @@ class ModelRunner:
                 logit_bias=jnp.zeros((rows, vocab), jnp.float32),
             )
 
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes())
+        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes(platform))
         shapes = jax.eval_shape(zeros)
         in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
         placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
@@ -205,7 +205,7 @@ class ModelRunner:
             traced = export(jit(program.fn), program.args)
             if traced:
                 cache.write(key, traced)
-        return jit(traced.call if traced else program.fn).lower(*program.args)
+        return jit(named_call(traced) if traced else program.fn).lower(*program.args)
 
     def program_keys(self) -> list[ProgramKey]:
         """The keys of all programs, the slowest to compile first."""
@@ -237,9 +237,11 @@ class ModelRunner:
         """Compile all programs. Returns the seconds it took.
 
         behind: only those of the largest buckets, which can serve any request; the others follow on a thread, and are
-        used as soon as they are there.
+        used as soon as they are there. Not on a GPU: XLA tries kernels there while it compiles, in memory that the
+        requests need. An H200 ran out of it.
         """
         start = time.perf_counter()
+        behind = behind and self.platform != "gpu"
         keys = [key for key in self.program_keys() if not behind or self._is_largest(key)]
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:  # XLA compiles without holding the GIL
             for _ in progress(pool.map(self.program, keys), len(keys)):

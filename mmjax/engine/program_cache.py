@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,16 @@ class ProgramCache:
 
     def _file(self, key: object) -> Path:
         return self._directory / hashlib.sha256(self._model + repr(key).encode()).hexdigest()
+
+
+def named_call(exported: Exported) -> Callable[..., Any]:
+    """Calls a traced program under the name of its function, by which profiles and dumps tell programs apart."""
+
+    def call(*args: Any) -> Any:
+        return exported.call(*args)
+
+    call.__name__ = call.__qualname__ = exported.fun_name
+    return call
 
 
 def export(jitted: Any, args: Iterable[Any]) -> Exported | None:

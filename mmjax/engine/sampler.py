@@ -33,6 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from mmjax.kernels import current_platform
+
 IN_PROMPT = 1 << 30  # a bit of token_counts; the bits below it count the token's occurrences in the output
 BLOCK = 1024  # vocabulary entries per block of the two-level searches, at most
 
@@ -236,7 +238,7 @@ def _threshold(value: Array, mass: Array, target: Array) -> Array:
     value f32[S, V] has no NaN. A search over the ordered bit patterns of float32, from -inf to +inf, a digit of some
     bits per pass: exact whatever the values are, without a sort. See `digit_bits` for what a pass costs.
     """
-    bits = digit_bits(jax.default_backend())
+    bits = digit_bits(current_platform())
     zero, digits = jnp.float32(0), range(1, 1 << bits)
 
     def unordered(key: Array) -> Array:

@@ -65,8 +65,11 @@ class LLM:
 
     @classmethod
     def for_server(cls, model: str, **kwargs: Any) -> LLM:
-        """As the constructor, but ready sooner: with the programs that any request can use. Faster ones for small
-        requests are compiled meanwhile, so the same prompt may be rounded otherwise in the first minute."""
+        """As the constructor, but ready sooner, except on a GPU: with the programs that any request can use.
+
+        Faster ones for small requests are compiled meanwhile, so the same prompt may be rounded otherwise in the first
+        minute.
+        """
         llm = cls.__new__(cls)
         llm._start(EngineArgs.of(str(model), **kwargs), compile_behind=True)
         return llm

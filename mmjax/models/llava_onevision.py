@@ -1,4 +1,5 @@
-"""LLaVA-OneVision: SigLIP over an image and over crops of it at a higher resolution, and Qwen2.
+"""LLaVA-OneVision: an image tower over an image and over crops of it at a higher resolution, and a text model; as
+published, SigLIP and Qwen2.
 
 The number of crops does not determine the number of embeddings: margins are cut off, large images and video frames are
 scaled down after the tower, and each row of patches ends with a newline. So a field of the encoder says which patches
@@ -18,11 +19,11 @@ from jaxtyping import Array, Float
 
 from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
-from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
 from mmjax.nn.encoder import Features
+from mmjax.nn.text_config import ANY, decoder_config
 from mmjax.nn.vision.pixels import PixelNorm
-from mmjax.nn.vision.projector import Projector
-from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
+from mmjax.nn.vision.projector import Projector, ProjectorConfig
+from mmjax.nn.vision.tower import SIGLIP, TowerConfig, drops_first, make_tower, tower_config
 from mmjax.nn.weight import weight
 from mmjax.processors.llava_onevision import NEWLINE, SLACK, crop_fields
 from mmjax.spec import EncoderSpec, ModelSpec
@@ -32,10 +33,12 @@ MIN_FRAMES = 64  # frames of the longest video that fits in every configuration
 
 @dataclasses.dataclass(frozen=True)
 class Config(decoder_vlm.Config):
-    """Sizes. max_crops, max_item_embeds: crops, without the global view, and embeddings of the largest image."""
+    """Sizes. drop_first: whether the first position of a crop, CLIP's class token, is dropped. max_crops,
+    max_item_embeds: crops, without the global view, and embeddings of the largest image."""
 
-    vision: SiglipConfig
-    act: str
+    vision: TowerConfig
+    projector: ProjectorConfig
+    drop_first: bool
     pixels: PixelNorm
     max_crops: int
     max_item_embeds: int
@@ -43,13 +46,14 @@ class Config(decoder_vlm.Config):
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json and preprocessor_config.json. Raises ValueError for a layout that is not supported."""
-        layer, strategy = config.get("vision_feature_layer", -1), config.get("vision_feature_select_strategy", "full")
-        if not isinstance(layer, int) or strategy != "full":
+        text = decoder_config(config["text_config"], "qwen2", tied=tied, choice=ANY)
+        vision, drop_first = tower_config(config, SIGLIP, layer=-1), drops_first(config, "full")
+        if vision.num_positions - drop_first != vision.grid_size**2:
+            strategy = config.get("vision_feature_select_strategy")
             raise ValueError(
-                f"vision_feature_layer {layer} with vision_feature_select_strategy {strategy!r} is not supported: "
-                "one layer with 'full' is"
+                f"config.json: vision_feature_select_strategy {strategy!r} is not supported with this tower: all "
+                "patches and no class token are left by 'full' with SigLIP, and by 'default' with CLIP"
             )
-        vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=False)
         patches, aspect = vision.grid_size**2, config.get("vision_aspect_ratio", "anyres_max_9")
         max_patches = int(SLACK**2 * int(aspect.removeprefix("anyres_max_")) * patches)  # larger images are scaled down
         grids = [
@@ -57,9 +61,10 @@ class Config(decoder_vlm.Config):
             for height, width in config["image_grid_pinpoints"]
         ]
         return cls(
-            text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
+            text=text,
             vision=vision,
-            act=config.get("projector_hidden_act", "gelu"),
+            projector=ProjectorConfig.from_hf(config, vision.tower.output_dim, text.hidden_size),
+            drop_first=drop_first,
             pixels=PixelNorm.from_hf(image_options(files)),
             max_crops=max(math.prod(grid) for grid in grids),
             max_item_embeds=patches
@@ -94,14 +99,16 @@ class Model(decoder_vlm.Model):
 
     def __init__(self, c: Config) -> None:
         super().__init__(c)
-        self.vision = SiglipVisionEncoder(c.vision)
-        self.projector = Projector(c.vision.tower.hidden_size, c.text.hidden_size, c.act)
+        self.vision = make_tower(c.vision)
+        self.projector = Projector(c.projector)
         self.newline = weight(c.text.hidden_size, axes=("embed",))
         self.c = c
 
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         index, weights = features["source_index"], features["source_weight"]
-        x = self.projector(self.vision.encode_images(self.c.pixels.normalize(features["pixels"], axis=1)))
+        x = self.vision.encode(self.c.pixels.normalize(features["pixels"], axis=1))
+        x = self.projector(x[:, 1:] if self.c.drop_first else x)
+        x = x.reshape(-1, x.shape[-1])
         with jax.named_scope("gather"):
             total = jnp.zeros((), jnp.float32)
             for j in range(4):  # one at a time: all four together would be by far the largest array

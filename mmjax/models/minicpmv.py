@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
-from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.encoder import Features
 from mmjax.nn.norm import layer_norm
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.vision.siglip import SiglipConfig, SiglipVisionEncoder
 from mmjax.nn.weight import weight, weight_einsum
@@ -58,7 +58,7 @@ class Config(decoder_vlm.Config):
         vision = SiglipConfig.from_hf(config["vision_config"], layer, last_norm=True)
         mean, std = preprocessor["norm_mean"], preprocessor["norm_std"]
         return cls(
-            text=DecoderConfig.from_hf(config, bias=True, tie_embeddings=tied),
+            text=decoder_config(config, "qwen2", tied=tied),
             vision=vision,
             pixels=PixelNorm(1 / 255, tuple(mean), tuple(std)),
             num_queries=config["query_num"],

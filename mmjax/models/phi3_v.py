@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.hf_config import image_options
 from mmjax.models import decoder_vlm
-from mmjax.nn.decoder import DecoderConfig
-from mmjax.nn.encoder import Features, gelu
+from mmjax.nn.activations import gelu
+from mmjax.nn.encoder import Features
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.clip import ClipConfig, ClipVisionEncoder
 from mmjax.nn.vision.pixels import PixelNorm
 from mmjax.nn.weight import weight
@@ -56,7 +57,7 @@ class Config(decoder_vlm.Config):
         preprocessor = image_options(files)
         vision = {**CLIP_LARGE, **tower.get("vision_config", {})}
         return cls(
-            text=DecoderConfig.from_hf(config, bias=False, tie_embeddings=tied),
+            text=decoder_config(config, "phi3", tied=tied),
             vision=ClipConfig.from_hf(vision, tower.get("layer_idx", FEATURE_LAYER)),
             pixels=PixelNorm.from_hf(preprocessor),
             max_crops=max(MIN_CROPS, preprocessor.get("num_crops", 0)),

@@ -8,7 +8,7 @@ from typing import Any
 from mmjax.hf_config import image_options
 from mmjax.models import qwen_omni, qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
@@ -21,7 +21,7 @@ class Config(qwen_omni.Config):
         thinker, preprocessor = config.get("thinker_config", config), image_options(files)
         vision = QwenVisionConfig.qwen2_5(thinker["vision_config"], preprocessor)
         return cls(
-            text=DecoderConfig.from_hf(thinker["text_config"], bias=True, tie_embeddings=tied),
+            text=decoder_config(thinker["text_config"], "qwen2_vl", tied=tied),
             vision=vision,
             max_item_embeds=qwen_vl.max_pixels(preprocessor) // (vision.patch_size * vision.merge_size) ** 2,
             audio=OmniAudioConfig.from_hf(thinker["audio_config"]),

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
-from mmjax.nn.decoder import QWEN2_DEFAULTS, DecoderConfig
 from mmjax.nn.encoder import Features
+from mmjax.nn.text_config import ANY, decoder_config
 from mmjax.nn.weight import weight
 from mmjax.processors.qwen2_audio import audio_fields
 from mmjax.processors.whisper_chunks import CHUNK_STEPS
@@ -39,7 +39,7 @@ class Config(decoder_vlm.Config):
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
         """From config.json."""
         return cls(
-            text=DecoderConfig.from_hf(QWEN2_DEFAULTS | config["text_config"], bias=True, tie_embeddings=tied),
+            text=decoder_config(config["text_config"], "qwen2", tied=tied, choice=ANY),
             audio=WhisperEncoderConfig.from_hf(ENCODER_DEFAULTS | config["audio_config"]),
         )
 

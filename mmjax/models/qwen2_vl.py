@@ -7,7 +7,7 @@ from typing import Any
 
 from mmjax.hf_config import image_options
 from mmjax.models import qwen_vl
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
@@ -20,7 +20,7 @@ class Config(qwen_vl.Config):
         preprocessor = image_options(files)
         vision = QwenVisionConfig.qwen2(config["vision_config"], preprocessor)
         return cls(
-            text=DecoderConfig.from_hf(config.get("text_config", config), bias=True, tie_embeddings=tied),
+            text=decoder_config(config.get("text_config", config), "qwen2_vl", tied=tied),
             vision=vision,
             max_item_embeds=qwen_vl.max_pixels(preprocessor) // (vision.patch_size * vision.merge_size) ** 2,
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.hf_config import canonical, image_options
+from mmjax.hf_config import image_options
 from mmjax.models import qwen_omni, qwen_vl
 from mmjax.nn.audio.qwen_omni import OmniAudioConfig
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 
@@ -20,11 +20,8 @@ class Config(qwen_omni.Config):
         """From config.json (the whole model's, or the thinker's alone) and preprocessor_config.json."""
         thinker, preprocessor = config.get("thinker_config", config), image_options(files)
         vision = QwenVisionConfig.qwen3(thinker["vision_config"], preprocessor)
-        text = canonical(thinker["text_config"])
-        # config.json does not say so
-        text = text | {"rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
         return cls(
-            text=DecoderConfig.from_hf(text, bias=text.get("attention_bias", False), tie_embeddings=tied, qk_norm=True),
+            text=decoder_config(thinker["text_config"], "qwen3_omni_moe", tied=tied),
             vision=vision,
             max_item_embeds=qwen_vl.max_pixels(preprocessor) // (vision.patch_size * vision.merge_size) ** 2,
             audio=OmniAudioConfig.from_hf(thinker["audio_config"]),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmjax.hf_config import canonical, image_options, video_options
+from mmjax.hf_config import image_options, video_options
 from mmjax.models import qwen_vl
-from mmjax.nn.decoder import DecoderConfig
+from mmjax.nn.text_config import decoder_config
 from mmjax.nn.vision.qwen_vl import QwenVisionConfig
 
 MAX_PIXELS = 4096 * 4096  # of an image, where the options do not say
@@ -21,14 +21,11 @@ class Config(qwen_vl.Config):
         """From config.json and the preprocessor files; the maximum area of a video is that of all its frames."""
         preprocessor, video = image_options(files), video_options(files)
         vision = QwenVisionConfig.qwen3(config["vision_config"], preprocessor)
-        text = canonical(config["text_config"])
-        # config.json does not say so
-        text = text | {"rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
         embed_area = (vision.patch_size * vision.merge_size) ** 2
         image_area, video_area = (qwen_vl.max_pixels(each, MAX_PIXELS) for each in (preprocessor, video))
         max_area = max(image_area, video_area // vision.temporal_patch_size)
         return cls(
-            text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied, qk_norm=True, norm_topk_prob=True),
+            text=decoder_config(config["text_config"], "qwen3_vl", tied=tied),
             vision=vision,
             max_item_embeds=max_area // embed_area,
         )

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from mmjax.models import decoder_vlm
 from mmjax.nn.audio.whisper import WhisperEncoder, WhisperEncoderConfig
-from mmjax.nn.decoder import DecoderConfig
 from mmjax.nn.encoder import Features
 from mmjax.nn.norm import rms_norm
+from mmjax.nn.text_config import ANY, decoder_config
 from mmjax.nn.weight import weight
 from mmjax.processors.ultravox import audio_fields
 from mmjax.processors.whisper_chunks import CHUNK_STEPS
@@ -37,16 +37,13 @@ class Config(decoder_vlm.Config):
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], files: Mapping[str, dict[str, Any]], *, tied: bool) -> Config:
-        """From config.json with the configs of its two parts in it. Raises ValueError for another language model or
-        projector."""
-        text, act = config["text_config"], config.get("projector_act", "swiglu")
-        text_type = text.get("model_type", "llama")
-        if text_type != "llama" or act != "swiglu":
-            raise ValueError(
-                f"Ultravox on {text_type!r} with projector_act {act!r} is not supported: on 'llama' with 'swiglu' it is"
-            )
+        """From config.json with the configs of its two parts in it. Raises ValueError for what is not
+        supported."""
+        act = config.get("projector_act", "swiglu")
+        if act != "swiglu":
+            raise ValueError(f"config.json: projector_act {act!r} is not supported: 'swiglu' is")
         return cls(
-            text=DecoderConfig.from_hf(text, bias=False, tie_embeddings=tied),
+            text=decoder_config(config["text_config"], "llama", tied=tied, choice=ANY),
             audio=WhisperEncoderConfig.from_hf(config["audio_config"]),
             stack_factor=config["stack_factor"],
             projector_dim=config["hidden_size"],

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Float32, Int
 from mmjax.batch import Batch, KVCache
 from mmjax.hf_config import audio_options
 from mmjax.mel import LogMel
+from mmjax.nn.activations import ACTIVATIONS, activation_of
 from mmjax.nn.attention import attend, cross_attend, write_kv
 from mmjax.nn.audio.mel import log_mel
 from mmjax.nn.audio.whisper import EPS, WhisperEncoder, WhisperEncoderConfig
-from mmjax.nn.encoder import ACTIVATIONS, Features
+from mmjax.nn.encoder import Features
 from mmjax.nn.layers import jit_layers
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
@@ -110,7 +111,7 @@ class Config:
             vocab_size=config["vocab_size"],
             padded_vocab_size=config["vocab_size"],
             max_positions=config["max_target_positions"],
-            act=config["activation_function"],
+            act=activation_of(config, "activation_function", "gelu"),
             alignment_heads=alignment_heads(config, files.get("generation_config.json", {})),
         )
 

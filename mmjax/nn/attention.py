@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ ENCODER_AXES = ("position", "heads", "head_dim")
 KVArray = Num[Array, "num_blocks _ _ cache_H"]  # the keys or the values of a KVCache
 
 
-def kv_cache_axes() -> tuple[str, str, str, str]:
-    """Logical axes of the cache's arrays."""
-    inner = ("kv_heads", "position") if kv_heads_first() else ("position", "kv_heads")
+def kv_cache_axes(platform: str | None = None) -> tuple[str, str, str, str]:
+    """Logical axes of the cache's arrays. platform: see `kv_heads_first`."""
+    inner = ("kv_heads", "position") if kv_heads_first(platform) else ("position", "kv_heads")
     return ("depth", *inner, "head_dim")
 
 
@@ -37,10 +38,11 @@ def attend(
     first_block: Int[Array, ""],
     *,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Float[Array, "T K G H"], KVCache]:
     """(output, new cache): write k and v into the cache blocks of their sequences, then attend causally to those.
 
-    first_block: id of the layer's first block.
+    first_block: id of the layer's first block. window: how many keys a token attends to, its own included; None: all.
     """
     block_size, cache_axes = _block_size(kv_cache.k), kv_cache_axes()
 
@@ -54,9 +56,8 @@ def attend(
         slots = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * block_size, -1)
         with jax.named_scope("kv_cache/write"):
             k_cache, v_cache = write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slots)
-        out = _paged_attention(
-            q, k_cache, v_cache, batch.block_table + first_block, batch.context_lens, batch, causal=True, scale=scale
-        )
+        keys = Keys(batch.block_table + first_block, batch.context_lens, causal=True, window=window)
+        out = _paged_attention(q, k_cache, v_cache, keys, batch, scale=scale)
         return out, k_cache, v_cache
 
     out, k_cache, v_cache = map_heads(
@@ -75,10 +76,8 @@ def cross_attend(
         k_cache: KVArray,
         v_cache: KVArray,
     ) -> Float[Array, "T K G H"]:
-        block_table = batch.cross_block_table + first_block
-        return _paged_attention(
-            q, k_cache, v_cache, block_table, batch.cross_context_lens, batch, causal=False, scale=scale
-        )
+        keys = Keys(batch.cross_block_table + first_block, batch.cross_context_lens, causal=False)
+        return _paged_attention(q, k_cache, v_cache, keys, batch, scale=scale)
 
     return map_heads(attend_heads, (Q_AXES, kv_cache_axes(), kv_cache_axes()), Q_AXES)(q, kv_cache.k, kv_cache.v)
 
@@ -134,16 +133,17 @@ def encoder_attention(
     )(q, k, v)
 
 
+class Keys(NamedTuple):
+    """Which keys of the cache a query attends to. causal, window: of its sequence, see `paged_prefill`."""
+
+    block_table: Int[Array, "S P"]
+    context_lens: Int[Array, "S"]
+    causal: bool
+    window: int | None = None
+
+
 def _paged_attention(
-    q: Float[Array, "T K G H"],
-    k_cache: KVArray,
-    v_cache: KVArray,
-    block_table: Int[Array, "S P"],
-    context_lens: Int[Array, "S"],
-    batch: Batch,
-    *,
-    causal: bool,
-    scale: float,
+    q: Float[Array, "T K G H"], k_cache: KVArray, v_cache: KVArray, keys: Keys, batch: Batch, *, scale: float
 ) -> Float[Array, "T K G H"]:
     """A decode step has query blocks of one token, and token s is of sequence s; a prefill step has longer ones."""
     tokens, heads, _, head_dim = q.shape
@@ -151,7 +151,9 @@ def _paged_attention(
     num_blocks = batch.seq_index.shape[0]
     if num_blocks == tokens:
         with jax.named_scope("paged_decode"):
-            out = paged_decode(q, k_cache, v_cache, block_table, context_lens, scale=scale)
+            out = paged_decode(
+                q, k_cache, v_cache, keys.block_table, keys.context_lens, scale=scale, window=keys.window
+            )
     else:
         query_blocks = q.reshape(num_blocks, tokens // num_blocks, *q.shape[1:])
         seq_index, q_start = batch.seq_index, batch.q_start
@@ -160,12 +162,13 @@ def _paged_attention(
                 query_blocks,
                 k_cache,
                 v_cache,
-                block_table,
+                keys.block_table,
                 seq_index,
                 q_start,
-                context_lens,
-                causal=causal,
+                keys.context_lens,
+                causal=keys.causal,
                 scale=scale,
+                window=keys.window,
             )
         out = out.reshape(q.shape)
     return out[:, :heads, :, :head_dim]

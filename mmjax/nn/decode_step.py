@@ -23,6 +23,7 @@ from mmjax.kernels import (
     ResidualParts,
     Tile,
     add_rms_norm,
+    current_platform,
     fused_decode,
     merge_attn_states,
     skinny_matmul,
@@ -39,13 +40,14 @@ CosSin = tuple[Float32[Array, "S half_H"], Float32[Array, "S half_H"]]
 
 
 def can_run(c: DecoderConfig, x: Float[Array, "T D"], kv_cache: KVCache, batch: Batch) -> bool:
-    """Whether this is a decode step that the fused kernels serve: bfloat16, on one GPU, dense feed-forwards, heads as
-    the cache has them."""
+    """Whether this is a decode step that the fused kernels serve: bfloat16, on one GPU, dense feed-forwards gated by
+    silu, biases of q, k and v only, heads that are rotated whole and as the cache has them."""
     mesh = jax.sharding.get_abstract_mesh()
-    on_one_gpu = jax.default_backend() == "gpu" and (mesh.empty or mesh.size == 1)
+    on_one_gpu = current_platform() == "gpu" and (mesh.empty or mesh.size == 1)
     decoding = batch.seq_index.shape[0] == x.shape[0]
     heads = kv_cache.k.shape[2:] == (c.num_kv_heads, c.head_dim)
-    return on_one_gpu and decoding and x.dtype == kv_cache.k.dtype == jnp.bfloat16 and heads and c.moe is None
+    plain = c.moe is None and c.act in ("silu", "swish") and not (c.o_bias or c.mlp_bias or c.partial_rope)
+    return on_one_gpu and decoding and x.dtype == kv_cache.k.dtype == jnp.bfloat16 and heads and plain
 
 
 def run(
@@ -192,5 +194,6 @@ def _attend(
         batch.slot_mapping,
         first_block,
         scale=c.scale,
+        window=layer.window,
     )
     return out, KVCache(k, v)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +10,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from mmjax.batch import Batch, KVCache
-from mmjax.hf_config import canonical
 from mmjax.nn import decode_step
+from mmjax.nn.activations import ACTIVATIONS
 from mmjax.nn.attention import attend
 from mmjax.nn.layers import jit_layers
 from mmjax.nn.moe import Experts, MoeConfig
 from mmjax.nn.norm import rms_norm
-from mmjax.nn.rope import Rope, apply_rope
-from mmjax.nn.weight import weight
+from mmjax.nn.rope import Rope, apply_partial_rope, apply_rope
+from mmjax.nn.weight import Weight, weight
 from mmjax.sharding import round_up
-
-QWEN2_DEFAULTS: dict[str, Any] = {  # what transformers' Qwen2Config fills in where a published text_config is silent
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": 151936,
-}
 
 
 def split_heads(kv_heads: int, q_per_kv: int, tp_size: int) -> tuple[int, int]:
@@ -49,11 +37,12 @@ def split_heads(kv_heads: int, q_per_kv: int, tp_size: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder.
+    """Sizes of a decoder; `text_config` reads them from config.json.
 
-    q_per_kv: query heads per key/value head. padded_vocab_size: rows of the embedding, padding included. bias: of q, k
-    and v. qk_norm: whether each head's queries and keys are normalized before rotary positions. moe: the experts of the
-    layers that have them in place of a feed-forward.
+    q_per_kv: query heads per key/value head. padded_vocab_size: rows of the embedding, padding included. act: a key of
+    ACTIVATIONS. bias: of q, k and v. qk_norm: whether each head's queries and keys are normalized before rotary
+    positions. moe: the experts of the layers that have them in place of a feed-forward. windows: for each layer, how
+    many keys a token attends to, its own included, or None for all; () if all layers attend to all.
     """
 
     hidden_size: int
@@ -69,49 +58,12 @@ class DecoderConfig:
     bias: bool
     tie_embeddings: bool
     max_positions: int
+    act: str = "silu"
+    o_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     moe: MoeConfig | None = None
-
-    @classmethod
-    def from_hf(
-        cls,
-        text: dict[str, Any],
-        *,
-        bias: bool,
-        tie_embeddings: bool,
-        qk_norm: bool = False,
-        norm_topk_prob: bool | None = None,
-    ) -> DecoderConfig:
-        """From the text part of config.json. tie_embeddings: the head is the embedding. norm_topk_prob: see
-        `MoeConfig.from_hf`. Raises ValueError for heads that do not divide."""
-        text = canonical(text)
-        heads = text["num_attention_heads"]
-        kv_heads = text.get("num_key_value_heads") or heads
-        if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-        head_dim = text.get("head_dim") or text["hidden_size"] // heads
-        scaling = text.get("rope_parameters")
-        theta = (scaling or {}).get("rope_theta", 10000.0)
-        if scaling:
-            limits = ("max_position_embeddings", "original_max_position_embeddings")
-            scaling = {name: text[name] for name in limits if name in text} | scaling
-        return cls(
-            hidden_size=text["hidden_size"],
-            num_layers=text["num_hidden_layers"],
-            num_kv_heads=kv_heads,
-            q_per_kv=heads // kv_heads,
-            head_dim=head_dim,
-            intermediate_size=text["intermediate_size"],
-            vocab_size=text["vocab_size"],
-            padded_vocab_size=text["vocab_size"],
-            eps=text["rms_norm_eps"],
-            rope=Rope.from_hf(head_dim, theta, scaling),
-            bias=bias,
-            tie_embeddings=tie_embeddings,
-            max_positions=text["max_position_embeddings"],
-            qk_norm=qk_norm,
-            moe=MoeConfig.from_hf(text, norm_topk_prob=norm_topk_prob),
-        )
+    windows: tuple[int | None, ...] = ()
 
     def for_tp(self, tp_size: int) -> DecoderConfig:
         """The same decoder with every sharded size a multiple of `tp_size`."""
@@ -128,23 +80,36 @@ class DecoderConfig:
 
     def for_max_len(self, max_model_len: int) -> DecoderConfig:
         """The same decoder for sequences of at most `max_model_len` tokens."""
-        return dataclasses.replace(self, rope=self.rope.for_max_len(max_model_len))
+        windows = tuple(None if window is None or window >= max_model_len else window for window in self.windows)
+        return dataclasses.replace(
+            self, rope=self.rope.for_max_len(max_model_len), windows=windows if any(windows) else ()
+        )
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a token attends to in a layer; None: all."""
+        return self.windows[layer] if self.windows else None
+
+    @property
+    def partial_rope(self) -> bool:
+        """Whether only the first numbers of a head are rotated."""
+        return 2 * len(self.rope.inv_freq) < self.head_dim
 
     @property
     def scale(self) -> float:
-        """The factor that attention scores are multiplied by."""
-        return self.head_dim**-0.5 * self.rope.attention_factor**2
+        """The factor that attention scores are multiplied by, with that of rotated queries and keys in it."""
+        return self.head_dim**-0.5 * (1.0 if self.partial_rope else self.rope.attention_factor**2)
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then a gated feed-forward or experts, each after an RMS norm."""
+    """Attention, then a gated feed-forward or experts, each after an RMS norm. window: see `attend`."""
 
-    def __init__(self, c: DecoderConfig, *, sparse: bool = False) -> None:
+    def __init__(self, c: DecoderConfig, *, sparse: bool = False, window: int | None = None) -> None:
         d, k, g, h, f = c.hidden_size, c.num_kv_heads, c.q_per_kv, c.head_dim, c.intermediate_size
         self.attn_norm = weight(d, axes=("embed",))
         self.qkv = weight(d, k, g + 2, h, axes=("embed", "kv_heads", "group_kv", "head_dim"))
         self.qkv_bias = weight(k, g + 2, h, axes=("kv_heads", "group_kv", "head_dim")) if c.bias else None
         self.o = weight(k, g, h, d, axes=("kv_heads", "group", "head_dim", "embed"))
+        self.o_bias = weight(d, axes=("embed",)) if c.o_bias else None
         self.q_norm = weight(h, axes=("head_dim",)) if c.qk_norm else None
         self.k_norm = weight(h, axes=("head_dim",)) if c.qk_norm else None
         self.mlp_norm = weight(d, axes=("embed",))
@@ -152,12 +117,15 @@ class DecoderLayer(nnx.Module):
         if self.experts is None:
             self.gate_up = weight(d, 2, f, axes=("embed", "pair", "mlp"))
             self.down = weight(f, d, axes=("mlp", "embed"))
+            self.gate_up_bias = weight(2, f, axes=("pair", "mlp")) if c.mlp_bias else None
+            self.down_bias = weight(d, axes=("embed",)) if c.mlp_bias else None
+        self.window = window
         self.c = c
 
     def __call__(
         self,
         x: Float[Array, "T D"],
-        angles: Float32[Array, "T half_H"],
+        angles: Float32[Array, "T half_R"],
         kv_cache: KVCache,
         batch: Batch,
         first_block: Int[Array, ""],
@@ -168,17 +136,25 @@ class DecoderLayer(nnx.Module):
             qkv = self.qkv.einsum("td,dkgh->tkgh", y)
             if self.qkv_bias is not None:
                 qkv = qkv + self.qkv_bias[...]
-            qk = apply_rope(self._qk_norm(qkv[:, :, :-1]), angles)
-            y, kv_cache = attend(
-                qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1], kv_cache, batch, first_block, scale=self.c.scale
-            )
-            x = x + self.o.einsum("tkgh,kghd->td", y)
+            qk = self._rotated(self._qk_norm(qkv[:, :, :-1]), angles)
+            q, k, v = qk[:, :, :-1], qk[:, :, -1], qkv[:, :, -1]
+            y, kv_cache = attend(q, k, v, kv_cache, batch, first_block, scale=self.c.scale, window=self.window)
+            x = x + _plus(self.o.einsum("tkgh,kghd->td", y), self.o_bias)
         with jax.named_scope("mlp"):
             y = rms_norm(x, self.mlp_norm[...], self.c.eps)
             if self.experts is not None:
                 return x + self.experts(y), kv_cache
-            y = self.gate_up.einsum("td,dpf->tpf", y)
-            return x + self.down.einsum("tf,fd->td", jax.nn.silu(y[:, 0]) * y[:, 1]), kv_cache
+            y = _plus(self.gate_up.einsum("td,dpf->tpf", y), self.gate_up_bias)
+            y = ACTIVATIONS[self.c.act](y[:, 0]) * y[:, 1]
+            return x + _plus(self.down.einsum("tf,fd->td", y), self.down_bias), kv_cache
+
+    def _rotated(
+        self, qk: Float[Array, "T K heads H"], angles: Float32[Array, "T half_R"]
+    ) -> Float[Array, "T K heads H"]:
+        """Queries and keys rotated by their positions."""
+        if self.c.partial_rope:
+            return apply_partial_rope(qk, angles, self.c.rope.attention_factor)
+        return apply_rope(qk, angles)
 
     def _qk_norm(self, qk: Float[Array, "T K heads H"]) -> Float[Array, "T K heads H"]:
         """The queries and the key of each key head, normalized over H if the model does so."""
@@ -186,6 +162,11 @@ class DecoderLayer(nnx.Module):
             return qk
         q = jnp.broadcast_to(self.q_norm[...], (self.c.q_per_kv, self.c.head_dim))
         return rms_norm(qk, jnp.concatenate([q, self.k_norm[...][None]]), self.c.eps)
+
+
+def _plus(x: Float[Array, "*shape"], bias: Weight | None) -> Float[Array, "*shape"]:
+    """x with the bias added if there is one."""
+    return x if bias is None else x + bias[...]
 
 
 class Decoder(nnx.Module):
@@ -196,7 +177,9 @@ class Decoder(nnx.Module):
         # A list, not stacked weights: a scan copies the weights of each layer before it uses them, which made a decode
         # step 1.9 to 2.8 times slower on an H100.
         dense = range(c.num_layers) if c.moe is None else c.moe.dense_layers
-        self.layers = nnx.List([DecoderLayer(c, sparse=i not in dense) for i in range(c.num_layers)])
+        self.layers = nnx.List(
+            [DecoderLayer(c, sparse=i not in dense, window=c.window(i)) for i in range(c.num_layers)]
+        )
         self.norm = weight(c.hidden_size, axes=("embed",))
         self.head = None if c.tie_embeddings else weight(c.padded_vocab_size, c.hidden_size, axes=("vocab", "embed"))
         self.c = c

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,47 +11,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
+from mmjax.nn.activations import ACTIVATIONS
 from mmjax.nn.attention import encoder_attention
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.rope import apply_rope
 from mmjax.nn.weight import weight
 from mmjax.sharding import round_up
 
-Activation = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+Carry = tuple[Float[Array, "U C"], Float[Array, "n U C"]]  # hidden states, and those of the feature layers
 Features = Mapping[str, Shaped[Array, "..."]]  # an encoder's input arrays, by name of the FeatureField
-
-
-def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x * sigmoid(1.702 x), CLIP's approximation."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The exact (erf) GELU.
-
-    In float32: in bfloat16, `jax.nn.gelu` computes erfc, which on an H200 takes Whisper's encoder 6 % of its time more.
-    """
-    y = x.astype(jnp.float32)
-    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
-
-
-def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The tanh approximation of GELU."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "quick_gelu": quick_gelu,
-    "gelu": gelu,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of a tower; `act` is a key of ACTIVATIONS."""
+    """Sizes of a tower. act: a key of ACTIVATIONS. feature_layers: the numbers of the hidden states that the tower
+    returns side by side, 0 for the input of the first layer; (): the output of the last layer alone."""
 
     hidden_size: int
     num_layers: int
@@ -61,6 +34,12 @@ class EncoderConfig:
     intermediate_size: int
     eps: float
     act: str
+    feature_layers: tuple[int, ...] = ()
+
+    @property
+    def output_dim(self) -> int:
+        """Width of what the tower returns."""
+        return self.hidden_size * max(1, len(self.feature_layers))
 
     def for_tp(self, tp_size: int) -> EncoderConfig:
         """The same tower with every sharded size a multiple of `tp_size`, and rows of 16 bytes in bfloat16.
@@ -126,6 +105,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, c: EncoderConfig) -> None:
         self.layers = EncoderLayer(c)
+        self.feature_layers = c.feature_layers
 
     def __call__(
         self,
@@ -135,13 +115,31 @@ class Encoder(nnx.Module):
         angles: Float32[Array, "U half_H"] | None = None,
         segment_len: int | None = None,
         key_mask: Bool[Array, "U"] | None = None,
-    ) -> Float[Array, "U C"]:
-        """The output of the last layer. segment_ids, segment_len, key_mask: see `encoder_attention`. angles: of rotary
-        positions."""
+    ) -> Float[Array, "U output_dim"]:
+        """The output of the last layer, or of the `feature_layers`. segment_ids, segment_len, key_mask: see
+        `encoder_attention`. angles: of rotary positions."""
         graph, weights = nnx.split(self.layers)
+        depth = jax.tree.leaves(weights)[0].shape[0]
+        is_feature = jnp.array([[layer == i + 1 for layer in self.feature_layers] for i in range(depth)], jnp.bool_)
 
         @jax.named_scope("layer")
-        def body(x: Float[Array, "U C"], layer: Any) -> tuple[Float[Array, "U C"], None]:
-            return nnx.merge(graph, layer)(x, segment_ids, angles, segment_len, key_mask), None
+        def body(carry: Carry, layer: tuple[Any, Bool[Array, "n"]]) -> tuple[Carry, None]:
+            (x, features), (weights, is_feature) = carry, layer
+            x = nnx.merge(graph, weights)(x, segment_ids, angles, segment_len, key_mask)
+            return (x, jnp.where(is_feature[:, None, None], x, features)), None
 
-        return jax.lax.scan(body, x, weights)[0]
+        features = jnp.broadcast_to(x, (len(self.feature_layers), *x.shape))
+        x, features = jax.lax.scan(body, (x, features), (weights, is_feature.reshape(depth, len(self.feature_layers))))[
+            0
+        ]
+        return features.swapaxes(0, 1).reshape(x.shape[0], -1) if self.feature_layers else x
+
+
+def feature_layers(number: int | Sequence[int], depth: int) -> tuple[int, ...]:
+    """The hidden states of `vision_feature_layer`, counted from 0, the input of the first of `depth` layers. Raises
+    ValueError for one that does not exist."""
+    numbers = [number] if isinstance(number, int) else list(number)
+    layers = tuple(layer if layer >= 0 else depth + 1 + layer for layer in numbers)
+    if not layers or min(layers) < 0 or max(layers) > depth:
+        raise ValueError(f"vision_feature_layer {number!r} is not supported: the tower has {depth} layers")
+    return layers

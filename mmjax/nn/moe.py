@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Float32, Int
 
+from mmjax.kernels import current_platform
 from mmjax.nn.weight import WeightValue, dequantize, index_value, weight, weight_einsum
 from mmjax.sharding import round_up, sum_over_shards
 
@@ -72,7 +73,7 @@ class Experts(nnx.Module):
             if self.c.norm_topk_prob:
                 weights = weights / weights.sum(axis=-1, keepdims=True)
         block = block_rows(expert_ids.size, self.c.num_experts)
-        grouped_mlp = ragged_dot_mlp if jax.default_backend() == "tpu" else blockwise_mlp
+        grouped_mlp = ragged_dot_mlp if current_platform() == "tpu" else blockwise_mlp
 
         def shard_experts(
             shard: Int[ArrayLike, ""],
@@ -98,7 +99,7 @@ def block_rows(rows: int, experts: int) -> int:
     four times the mean. On a CPU, every row of padding takes time: with 64 experts of 512 x 256 and 256 tokens of 8
     experts each, blocks of 16 and 32 rows took 53 and 91 ms, of 128 rows 205 ms.
     """
-    platform = jax.default_backend()
+    platform = current_platform()
     target = -(-rows * (1 if platform == "cpu" else 4) // experts)
     return min(1 << (target - 1).bit_length(), MAX_BLOCK_ROWS.get(platform, 128))
 
@@ -156,7 +157,7 @@ def blockwise_mlp(
 
     # On an accelerator, a loop whose length is a value waits for the host at each iteration.
     max_blocks = min(size, experts + size // block)
-    iterations = block_ends[-1] if jax.default_backend() == "cpu" else max_blocks
+    iterations = block_ends[-1] if current_platform() == "cpu" else max_blocks
     return jax.lax.fori_loop(0, iterations, expert_block, jnp.zeros_like(padded))[:size]
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8
 
+from mmjax.kernels import current_platform
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Weight(nnx.Param[Any]):
     def lookup(self, ids: Int[Array, "T"]) -> Float[Array, "T ..."]:
         """Rows of an embedding matrix; ids are clipped to its range."""
         table = self[...]
-        if table.dtype != jnp.bfloat16 or jax.default_backend() != "cpu":
+        if table.dtype != jnp.bfloat16 or current_platform() != "cpu":
             return jnp.take(table, ids, axis=0, mode="clip")
         # Gather integers: XLA:CPU cannot gather bfloat16, and would convert the whole table each time. The barrier ties
         # the integer view to the ids. Without it, XLA would hoist the view out of loops as a copy of the table.

@@ -43,8 +43,9 @@ class Processor(base.Processor):
         self.placeholder_ids = {"image": config["image_token_id"]}
         self.image_size: int = vision["image_size"]
         self.prepare = SquareImage.from_options(image_options(files), self.image_size)
-        has_class_token = config.get("vision_feature_select_strategy", "default") == "full"
-        self.embeds_per_image = (self.image_size // vision["patch_size"]) ** 2 + has_class_token
+        has_class_token = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
+        drops_first = config.get("vision_feature_select_strategy", "default") == "default"
+        self.embeds_per_image = (self.image_size // vision["patch_size"]) ** 2 + has_class_token - drops_first
 
     def num_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> int:
         """The same for every image."""

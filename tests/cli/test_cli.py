@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -148,8 +149,12 @@ def test_bench(kind: str, tiny_dir: Callable[[str], Path], tmp_path: Path, capsy
     ]
     small = ["--max-model-len", "64", "--max-num-seqs", "1", "--max-num-batched-tokens", "64", "--load-format", "dummy"]
     small.append("--enforce-eager")  # three programs to compile instead of all
-    assert main(["bench", kind, str(tiny_dir("qwen2_vl")), *shape, *small]) == 0
-    assert "output_tokens_per_s" in capsys.readouterr().out
+    traced = ["--profile", str(tmp_path / "trace")] if kind == "throughput" else []
+    assert main(["bench", kind, str(tiny_dir("qwen2_vl")), *shape, *small, *traced]) == 0
+    told = capsys.readouterr().out
+    assert "output_tokens_per_s" in told
+    phases = ("encode", "prefill", "decode") if traced else ()
+    assert all(re.search(rf"^{phase} +\d", told, re.MULTILINE) for phase in phases)
     report = json.loads(file.read_text())
     assert report["requests"] == 3 and report["output_tokens"] == 15 and report["decode_steps_per_s"] > 0
     assert report["ttft_ms"]["median"] > 0 and 0 <= report["idle_share"] <= report["host_share"] <= 1

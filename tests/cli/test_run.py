@@ -33,7 +33,7 @@ def models(tiny_dir: Callable[[str], Path]) -> Iterator[dict[tuple[str, bool], L
     """Every script's LLM has a tiny model in place of the published one, which it shares with the other scripts."""
     made: dict[tuple[str, bool], LoadedModel] = {}
 
-    def load(args: EngineArgs) -> LoadedModel:
+    def load(args: EngineArgs, **_: Any) -> LoadedModel:
         key = (args.model, args.pooling)
         if key not in made:
             small = SMALL | ({"max_num_batched_tokens": 32} if args.pooling else {})

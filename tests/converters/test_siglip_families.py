@@ -149,8 +149,20 @@ def test_other_minicpm_versions_are_refused(tiny_dir: Callable[[str], Path]) -> 
         wanted(files["config.json"], files, tied=False)
 
 
-def test_layers_that_are_not_supported(tiny_dir: Callable[[str], Path]) -> None:
+WRONG: dict[str, dict[str, Any]] = {
+    r"vision_feature_layer \[-1, 7\] is not supported": {"vision_feature_layer": [-1, 7]},
+    r"vision_feature_layer \[\] is not supported": {"vision_feature_layer": []},
+    "vision_feature_select_strategy 'default' is not supported": {"vision_feature_select_strategy": "default"},
+    "vision_feature_select_strategy 'cls' is not supported": {"vision_feature_select_strategy": "cls"},
+    "model_type 'pixtral' is not supported": {"vision_config": {"model_type": "pixtral"}},
+    "model_type 'gemma2' is not supported": {"text_config": {"model_type": "gemma2"}},
+    "projector_hidden_act 'laplace' is not supported": {"projector_hidden_act": "laplace"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_not_supported_is_named(message: str, tiny_dir: Callable[[str], Path]) -> None:
     files = {file.name: json.loads(file.read_text()) for file in tiny_dir("llava_onevision").glob("*config.json")}
-    files["config.json"]["vision_feature_layer"] = [-1, -2]
-    with pytest.raises(ValueError, match="one layer with 'full' is"):
+    files["config.json"] |= WRONG[message]
+    with pytest.raises(ValueError, match=message):
         wanted(files["config.json"], files, tied=True)

@@ -15,7 +15,7 @@ from mmjax.models import FAMILIES
 from mmjax.types import SAMPLING_PARAMETERS
 
 HIDDEN = {"/", "/reset_mm_cache", "/reset_prefix_cache"}  # the page, and what MMJAX_SERVER_DEV_MODE adds
-COMMANDS = (*MODEL_COMMANDS, "bench throughput", "bench latency", "demo", "run", "convert", "inspect")
+COMMANDS = (*MODEL_COMMANDS, "bench throughput", "bench latency", "bench serve", "demo", "run", "convert", "inspect")
 
 
 def between(page: str, name: str) -> list[str]:

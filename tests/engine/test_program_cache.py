@@ -37,6 +37,7 @@ def test_a_known_program_is_not_traced(runner: ModelRunner, tmp_path: Path, monk
         monkeypatch.setattr(StepFunctions, "set_logit_biases", fail)
         again = runner._lower(KEY)
         assert again.in_avals == first.in_avals and again.out_info == first.out_info
+        assert "module @jit_set_logit_biases" in again.as_text(), "profiles tell programs apart by their names"
         with pytest.raises(AssertionError, match="traced"):
             runner._lower(SetLogitBiases(2))
 

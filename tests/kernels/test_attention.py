@@ -29,6 +29,7 @@ class Paged:
     queries: tuple[tuple[int, int], ...] = ()
     dtype: Any = jnp.float32
     causal: bool = True
+    window: int | None = None
 
 
 DECODE = {
@@ -38,6 +39,7 @@ DECODE = {
     "head_dim_128": Paged((0, 47), head_dim=128),
     "head_dim_256": Paged((18,), kv_heads=1, head_dim=256),
     "bfloat16": Paged((3, 50), dtype=jnp.bfloat16),
+    "window": Paged((0, 40, 210, 141), window=140, kv_heads=1),
 }
 PREFILL = {
     "whole_prompt": Paged((40, 9), queries=((0, 0), (0, 16), (0, 32), (1, 0)), group=1),
@@ -46,6 +48,7 @@ PREFILL = {
     "head_dim_72": Paged((20,), queries=((0, 4),), head_dim=72),
     "head_dim_256": Paged((17,), queries=((0, 0), (0, 16)), head_dim=256, kv_heads=1),
     "bfloat16": Paged((50,), queries=((0, 34), (0, 18)), dtype=jnp.bfloat16),
+    "window": Paged((230, 20), queries=((0, 200), (1, 4), (0, -16)), window=140, kv_heads=1),
 }
 QUERIES = 16
 
@@ -87,7 +90,8 @@ def bound(dtype: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Blocks in random order, and the keys [J, K, H] of each sequence. Slots of no sequence are NaN."""
+    """Blocks in random order, and the keys [J, K, H] of each sequence. Slots of no sequence are NaN, and so are blocks
+    before every window."""
 
     k: Array
     v: Array
@@ -110,9 +114,15 @@ def make_cache(case: Paged, rng: np.random.Generator) -> Cache:
         for array, own in zip(arrays, rows, strict=True):
             fresh = rounded(rng.standard_normal((n, *shape[2:])), case.dtype)
             own.append(fresh.astype(np.float64))
-            for at in range(n):
+            for at in range(first_block(case, s) * BLOCK_SIZE, n):
                 array[block_table[s, at // BLOCK_SIZE], at % BLOCK_SIZE] = fresh[at]
     return Cache(arrays[0], arrays[1], block_table, rows[0], rows[1])
+
+
+def first_block(case: Paged, s: int) -> int:
+    """The first block of a sequence that a query reads."""
+    positions = [first for index, first in case.queries if index == s and first >= 0] or [case.lengths[s] - 1]
+    return 0 if case.window is None else max(0, min(positions) - case.window + 1) // BLOCK_SIZE
 
 
 def rounded(x: Array, dtype: Any) -> Array:
@@ -149,7 +159,7 @@ def test_decode(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(0)
     data, scale = make_cache(case, rng), case.head_dim**-0.5
     q = rounded(rng.standard_normal((len(case.lengths), case.kv_heads, case.group, case.head_dim)), case.dtype)
-    run = program("paged_decode", impl, scale=scale)
+    run = program("paged_decode", impl, scale=scale, window=case.window)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
     out = run(*arrays, jnp.asarray(data.block_table), jnp.asarray(case.lengths, jnp.int32))
     assert out.dtype == case.dtype
@@ -157,7 +167,8 @@ def test_decode(case: Paged, impl: str) -> None:
     assert np.isfinite(got).all()
     for s, n in enumerate(case.lengths):
         for g in range(case.group if n else 0):
-            want = attend(q[s, :, g].astype(np.float64), data.keys[s], data.values[s], scale)
+            keys = slice(max(0, n - (case.window or n)), n)
+            want = attend(q[s, :, g].astype(np.float64), data.keys[s][keys], data.values[s][keys], scale)
             np.testing.assert_allclose(got[s, :, g], want, atol=bound(case.dtype), rtol=0)
 
 
@@ -168,7 +179,7 @@ def test_prefill(case: Paged, impl: str) -> None:
     data, scale = make_cache(case, rng), case.head_dim**-0.5
     q = rounded(rng.standard_normal((len(case.queries), QUERIES, case.kv_heads, case.group, case.head_dim)), case.dtype)
     seq_index, q_start = (jnp.asarray(x, jnp.int32) for x in zip(*case.queries, strict=True))
-    run = program("paged_prefill", impl, scale=scale, causal=case.causal)
+    run = program("paged_prefill", impl, scale=scale, causal=case.causal, window=case.window)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
     out = run(*arrays, jnp.asarray(data.block_table), seq_index, q_start, jnp.asarray(case.lengths, jnp.int32))
     assert out.dtype == case.dtype
@@ -177,13 +188,12 @@ def test_prefill(case: Paged, impl: str) -> None:
     for b, (s, first) in enumerate(case.queries):
         for j in range(QUERIES):
             position, context_lens = first + j, case.lengths[s]
-            key_mask = min(position + 1, context_lens) if case.causal else context_lens
-            if first < 0 or key_mask == 0 or (case.causal and position >= context_lens):
+            end = min(position + 1, context_lens) if case.causal else context_lens
+            if first < 0 or end == 0 or (case.causal and position >= context_lens):
                 continue
+            keys = slice(max(0, end - (case.window or end)), end)
             for g in range(case.group):
-                want = attend(
-                    q[b, j, :, g].astype(np.float64), data.keys[s][:key_mask], data.values[s][:key_mask], scale
-                )
+                want = attend(q[b, j, :, g].astype(np.float64), data.keys[s][keys], data.values[s][keys], scale)
                 np.testing.assert_allclose(got[b, j, :, g], want, atol=bound(case.dtype), rtol=0)
 
 

@@ -260,6 +260,7 @@ class Step:
     parts: int = 0
     bias: bool = False
     qk_norm: bool = False
+    window: int | None = None
 
 
 BLOCK_SIZE, LAYERS, HIDDEN = 16, 2, 96
@@ -273,6 +274,8 @@ STEPS = {
     "sums": Step((30, 1), parts=4, bias=True, qk_norm=True),
     "splits": Step((300,), kv_heads=1),
     "head_dim_128": Step((50,), head_dim=128, group=1),
+    "window": Step((90, 3, 40), window=40),
+    "window_of_one": Step((33, 2), window=1, kv_heads=1),
 }
 
 
@@ -293,9 +296,10 @@ def test_fused_decode(case: Step, impl: str) -> None:
     keys: list[list[Array]] = [[], []]
     for s, n in enumerate(case.context_lens):
         at = np.arange(max(n - 1, 0))
+        read = at >= max(0, n - (case.window or n)) // BLOCK_SIZE * BLOCK_SIZE  # blocks before the window stay NaN
         for array, known in zip(cache, keys, strict=True):
             known.append(exact(bfloat16(rng.standard_normal((len(at), K, H)))))
-            array[blocks + table[s, at // BLOCK_SIZE], at % BLOCK_SIZE] = known[s]
+            array[blocks + table[s, at[read] // BLOCK_SIZE], at[read] % BLOCK_SIZE] = known[s][read]
     qkv = normal(6, max(case.parts, 1), S, K, G + 2, H).astype(jnp.float32)
     qkv = qkv if case.parts else bfloat16(qkv[0])
     angles = rng.uniform(0, 6, (S, H // 2))
@@ -309,7 +313,7 @@ def test_fused_decode(case: Step, impl: str) -> None:
 
     pools = [bfloat16(array.swapaxes(1, 2) if impl == "reference" else array) for array in cache]
     vectors = [jnp.asarray(x, jnp.int32) for x in (table, case.context_lens, slots, blocks)]
-    out, *pools = program("fused_decode", impl, scale=H**-0.5)(qkv, epilogue, *pools, *vectors)
+    out, *pools = program("fused_decode", impl, scale=H**-0.5, window=case.window)(qkv, epilogue, *pools, *vectors)
     if isinstance(out, AttnStates):
         assert S * K < fused_triton.PROGRAMS
         out = kernels.merge_attn_states(out, impl="reference")
@@ -330,8 +334,9 @@ def test_fused_decode(case: Step, impl: str) -> None:
         where = blocks + slots[s] // BLOCK_SIZE, slots[s] % BLOCK_SIZE
         assert_close(k[where], key[s])
         assert_close(v[where], value[s])
-        all_keys = np.concatenate([keys[0][s], k[where][None]])
-        all_values = np.concatenate([keys[1][s], v[where][None]])
+        seen = slice(max(0, n - (case.window or n)), None)
+        all_keys = np.concatenate([keys[0][s], k[where][None]])[seen]
+        all_values = np.concatenate([keys[1][s], v[where][None]])[seen]
         scores = np.einsum("kgh,jkh->kgj", query[s], all_keys) * H**-0.5
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         want = np.einsum("kgj,jkh->kgh", weights / weights.sum(-1, keepdims=True), all_values)

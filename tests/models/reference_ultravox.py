@@ -29,9 +29,8 @@ class Reference(nn.Module):
             {key: value for key, value in config[part].items() if key not in NOTHING}
             for part in ("text_config", "audio_config")
         )
-        self.language_model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**text, attn_implementation="eager")
-        )
+        text_config = transformers.AutoConfig.for_model(config["text_config"]["model_type"], **text)
+        self.language_model = transformers.AutoModelForCausalLM.from_config(text_config, attn_implementation="eager")
         self.audio_tower = WhisperEncoder(transformers.WhisperConfig(**audio, attn_implementation="eager"))
         self.stack, self.inside = config["stack_factor"], config["projector_ln_mid"]
         width, hidden, out = self.stack * audio["d_model"], config["hidden_size"], text["hidden_size"]

@@ -9,7 +9,7 @@ import pytest
 from jaxtyping import TypeCheckError
 from mmjax.kernels import segment_attention, write_kv_cache
 
-from mmjax.nn.encoder import gelu
+from mmjax.nn.activations import gelu
 from mmjax.nn.norm import rms_norm
 from mmjax.nn.rope import apply_rope
 

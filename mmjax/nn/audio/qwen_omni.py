@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from mmjax.nn.activations import ACTIVATIONS, activation_of, gelu
 from mmjax.nn.audio.whisper import EPS, ConvEncoder
-from mmjax.nn.encoder import ACTIVATIONS, Encoder, EncoderConfig, Features, gelu
+from mmjax.nn.encoder import Encoder, EncoderConfig, Features
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 from mmjax.spec import conv_length
@@ -50,7 +51,7 @@ class OmniAudioConfig:
             head_dim=width // heads,
             intermediate_size=audio["encoder_ffn_dim"],
             eps=EPS,
-            act=audio["activation_function"],
+            act=activation_of(audio, "activation_function", "gelu"),
         )
         chunk = 2 * audio["n_window"]
         sizes = cls(tower, audio["num_mel_bins"], chunk, audio["output_dim"])

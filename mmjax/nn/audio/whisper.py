@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from mmjax.nn.encoder import Encoder, EncoderConfig, Features, gelu
+from mmjax.nn.activations import activation_of, gelu
+from mmjax.nn.encoder import Encoder, EncoderConfig, Features
 from mmjax.nn.norm import layer_norm
 from mmjax.nn.weight import weight
 
@@ -42,7 +43,7 @@ class WhisperEncoderConfig:
             head_dim=width // heads,
             intermediate_size=audio["encoder_ffn_dim"],
             eps=EPS,
-            act=audio.get("activation_function", "gelu"),
+            act=activation_of(audio, "activation_function", "gelu"),
         )
         return cls(tower, audio["num_mel_bins"], audio["max_source_positions"])
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from mmjax.nn.encoder import Encoder, EncoderConfig
+from mmjax.nn.activations import activation_of
+from mmjax.nn.encoder import Encoder, EncoderConfig, feature_layers
 from mmjax.nn.norm import layer_norm
+from mmjax.nn.vision.pixels import to_patches
 from mmjax.nn.weight import weight
 
 DEFAULTS: Mapping[str, Any] = {  # the defaults of transformers' CLIPVisionConfig
@@ -35,18 +37,19 @@ class ClipConfig:
     patch_size: int
 
     @classmethod
-    def from_hf(cls, vision: Mapping[str, Any], layer: int) -> ClipConfig:
-        """From a vision_config; `layer` numbers the hidden state to return; 0 is the input of the first layer."""
+    def from_hf(cls, vision: Mapping[str, Any], layer: int | Sequence[int]) -> ClipConfig:
+        """From a vision_config. layer: the hidden states to return side by side, see `feature_layers`."""
         vision = {**DEFAULTS, **vision}
-        depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
+        heads, layers = vision["num_attention_heads"], feature_layers(layer, vision["num_hidden_layers"])
         tower = EncoderConfig(
             hidden_size=vision["hidden_size"],
-            num_layers=layer if layer >= 0 else depth + 1 + layer,
+            num_layers=max(layers),
             num_heads=heads,
             head_dim=vision["hidden_size"] // heads,
             intermediate_size=vision["intermediate_size"],
             eps=vision["layer_norm_eps"],
-            act=vision["hidden_act"],
+            act=activation_of(vision, "hidden_act", DEFAULTS["hidden_act"]),
+            feature_layers=() if isinstance(layer, int) else layers,
         )
         return cls(tower, vision["image_size"], vision["patch_size"])
 
@@ -54,6 +57,11 @@ class ClipConfig:
     def grid_size(self) -> int:
         """Patches along one edge."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of an image: the class token and the patches."""
+        return 1 + self.grid_size**2
 
     def for_tp(self, tp_size: int) -> ClipConfig:
         """The same sizes, padded to divide over `tp_size` devices."""
@@ -68,30 +76,24 @@ class ClipVisionEncoder(Encoder):
         width = c.tower.hidden_size
         self.class_embed = weight(width, axes=("embed",))
         self.patch = weight(3 * c.patch_size * c.patch_size, width, axes=("patch", "embed"))
-        self.positions = weight(1 + c.grid_size**2, width, axes=("position", "embed"))
+        self.positions = weight(c.num_positions, width, axes=("position", "embed"))
         self.pre_norm = weight(width, axes=("embed",))
         self.pre_norm_bias = weight(width, axes=("embed",))
         self.c = c
 
-    def encode(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
+    def encode(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions output_dim"]:
         """Hidden states of normalized images, the class token first."""
         x = self._embed(pixels)
         num_inputs, num_positions, width = x.shape
         segment_ids = jnp.arange(num_inputs * num_positions, dtype=jnp.int32) // num_positions
-        return self(x.reshape(-1, width), segment_ids, segment_len=num_positions).reshape(
-            num_inputs, num_positions, width
-        )
+        x = self(x.reshape(-1, width), segment_ids, segment_len=num_positions)
+        return x.reshape(num_inputs, num_positions, -1)
 
     @jax.named_scope("patch_embed")
     def _embed(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions C"]:
         """The class token and the patches, with positions added, normalized."""
-        c, grid = self.c, self.c.grid_size
-        x = (
-            pixels.astype(self.patch.dtype)
-            .reshape(-1, 3, grid, c.patch_size, grid, c.patch_size)
-            .transpose(0, 2, 4, 1, 3, 5)
-        )
-        x = x.reshape(-1, grid**2, 3 * c.patch_size * c.patch_size) @ self.patch[...]
+        c = self.c
+        x = to_patches(pixels.astype(self.patch.dtype), c.patch_size) @ self.patch[...]
         first = jnp.broadcast_to(self.class_embed[...], (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=1) + self.positions[...]
         return layer_norm(x, self.pre_norm[...], self.pre_norm_bias[...], c.tower.eps)

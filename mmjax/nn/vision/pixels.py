@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Shaped
+from jaxtyping import Array, Float, Float32, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,3 +44,12 @@ def _per_channel(name: str, value: Any) -> tuple[float, ...]:
     if len(values) != 3 or not all(isinstance(each, int | float) for each in values):
         raise ValueError(f"{name} {value!r} is not supported: it is a number, or one for each of 3 channels")
     return tuple(map(float, values))
+
+
+def to_patches(pixels: Float[Array, "I 3 height width"], patch_size: int) -> Float[Array, "I patches patch_dim"]:
+    """The square patches of images, row by row. Pixels that fill no patch, at the right and below, are left out: SigLIP
+    cuts 384 pixels into 27 patches of 14."""
+    rows, columns = (edge // patch_size for edge in pixels.shape[2:])
+    x = pixels[:, :, : rows * patch_size, : columns * patch_size]
+    x = x.reshape(-1, 3, rows, patch_size, columns, patch_size).transpose(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, rows * columns, 3 * patch_size**2)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
+from mmjax.nn.activations import ACTIVATIONS, activation_of, gelu
 from mmjax.nn.attention import encoder_attention
-from mmjax.nn.encoder import ACTIVATIONS, EncoderConfig, EncoderLayer, Features, gelu
+from mmjax.nn.encoder import EncoderConfig, EncoderLayer, Features
 from mmjax.nn.norm import layer_norm, rms_norm
 from mmjax.nn.rope import Rope, apply_rope
 from mmjax.nn.vision.pixels import PixelNorm
@@ -58,13 +59,15 @@ class QwenVisionConfig:
     def qwen2(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenVisionConfig:
         """Qwen2-VL's, from vision_config and preprocessor_config.json."""
         mlp = int(vision["embed_dim"] * vision["mlp_ratio"])
-        tower = _tower(vision, vision["embed_dim"], mlp, vision.get("hidden_act", "quick_gelu"))
+        tower = _tower(vision, vision["embed_dim"], mlp, activation_of(vision, "hidden_act", "quick_gelu"))
         return cls(tower, *_sizes(vision), vision["hidden_size"], PixelNorm.from_hf(dict(preprocessor)))
 
     @classmethod
     def qwen2_5(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenVisionConfig:
         """Qwen2.5-VL's and Qwen2.5-Omni's."""
-        tower = _tower(vision, vision["hidden_size"], vision["intermediate_size"], vision.get("hidden_act", "silu"))
+        tower = _tower(
+            vision, vision["hidden_size"], vision["intermediate_size"], activation_of(vision, "hidden_act", "silu")
+        )
         full = tuple(vision["fullatt_block_indexes"])
         sizes = _sizes(vision)
         return cls(
@@ -79,7 +82,7 @@ class QwenVisionConfig:
     @classmethod
     def qwen3(cls, vision: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> QwenVisionConfig:
         """Qwen3-VL's and Qwen3-Omni's. Raises ValueError when the position table is not square."""
-        act = vision.get("hidden_act", "gelu_pytorch_tanh")
+        act = activation_of(vision, "hidden_act", "gelu_pytorch_tanh")
         side = round(vision["num_position_embeddings"] ** 0.5)
         if side**2 != vision["num_position_embeddings"]:
             raise ValueError(f"num_position_embeddings {vision['num_position_embeddings']} is no square")

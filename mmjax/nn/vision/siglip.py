@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from mmjax.nn.encoder import Encoder, EncoderConfig
+from mmjax.nn.activations import activation_of
+from mmjax.nn.encoder import Encoder, EncoderConfig, feature_layers
 from mmjax.nn.norm import layer_norm
+from mmjax.nn.vision.pixels import to_patches
 from mmjax.nn.weight import weight
 
 DEFAULTS: Mapping[str, Any] = {  # the defaults of transformers' SiglipVisionConfig
@@ -36,18 +38,19 @@ class SiglipConfig:
     last_norm: bool
 
     @classmethod
-    def from_hf(cls, vision: Mapping[str, Any], layer: int, *, last_norm: bool) -> SiglipConfig:
-        """From a vision_config; `layer` numbers the hidden state to return; 0 is the input of the first layer."""
+    def from_hf(cls, vision: Mapping[str, Any], layer: int | Sequence[int], *, last_norm: bool) -> SiglipConfig:
+        """From a vision_config. layer: the hidden states to return side by side, see `feature_layers`."""
         vision = {**DEFAULTS, **vision}
-        depth, heads = vision["num_hidden_layers"], vision["num_attention_heads"]
+        heads, layers = vision["num_attention_heads"], feature_layers(layer, vision["num_hidden_layers"])
         tower = EncoderConfig(
             hidden_size=vision["hidden_size"],
-            num_layers=layer if layer >= 0 else depth + 1 + layer,
+            num_layers=max(layers),
             num_heads=heads,
             head_dim=vision["hidden_size"] // heads,
             intermediate_size=vision["intermediate_size"],
             eps=vision["layer_norm_eps"],
-            act=vision["hidden_act"],
+            act=activation_of(vision, "hidden_act", DEFAULTS["hidden_act"]),
+            feature_layers=() if isinstance(layer, int) else layers,
         )
         return cls(tower, vision["image_size"], vision["patch_size"], last_norm)
 
@@ -55,6 +58,11 @@ class SiglipConfig:
     def grid_size(self) -> int:
         """Patches along one edge of a square image; the position table has the square of it."""
         return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of a square image: its patches."""
+        return self.grid_size**2
 
     @property
     def patch_dim(self) -> int:
@@ -74,18 +82,19 @@ class SiglipVisionEncoder(Encoder):
         width = c.tower.hidden_size
         self.patch = weight(c.patch_dim, width, axes=("patch", "embed"))
         self.patch_bias = weight(width, axes=("embed",))
-        self.positions = weight(c.grid_size**2, width, axes=("position", "embed"))
+        self.positions = weight(c.num_positions, width, axes=("position", "embed"))
         self.last_norm = weight(width, axes=("embed",)) if c.last_norm else None
         self.last_norm_bias = weight(width, axes=("embed",)) if c.last_norm else None
         self.c = c
 
-    def encode_images(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "U C"]:
-        """Hidden states of normalized square images; U counts all images' patches, row by row."""
-        patch, grid = self.c.patch_size, self.c.grid_size
-        x = pixels.reshape(-1, 3, grid, patch, grid, patch).transpose(0, 2, 4, 1, 3, 5)
+    def encode(self, pixels: Float32[Array, "I 3 height width"]) -> Float[Array, "I positions output_dim"]:
+        """Hidden states of normalized square images: of their patches, row by row."""
+        x = to_patches(pixels, self.c.patch_size)
+        num_inputs, num_patches, _ = x.shape
+        coords = jnp.arange(num_inputs * num_patches, dtype=jnp.int32)
         x = x.reshape(-1, self.c.patch_dim)
-        coords = jnp.arange(x.shape[0], dtype=jnp.int32)
-        return self.encode_patches(x, coords % grid**2, coords // grid**2, segment_len=grid**2)
+        x = self.encode_patches(x, coords % num_patches, coords // num_patches, segment_len=num_patches)
+        return x.reshape(num_inputs, num_patches, -1)
 
     def encode_patches(
         self,
@@ -93,7 +102,7 @@ class SiglipVisionEncoder(Encoder):
         position_ids: Int[Array, "U"],
         segment_ids: Int[Array, "U"],
         segment_len: int | None = None,
-    ) -> Float[Array, "U C"]:
+    ) -> Float[Array, "U output_dim"]:
         """Hidden states of normalized patches. position_ids: rows of the position table. segment_ids, segment_len: see
         `encoder_attention`."""
         with jax.named_scope("patch_embed"):

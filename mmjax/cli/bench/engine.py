@@ -9,19 +9,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import string
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
 from mmjax import LLM, RequestOutput, SamplingParams
+from mmjax.cli.bench.random_inputs import AUDIO_RATE, random_audio, random_image, random_text
 from mmjax.engine.compile_counter import count_compiles
-
-AUDIO_RATE = 16_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +42,10 @@ def make_prompts(work: Workload, encode: Callable[[str], Sequence[int]], seed: i
 def _prompt(work: Workload, encode: Callable[[str], Sequence[int]], rng: np.random.Generator) -> dict[str, Any]:
     media: dict[str, Any] = {}
     if work.images:
-        media["image"] = [
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in work.images
-        ]
+        media["image"] = [random_image(size, rng) for size in work.images]
     if work.audio_s:
-        media["audio"] = (rng.standard_normal(int(work.audio_s * AUDIO_RATE)).astype(np.float32) * 0.1, AUDIO_RATE)
-    return {"prompt": "<image>" * len(work.images) + _text(work.text, encode, rng), "multi_modal_data": media}
-
-
-def _text(tokens: int, encode: Callable[[str], Sequence[int]], rng: np.random.Generator) -> str:
-    """Random words that make about this many tokens."""
-    letters = np.array(list(string.ascii_lowercase))
-    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(tokens)]
-    while words and len(encode(" ".join(words))) > tokens:
-        words = words[: max(1, int(len(words) * tokens / len(encode(" ".join(words)))))] if len(words) > 1 else []
-    return " ".join(words)
+        media["audio"] = (random_audio(work.audio_s, rng), AUDIO_RATE)
+    return {"prompt": "<image>" * len(work.images) + random_text(work.text, rng, encode), "multi_modal_data": media}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +131,18 @@ class Bench:
         """Run a small part of the workload, so that one-time work is not measured."""
         self.run(dataclasses.replace(work, prompts=min(work.prompts, 2), output=min(work.output, 4)), seed=0)
 
+    def throughput(self, work: Workload) -> BenchResult:
+        """A run of all prompts at once."""
+        self.warm_up(work)
+        return self.run(work, seed=1)
+
+    def latency(self, work: Workload, repeats: int = 5) -> BenchResult:
+        """The run of median wall time among `repeats` runs, each a batch of new prompts."""
+        self.warm_up(work)
+        runs = [self.run(work, seed=seed) for seed in range(1, repeats + 1)]
+        median = statistics.median_low(run.wall_s for run in runs)
+        return next(run for run in runs if run.wall_s == median)
+
     def _result(self, outputs: Sequence[RequestOutput], before: Mapping[str, float], wall_s: float) -> BenchResult:
         now = self.llm.counters()
         spent = {name: now[name] - before[name] for name in ("decode_steps", "host_s", "idle_s")}
@@ -177,19 +175,3 @@ class Bench:
             idle_share=spent["idle_s"] / wall_s,
             compiles_after_warmup=int(now["compiles_after_warmup"]),
         )
-
-
-def throughput(model: str, work: Workload, engine_kwargs: Mapping[str, Any]) -> BenchResult:
-    """A run of all prompts at once."""
-    bench = Bench(model, engine_kwargs)
-    bench.warm_up(work)
-    return bench.run(work, seed=1)
-
-
-def latency(model: str, work: Workload, engine_kwargs: Mapping[str, Any], repeats: int = 5) -> BenchResult:
-    """The run of median wall time among `repeats` runs, each a batch of new prompts."""
-    bench = Bench(model, engine_kwargs)
-    bench.warm_up(work)
-    runs = [bench.run(work, seed=seed) for seed in range(1, repeats + 1)]
-    median = statistics.median_low(run.wall_s for run in runs)
-    return next(run for run in runs if run.wall_s == median)

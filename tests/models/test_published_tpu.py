@@ -1,0 +1,12 @@
+"""Every published configuration is lowered for a TPU, on a machine that may have none; see `abstract_model`."""
+
+import pytest
+
+from models.abstract_model import lower_published
+from models.published_sizes import PUBLISHED
+
+
+@pytest.mark.published
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_lowered(name: str) -> None:
+    lower_published(name, "tpu")
