@@ -115,7 +115,7 @@ def test_sleep(served: AsyncLLM) -> None:
 
 def test_it_is_made_of_arguments(qwen: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     args = EngineArgs("model", max_num_seqs=3)
-    monkeypatch.setattr("mmjax.entrypoints.llm.load_model", lambda given: qwen.model if given == args else None)
+    monkeypatch.setattr("mmjax.entrypoints.llm.load_model", lambda given, **_: qwen.model if given == args else None)
     served = AsyncLLM.from_engine_args(args, usage_context="script")
     assert served.model is qwen.model
     served.shutdown(timeout=1.0)

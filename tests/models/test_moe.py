@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from mmjax import sharding
+from mmjax.hf_config import canonical
 from mmjax.nn.moe import (
     Experts,
     GroupedMlp,
@@ -115,7 +116,9 @@ def test_block_rows(platform: str, expected: tuple[int, ...], monkeypatch: pytes
 def test_layers_without_experts() -> None:
     text = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_hidden_layers": 6}
     assert MoeConfig.from_hf({**text, "num_experts": 0}) is None and MoeConfig.from_hf({}) is None
-    assert MoeConfig.from_hf({"num_local_experts": 4, **text, "num_experts": None}) == MoeConfig.from_hf(text)
+    assert MoeConfig.from_hf(canonical({"num_local_experts": 4, **text, "num_experts": None})) == MoeConfig.from_hf(
+        text
+    )
     found = MoeConfig.from_hf({**text, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
     assert found is not None and found.dense_layers == (0, 2, 3, 4) and not found.norm_topk_prob
     assert MoeConfig.from_hf(text, norm_topk_prob=True) == MoeConfig(4, 2, 8, True, 4)
