@@ -36,7 +36,7 @@ def run(
     chunk_keys = blocks_per_chunk * block_size
     block_table = jnp.pad(block_table, ((0, 0), (0, -block_table.shape[1] % blocks_per_chunk)))
     query = q.astype(jnp.float32) * scale
-    low = jnp.zeros_like(context_lens) if window is None else jnp.maximum(context_lens - window, 0)
+    low = jnp.zeros(S, jnp.int32) if window is None else jnp.maximum(context_lens - window, 0)
     first_block = low // block_size
 
     def chunk(c: Int[Array, ""], state: online_softmax.State) -> online_softmax.State:
