@@ -274,6 +274,7 @@ class ModelRunner:
         if not self._stop_compiling.is_set():
             self.warm = True
             logger.info("compiled the other %d programs in %.1f s", len(keys), time.perf_counter() - start)
+        atexit.unregister(self.stop_compiling)
 
     def stop_compiling(self, *, wait: bool = False) -> None:
         """Compile no further program behind requests. wait: until the one that is being compiled is done."""
@@ -282,29 +283,24 @@ class ModelRunner:
             self._compiling_behind.join()
 
     def _is_largest(self, key: ProgramKey) -> bool:
-        buckets = self.buckets
-        match key:
-            case Prefill(tokens) | PromptLogprobs(tokens):
-                return tokens == buckets.token_buckets[-1]
-            case Decode(seqs) | SetLogitBiases(seqs):
-                return seqs == buckets.seq_buckets[-1]
-            case Encode(name, num_inputs):
-                return num_inputs == buckets.encoder_buckets[name][-1]
+        match _bucket_of(key):
+            case ("tokens", size):
+                return size == self.buckets.token_buckets[-1]
+            case ("seqs", size):
+                return size == self.buckets.seq_buckets[-1]
+            case ("inputs", name, size):
+                return size == self.buckets.encoder_buckets[name][-1]
         return True
 
     def _update_ready(self) -> None:
         """Offer the buckets all of whose programs are compiled."""
-        missing = [key for key in self.program_keys() if key not in self._programs]
-        tokens = {key.tokens for key in missing if isinstance(key, Prefill | PromptLogprobs)}
-        seqs = {key.seqs for key in missing if isinstance(key, Decode)}
-        seqs |= {key.rows for key in missing if isinstance(key, SetLogitBiases)}
-        inputs = {(key.encoder, key.num_inputs) for key in missing if isinstance(key, Encode)}
+        missing = {_bucket_of(key) for key in self.program_keys() if key not in self._programs}
         self.ready = dataclasses.replace(
             self.buckets,
-            token_buckets=tuple(size for size in self.buckets.token_buckets if size not in tokens),
-            seq_buckets=tuple(size for size in self.buckets.seq_buckets if size not in seqs),
+            token_buckets=tuple(size for size in self.buckets.token_buckets if ("tokens", size) not in missing),
+            seq_buckets=tuple(size for size in self.buckets.seq_buckets if ("seqs", size) not in missing),
             encoder_buckets={
-                name: tuple(size for size in sizes if (name, size) not in inputs)
+                name: tuple(size for size in sizes if ("inputs", name, size) not in missing)
                 for name, sizes in self.buckets.encoder_buckets.items()
             },
         )
@@ -354,6 +350,18 @@ class ModelRunner:
     def set_logit_biases(self, rows: np.ndarray, biases: np.ndarray) -> None:
         """Write the logit biases f32[S, V] of rows i32[S], where S is a bucket."""
         self.state = self.program(SetLogitBiases(len(rows)))(self.state, rows, biases)
+
+
+def _bucket_of(key: ProgramKey) -> tuple[Any, ...] | None:
+    """The bucket that a program is for: of tokens, of sequences, or of the inputs of an encoder. None for any."""
+    match key:
+        case Prefill(size) | PromptLogprobs(size):
+            return "tokens", size
+        case Decode(size) | SetLogitBiases(size):
+            return "seqs", size
+        case Encode(name, size):
+            return "inputs", name, size
+    return None
 
 
 def _shape(x: Array) -> jax.ShapeDtypeStruct:
