@@ -21,8 +21,8 @@ RULES = (
     Rule("vision.embeddings.position_embedding.weight", "vision.positions"),
     *optional(
         *norm(f"{_S}.layer_norm1", f"{_T}.norm1"),
-        Rule(tuple(f"{x}.weight" for x in _QKV), f"{_T}.qkv", to.fuse_qkv),
-        Rule(tuple(f"{x}.bias" for x in _QKV), f"{_T}.qkv_bias", to.fuse_qkv_bias),
+        Rule(tuple(f"{x}.weight" for x in _QKV), f"{_T}.qkv", to.stack_heads),
+        Rule(tuple(f"{x}.bias" for x in _QKV), f"{_T}.qkv_bias", to.stack_heads_bias),
         *linear(f"{_S}.self_attn.out_proj", f"{_T}.o", to.merge_heads),
         *norm(f"{_S}.layer_norm2", f"{_T}.norm2"),
         *linear(f"{_S}.mlp.fc1", f"{_T}.fc1"),

@@ -9,7 +9,7 @@ from typing import Any
 from mmjax.converters.safetensors import CheckpointError
 
 MANIFEST = "mmjax.json"
-FORMAT = 2  # goes up when the paths of parameters change
+FORMAT = 3  # goes up when the paths or shapes of parameters change
 TEXT_FILES = (
     "config.json",
     "generation_config.json",

@@ -14,10 +14,10 @@ TABLE = Table(
     rules=(
         *decoder.RULES,
         *(rule for rule in qwen_vl.QWEN2_5 if not rule.target.startswith("vision.layers.qkv")),
-        Rule(tuple(f"{_V}.{x}.weight" for x in "qkv"), "vision.layers.qkv", to.fuse_qkv),
-        Rule(tuple(f"{_V}.{x}.bias" for x in "qkv"), "vision.layers.qkv_bias", to.fuse_qkv_bias),
+        Rule(tuple(f"{_V}.{x}.weight" for x in "qkv"), "vision.layers.qkv", to.stack_heads),
+        Rule(tuple(f"{_V}.{x}.bias" for x in "qkv"), "vision.layers.qkv_bias", to.stack_heads_bias),
         *qwen_omni.LAYERS,
-        Rule(qwen_omni.biases("qv"), "audio.layers.qkv_bias", to.fuse_qv_bias),  # keys have none
+        Rule(qwen_omni.biases("qv"), "audio.layers.qkv_bias", to.stack_qv_bias),  # keys have none
         *linear("audio.conv1", "audio.conv1"),
         *linear("audio.conv2", "audio.conv2"),
         *linear("audio.proj", "audio.project"),

@@ -11,7 +11,7 @@ from . import qwen_omni, qwen_vl
 _RULES = (
     *qwen_vl.qwen3("merger", "merger_list", ("ln_q", "mlp.0", "mlp.2")),
     *qwen_omni.LAYERS,
-    Rule(qwen_omni.biases("qkv"), "audio.layers.qkv_bias", to.fuse_qkv_bias),
+    Rule(qwen_omni.biases("qkv"), "audio.layers.qkv_bias", to.stack_heads_bias),
     *(rule for n in (1, 2, 3) for rule in linear(f"audio.conv2d{n}", f"audio.conv{n}")),
     Rule("audio.conv_out.weight", "audio.conv_out", to.transpose),
     *linear("audio.proj1", "audio.project1"),

@@ -15,7 +15,7 @@ def biases(names: str) -> tuple[str, ...]:
 
 LAYERS = (
     *norm(f"{_S}.self_attn_layer_norm", f"{_T}.norm1"),
-    Rule(tuple(f"{_S}.self_attn.{x}_proj.weight" for x in "qkv"), f"{_T}.qkv", to.fuse_qkv),
+    Rule(tuple(f"{_S}.self_attn.{x}_proj.weight" for x in "qkv"), f"{_T}.qkv", to.stack_heads),
     *linear(f"{_S}.self_attn.out_proj", f"{_T}.o", to.merge_heads),
     *norm(f"{_S}.final_layer_norm", f"{_T}.norm2"),
     *linear(f"{_S}.fc1", f"{_T}.fc1"),

@@ -108,25 +108,44 @@ def _v_bias(v: np.ndarray, *, shape: Shape) -> np.ndarray:
     return _heads_bias(np.zeros_like(v), v, shape=shape)
 
 
-def _split_qkv_sources(shape: Shape) -> tuple[Shape, ...]:
-    width, heads, three, head = shape
-    return ((three * heads * head, width),)
+def _stack_heads_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, count, heads, head = shape
+    return ((heads * head, width),) * count
 
 
-def _split_qkv(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
-    width, heads, three, head = shape
-    rows = fused.reshape(three, heads, head, width).swapaxes(0, 1)
-    return transposed(rows.reshape(-1, width)).reshape(shape)
+def _stack_heads(*arrays: np.ndarray, shape: Shape) -> np.ndarray:
+    width, count, *_ = shape
+    out = np.empty((width, count, arrays[0].shape[0]), np.result_type(*arrays))
+    for i, array in enumerate(arrays):
+        out[:, i] = transposed(array)
+    return out.reshape(shape)
 
 
-def _split_qkv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
-    heads, three, head = shape
-    return ((three * heads * head,),)
+def _stack_heads_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    count, heads, head = shape
+    return ((heads * head,),) * count
 
 
-def _split_qkv_bias(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
-    heads, three, head = shape
-    return fused.reshape(three, heads, head).swapaxes(0, 1)
+def _stack_heads_bias(*arrays: np.ndarray, shape: Shape) -> np.ndarray:
+    return np.stack(arrays).reshape(shape)
+
+
+def _stack_qv_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    q, _, v = _stack_heads_bias_sources(shape)
+    return q, v
+
+
+def _stack_qv_bias(q: np.ndarray, v: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return _stack_heads_bias(q, np.zeros_like(v), v, shape=shape)
+
+
+def _split_heads_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, *heads = shape
+    return ((math.prod(heads), width),)
+
+
+def _split_heads(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return transposed(fused).reshape(shape)
 
 
 def _merge_heads_sources(shape: Shape) -> tuple[Shape, ...]:
@@ -240,9 +259,13 @@ fuse_qv_bias = Transform(_qv_bias_sources, _qv_bias)
 fuse_heads = Transform(_heads_sources, _heads)
 # v [N*H] -> [N, 2, H], the key part zero
 fuse_v_bias = Transform(_v_bias_sources, _v_bias)
-# [3*N*H, C] (all q, all k, all v) -> [C, N, 3, H], and its bias [3*N*H] -> [N, 3, H]
-split_qkv = Transform(_split_qkv_sources, _split_qkv)
-split_qkv_bias = Transform(_split_qkv_bias_sources, _split_qkv_bias)
+# n tensors [N*H, C] -> [C, n, N, H], and their biases [N*H] -> [n, N, H]
+stack_heads = Transform(_stack_heads_sources, _stack_heads)
+stack_heads_bias = Transform(_stack_heads_bias_sources, _stack_heads_bias)
+# q [N*H], v [N*H] -> [3, N, H], the key part zero
+stack_qv_bias = Transform(_stack_qv_bias_sources, _stack_qv_bias)
+# [3*N*H, C] (all q, all k, all v) -> [C, 3, N, H]; `fold` is for its bias
+split_heads = Transform(_split_heads_sources, _split_heads)
 # output projection [D, N*H] -> [*heads, H, D]
 merge_heads = Transform(_merge_heads_sources, _merge_heads)
 # gate [F, D], up [F, D] -> [D, 2, F]

@@ -108,8 +108,8 @@ class Resampler(nnx.Module):
         self.query_norm_bias = weight(width, axes=("embed",))
         self.key_norm = weight(width, axes=("embed",))
         self.key_norm_bias = weight(width, axes=("embed",))
-        self.qkv = weight(width, n, 3, h, axes=("embed", "heads", "pair", "head_dim"))
-        self.qkv_bias = weight(n, 3, h, axes=("heads", "pair", "head_dim"))
+        self.qkv = weight(width, 3, n, h, axes=("embed", "pair", "heads", "head_dim"))
+        self.qkv_bias = weight(3, n, h, axes=("pair", "heads", "head_dim"))
         self.o = weight(n, h, width, axes=("heads", "head_dim", "embed"))
         self.o_bias = weight(width, axes=("embed",))
         self.last_norm = weight(width, axes=("embed",))
@@ -126,7 +126,7 @@ class Resampler(nnx.Module):
         value = layer_norm(x @ self.key[...], self.key_norm[...], self.key_norm_bias[...], EPS)
         key = value + sincos_2d(patch_coords, value.shape[-1]).astype(value.dtype)
         q, k, v = (
-            weight_einsum("ud,dnh->unh", part, self.qkv[:, :, j]) + self.qkv_bias[:, j]
+            weight_einsum("ud,dnh->unh", part, self.qkv[:, j]) + self.qkv_bias[j]
             for j, part in enumerate((query, key, value))
         )
         y = self._attend(q, k, v, segment_ids, num_slices)

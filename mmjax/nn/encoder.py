@@ -61,8 +61,8 @@ class EncoderLayer(nnx.Module):
         n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
         self.norm1 = weight(n, d, axes=("depth", "embed"))
         self.norm1_bias = weight(n, d, axes=("depth", "embed"))
-        self.qkv = weight(n, d, k, 3, h, axes=("depth", "embed", "heads", "pair", "head_dim"))
-        self.qkv_bias = weight(n, k, 3, h, axes=("depth", "heads", "pair", "head_dim"))
+        self.qkv = weight(n, d, 3, k, h, axes=("depth", "embed", "pair", "heads", "head_dim"))
+        self.qkv_bias = weight(n, 3, k, h, axes=("depth", "pair", "heads", "head_dim"))
         self.o = weight(n, k, h, d, axes=("depth", "heads", "head_dim", "embed"))
         self.o_bias = weight(n, d, axes=("depth", "embed"))
         self.norm2 = weight(n, d, axes=("depth", "embed"))
@@ -85,7 +85,7 @@ class EncoderLayer(nnx.Module):
         c = self.c
         with jax.named_scope("attn"):
             y = layer_norm(x, self.norm1[...], self.norm1_bias[...], c.eps)
-            qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
+            qkv = self.qkv.einsum("ud,dpnh->upnh", y) + self.qkv_bias[...]
             q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
             if angles is not None:
                 q, k = apply_rope(q, angles), apply_rope(k, angles)

@@ -159,13 +159,15 @@ class QwenVLProcessor(Processor):
         frames = list(media.frames) if isinstance(media, Video) else [media]
         height, width = self._target_size(modality, len(frames), *image_size(frames[0]), kwargs)
         resized = [resize(frame, height, width, self.resample[modality]) for frame in frames]
-        # an image counts twice; videos of an odd number of frames repeat the last
-        resized += resized[-1:] * (-len(resized) % self.temporal_patch_size)
-        t, h, w = len(resized) // self.temporal_patch_size, height // self.patch_size, width // self.patch_size
+        t, h, w = -(-len(resized) // self.temporal_patch_size), height // self.patch_size, width // self.patch_size
+        order = self.patch_order(h, w)
         pixels = np.empty((t, h * w, 3, self.temporal_patch_size, self.patch_size, self.patch_size), np.uint8)
-        for index, frame in enumerate(resized):
-            pixels[index // self.temporal_patch_size, :, :, index % self.temporal_patch_size] = self._patches(frame)
-        coords = np.broadcast_to(patch_coords(h, w, self.merge_size), (t, h * w, 2)).reshape(-1, 2)
+        patches = np.empty(0, np.uint8)
+        for index in range(t * self.temporal_patch_size):
+            if index < len(resized):  # an image counts twice; videos of an odd number of frames repeat the last
+                patches = self._patches(resized[index])[order]
+            pixels[index // self.temporal_patch_size, :, :, index % self.temporal_patch_size] = patches
+        coords = np.broadcast_to(patch_coords(h, w, self.merge_size)[order], (t, h * w, 2)).reshape(-1, 2)
         features = {
             "pixels": pixels.reshape(t * h * w, -1),
             "patch_coords": np.ascontiguousarray(coords),
@@ -174,6 +176,10 @@ class QwenVLProcessor(Processor):
         grid = (t, h // self.merge_size, w // self.merge_size)
         times = self.frame_times(media, t, kwargs) if isinstance(media, Video) else ()
         return MediaItem(modality, self.add_features(features, (t, h, w)), t * h * w, math.prod(grid), grid, times)
+
+    def patch_order(self, h: int, w: int) -> np.ndarray | slice:
+        """Which patch of a frame of h x w patches, as `_patches` gives them, comes first, second and so on."""
+        return slice(None)
 
     def item_for_embeds(self, modality: str, size: tuple[int, ...], kwargs: ProcessorKwargs) -> MediaItem:
         """The item of a grid of (t, h, w) patches, without its embeddings."""
@@ -288,19 +294,29 @@ class WindowedQwenVLProcessor(QwenVLProcessor):
         self.window_embeds: int = vision["window_size"] // self.patch_size // self.merge_size
         self.positions_per_second: float = vision["tokens_per_second"]
 
-    def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        """With window_ids and embed_order, and patches in the order of their windows."""
-        t, h, w = grid[0], grid[1] // self.merge_size, grid[2] // self.merge_size
-        across, down = -(-w // self.window_embeds), -(-h // self.window_embeds)
-        frame, row, column = np.indices((t, h, w)).reshape(3, -1)
-        window = (frame * down + row // self.window_embeds) * across + column // self.window_embeds
-        order = np.argsort(window, kind="stable")  # of embeddings; inside a window the order stays
+    def _windows(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a frame of h x w patches: the window of each embedding, and the order that sorts them by it."""
+        row, column = np.indices((h // self.merge_size, w // self.merge_size)).reshape(2, -1) // self.window_embeds
+        window = row * (column[-1] + 1) + column
+        return window, np.argsort(window, kind="stable")  # inside a window the order stays
+
+    def patch_order(self, h: int, w: int) -> np.ndarray | slice:
+        """Window by window."""
         square = self.merge_size**2
-        patch_order = (order[:, None] * square + np.arange(square)).reshape(-1)
-        embed_order = np.empty(len(order), np.int32)
-        embed_order[order] = np.arange(len(order), dtype=np.int32) * square
-        moved = {name: np.ascontiguousarray(feature[patch_order]) for name, feature in features.items()}
-        return moved | {"window_ids": np.repeat(window[order].astype(np.int32), square), "embed_order": embed_order}
+        return (self._windows(h, w)[1][:, None] * square + np.arange(square)).reshape(-1)
+
+    def add_features(self, features: dict[str, np.ndarray], grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        """With window_ids and embed_order."""
+        t, h, w = grid
+        window, order = self._windows(h, w)
+        rank = np.empty(len(order), np.int32)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        frame, square = np.arange(t, dtype=np.int32)[:, None], self.merge_size**2
+        window_ids = window[order].astype(np.int32) + frame * np.int32(window[-1] + 1)
+        return features | {
+            "window_ids": np.repeat(window_ids.reshape(-1), square),
+            "embed_order": ((rank + frame * np.int32(len(order))) * np.int32(square)).reshape(-1),
+        }
 
     def frame_times(self, video: Video, steps: int, kwargs: ProcessorKwargs) -> tuple[float, ...]:
         """Positions, not yet rounded, at which the steps begin, by `fps` or else by the video's metadata."""

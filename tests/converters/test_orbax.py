@@ -143,7 +143,7 @@ def test_text_files_travel_and_weights_do_not(case: Case, tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     total = sum(tensor.nbytes for tensor in open_checkpoint(src).values())
     assert manifest == {
-        "format": 2,
+        "format": 3,
         "family": "qwen2_vl",
         "source_dtypes": {"float32": len(open_checkpoint(src))},
         "dtypes": {"float32": len(shapes)},
@@ -190,9 +190,9 @@ def test_refuses_damaged_checkpoints(case: Case, tmp_path: Path) -> None:
     manifest = tmp_path / "out" / MANIFEST
     for text, words in (
         ("{", "damaged"),
-        ('{"format": 2}', "damaged"),
-        ('{"format": 1, "tensors": 1}', "convert the checkpoint again"),
-        ('{"format": 2, "tensors": 1}', "speaks of 1 tensors"),
+        ('{"format": 3}', "damaged"),
+        ('{"format": 2, "tensors": 1}', "convert the checkpoint again"),
+        ('{"format": 3, "tensors": 1}', "speaks of 1 tensors"),
     ):
         manifest.write_text(text)
         with pytest.raises(CheckpointError, match=words):

@@ -72,13 +72,25 @@ def test_fuse_heads(count: int) -> None:
         np.testing.assert_array_equal(value[:, :, j].reshape(D, -1), array.T)
 
 
-def test_split_qkv() -> None:
-    fused, bias = numbers(3 * K * H, D), numbers(3 * K * H)
-    value = made(to.split_qkv, fused, shape=(D, K, 3, H))
-    offset = made(to.split_qkv_bias, bias, shape=(K, 3, H))
+def test_stack_heads() -> None:
+    arrays = [numbers(K * H, D) + 1000 * j for j in range(3)]
+    biases = [numbers(K * H) + 1000 * j for j in range(3)]
+    value = made(to.stack_heads, *arrays, shape=(D, 3, K, H))
+    offset = made(to.stack_heads_bias, *biases, shape=(3, K, H))
     for j in range(3):
-        np.testing.assert_array_equal(value[:, :, j].reshape(D, -1).T, fused[j * K * H : (j + 1) * K * H])
-        np.testing.assert_array_equal(offset[:, j].reshape(-1), bias[j * K * H : (j + 1) * K * H])
+        np.testing.assert_array_equal(value[:, j].reshape(D, -1), arrays[j].T)
+        np.testing.assert_array_equal(offset[j].reshape(-1), biases[j])
+    keyless = made(to.stack_qv_bias, biases[0], biases[2], shape=(3, K, H))
+    np.testing.assert_array_equal(keyless, offset * np.array([1, 0, 1])[:, None, None])
+
+
+def test_split_heads() -> None:
+    fused, bias = numbers(3 * K * H, D), numbers(3 * K * H)
+    parts, biases = np.split(fused, 3), np.split(bias, 3)
+    value = made(to.split_heads, fused, shape=(D, 3, K, H))
+    np.testing.assert_array_equal(value, made(to.stack_heads, *parts, shape=(D, 3, K, H)))
+    value = made(to.fold, bias, shape=(3, K, H))
+    np.testing.assert_array_equal(value, made(to.stack_heads_bias, *biases, shape=(3, K, H)))
 
 
 @pytest.mark.parametrize("heads", [(K, G, H), (K, H), (K, 1, H)])
@@ -109,7 +121,7 @@ def test_patches_equal_a_convolution() -> None:
         (to.fuse_qkv_bias, (7,)),
         (to.fuse_v_bias, (3, 3, 2)),
         (to.fuse_gate_up, (7, 3, 11)),
-        (to.split_qkv, (7, 3, 4)),
+        (to.stack_heads, (7, 3, 4)),
         (to.patches(3), (3 * 5 * 6, 4)),
         (to.patches(3, 2), (7,)),
     ],

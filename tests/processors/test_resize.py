@@ -27,3 +27,18 @@ def test_order_of_axes(
     between = (old[1], new[0]) if columns_first else (new[1], old[0])
     wanted = np.asarray(image.resize(between, resample).resize(new[::-1], resample))
     np.testing.assert_array_equal(resize(image, *new, resample), wanted)
+
+
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.NEAREST, Image.Resampling.LANCZOS])
+@pytest.mark.parametrize(
+    ("old", "new"), [((112, 84), (56, 98)), ((112, 84), (45, 84)), ((84, 112), (84, 50)), ((3, 500), (5, 300))]
+)
+def test_strips_make_the_same_image(
+    old: tuple[int, int], new: tuple[int, int], resample: Image.Resampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (*old, 3), dtype=np.uint8)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    wanted = resize(image, *new, resample)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("mmjax.processors.resize.MIN_SPLIT_PIXELS", 0)
+    np.testing.assert_array_equal(resize(image, *new, resample), wanted)

@@ -134,8 +134,8 @@ class GatedEncoderLayer(nnx.Module):
     def __init__(self, c: EncoderConfig) -> None:
         n, d, k, h, f = c.num_layers, c.hidden_size, c.num_heads, c.head_dim, c.intermediate_size
         self.norm1 = weight(n, d, axes=("depth", "embed"))
-        self.qkv = weight(n, d, k, 3, h, axes=("depth", "embed", "heads", "pair", "head_dim"))
-        self.qkv_bias = weight(n, k, 3, h, axes=("depth", "heads", "pair", "head_dim"))
+        self.qkv = weight(n, d, 3, k, h, axes=("depth", "embed", "pair", "heads", "head_dim"))
+        self.qkv_bias = weight(n, 3, k, h, axes=("depth", "pair", "heads", "head_dim"))
         self.o = weight(n, k, h, d, axes=("depth", "heads", "head_dim", "embed"))
         self.o_bias = weight(n, d, axes=("depth", "embed"))
         self.norm2 = weight(n, d, axes=("depth", "embed"))
@@ -156,7 +156,7 @@ class GatedEncoderLayer(nnx.Module):
         c = self.c
         with jax.named_scope("attn"):
             y = rms_norm(x, self.norm1[...], c.eps)
-            qkv = self.qkv.einsum("ud,dnph->upnh", y) + self.qkv_bias[...].swapaxes(0, 1)
+            qkv = self.qkv.einsum("ud,dpnh->upnh", y) + self.qkv_bias[...]
             q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
             if angles is not None:
                 q, k = apply_rope(q, angles), apply_rope(k, angles)
