@@ -12,7 +12,7 @@ __all__ = ["Product", "ResidualParts", "Tile", "skinny_matmul", "tile_for"]
 
 def skinny_matmul(
     x: Float[Array, "M K"] | AttnStates | ResidualParts,
-    weight: Shaped[Array, "K *pair N"],
+    weight: Shaped[Array, "..."],
     scale: Float[Array, "*pair N"] | None = None,
     *,
     tile: Tile,
@@ -28,6 +28,6 @@ def skinny_matmul(
     residual parts [1 + split_k, N], donated, in their dtype. `tile`: see `tile_for`. Raises NotImplementedError for
     what `impl` does not serve.
 
-    An int8 weight comes with the scale of each column.
+    An int8 weight comes as [N, K] or [2, F, K], with the scale of each column.
     """
     return implementation("skinny_matmul", impl)(x, weight, scale, tile=tile, eps=eps, reserve=reserve, into=into)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Float, Float32
 
+MAX_INT8_ROWS = 16
+
 
 class ResidualParts(NamedTuple):
     """One row of the residual stream as R parts that sum to it, to be RMS-normalized with norm_weight."""
@@ -36,3 +38,8 @@ class Tile(NamedTuple):
     split_k: int = 1
     num_warps: int = 4
     block_m: int = 16
+
+    def divides(self, K: int, N: int, *, equal_parts: bool) -> bool:
+        """Whether it fits a weight of K x N. equal_parts: of K; else they may differ by a block."""
+        parts = K % (self.split_k * self.block_k) == 0 if equal_parts else self.split_k <= K // self.block_k
+        return N % self.block_n == 0 and K % self.block_k == 0 and parts

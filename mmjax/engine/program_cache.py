@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -99,8 +100,8 @@ def _register_trees() -> None:
         jax.export.register_pytree_node_serialization(
             tree,
             serialized_name=f"{tree.__module__}.{tree.__qualname__}",
-            serialize_auxdata=lambda _: b"",  # they hold arrays only
-            deserialize_auxdata=lambda _: (),
+            serialize_auxdata=lambda static: repr(static).encode(),  # tuples of numbers
+            deserialize_auxdata=lambda data: ast.literal_eval(data.decode()),
         )
 
 

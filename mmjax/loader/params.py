@@ -104,9 +104,13 @@ def store_param(path: str, spec: ParamSpec, array: jax.Array, mesh: Mesh, *, int
     if not (int8 and is_int8_param(path, spec)):
         return array
     contracted = contracted_axes(spec.axes)
+    # a GPU's tensor cores take bytes along the axes that are summed over
+    move_last = mesh.devices.flat[0].platform == "gpu" and "experts" not in spec.axes
+    outer = tuple(axis for i, axis in enumerate(spec.axes) if i not in contracted)
+    value_axes = (*outer, *(spec.axes[i] for i in contracted)) if move_last else spec.axes
     scale_axes = tuple("size_1" if i in contracted else axis for i, axis in enumerate(spec.axes))
-    shardings = (sharding.named_sharding(mesh, axes) for axes in (spec.axes, scale_axes))
-    quantized = _quantizer(contracted, *shardings)(array)
+    shardings = (sharding.named_sharding(mesh, axes) for axes in (value_axes, scale_axes))
+    quantized = _quantizer(contracted, move_last, *shardings)(array)
     return jax.block_until_ready(quantized)  # else the next parameters are sent before `array` is freed
 
 
@@ -117,11 +121,12 @@ def is_int8_param(path: str, spec: ParamSpec) -> bool:
 
 @functools.cache
 def _quantizer(
-    contracted: tuple[int, ...], values: NamedSharding, scale: NamedSharding
+    contracted: tuple[int, ...], move_last: bool, values: NamedSharding, scale: NamedSharding
 ) -> Callable[[jax.Array], QuantizedArray]:
     """The jitted `quantize`, with these shardings of its outputs."""
-    out_shardings: Any = QuantizedArray(values, scale)  # type: ignore[arg-type]  # the tree that jit expects
-    return jax.jit(lambda array: quantize(array, contracted), out_shardings=out_shardings)
+    last = contracted if move_last else ()
+    out_shardings: Any = QuantizedArray(values, scale, last)  # type: ignore[arg-type]  # the tree that jit expects
+    return jax.jit(lambda array: quantize(array, contracted, move_last=move_last), out_shardings=out_shardings)
 
 
 def fit_to_mesh(value: np.ndarray, stored: ParamSpec, target: ParamSpec) -> np.ndarray:

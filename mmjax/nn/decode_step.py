@@ -8,6 +8,7 @@ residual sum and its norm are a kernel of their own.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +142,9 @@ def _tiles(layer: DecoderLayer, rows: int) -> dict[str, Tile | None]:
     tiles = {}
     for name in ("qkv", "o", "gate_up", "down"):
         matrix, scale = _matrix(getattr(layer, name), name)
+        shape = matrix.shape if scale is None else (matrix.shape[-1], *matrix.shape[:-1])
         head_dim = layer.c.head_dim if name == "o" and rows == 1 else 0
-        tiles[name] = tile_for(rows, matrix.shape, head_dim=head_dim, int8=scale is not None)
+        tiles[name] = tile_for(rows, shape, head_dim=head_dim, int8=scale is not None)
     return tiles
 
 
@@ -158,14 +160,17 @@ def _product(
     return weight.einsum(spec, x.reshape(-1, *heads) if name == "o" else x)
 
 
-def _matrix(weight: Weight, name: str) -> tuple[Shaped[Array, "K *pair N"], Float[Array, "*pair N"] | None]:
-    """A weight of a layer as [K, N], or [D, 2, F] for gate_up; of int8 its scale beside it."""
+def _matrix(weight: Weight, name: str) -> tuple[Shaped[Array, "..."], Float[Array, "*pair N"] | None]:
+    """A weight of a layer as [K, N], or [D, 2, F] for gate_up; of int8 as [N, K] or [2, F, D], and its scale."""
     stored = weight.stored
-    value, scale = (stored.values, stored.scale) if isinstance(stored, QuantizedArray) else (weight[...], None)
+    if isinstance(stored, QuantizedArray):
+        outer = stored.values.shape[: -len(stored.last)]
+        kept = outer if name == "gate_up" else (-1,)
+        return stored.values.reshape(*kept, math.prod(stored.values.shape[len(outer) :])), stored.scale.reshape(kept)
+    value = weight[...]
     if name == "gate_up":
-        return value, None if scale is None else scale[0]
-    matrix = value.reshape(value.shape[0], -1) if name == "qkv" else value.reshape(-1, value.shape[-1])
-    return matrix, None if scale is None else scale.reshape(-1)
+        return value, None
+    return value.reshape(value.shape[0], -1) if name == "qkv" else value.reshape(-1, value.shape[-1]), None
 
 
 def _attend(

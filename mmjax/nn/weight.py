@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, no_type_check
 
 import jax
@@ -18,14 +19,22 @@ from mmjax.kernels import current_platform
 @dataclasses.dataclass(frozen=True)
 @no_type_check  # jax also constructs it with shapes or shardings instead of arrays
 class QuantizedArray:
-    """An int8 weight: values * scale, with one scale per output channel (length 1 along the contracted axes)."""
+    """An int8 weight: values * scale, with one scale per output channel (length 1 along the contracted axes).
+
+    last: the contracted axes, where `values` has them after all others; () where it has the weight's own order.
+    """
 
     values: Int8[Array, "..."]
     scale: Float[Array, "..."]
+    last: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.values.shape
+        """Of the weight."""
+        shape = list(self.values.shape[: -len(self.last) or None])
+        for axis, size in zip(self.last, self.values.shape[len(shape) :], strict=True):
+            shape.insert(axis, size)
+        return tuple(shape)
 
     @property
     def nbytes(self) -> int:
@@ -64,11 +73,14 @@ class Weight(nnx.Param[Any]):
 
 def dequantize(value: WeightValue) -> Float[Array, "..."]:
     """The weight as an array."""
-    return value.values.astype(value.scale.dtype) * value.scale if isinstance(value, QuantizedArray) else value
+    if not isinstance(value, QuantizedArray):
+        return value
+    values = jnp.moveaxis(value.values, range(-len(value.last), 0), value.last)
+    return values.astype(value.scale.dtype) * value.scale
 
 
 def index_value(value: WeightValue, index: Int[Array, ""]) -> WeightValue:
-    """`value[index]`."""
+    """`value[index]`, of a weight in its own order."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), value)
 
 
@@ -82,8 +94,10 @@ def weight_einsum(equation: str, x: Float[Array, "..."], value: WeightValue, **k
         if value.dtype == x.dtype:
             return jnp.einsum(equation, x, value, **kwargs)
         return jnp.einsum(equation, x.astype(value.dtype), value, **{"preferred_element_type": x.dtype} | kwargs)
-    out = jnp.einsum(equation, x, value.values.astype(x.dtype), **kwargs)
-    names, result = equation.split(",")[1].split("->")
+    left, names, result = re.split(",|->", equation)
+    stored = "".join(name for i, name in enumerate(names) if i not in value.last)
+    stored += "".join(names[i] for i in value.last)
+    out = jnp.einsum(f"{left},{stored}->{result}", x, value.values.astype(x.dtype), **kwargs)
     scale = jnp.einsum(f"{names}->{''.join(name for name in result if name in names)}", value.scale)
     scale = jnp.expand_dims(scale, [i for i, name in enumerate(result) if name not in names])
     return out * scale.astype(out.dtype)
@@ -106,17 +120,19 @@ def is_matrix(axes: tuple[str, ...]) -> bool:
     return "experts" not in axes and bool(contracted_axes(axes))
 
 
-def quantize(value: Float[Array, "..."], contracted: tuple[int, ...]) -> QuantizedArray:
+def quantize(value: Float[Array, "..."], contracted: tuple[int, ...], *, move_last: bool = False) -> QuantizedArray:
     """Round to int8: in each output channel, 127 stands for the largest magnitude.
 
-    contracted: the axes that products sum over.
+    contracted: the axes that products sum over, ascending. move_last: store them after all others.
     """
     exact = value.astype(jnp.float32)
     largest = jnp.max(jnp.abs(exact), axis=contracted, keepdims=True)
     # values are divided by the scale as it is stored; it is never zero, though padded channels are
     scale = jnp.where(largest > 0, largest / 127, 1.0).astype(value.dtype)
-    values = jnp.round(exact / scale.astype(jnp.float32)).clip(-127, 127)
-    return QuantizedArray(values.astype(jnp.int8), scale)
+    values = jnp.round(exact / scale.astype(jnp.float32)).clip(-127, 127).astype(jnp.int8)
+    if not move_last:
+        return QuantizedArray(values, scale)
+    return QuantizedArray(jnp.moveaxis(values, contracted, range(-len(contracted), 0)), scale, contracted)
 
 
 def contracted_axes(axes: tuple[str, ...]) -> tuple[int, ...]:

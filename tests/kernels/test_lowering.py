@@ -42,7 +42,8 @@ def decode_step_programs() -> dict[str, tuple[Callable[..., Any], tuple[tuple[tu
     def multiply(rows: Any, weight: Any, scale: Any = None, **options: Any) -> Any:
         one_row = not isinstance(rows, jax.Array)
         head_dim = 128 if isinstance(rows, kernels.AttnStates) else 0
-        tile = kernels.tile_for(1 if one_row else len(rows), weight.shape, head_dim=head_dim, int8=scale is not None)
+        shape = weight.shape if scale is None else (weight.shape[-1], *weight.shape[:-1])
+        tile = kernels.tile_for(1 if one_row else len(rows), shape, head_dim=head_dim, int8=scale is not None)
         assert tile is not None
         return kernels.skinny_matmul(rows, weight, scale, tile=tile, eps=1e-6, impl="triton", **options)
 
@@ -57,16 +58,16 @@ def decode_step_programs() -> dict[str, tuple[Callable[..., Any], tuple[tuple[tu
         return kernels.fused_decode(qkv, epilogue, *cache, scale=0.1, impl="triton")
 
     cache = (((128, 64, 2, 128), bf16),) * 2 + (((1, 8), I32), ((1,), I32), ((1,), I32), ((), I32))
-    states = ((16, 1, 2048), bf16), ((16, 1, 16), f32), ((5, 2048), bf16)
+    states = ((16, 1, 2048), bf16), ((16, 1, 16), f32)
     return {
         "qkv": (qkv, (((9, 2048), bf16), ((2048,), bf16), ((2048, 2560), bf16))),
-        "o": (o, (*states, ((2048, 2048), bf16))),
+        "o": (o, (*states, ((5, 2048), bf16), ((2048, 2048), bf16))),
         "gate_up": (qkv, (((5, 2048), bf16), ((2048,), bf16), ((2048, 2, 11008), bf16))),
         "down": (multiply, (((256, 11008), bf16), ((11008, 2048), bf16))),
-        "qkv_int8": (qkv, (((9, 2048), bf16), ((2048,), bf16), ((2048, 2560), i8), ((2560,), bf16))),
-        "o_int8": (o, (*states, ((2048, 2048), i8), ((2048,), bf16))),
-        "gate_up_int8": (qkv, (((5, 2048), bf16), ((2048,), bf16), ((2048, 2, 11008), i8), ((2, 11008), bf16))),
-        "down_int8": (multiply, (((1, 11008), bf16), ((11008, 2048), i8), ((2048,), bf16))),
+        "qkv_int8": (qkv, (((9, 2048), bf16), ((2048,), bf16), ((2560, 2048), i8), ((2560,), bf16))),
+        "o_int8": (o, (*states, ((9, 2048), bf16), ((2048, 2048), i8), ((2048,), bf16))),
+        "gate_up_int8": (qkv, (((5, 2048), bf16), ((2048,), bf16), ((2, 11008, 2048), i8), ((2, 11008), bf16))),
+        "down_int8": (multiply, (((16, 11008), bf16), ((2048, 11008), i8), ((2048,), bf16))),
         "attend": (
             attend,
             (((4, 1, 2, 10, 128), f32), ((1, 64), f32), ((1, 64), f32), ((4, 1), f32), ((2, 10, 128), bf16), *cache),

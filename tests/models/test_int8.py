@@ -108,13 +108,19 @@ def test_other_methods_are_refused(tiny_dir: Callable[[str], Path]) -> None:
         ("td,dnh->hnt", ("embed", "heads", "head_dim"), (6, 2, 3)),
     ],
 )
-def test_a_product_with_steps_and_scales(spec: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("move_last", [False, True])
+def test_a_product_with_steps_and_scales(
+    spec: str, axes: tuple[str, ...], shape: tuple[int, ...], move_last: bool
+) -> None:
     """Equal to the product with the value; the value is within half a step of what was rounded."""
     rng = np.random.default_rng(0)
     value = rng.standard_normal(shape).astype(np.float32)
     inputs = contracted_axes(axes)
     value *= np.exp(rng.standard_normal([1 if i in inputs else n for i, n in enumerate(shape)])).astype(np.float32)
-    quantized = quantize(jnp.asarray(value), inputs)
+    quantized = quantize(jnp.asarray(value), inputs, move_last=move_last)
+    assert quantized.shape == shape
+    if move_last:
+        assert quantized.values.shape[-len(inputs) :] == tuple(shape[i] for i in inputs)
     assert quantized.scale.shape == tuple(1 if i in inputs else n for i, n in enumerate(shape))
     assert (np.abs(np.asarray(dequantize(quantized)) - value) <= np.asarray(quantized.scale) * 0.5001).all()
     left = spec.split(",")[0]
