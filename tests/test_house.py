@@ -32,6 +32,7 @@ LAYERS = (
     ("demo", ""),  # "": the public names of the package itself, which are imported on demand
     ("serve",),
     ("cli",),
+    ("ray",),
     ("__main__",),
 )
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
