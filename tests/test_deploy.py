@@ -124,7 +124,7 @@ def image_extras(name: str) -> set[str]:
 
 
 def test_several_hosts() -> None:
-    found = documents("tpu-hosts.yaml")
+    found = documents("tpu_hosts.yaml")
     group = found["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
     leader, follower = group["leaderTemplate"], group["workerTemplate"]
     [first], [other] = leader["spec"]["containers"], follower["spec"]["containers"]
@@ -150,7 +150,7 @@ def test_several_hosts() -> None:
     selector = found["Service"]["spec"]["selector"]
     assert selector.items() <= leader["metadata"]["labels"].items()
     assert not selector.items() <= follower["metadata"]["labels"].items()
-    assert "tpu" in image_extras("tpu-hosts.yaml")
+    assert "tpu" in image_extras("tpu_hosts.yaml")
 
 
 def test_replicas_on_ray() -> None:

@@ -84,6 +84,7 @@ IMPORT_RULES = {
     "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
+    "ray": HOST,
     "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),
 }
 NO_FAMILY = ("engine", "inputs", "outputs", "loader", "entrypoints", "chat")  # packages that treat all families alike

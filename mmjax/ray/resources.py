@@ -26,7 +26,7 @@ def actor_options(args: EngineArgs, accelerator_type: str | None, wanted: Mappin
     several hosts.
     """
     if getattr(args, "nnodes", None) not in (None, 1):
-        raise ValueError("nnodes: an engine on Ray has one host; deploy/k8s/tpu-hosts.yaml runs one on several.")
+        raise ValueError("nnodes: an engine on Ray has one host; deploy/k8s/tpu_hosts.yaml runs one on several.")
     devices = args.tensor_parallel_size * args.data_parallel_size
     options: dict[str, Any] = {}
     if accelerator_type is not None:
