@@ -113,7 +113,7 @@ class Processor:
             options["runtime_env"] = dict(config.runtime_env)
         # One batch per block: a block is what a worker is given, what is tried again, and what is written at once.
         batches = dataset.repartition(target_num_rows_per_block=config.batch_size)
-        packed = batches.map(_packer(self.preprocess, config.should_continue_on_error))
+        packed = batches.map(pack_rows(self.preprocess, config.should_continue_on_error))
         outputs = packed.map_batches(
             Engine,
             fn_constructor_args=(config,),
@@ -123,7 +123,7 @@ class Processor:
             max_task_retries=config.max_task_retries,
             **options,
         )
-        return outputs.map(_unpacker(self.postprocess, config.should_continue_on_error))
+        return outputs.map(unpack_rows(self.postprocess, config.should_continue_on_error))
 
     def write(self, dataset: Any, path: str, *, id_column: str) -> None:
         """Write the outputs to `path`/rows, as Parquet, and the ids of rows that are written to `path`/checkpoint.
@@ -218,7 +218,7 @@ class Engine:
         }
 
 
-def _packer(preprocess: MapRow | None, continue_on_error: bool) -> MapRow:
+def pack_rows(preprocess: MapRow | None, continue_on_error: bool) -> MapRow:
     """From a row of the dataset to the names of its columns and what `preprocess` makes of it, pickled."""
 
     def pack(row: Row) -> Row:
@@ -233,7 +233,7 @@ def _packer(preprocess: MapRow | None, continue_on_error: bool) -> MapRow:
     return pack
 
 
-def _unpacker(postprocess: MapRow | None, continue_on_error: bool) -> MapRow:
+def unpack_rows(postprocess: MapRow | None, continue_on_error: bool) -> MapRow:
     """From a pickled row with its output to a row of the result."""
 
     def unpack(packed: Row) -> Row:
