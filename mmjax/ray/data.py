@@ -151,7 +151,8 @@ def build_processor(
     preprocess: from a row of the dataset to `messages`, as `LLM.chat` takes them, or `prompt`, as `LLM.generate` takes
     it, and optionally `sampling_params` (a dictionary or SamplingParams), `chat_template_kwargs` and
     `mm_processor_kwargs`. Media are URLs, base64, PIL images or arrays. What it returns is added to the row.
-    postprocess: from that row, with the columns of OUTPUTS or EMBEDDINGS, to a row of the output; without it, that is
+    postprocess: from that row, with `generated_text`, `generated_tokens`, `finish_reason`, `num_input_tokens` and
+    `num_generated_tokens` (or `embeddings` and `num_input_tokens`), to a row of the result; without it, the result is
     the row of the dataset with these columns. A row that failed has them empty, and goes through postprocess too, so
     that all rows have the same columns.
     """

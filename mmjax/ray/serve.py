@@ -56,7 +56,7 @@ def deployment(
     as autoscaling_config and ray_actor_options. flags: those of `mmjax serve` as keywords, for engine and server.
 
     Unless deployment_config says otherwise, a replica takes twice as many requests as it decodes together, autoscaling
-    aims at as many as it decodes together, and a replica that is removed has DRAIN_S seconds to finish its requests.
+    aims at as many as it decodes together, and a replica that is removed has ten minutes to finish its requests.
     Raises ImportError without Ray, TypeError for an unknown keyword, ValueError for a bad value.
     """
     with needs_ray():
