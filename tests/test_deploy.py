@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import importlib
 import re
 import tomllib
 from pathlib import Path
@@ -113,3 +114,78 @@ def test_manifest(name: str) -> None:
     assert claims == [found["PersistentVolumeClaim"]["metadata"]["name"]]
     # Otherwise a service called mmjax sets variables such as MMJAX_PORT in every pod.
     assert pod["enableServiceLinks"] is False
+
+
+def image_extras(name: str) -> set[str]:
+    """The extras that the head of a manifest says its image is built with."""
+    found = re.search(r"EXTRAS=([\w,]+)", (DEPLOY / "k8s" / name).read_text())
+    assert found is not None
+    return set(found[1].split(","))
+
+
+def test_several_hosts() -> None:
+    found = documents("tpu_hosts.yaml")
+    group = found["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    leader, follower = group["leaderTemplate"], group["workerTemplate"]
+    [first], [other] = leader["spec"]["containers"], follower["spec"]["containers"]
+    for name in ("args", "env", "image", "resources"):  # hosts that differ refuse to start
+        assert first[name] == other[name]
+    for name in ("nodeSelector", "tolerations", "terminationGracePeriodSeconds"):
+        assert leader["spec"][name] == follower["spec"][name]
+
+    known = {"LWS_GROUP_SIZE": str(group["size"]), "LWS_WORKER_INDEX": "0", "LWS_LEADER_ADDRESS": "leader"}
+    words = [re.sub(r"\$\((\w+)\)", lambda match: known[match[1]], word) for word in first["args"]]
+    given = server_arguments(words)
+    assert (int(given.nnodes), int(given.node_rank), given.master_addr) == (group["size"], 0, "leader")
+    columns, rows = leader["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = int(first["resources"]["limits"]["google.com/tpu"])
+    assert given.tensor_parallel_size == int(columns) * int(rows) == chips * group["size"]
+
+    [port] = first["ports"]
+    assert port["containerPort"] == given.port and "ports" not in other
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert first[probe]["httpGet"] == {"path": "/health", "port": port["name"]} and probe not in other
+    pause = int(first["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert leader["spec"]["terminationGracePeriodSeconds"] >= pause + given.drain_timeout + 10
+    selector = found["Service"]["spec"]["selector"]
+    assert selector.items() <= leader["metadata"]["labels"].items()
+    assert not selector.items() <= follower["metadata"]["labels"].items()
+    assert "tpu" in image_extras("tpu_hosts.yaml")
+
+
+def test_replicas_on_ray() -> None:
+    spec = documents("ray.yaml")["RayService"]["spec"]
+    config = yaml.safe_load(spec["serveConfigV2"])
+    [application] = config["applications"]
+    deployment = application["args"]["deployment_config"]
+    [group] = spec["rayClusterConfig"]["workerGroupSpecs"]
+    [worker] = group["template"]["spec"]["containers"]
+    [head] = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert head["image"] == worker["image"] and {"ray", "gpu"} <= image_extras("ray.yaml")
+    # a replica fits a pod, and there is a pod for each replica
+    gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"])
+    assert deployment["ray_actor_options"]["num_gpus"] == gpus
+    assert deployment["ray_actor_options"]["num_cpus"] < int(worker["resources"]["requests"]["cpu"])
+    assert group["maxReplicas"] == deployment["autoscaling_config"]["max_replicas"]
+    for container in (head, worker):
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports["serve"] == config["http_options"]["port"]
+    assert worker["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": "serve"}
+
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_gateway() -> None:
+    """The pool of a gateway consists of the pods of the other manifests."""
+    found = documents("gateway.yaml")
+    pool = found["InferencePool"]["spec"]
+    for name in MANIFESTS:
+        template = documents(name)["Deployment"]["spec"]["template"]
+        assert pool["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        [port] = template["spec"]["containers"][0]["ports"]
+        assert pool["targetPorts"] == [{"number": port["containerPort"]}]
+    [rule] = found["HTTPRoute"]["spec"]["rules"]
+    assert [ref["name"] for ref in rule["backendRefs"]] == [found["InferencePool"]["metadata"]["name"]]
+    told = set(re.findall(r"vllm:\w+", (DEPLOY / "k8s" / "gateway.yaml").read_text()))
+    assert told and told <= set(re.findall(r"vllm:\w+", (ROOT / "mmjax" / "entrypoints" / "metrics.py").read_text()))

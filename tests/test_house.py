@@ -32,6 +32,7 @@ LAYERS = (
     ("demo", ""),  # "": the public names of the package itself, which are imported on demand
     ("serve",),
     ("cli",),
+    ("ray",),
     ("__main__",),
 )
 LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
@@ -83,6 +84,7 @@ IMPORT_RULES = {
     "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
+    "ray": HOST,
     "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),
 }
 NO_FAMILY = ("engine", "inputs", "outputs", "loader", "entrypoints", "chat")  # packages that treat all families alike

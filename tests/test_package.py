@@ -106,7 +106,7 @@ def test_dependencies_are_what_is_imported() -> None:
     needed = {plain(owner.get(name, [name])[0]) for name in third_party()}
     declared = {plain(name) for name in PYPROJECT["project"]["dependencies"]}
     optional = PYPROJECT["project"]["optional-dependencies"]
-    extras = {plain(name) for extra in ("structured", "bench") for name in optional[extra]}
+    extras = {plain(name) for extra in ("structured", "bench", "ray") for name in optional[extra]}
     assert needed | BEHIND_OTHERS == declared | extras
 
 

@@ -116,10 +116,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     # Longer than clients keep an idle connection (httpx, and with it the openai package: 5 s). With equal times on both
     # sides, 1 request in 4000 under load was sent on a connection that the server was closing.
     keep_alive = int(env_number("HTTP_TIMEOUT_KEEP_ALIVE", 60))
-    command.run(arguments, flags.engine_kwargs(arguments), _settings(arguments), keep_alive)
+    command.run(arguments, flags.engine_kwargs(arguments), server_settings(arguments), keep_alive)
 
 
-def _settings(arguments: argparse.Namespace) -> Any:
+def server_settings(arguments: argparse.Namespace) -> Any:
     """The server's settings, from its flags and the environment."""
     from mmjax.config import env, env_flag, env_number
     from mmjax.serve import command
@@ -145,7 +145,7 @@ def _batch_flags(parser: argparse.ArgumentParser) -> None:
 def _run_batch(arguments: argparse.Namespace) -> None:
     from mmjax.serve import batches
 
-    batches.run(arguments, flags.engine_kwargs(arguments), _settings(arguments))
+    batches.run(arguments, flags.engine_kwargs(arguments), server_settings(arguments))
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -170,6 +170,8 @@ class Engine:
             "compiles": self.runner.compiles,
             "compiles_after_warmup": self.runner.compiles_after_warmup,
             "preemptions": self.scheduler.preemptions,
+            "prefix_cache_queries": self.scheduler.prefix_cache_queries,
+            "prefix_cache_hits": self.scheduler.prefix_cache_hits,
         }
 
     # -- dispatching -------------------------------------------------------------------------------------------------

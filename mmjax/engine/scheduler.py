@@ -89,6 +89,7 @@ class Scheduler:
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self.block_tables = np.zeros((config.max_num_seqs, config.max_blocks_per_seq), np.int32)
         self.preemptions = 0
+        self.prefix_cache_queries = self.prefix_cache_hits = 0  # tokens
         self._prefilled_last = False
 
     def add(self, seq: EngineSequence) -> None:
@@ -257,6 +258,9 @@ class Scheduler:
         seq.num_scheduled = seq.num_hashed_blocks = len(cached) * pool.block_size
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_scheduled
+            if self.prefix_caching and not seq.needs_all_tokens:
+                self.prefix_cache_queries += seq.num_tokens
+                self.prefix_cache_hits += seq.num_cached_tokens
         seq.cross_block_ids = list(cross) or self._encode_cross(seq, cross_hashes, encode)
         allocated = self._allocate(seq, seq.num_tokens)
         assert allocated, "enough blocks were free"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ COUNTERS = {  # engine counter -> (metric, meaning)
     "prefill_tokens": ("vllm:prompt_tokens", "prompt tokens run through the model"),
     "output_tokens": ("vllm:generation_tokens", "tokens generated"),
     "preemptions": ("vllm:num_preemptions", "requests preempted because the KV cache was full"),
+    "prefix_cache_queries": ("vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache"),
+    "prefix_cache_hits": ("vllm:prefix_cache_hits", "prompt tokens found in the prefix cache"),
     "mm_cache_queries": ("vllm:mm_cache_queries", "media items looked up in the cache of processed media"),
     "mm_cache_hits": ("vllm:mm_cache_hits", "media items found in the cache of processed media"),
     "compiles_after_warmup": ("mmjax:compiles_after_warmup", "programs compiled after start; should stay 0"),
@@ -84,6 +87,7 @@ class EngineMetrics:
             ("vllm:num_requests_running", "requests on the device", running),
             ("vllm:num_requests_waiting", "requests waiting to be scheduled", waiting),
             ("vllm:kv_cache_usage_perc", "share of the KV cache's blocks in use, 0 to 1", used),
+            ("vllm:gpu_cache_usage_perc", "vllm:kv_cache_usage_perc under its older name", used),
         ):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])
             gauge.add_metric([self.name], value)
@@ -94,6 +98,22 @@ class EngineMetrics:
         for reason, count in self._finished.items():
             finished.add_metric([self.name, reason], count)
         yield finished
+        yield from self._infos()
+
+    def _infos(self) -> Iterator[prometheus_client.Metric]:
+        """What gateways read from labels: the size of each engine's KV cache, and which LoRA adapters are loaded."""
+        names = ["engine", "block_size", "num_gpu_blocks", "enable_prefix_caching"]
+        cache = GaugeMetricFamily("vllm:cache_config_info", "KV cache of an engine", labels=["model_name", *names])
+        for number, engine in enumerate(self.model.engines):
+            pool = engine.block_pool
+            # without block 0, which no sequence gets
+            values = (number, pool.block_size, pool.num_blocks - 1, engine.scheduler.prefix_caching)
+            cache.add_metric([self.name, *map(str, values)], 1)
+        yield cache
+        names = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        adapters = GaugeMetricFamily("vllm:lora_requests_info", "LoRA adapters and the time: none here", labels=names)
+        adapters.add_metric(["0", "", ""], time.time())
+        yield adapters
 
     def text(self) -> bytes:
         """The page of /metrics."""

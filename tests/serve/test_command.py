@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmjax.cli import flags
-from mmjax.cli.main import _model_command, _settings, main
+from mmjax.cli.main import _model_command, main, server_settings
 from mmjax.config import EngineArgs
 
 
@@ -15,7 +15,7 @@ def parsed(*words: str) -> tuple[Any, dict[str, Any]]:
     arguments = _model_command("serve", words)
     engine = flags.engine_kwargs(arguments)
     EngineArgs(arguments.model, **engine)
-    return _settings(arguments), engine
+    return server_settings(arguments), engine
 
 
 @pytest.mark.parametrize(

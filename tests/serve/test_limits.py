@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from mmjax.cli.main import _model_command, _settings
+from mmjax.cli.main import _model_command, server_settings
 from mmjax.types import ValidationError
 
 Make = Callable[..., TestClient]
@@ -45,7 +45,7 @@ def test_prompts(make_client: Make) -> None:
 @pytest.mark.parametrize("prefix", ["MMJAX", "VLLM"])
 def test_variables(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def limits() -> tuple[int, int]:
-        chosen = _settings(_model_command("serve", ["X"]))
+        chosen = server_settings(_model_command("serve", ["X"]))
         return chosen.max_stops, chosen.max_prompts
 
     assert limits() == (4, 1024)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.context import json_response
+from prometheus_client.parser import text_string_to_metric_families
 
 from mmjax import AsyncLLM
 from prompts import base64_image, image_url_part, random_image, user_messages
@@ -87,6 +88,35 @@ def test_health_and_metrics(client: TestClient) -> None:
     assert after["vllm:generation_tokens_total"] == before["vllm:generation_tokens_total"] + 5
     assert after["vllm:e2e_request_latency_seconds_count"] == before["vllm:e2e_request_latency_seconds_count"] + 1
     assert after["vllm:num_requests_running"] == 0 and 0 <= after["vllm:kv_cache_usage_perc"] < 0.01
+
+
+def test_what_gateways_read(client: TestClient, served: AsyncLLM) -> None:
+    """The metrics by which the endpoint pickers of inference gateways choose a server, with true values."""
+
+    def metrics() -> dict[str, Any]:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        return {sample.name: sample for family in families for sample in family.samples}
+
+    engine = served.model.engines[0]
+    size = engine.block_pool.block_size
+    body = {"prompt": [7] * (2 * size + 1), "max_tokens": 1, "cache_salt": "gateways"}
+    before = metrics()
+    assert [client.post("/v1/completions", json=body).status_code for _ in range(2)] == [200, 200]
+    after = metrics()
+    queries, hits = (
+        after[name].value - before[name].value
+        for name in ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
+    )
+    assert (queries, hits) == (2 * (2 * size + 1), 2 * size)
+    cache = after["vllm:cache_config_info"]
+    assert cache.value == 1 and cache.labels["block_size"] == str(size)
+    assert cache.labels["num_gpu_blocks"] == str(engine.block_pool.num_free)  # no request runs
+    assert cache.labels["enable_prefix_caching"] == "True"
+    assert after["vllm:num_requests_waiting"].value == 0
+    assert after["vllm:gpu_cache_usage_perc"].value == after["vllm:kv_cache_usage_perc"].value
+    adapters = after["vllm:lora_requests_info"]
+    labels = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert adapters.labels == labels and adapters.value > before["vllm:lora_requests_info"].value
 
 
 def test_caches_are_emptied_in_development_only(make_client: Any) -> None:
