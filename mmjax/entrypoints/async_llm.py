@@ -58,6 +58,8 @@ class AsyncLLM:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if self.model.lost is not None:  # the engine's thread may be waiting for a call
+            self.model.lost.add_done_callback(lambda lost: self._inbox.put(lost.result))
 
     @property
     def model(self) -> LoadedModel:
