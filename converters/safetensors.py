@@ -98,7 +98,7 @@ class StoredTensor:
             ):
                 at = (*outer, region[axis].start)
                 offset = self.start + sum(i * stride for i, stride in zip(at, strides, strict=False))
-                _pread(file.fileno(), memoryview(run), offset)
+                _pread(file.fileno(), run.data, offset)
         return out
 
 

@@ -30,13 +30,10 @@ class HostGroup:
 
     @classmethod
     def join(cls, args: EngineArgs, environment: Environment) -> HostGroup | None:
-        """Wait for the other processes that the arguments or the environment name. None if there are none.
-
-        Called before JAX knows its devices. ValueError if they cannot be joined."""
+        """Wait for the other processes that the arguments or the environment name. None if each of them is to run an
+        engine of its own. Called before JAX knows its devices. ValueError if they cannot be joined."""
         if not jax.distributed.is_initialized():
             if args.nnodes is not None:
-                if args.nnodes == 1:
-                    return None
                 _check(args, args.nnodes)
                 _join_by_arguments(args, args.nnodes)
             elif environment.num_processes > args.tensor_parallel_size:
@@ -47,11 +44,9 @@ class HostGroup:
                     environment.num_processes,
                 )
                 return None
-            elif environment.num_processes > 1:
+            else:
                 _check(args, environment.num_processes)
                 _join_by_environment(args, environment)
-            else:
-                return None
         if jax.process_count() == 1:
             return None
         _check(args, jax.process_count())

@@ -38,11 +38,14 @@ class Hosts:
     def join(cls, args: EngineArgs) -> Hosts | None:
         """Meet the other hosts that the arguments or the environment name; None if there are none. ValueError if that
         fails."""
+        environment = Environment.read()
+        if not jax.distributed.is_initialized() and (args.nnodes or environment.num_processes) == 1:
+            return None
         if importlib.util.find_spec("libtpu") is None:  # which ends the process for flags that it does not know
             # A process that finds a program in its cache would not measure its share of the kernels that another one
             # waits for. Only process 0 writes the cache.
             set_xla_flag("xla_gpu_shard_autotuning", "false")
-        group = HostGroup.join(args, Environment.read())
+        group = HostGroup.join(args, environment)
         return None if group is None else cls(group)
 
     def devices(self, count: int) -> list[jax.Device]:
@@ -86,6 +89,8 @@ class Hosts:
         """Whatever ends the loading here ends the other hosts, which would wait for this one."""
         try:
             yield
+        except SystemExit:  # of a follower, at its end
+            raise
         except BaseException as error:
             (self._leader or self._follower).fail(error)  # type: ignore[union-attr]
             raise

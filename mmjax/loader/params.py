@@ -113,7 +113,7 @@ def put_param(
         return jax.device_put(cast(fit_to_mesh(read(()), stored, spec)), target)
     parts: dict[tuple[int, ...], np.ndarray] = {}  # several devices may need the same one
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         region = tuple(slice(*ends.indices(size)[:2]) for ends, size in zip(index, spec.shape, strict=True))
         key = tuple(ends.start for ends in region)
         if key not in parts:
