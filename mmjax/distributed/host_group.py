@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from mmjax.engine.memory import Device
 logger = logging.getLogger(__name__)
 
 JOIN_S = 600  # for all processes to start
+RESOLVE_S = 60
 AGREE_MS = 24 * 3600 * 1000  # a process may read its weights for hours; one that dies is noticed otherwise
 PREFIX = "mmjax"
 
@@ -135,14 +138,28 @@ def _state() -> Any:
 def _join_by_arguments(args: EngineArgs, size: int) -> None:
     address = f"{args.master_addr}:{args.master_port}"
     logger.info("host %d of %d: waiting for the others at %s", args.node_rank, size, address)
+    own = resolve(args.master_addr) if args.node_rank == 0 else args.master_addr
     _initialize(
         address,
         coordinator_address=address,
-        coordinator_bind_address=address,  # by default, every address of the host
+        # by default, every address of the host
+        coordinator_bind_address=f"[{own}]:{args.master_port}" if ":" in own else f"{own}:{args.master_port}",
         num_processes=size,
         process_id=args.node_rank,
         cluster_detection_method="deactivate",
     )
+
+
+def resolve(host: str) -> str:
+    """The address of a host. A cluster may not know the name of a pod yet when the pod starts. ValueError."""
+    end = time.monotonic() + RESOLVE_S
+    while True:
+        try:
+            return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+        except socket.gaierror as error:
+            if time.monotonic() > end:
+                raise ValueError(f"master_addr {host!r} has no address: {error.strerror}") from error
+            time.sleep(1)
 
 
 def _join_by_environment(args: EngineArgs, environment: Environment) -> None:

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from mmjax.distributed.connection import Connection, WireError, admit, encode
-from mmjax.distributed.host_group import JOIN_S, HostGroup
+from mmjax.distributed.host_group import JOIN_S, HostGroup, resolve
 from mmjax.engine.model_runner import ModelRunner
 from mmjax.engine.programs import StepOutput
 from mmjax.engine.sampler import PromptLogprobs
@@ -53,7 +53,9 @@ class Leader:
         self._losing = threading.Lock()
         self._ended = False
         token = secrets.token_hex(32)
-        with socket.create_server((group.address, 0), backlog=group.size) as server:
+        own = resolve(group.address)
+        family = socket.AF_INET6 if ":" in own else socket.AF_INET
+        with socket.create_server((own, 0), family=family, backlog=group.size) as server:
             group.publish("leader", json.dumps({"port": server.getsockname()[1], "token": token}))
             self._followers = _accept(server, token, group.size)
         for rank, follower in self._followers.items():

@@ -18,9 +18,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def processes(commands: list[list[str]], folder: Path, devices: int = 1) -> Iterator[list[subprocess.Popen[str]]]:
+def processes(
+    commands: list[list[str]], folder: Path, devices: int = 1, slurm_port: int = 0
+) -> Iterator[list[subprocess.Popen[str]]]:
     """One process of Python for each command, with so many devices each. Their output is in folder/0.out and 0.err, ...
-    None of them is left."""
+    None of them is left. slurm_port: they are told of each other as Slurm does it."""
     kept = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     flags = " ".join([*kept, f"--xla_force_host_platform_device_count={devices}"])
     environment = {**os.environ, "XLA_FLAGS": flags, "MMJAX_PROGRESS": "0"}
@@ -28,15 +30,21 @@ def processes(commands: list[list[str]], folder: Path, devices: int = 1) -> Iter
     with contextlib.ExitStack() as files:
         for rank, words in enumerate(commands):
             out, err = (files.enter_context((folder / f"{rank}.{end}").open("w")) for end in ("out", "err"))
-            started.append(
-                subprocess.Popen([sys.executable, *words], stdout=out, stderr=err, env=environment, text=True)
-            )
+            own = environment | (slurm(rank, len(commands), slurm_port) if slurm_port else {})
+            started.append(subprocess.Popen([sys.executable, *words], stdout=out, stderr=err, env=own, text=True))
         try:
             yield started
         finally:
             for process in started:
                 process.kill()
                 process.wait()
+
+
+def slurm(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables of `srun --ntasks SIZE` on one host. jax takes the port from the job's number, or from its own."""
+    tasks = {"SLURM_NTASKS": size, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "JAX_COORDINATOR_PORT": port}
+    job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    return job | {name: str(value) for name, value in tasks.items()}
 
 
 def told(folder: Path, rank: int) -> str:

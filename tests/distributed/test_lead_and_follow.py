@@ -1,6 +1,7 @@
 """A leader's runner and its follower's, without devices: which calls arrive, and what the loss of a host does."""
 
 import concurrent.futures
+import contextlib
 import inspect
 import socket
 import threading
@@ -175,6 +176,26 @@ def test_processes_that_cannot_share_a_model_run_their_own(caplog: pytest.LogCap
 def test_arguments_that_do_not_go_with_two_hosts(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         _check(EngineArgs("model", **arguments), 2)
+
+
+def test_hosts_that_differ_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = HostGroup(1, 3, "10.0.0.1")
+    for third, error in (({"seed": "0", "the sizes": "4"}, None), ({"seed": "1", "the sizes": "4"}, "host 2 does not")):
+        monkeypatch.setattr(HostGroup, "gather", lambda _, name, own, third=third: [own, own, third])
+        with (
+            contextlib.nullcontext() if error is None else pytest.raises(ValueError, match=f"{error}.*seed is 1 there")
+        ):
+            group.check_same({"seed": "0", "the sizes": "4"})
+
+
+def test_the_fullest_device_of_all_hosts_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 100, "bytes_in_use": 10}
+
+    fuller = {"bytes_limit": 100, "bytes_in_use": 30}
+    monkeypatch.setattr(HostGroup, "gather", lambda _, name, own: [own, fuller, None])
+    assert HostGroup(0, 3, "10.0.0.1").least_memory(Device()).memory_stats() == fuller
 
 
 @pytest.mark.parametrize(
