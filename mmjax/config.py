@@ -113,7 +113,7 @@ class Environment:
         """From the variables by which `jax.distributed.initialize()` finds the others: Slurm's, and those of TPU slices
         on GKE."""
         known = os.environ.get
-        if "SLURM_STEP_NODELIST" in os.environ and known("SLURM_PROCID") is not None:
+        if all(f"SLURM_{name}" in os.environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")):
             tasks = int(known("SLURM_NTASKS", "1"))
             return cls("Slurm", tasks, whole_hosts=tasks == int(known("SLURM_STEP_NUM_NODES", "0")))
         workers = known("TPU_PROCESS_ADDRESSES", known("TPU_WORKER_HOSTNAMES", ""))

@@ -96,7 +96,11 @@ class Hosts:
             raise
 
     def start(self, runner: ModelRunner, load: Callable[[], list[Any]]) -> None:
-        """All is loaded. Returns on the leader. A follower follows until the leader ends, and then ends the process."""
+        """All is loaded here. Wait for the other hosts. Then the leader returns; a follower follows until the leader ends,
+        and then ends the process."""
+        # A host that finds its programs in the cache is minutes ahead of one that compiles. In its first call it would
+        # wait for the other one, and gloo gives up after 30 s.
+        self._group.gather("ready", True)
         if self._follower is not None:
             logger.info("host %d of %d follows", self._group.rank, self._group.size)
             self._follower.follow(runner, load)

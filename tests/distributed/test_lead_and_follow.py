@@ -137,7 +137,13 @@ def test_an_error_of_the_device_stays_what_it_is(joined: tuple[Leader, Connectio
 
 # -- which processes are one engine ------------------------------------------------------------------------------------
 
-SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_STEP_NUM_NODES": "4"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "n[1-4]",
+    "SLURM_STEP_NUM_NODES": "4",
+}
 
 
 @pytest.mark.parametrize(
