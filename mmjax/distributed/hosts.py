@@ -96,8 +96,8 @@ class Hosts:
             raise
 
     def start(self, runner: ModelRunner, load: Callable[[], list[Any]]) -> None:
-        """All is loaded here. Wait for the other hosts. Then the leader returns; a follower follows until the leader ends,
-        and then ends the process."""
+        """All is loaded here: wait for the other hosts. Then the leader returns. A follower follows until the leader
+        ends, and then ends the process."""
         # A host that finds its programs in the cache is minutes ahead of one that compiles. In its first call it would
         # wait for the other one, and gloo gives up after 30 s.
         self._group.gather("ready", True)

@@ -16,9 +16,11 @@ from mmjax.config import EngineArgs, Environment
 from mmjax.distributed.connection import Connection, WireError
 from mmjax.distributed.follower import Replay
 from mmjax.distributed.host_group import HostGroup, _check
+from mmjax.distributed.hosts import Hosts
 from mmjax.distributed.leader import HostLostError, Leader, LeadingRunner
 from mmjax.engine.model_runner import ModelRunner
 from mmjax.engine.programs import StepOutput
+from mmjax.entrypoints.async_llm import EngineDeadError, _unless_lost
 
 HOST_ONLY = {"wait", "warm_up", "stop_compiling", "program", "program_keys", "param_shapes"}
 """Methods of the runner that each host calls for itself."""
@@ -124,6 +126,17 @@ def test_a_lost_follower_ends_every_wait(joined: tuple[Leader, Connection]) -> N
         runner.call(lambda: (_ for _ in ()).throw(RuntimeError("gloo: connection closed")))
 
 
+def test_scores_of_a_transcript_do_not_wait_for_a_lost_host() -> None:
+    for lose, error in ((False, None), (True, EngineDeadError)):
+        lost, call = Future[Any](), Future[Any]()
+        found = _unless_lost(call, lost)
+        if lose:
+            lost.set_exception(HostLostError("host 1 was lost"))
+        call.set_result("scores")
+        with contextlib.nullcontext() if error is None else pytest.raises(error, match="host 1 was lost"):
+            assert found.result(5) == "scores"
+
+
 def test_an_error_of_the_device_stays_what_it_is(joined: tuple[Leader, Connection]) -> None:
     leader, follower = joined
     runner, failed = leading(leader), Future[Any]()
@@ -133,6 +146,31 @@ def test_an_error_of_the_device_stays_what_it_is(joined: tuple[Leader, Connectio
     follower.send("failed", "ValueError: no such file")
     with pytest.raises(HostLostError, match="host 1 was lost: ValueError: no such file"):
         leader.check_soon()
+
+
+def test_the_leader_starts_when_all_hosts_are_ready(
+    joined: tuple[Leader, Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that finds its programs in the cache would otherwise wait in its first call for one that compiles them."""
+    leader, _ = joined
+    hosts, asked = Hosts.__new__(Hosts), []
+    hosts._group, hosts._leader, hosts._follower, leader.started = HostGroup(0, 2, "10.0.0.1"), leader, None, False
+    monkeypatch.setattr(HostGroup, "gather", lambda _, name, own: asked.append((name, leader.started)))
+    hosts.start(Recorder(), list)  # type: ignore[arg-type]
+    assert asked == [("ready", False)] and leader.started
+
+
+@pytest.mark.parametrize(("error", "told"), [(ValueError("no such file"), True), (SystemExit(0), False)])
+def test_what_ends_the_loading_ends_the_other_hosts(
+    joined: tuple[Leader, Connection], error: BaseException, told: bool
+) -> None:
+    leader, follower = joined
+    hosts = Hosts.__new__(Hosts)
+    hosts._leader, hosts._follower = leader, None
+    with pytest.raises(type(error)), hosts.loading():
+        raise error
+    leader.end()
+    assert follower.receive() == (("failed", ["ValueError: no such file"]) if told else ("end", []))
 
 
 # -- which processes are one engine ------------------------------------------------------------------------------------
