@@ -15,7 +15,7 @@ TABLE = Table(
         *norm("resampler.ln_q", "resampler.query_norm"),
         *norm("resampler.ln_kv", "resampler.key_norm"),
         Rule("resampler.attn.in_proj_weight", "resampler.qkv", to.split_heads),
-        Rule("resampler.attn.in_proj_bias", "resampler.qkv_bias", to.fold),
+        Rule("resampler.attn.in_proj_bias", "resampler.qkv_bias", to.split_heads_bias),
         *linear("resampler.attn.out_proj", "resampler.o", to.merge_heads),
         *norm("resampler.ln_post", "resampler.last_norm"),
         Rule("resampler.proj", "resampler.out"),  # applied from the right, as it is stored

@@ -9,7 +9,7 @@ _S, _T = "vision.blocks.{i}", "vision.layers"
 
 _COMMON = (
     Rule("vision.patch_embed.proj.weight", "vision.patch", to.patches(3, 2)),  # (channel, frame, y, x)
-    *linear(f"{_S}.attn.qkv", f"{_T}.qkv", to.split_heads, to.fold),
+    *linear(f"{_S}.attn.qkv", f"{_T}.qkv", to.split_heads, to.split_heads_bias),
     *linear(f"{_S}.attn.proj", f"{_T}.o", to.merge_heads),
 )
 _MERGE = (*linear("vision.merger.mlp.0", "vision.merger.fc1"), *linear("vision.merger.mlp.2", "vision.merger.fc2"))

@@ -8,9 +8,11 @@ what it checks, a key that occurs twice and a dtype that NumPy cannot hold are r
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from mmjax.converters.formats import format_hint
+from mmjax.converters.transforms import Region
 from safetensors import SafetensorError, safe_open
 
 log = logging.getLogger(__name__)
@@ -70,14 +73,42 @@ class StoredTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """The value, read-only. It is read anew each time, and nothing else of the file stays in memory."""
-        if self.dtype in FLOAT8:
+    def read(self, region: Region = ()) -> np.ndarray:
+        """The value or a region of it, read-only. It is read anew each time, and nothing else of the file stays in
+        memory."""
+        if region:
+            value = self._read_region(region)
+        elif self.dtype in FLOAT8:
             value = np.fromfile(self.file, self.dtype, math.prod(self.shape), offset=self.start).reshape(self.shape)
         else:
             value = self.opened.get_tensor(self.name)
         value.flags.writeable = False
         return value
+
+    def _read_region(self, region: Region) -> np.ndarray:
+        """By runs of bytes that follow each other in the file. The library would read the whole tensor."""
+        out = np.empty([part.stop - part.start for part in region], self.dtype)
+        partial = [axis for axis, part in enumerate(region) if out.shape[axis] < self.shape[axis]]
+        axis = partial[-1] if partial else 0  # of all axes behind it, everything is read
+        strides = [math.prod(self.shape[i + 1 :]) * self.dtype.itemsize for i in range(len(self.shape))]
+        runs = out.reshape(math.prod(out.shape[:axis]), -1).view(np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            for run, outer in zip(
+                runs, itertools.product(*(range(p.start, p.stop) for p in region[:axis])), strict=True
+            ):
+                at = (*outer, region[axis].start)
+                offset = self.start + sum(i * stride for i, stride in zip(at, strides, strict=False))
+                _pread(file.fileno(), run.data, offset)
+        return out
+
+
+def _pread(descriptor: int, out: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(out):
+        count = os.preadv(descriptor, [out[done:]], offset + done)
+        if not count:
+            raise CheckpointError("a file has become shorter than its header says")
+        done += count
 
 
 def open_checkpoint(directory: Path | str) -> dict[str, StoredTensor]:

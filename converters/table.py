@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
-from mmjax.converters.transforms import Shape, Transform, identity, transpose
+from mmjax.converters.transforms import Region, Shape, Transform, identity, transpose
 
 INDEX, MEMBER = "{i}", "{j}"
 
@@ -47,8 +47,9 @@ class Tensor(Protocol):
     @property
     def shape(self) -> Shape: ...
 
-    def read(self) -> np.ndarray:
-        """The value, not to be written to. Nothing of it stays in memory beside the result."""
+    def read(self, region: Region = ()) -> np.ndarray:
+        """The value or a region of it, not to be written to. Nothing of it stays in memory beside the result, and no
+        more is read than the region needs."""
         ...
 
 
@@ -345,37 +346,64 @@ def leaf_dtype(pieces: tuple[Piece, ...], tensors: Mapping[str, Tensor]) -> np.d
         return np.dtype(np.float32)
 
 
-def build(pieces: tuple[Piece, ...], shape: Shape, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    """The value of one parameter, C-contiguous. Raises WrongShapeError when a transform breaks its promise."""
+def build(pieces: tuple[Piece, ...], shape: Shape, tensors: Mapping[str, Tensor], region: Region = ()) -> np.ndarray:
+    """The value of one parameter or a region of it, C-contiguous. Raises WrongShapeError when a transform breaks its
+    promise."""
     dtype = leaf_dtype(pieces, tensors)
-    out = np.empty(shape, dtype) if pieces[0].index is not None else None
-    for piece in pieces:
-        if out is None:
-            return np.ascontiguousarray(_made(piece, tensors, dtype))
-        out[piece.index] = _made(piece, tensors, dtype)  # not named: it is gone before the next one is read
-    assert out is not None
+    if pieces[0].index is None:
+        return np.ascontiguousarray(_made(pieces[0], tensors, dtype, region))
+    first, inner = (region[0].start, region[1:]) if region else (0, ())
+    wanted = [piece for piece in pieces if not region or first <= (piece.index or 0) < region[0].stop]
+    out = np.empty(tuple(part.stop - part.start for part in region) or shape, dtype)
+    for piece in wanted:
+        # not named: it is gone before the next one is read
+        out[(piece.index or 0) - first] = _made(piece, tensors, dtype, inner)
     return out
 
 
-def _made(piece: Piece, tensors: Mapping[str, Tensor], dtype: np.dtype) -> np.ndarray:
-    sources = (tensors[name].read().astype(dtype, copy=False) for name in piece.sources)
-    value = piece.transform(*sources, shape=piece.shape)
-    if value.shape != piece.shape:
-        raise WrongShapeError(f"tensors {piece.sources} became shape {value.shape}, not {piece.shape}")
-    return value
+def _made(piece: Piece, tensors: Mapping[str, Tensor], dtype: np.dtype, region: Region) -> np.ndarray:
+    """The value that a piece gives, or a region of it. Reads no more than one axis of the region lets it leave out."""
+    partial = [axis for axis, part in enumerate(region) if part.stop - part.start < piece.shape[axis]]
+    shape, parts = piece.shape, None
+    for axis in partial:
+        parts = piece.transform.source_parts(shape, axis, region[axis])
+        if parts is not None:
+            partial.remove(axis)
+            shape = (*shape[:axis], region[axis].stop - region[axis].start, *shape[axis + 1 :])
+            break
+    regions = parts or (((),),) * len(piece.sources)
+    sources = (
+        _read(tensors[name], part).astype(dtype, copy=False) for name, part in zip(piece.sources, regions, strict=True)
+    )
+    value = piece.transform(*sources, shape=shape)
+    if value.shape != shape:
+        raise WrongShapeError(f"tensors {piece.sources} became shape {value.shape}, not {shape}")
+    return value[tuple(part if axis in partial else slice(None) for axis, part in enumerate(region))]
+
+
+def _read(tensor: Tensor, regions: tuple[Region, ...]) -> np.ndarray:
+    """Regions of a tensor, which differ along one axis, one after the other on it."""
+    if len(regions) == 1:
+        return tensor.read(regions[0]) if regions[0] else tensor.read()
+    (axis,) = (i for i, ends in enumerate(zip(*regions, strict=True)) if ends[0] != ends[1])
+    return np.concatenate([tensor.read(region) for region in regions], axis=axis)
+
+
+Read = Callable[[Region], np.ndarray]
+"""Reads a parameter, or the region of it that is asked for."""
+
+
+def readers(tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Read]]:
+    """Yield (path, a function that reads it) for every path of `shapes`, in its order. Values have the dtype of the
+    source, and may be read-only. Raises ConversionError, before anything is read."""
+    ready = plan(tensors, table, shapes)
+    return (
+        (path, functools.partial(build, pieces, tuple(shapes[path]), tensors)) for path, pieces in ready.pieces.items()
+    )
 
 
 def convert(
     tensors: Mapping[str, Tensor], table: Table, shapes: Mapping[str, Shape]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (path, value) for every path of `shapes`, in its order and in the dtype of the source, one at a time.
-
-    A value may be read-only. Raises ConversionError, before anything is read.
-    """
-    ready = plan(tensors, table, shapes)
-
-    def values() -> Iterator[tuple[str, np.ndarray]]:
-        for path, pieces in ready.pieces.items():
-            yield path, build(pieces, tuple(shapes[path]), tensors)
-
-    return values()
+    """The values that `readers` reads, one at a time."""
+    return ((path, read(())) for path, read in readers(tensors, table, shapes))

@@ -8,12 +8,15 @@ from its headers alone, and how the value is made. Sources are in torch order: l
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
 import numpy as np
 
 Shape = tuple[int, ...]
+Region = tuple[slice, ...]
+"""A part of an array: for each axis a slice with both ends, of step 1."""
 
 # A transposed copy in one go misses the cache on every element; square tiles of this edge fit it.
 TILE = 256
@@ -25,13 +28,42 @@ class Transform:
 
     `sources(shape)`: the shape of each source tensor, in order.
     `build(*arrays, shape=shape)`: the value; any view or copy of the sources with exactly `shape`.
+    `divides`: the axes of the target along which a part of it is made of the same part of every source, by `build`.
+    `sections(shape)`: the lengths of the sections of the divided axis of the one source, each of which has its part;
+    None for one section.
     """
 
     sources: Callable[[Shape], tuple[Shape, ...]]
     build: Callable[..., np.ndarray]
+    divides: tuple[int, ...] = ()
+    sections: Callable[[Shape], tuple[int, ...]] | None = None
 
     def __call__(self, *arrays: np.ndarray, shape: Shape) -> np.ndarray:
         return self.build(*arrays, shape=shape)
+
+    def source_parts(self, shape: Shape, axis: int, part: slice) -> tuple[tuple[Region, ...], ...] | None:
+        """The regions of each source, to be concatenated along the axis that they divide, of which `build` makes this
+        part of the target along an axis. None if all of the sources are needed."""
+        if axis not in self.divides:
+            return None
+        whole = self.sources(shape)
+        divided = self.sources((*shape[:axis], part.stop - part.start, *shape[axis + 1 :]))
+        parts = []
+        for source, piece in zip(whole, divided, strict=True):
+            (along,) = (i for i, (size, less) in enumerate(zip(source, piece, strict=True)) if size != less)
+            sections = (source[along],) if self.sections is None else self.sections(shape)
+            starts = itertools.accumulate(sections, initial=0)
+            parts.append(
+                tuple(
+                    (
+                        *(slice(0, size) for size in source[:along]),
+                        slice(start + size * part.start // shape[axis], start + size * part.stop // shape[axis]),
+                        *(slice(0, size) for size in source[along + 1 :]),
+                    )
+                    for start, size in zip(starts, sections, strict=False)
+                )
+            )
+        return tuple(parts)
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
@@ -148,6 +180,15 @@ def _split_heads(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
     return transposed(fused).reshape(shape)
 
 
+def _split_heads_bias_sources(shape: Shape) -> tuple[Shape, ...]:
+    return ((math.prod(shape),),)
+
+
+def _head_sections(shape: Shape) -> tuple[int, ...]:
+    count, heads, head = shape[-3:]
+    return (heads * head,) * count
+
+
 def _merge_heads_sources(shape: Shape) -> tuple[Shape, ...]:
     *heads, width = shape
     return ((width, math.prod(heads)),)
@@ -175,14 +216,22 @@ def _regroup_qkv_sources(shape: Shape) -> tuple[Shape, ...]:
     return ((sum(rows for rows, _ in parts), parts[0][1]),)
 
 
+def _qkv_rows(shape: Shape) -> tuple[int, ...]:
+    return tuple(rows for rows, _ in _qkv_sources(shape))
+
+
 def _regroup_qkv(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
-    q, k, _ = (rows for rows, _ in _qkv_sources(shape))
+    q, k, _ = _qkv_rows(shape)
     return _heads(*np.split(fused, (q, q + k)), shape=shape)
 
 
 def _split_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
     (mlp, width), _ = _gate_up_sources(shape)
     return ((2 * mlp, width),)
+
+
+def _gate_up_halves(shape: Shape) -> tuple[int, ...]:
+    return tuple(rows for rows, _ in _gate_up_sources(shape))
 
 
 def _split_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
@@ -243,42 +292,45 @@ def patches(*lead: int) -> Transform:
     return Transform(sources, build)
 
 
+ANY_AXIS = tuple(range(8))
+
 # same shape on both sides
-identity = Transform(lambda shape: (shape,), _keep)
+identity = Transform(lambda shape: (shape,), _keep, ANY_AXIS)
 # all axes reversed: linear [out, in] -> [in, out]; conv1d [out, in, k] -> [k, in, out]
-transpose = Transform(lambda shape: (shape[::-1],), _transpose)
+transpose = Transform(lambda shape: (shape[::-1],), _transpose, ANY_AXIS)
 # [prod] -> shape
-fold = Transform(lambda shape: ((math.prod(shape),),), _fold)
+fold = Transform(lambda shape: ((math.prod(shape),),), _fold, (0,))
 # q [N*H, D], k [K*H, D], v [K*H, D] -> [D, K, G+2, H]
-fuse_qkv = Transform(_qkv_sources, _qkv)
+fuse_qkv = Transform(_qkv_sources, _qkv, (1,))
 # q [N*H], k [K*H], v [K*H] -> [K, G+2, H]
-fuse_qkv_bias = Transform(_qkv_bias_sources, _heads_bias)
+fuse_qkv_bias = Transform(_qkv_bias_sources, _heads_bias, (0,))
 # q [N*H], v [K*H] -> [K, G+2, H], the key part zero
-fuse_qv_bias = Transform(_qv_bias_sources, _qv_bias)
+fuse_qv_bias = Transform(_qv_bias_sources, _qv_bias, (0,))
 # n tensors [N*H, D] -> [D, N, n, H]
-fuse_heads = Transform(_heads_sources, _heads)
+fuse_heads = Transform(_heads_sources, _heads, (1,))
 # v [N*H] -> [N, 2, H], the key part zero
-fuse_v_bias = Transform(_v_bias_sources, _v_bias)
+fuse_v_bias = Transform(_v_bias_sources, _v_bias, (0,))
 # n tensors [N*H, C] -> [C, n, N, H], and their biases [N*H] -> [n, N, H]
-stack_heads = Transform(_stack_heads_sources, _stack_heads)
-stack_heads_bias = Transform(_stack_heads_bias_sources, _stack_heads_bias)
+stack_heads = Transform(_stack_heads_sources, _stack_heads, (2,))
+stack_heads_bias = Transform(_stack_heads_bias_sources, _stack_heads_bias, (1,))
 # q [N*H], v [N*H] -> [3, N, H], the key part zero
-stack_qv_bias = Transform(_stack_qv_bias_sources, _stack_qv_bias)
-# [3*N*H, C] (all q, all k, all v) -> [C, 3, N, H]; `fold` is for its bias
-split_heads = Transform(_split_heads_sources, _split_heads)
+stack_qv_bias = Transform(_stack_qv_bias_sources, _stack_qv_bias, (1,))
+# [3*N*H, C] (all q, all k, all v) -> [C, 3, N, H], and its bias [3*N*H] -> [3, N, H]
+split_heads = Transform(_split_heads_sources, _split_heads, (2,), _head_sections)
+split_heads_bias = Transform(_split_heads_bias_sources, _fold, (1,), _head_sections)
 # output projection [D, N*H] -> [*heads, H, D]
-merge_heads = Transform(_merge_heads_sources, _merge_heads)
+merge_heads = Transform(_merge_heads_sources, _merge_heads, (0,))
 # gate [F, D], up [F, D] -> [D, 2, F]
-fuse_gate_up = Transform(_gate_up_sources, _gate_up)
+fuse_gate_up = Transform(_gate_up_sources, _gate_up, (2,))
 # [(N + 2K) * H, D] (all q, all k, all v) -> [D, K, G+2, H]
-regroup_qkv = Transform(_regroup_qkv_sources, _regroup_qkv)
+regroup_qkv = Transform(_regroup_qkv_sources, _regroup_qkv, (1,), _qkv_rows)
 # [2F, D] (gate first) -> [D, 2, F]
-split_gate_up = Transform(_split_gate_up_sources, _split_gate_up)
+split_gate_up = Transform(_split_gate_up_sources, _split_gate_up, (2,), _gate_up_halves)
 # n equal tensors -> [n, ...]
-stack = Transform(_stack_sources, _stack)
+stack = Transform(_stack_sources, _stack, ANY_AXIS[1:])
 # experts' [E, D, 2F] (gate first) -> [E, D, 2, F]
-expert_gate_up = Transform(_expert_gate_up_sources, _fold)
+expert_gate_up = Transform(_expert_gate_up_sources, _fold, (0,))
 # experts' [E, 2F, D] -> [E, D, 2, F]
-transposed_expert_gate_up = Transform(_transposed_expert_gate_up_sources, _transposed_expert_gate_up)
+transposed_expert_gate_up = Transform(_transposed_expert_gate_up_sources, _transposed_expert_gate_up, (0,))
 # [E, out, in] -> [E, in, out]
-transpose_experts = Transform(_transpose_experts_sources, _transpose_experts)
+transpose_experts = Transform(_transpose_experts_sources, _transpose_experts, (0,))

@@ -99,6 +99,34 @@ def xla_flag_is_set(name: str) -> bool:
     return f"--{name}" in (flag.partition("=")[0] for flag in flags.split())
 
 
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What a cluster's scheduler tells this process. num_processes: those it has started together. whole_hosts: whether
+    each of them has all devices of a host, though jax would give it one."""
+
+    scheduler: str = ""
+    num_processes: int = 1
+    whole_hosts: bool = False
+
+    @classmethod
+    def read(cls) -> Environment:
+        """From the variables by which `jax.distributed.initialize()` finds the others: Slurm's, and those of TPU slices
+        on GKE."""
+        known = os.environ.get
+        if all(f"SLURM_{name}" in os.environ for name in ("JOB_ID", "STEP_NODELIST", "NTASKS", "PROCID", "LOCALID")):
+            tasks = int(known("SLURM_NTASKS", "1"))
+            return cls("Slurm", tasks, whole_hosts=tasks == int(known("SLURM_STEP_NUM_NODES", "0")))
+        workers = known("TPU_PROCESS_ADDRESSES", known("TPU_WORKER_HOSTNAMES", ""))
+        slices = int(known("MEGASCALE_NUM_SLICES", "1") or 1)
+        return cls("GKE", len(workers.split(",")) * slices) if workers else cls()
+
+
+def set_xla_flag(name: str, value: str) -> None:
+    """Set a flag of XLA that XLA_FLAGS does not set. Before XLA starts."""
+    if not xla_flag_is_set(name):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{name}={value}".strip()
+
+
 def cache_root() -> Path:
     """The directory of all caches."""
     return Path(env("CACHE_ROOT", "~/.cache/mmjax")).expanduser()
@@ -153,6 +181,10 @@ class EngineArgs:
     )
     tensor_parallel_size: int = argument(1, "devices that share one copy of the model")
     data_parallel_size: int = argument(1, "copies of the model, each on its own devices")
+    nnodes: int | None = argument(None, "hosts that share one copy of the model; unset: by Slurm or GKE, else 1")
+    node_rank: int = argument(0, "number of this host; 0 schedules and serves, the others follow it")
+    master_addr: str = argument("127.0.0.1", "address of host 0, as the others reach it")
+    master_port: int = argument(29501, "port at that address")
     dtype: str = argument("auto", "dtype to compute in; `auto` follows the checkpoint and the platform")
     load_format: str = argument(
         "auto", "`dummy` uses random weights instead of the checkpoint's; `auto` and `safetensors` are the same"
@@ -239,6 +271,10 @@ class EngineArgs:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.nnodes is None or self.nnodes >= 1, "nnodes", self.nnodes, "at least 1")
+        hosts = self.nnodes or 1
+        _require(0 <= self.node_rank < hosts, "node_rank", self.node_rank, f"from 0 to {hosts - 1} with nnodes={hosts}")
+        _require(0 < self.master_port < 2**16, "master_port", self.master_port, "from 1 to 65535")
         _require(
             0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]"
         )

@@ -97,6 +97,10 @@ def _add_http_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--disable-fastapi-docs", action=yes, default=False, help="do not serve /docs, /redoc and /openapi.json"
     )
+    group.add_argument(
+        "--headless", action=yes, default=False,
+        help="serve nothing; accepted on hosts of node rank 1 and above, which follow host 0 with and without it",
+    )  # fmt: skip
     levels = ("critical", "error", "warning", "info", "debug", "trace")
     group.add_argument("--uvicorn-log-level", choices=levels, default="info", help="least level that the server logs")
 
@@ -140,6 +144,8 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
 
 def check(arguments: argparse.Namespace) -> None:
     """ValueError for flags that would otherwise fail only after the model is loaded."""
+    if arguments.headless and not getattr(arguments, "node_rank", 0):
+        raise ValueError("--headless: host 0 serves; give it to those with --node-rank 1 and above, or to none")
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         file = getattr(arguments, name)
         if file is not None and not Path(file).is_file():

@@ -27,7 +27,7 @@ LAYERS = (
     ("inputs", "models"),
     ("loader",),
     ("engine",),
-    ("outputs",),
+    ("outputs", "distributed"),
     ("entrypoints",),
     ("demo", ""),  # "": the public names of the package itself, which are imported on demand
     ("serve",),
@@ -83,6 +83,7 @@ IMPORT_RULES = {
     "engine.programs": ImportRule(banned=("orbax", "transformers")),
     "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
+    "distributed": ImportRule(banned=NO_MODEL_CODE),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
     "ray": HOST,
     "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),

@@ -259,8 +259,7 @@ class Engine:
     def _collect(self, step: InFlightStep) -> list[OutputProcessor]:
         """Wait for a dispatch, give its results to the outputs, and return those that changed."""
         start = time.perf_counter()
-        for call in step.calls:
-            call.result()
+        self.runner.wait(step.calls)
         logprobs = None if step.prompt_logprobs is None else step.prompt_logprobs.result()
         result = StepResult(step.output.result(), logprobs)
         result.wait()

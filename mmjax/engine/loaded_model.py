@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NoReturn
 
 from mmjax.chat import ChatRenderer
 from mmjax.engine.buckets import BucketConfig
@@ -27,6 +28,7 @@ class LoadedModel:
     """engines: one per replica. reload_params: reads the parameters of each replica again. connect: makes media
     connectors. generation_config: sampling defaults. eos_ids: end-of-sequence tokens, the primary one first. seeds: for
     requests without a seed. request_ids: for all requests. asleep: those of MEMORY that are not on the devices.
+    lost: with several hosts, gets an exception as soon as one is lost.
 
     Only the thread that steps the engines may use them, the two iterators and the reset methods. Everything else may be
     used from any thread.
@@ -50,6 +52,7 @@ class LoadedModel:
     seeds: Iterator[int]
     request_ids: Iterator[str]
     asleep: frozenset[str] = frozenset()
+    lost: Future[NoReturn] | None = None
     _params_on_host: list[Any] = dataclasses.field(default_factory=list)  # of each engine, while it sleeps
 
     @property

@@ -9,7 +9,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mmjax.engine.programs import (
     Decode,
     DeviceState,
     Encode,
+    Params,
     Prefill,
     ProgramInputs,
     ProgramKey,
@@ -78,7 +80,6 @@ class ModelRunner:
         self.compiles = 0
         self.compiles_after_warmup = 0
         self.warm = False
-        self._shardings: Any = None  # of the parameters, while they are not on the device
         self._programs: dict[ProgramKey, Compiled] = {}
         self.ready = memory.buckets
         """`buckets` without those whose programs are still to be compiled; the largest are always there."""
@@ -148,12 +149,17 @@ class ModelRunner:
         compiled: Callable[[], DeviceState] = jax.jit(zeros, out_shardings=placements).lower().compile()
         return compiled
 
+    @property
+    def param_shapes(self) -> Params:
+        """The parameters' shapes, dtypes and shardings, in the order of `paths`."""
+        return self._inputs.params
+
     # -- sleeping ----------------------------------------------------------------------------------------------------
 
     def take_params(self, *, keep: bool) -> list[Any] | None:
         """Free the parameters on the device. Returns copies of them on the host if they are to be kept."""
-        host = jax.device_get(self.params) if keep else None
-        self._shardings = jax.tree.map(lambda array: array.sharding, self.params)
+        copy = _shards_to_host if self.mesh.is_multi_process else jax.device_get
+        host = copy(self.params) if keep else None
         _delete(self.params)
         self.params = []
         return host
@@ -161,7 +167,7 @@ class ModelRunner:
     def restore_params(self, host: list[Any]) -> None:
         """Put the parameters that `take_params` returned, or the same ones read again, back on the device. The compiled
         programs take them as before."""
-        self.params = jax.device_put(host, self._shardings)
+        self.params = jax.tree.map(_to_devices, self.param_shapes, host)
 
     def drop_state(self) -> None:
         """Free the state on the device: the KV cache and all else. No sequence may be running."""
@@ -307,6 +313,11 @@ class ModelRunner:
 
     # -- running -----------------------------------------------------------------------------------------------------
 
+    def wait(self, calls: Sequence[Future[Any]]) -> None:
+        """Return once these calls of the methods below have returned. Raises what they raised."""
+        for call in calls:
+            call.result()
+
     def prefill(self, tokens: int, vector: np.ndarray) -> StepOutput:
         """Dispatch a prefill of a bucket of T tokens."""
         self.state, output = self.program(Prefill(tokens))(self.params, self.state, vector)
@@ -366,6 +377,29 @@ def _bucket_of(key: ProgramKey) -> tuple[Any, ...] | None:
 
 def _shape(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostShards:
+    """A copy of those parts of an array that are on this host's devices. No tree to jax, but a leaf."""
+
+    parts: Sequence[tuple[jax.Device, np.ndarray]]
+
+
+def _shards_to_host(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda array: _HostShards([(s.device, np.array(s.data)) for s in array.addressable_shards]), tree
+    )
+
+
+def _to_devices(shape: jax.ShapeDtypeStruct, host: np.ndarray | _HostShards | Array) -> Array:
+    """The array that was copied to the host; one that is on the devices stays."""
+    if isinstance(host, jax.Array):
+        return host
+    if isinstance(host, _HostShards):
+        parts = [jax.device_put(part, device) for device, part in host.parts]
+        return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, parts)
+    return jax.device_put(host, shape.sharding)
 
 
 def _delete(tree: Any) -> None:

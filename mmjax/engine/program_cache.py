@@ -44,7 +44,7 @@ class ProgramCache:
 
     def __init__(self, directory: Path, model: object) -> None:
         _register_trees()
-        self._directory = directory / "traced" / _source_digest()
+        self._directory = directory / "traced" / source_digest()
         self._model = pickle.dumps(model)
 
     def read(self, key: object) -> Exported | None:
@@ -106,7 +106,7 @@ def _register_trees() -> None:
 
 
 @functools.cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Of this package's code, and the versions of the packages that trace it."""
     digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax")).encode())
     folders = {Path(__file__).parent.parent, Path(str(kernels.__file__)).parent}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import queue
@@ -58,6 +59,8 @@ class AsyncLLM:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if self.model.lost is not None:  # the engine's thread may be waiting for a call
+            self.model.lost.add_done_callback(lambda lost: self._inbox.put(lost.result))
 
     @property
     def model(self) -> LoadedModel:
@@ -331,8 +334,8 @@ class AsyncLLM:
         engine = min(self.model.engines, key=lambda each: each.num_unfinished)
         tokens = np.asarray(token_ids, np.int32)
         scores = await self.between_steps(lambda: engine.align(entry.modality, entry.item, tokens))
-        found = await asyncio.wrap_future(scores)
-        return await self._on_worker(lambda: np.asarray(found)[:, : len(tokens)])
+        found = self.llm.workers.submit(lambda: np.asarray(scores.result())[:, : len(tokens)])
+        return await asyncio.wrap_future(found if self.model.lost is None else _unless_lost(found, self.model.lost))
 
     # -- the engine --------------------------------------------------------------------------------------------------
 
@@ -450,3 +453,22 @@ class AsyncLLM:
             stream.abort()
         if ended:
             self._forget(stream)
+
+
+def _unless_lost(
+    call: concurrent.futures.Future[T], lost: concurrent.futures.Future[Any]
+) -> concurrent.futures.Future[T]:
+    """The result of a call that never returns once a host is lost. EngineDeadError in that case."""
+    first: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def settle(done: concurrent.futures.Future[Any]) -> None:
+        error = done.exception()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # the other was first, or the caller has left
+            if error is None:
+                first.set_result(done.result())
+            else:
+                first.set_exception(EngineDeadError(f"The engine has stopped: {error}") if done is lost else error)
+
+    call.add_done_callback(settle)
+    lost.add_done_callback(settle)
+    return first

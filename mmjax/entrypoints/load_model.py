@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import os
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +37,8 @@ from mmjax.types import RequestError, ValidationError
 if TYPE_CHECKING:
     import jax
 
+    from mmjax.distributed.hosts import Hosts
+
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -45,9 +47,18 @@ def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel
     """Load a model and compile its programs: all, or with `compile_behind` those that the first requests need, and the
     others while requests run. ValueError for a model that cannot be loaded or does not fit."""
     start = time.perf_counter()
+    _set_jax_up(args)
+    from mmjax.distributed.hosts import Hosts
+
+    hosts = Hosts.join(args)
+    with contextlib.nullcontext() if hosts is None else hosts.loading():
+        return _load(args, hosts, start, compile_behind=compile_behind and hosts is None)
+
+
+def _load(args: EngineArgs, hosts: Hosts | None, start: float, *, compile_behind: bool) -> LoadedModel:
     directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
-    replicas = _replica_devices(_start_jax(args), args)
+    replicas = _replica_devices(args) if hosts is None else [hosts.devices(args.tensor_parallel_size)]
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
     processor = checkpoint.processor(tokenizer)
@@ -55,13 +66,15 @@ def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel
     limits = args.limits(processor.mm_limits)
     engines, reload_params = [], []
     for devices in replicas:
-        engine, reload = _load_engine(args, checkpoint, devices, limits)
+        engine, reload = _load_engine(args, checkpoint, devices, limits, hosts)
         engines.append(engine)
         reload_params.append(reload)
     compile_s = 0.0
     if not args.enforce_eager:
         compile_s = sum(engine.runner.warm_up(_progress_bar("Compiling"), behind=compile_behind) for engine in engines)
     first = engines[0]
+    if hosts is not None:
+        hosts.start(first.runner, reload_params[0])
     input_processor = _input_processor(args, processor, tokenizer, first, limits)
     connect = functools.partial(_connect, args, input_processor)
     for name in checkpoint.unread_overrides():
@@ -93,6 +106,7 @@ def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel
         compile_s=compile_s,
         seeds=(args.seed * 1_000_003 + n for n in itertools.count()),
         request_ids=map(str, itertools.count()),
+        lost=None if hosts is None else hosts.lost,
     )
 
 
@@ -186,7 +200,7 @@ def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _start_jax(args: EngineArgs) -> types.ModuleType:
+def _set_jax_up(args: EngineArgs) -> None:
     """Import jax. It reads the share of memory and the compilation cache when it starts, so set them first."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
     import jax
@@ -197,11 +211,12 @@ def _start_jax(args: EngineArgs) -> types.ModuleType:
             jax.config.update("jax_compilation_cache_dir", directory)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
             jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return jax
 
 
-def _replica_devices(jax: types.ModuleType, args: EngineArgs) -> list[list[jax.Device]]:
+def _replica_devices(args: EngineArgs) -> list[list[jax.Device]]:
     """The devices of each replica. ValueError when there are too few."""
+    import jax
+
     devices, tp_size, dp_size = jax.local_devices(), args.tensor_parallel_size, args.data_parallel_size
     if tp_size * dp_size > len(devices):
         raise ValueError(
@@ -212,7 +227,11 @@ def _replica_devices(jax: types.ModuleType, args: EngineArgs) -> list[list[jax.D
 
 
 def _load_engine(
-    args: EngineArgs, checkpoint: Checkpoint, devices: list[jax.Device], limits: Mapping[str, int]
+    args: EngineArgs,
+    checkpoint: Checkpoint,
+    devices: list[jax.Device],
+    limits: Mapping[str, int],
+    hosts: Hosts | None,
 ) -> tuple[Engine, Callable[[], list[Any]]]:
     """The engine of one replica, with its weights on its devices and its programs not compiled yet; and a function that
     reads these weights again."""
@@ -244,16 +263,22 @@ def _load_engine(
     )
     graph, config, params = load()
     spec = _served_spec(args, config.spec, encoders)
+    device = devices[0] if hosts is None else hosts.least_memory(mesh.local_devices[0])
     memory = EngineMemory.plan(
-        args, spec, platform, kv_dtype=precision.kv_dtype, tp_size=sharding.tp_size(mesh), device=devices[0]
+        args, spec, platform, kv_dtype=precision.kv_dtype, tp_size=sharding.tp_size(mesh), device=device
     )
     # the rotary frequencies of some models depend on max_model_len
     graph, _ = param_specs(checkpoint.family, config.for_max_len(memory.max_model_len))
-    runner = ModelRunner(graph, params, spec, memory, mesh, precision, platform=platform)
+    make_runner = ModelRunner if hosts is None else hosts.make_runner
+    runner = make_runner(graph, params, spec, memory, mesh, precision, platform=platform)
+    if hosts is not None:
+        hosts.check_same(args, runner, memory)
     prefix_caching = args.enable_prefix_caching
     if prefix_caching is None:
         prefix_caching = not spec.is_encoder_decoder
-    return Engine(runner, spec, memory, prefix_caching=prefix_caching), lambda: list(load()[2].values())
+    reload = lambda: list(load()[2].values())  # noqa: E731
+    engine = Engine(runner, spec, memory, prefix_caching=prefix_caching)
+    return engine, reload if hosts is None else functools.partial(hosts.reload, reload)
 
 
 def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> ModelSpec:

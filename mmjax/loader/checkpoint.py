@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.converters.formats import ADAPTER, GGUF, format_hint, refuse_quantized
-from mmjax.converters.table import Part, Tensor, convert
+from mmjax.converters.table import Part, Read, Tensor, readers
 from mmjax.hf_config import HfConfig, MissingNameError, Overrides, canonical, override, unread_changes
 from mmjax.loader.family import Family
 from mmjax.models.base import Config
@@ -135,11 +135,11 @@ class Checkpoint:
         """Names that the overrides change and that nobody has read. To be asked when the model is loaded."""
         return [] if self.stored_config is None else unread_changes(self.stored_config, self.config)
 
-    def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, value) of every parameter, one at a time. Raises ConversionError for a checkpoint that does not
-        fit."""
+    def param_readers(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Read]]:
+        """(path, a function that reads it, or a region of it) of every parameter. Raises ConversionError for a
+        checkpoint that does not fit."""
         if not self.converted:
-            yield from convert(self.tensors, self.family.table, shapes)
+            yield from readers(self.tensors, self.family.table, shapes)
             return
         for path, shape in shapes.items():
             if path not in self.tensors or tuple(self.tensors[path].shape) != shape:
@@ -147,7 +147,11 @@ class Checkpoint:
                 raise ValueError(
                     f"{self.directory}: parameter {path!r} needs shape {shape}, found {found}; convert it again"
                 )
-            yield path, self.tensors[path].read()
+            yield path, self.tensors[path].read
+
+    def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+        """(path, value) of every parameter, one at a time."""
+        return ((path, read(())) for path, read in self.param_readers(shapes))
 
 
 def find_model(

@@ -16,6 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from mmjax import sharding
+from mmjax.converters.table import Read
+from mmjax.converters.transforms import Region
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.loader.family import Family
 from mmjax.loader.precision import Precision
@@ -83,17 +85,42 @@ def load_params(
             params[path] = store_param(path, spec, array, mesh, int8=int8)
         return graph, padded, params
     _, stored = param_specs(checkpoint.family, config)
-    values = checkpoint.param_values({path: spec.shape for path, spec in stored.items()})
-    for path, value in progress(values, len(stored)):
+    readers = checkpoint.param_readers({path: spec.shape for path, spec in stored.items()})
+    for path, read in progress(readers, len(stored)):
         spec = specs[path]
         if is_skipped(path):
             target = sharding.named_sharding(mesh, empty.axes)
             params[path] = jnp.zeros(empty.shape, jnp.dtype(precision.compute_dtype), device=target)
             continue
-        rounded = fit_to_mesh(value, stored[path], spec).astype(jnp.dtype(precision.weight_dtype), copy=False)
-        array = jax.device_put(rounded.astype(dtype_of(path), copy=False), sharding.named_sharding(mesh, spec.axes))
+        dtypes = jnp.dtype(precision.weight_dtype), dtype_of(path)
+        array = put_param(read, stored[path], spec, sharding.named_sharding(mesh, spec.axes), dtypes)
         params[path] = store_param(path, spec, array, mesh, int8=int8)
     return graph, padded, params
+
+
+def put_param(
+    read: Read, stored: ParamSpec, spec: ParamSpec, target: NamedSharding, dtypes: tuple[jnp.dtype, jnp.dtype]
+) -> jax.Array:
+    """A parameter on the mesh. dtypes: the one that it is rounded to, and the one that it is stored in.
+
+    If the mesh spans several hosts, each reads only what its own devices need.
+    """
+
+    def cast(value: np.ndarray) -> np.ndarray:
+        return value.astype(dtypes[0], copy=False).astype(dtypes[1], copy=False)
+
+    if target.is_fully_addressable:
+        return jax.device_put(cast(fit_to_mesh(read(()), stored, spec)), target)
+    parts: dict[tuple[int, ...], np.ndarray] = {}  # several devices may need the same one
+
+    def part(index: Any) -> np.ndarray:
+        region = tuple(slice(*ends.indices(size)[:2]) for ends, size in zip(index, spec.shape, strict=True))
+        key = tuple(ends.start for ends in region)
+        if key not in parts:
+            parts[key] = cast(fit_region_to_mesh(read, stored, spec, region))
+        return parts[key]
+
+    return jax.make_array_from_callback(spec.shape, target, part)
 
 
 def store_param(path: str, spec: ParamSpec, array: jax.Array, mesh: Mesh, *, int8: bool) -> jax.Array | QuantizedArray:
@@ -146,6 +173,26 @@ def fit_to_mesh(value: np.ndarray, stored: ParamSpec, target: ParamSpec) -> np.n
             value = _repeat_kv_heads(value, axis, copies, num_kv)
     padding = [(0, size - stored_size) for stored_size, size in zip(value.shape, target.shape, strict=True)]
     return np.pad(value, padding)
+
+
+def fit_region_to_mesh(read: Read, stored: ParamSpec, target: ParamSpec, region: Region) -> np.ndarray:
+    """A region of what `fit_to_mesh` returns, reading no more of the parameter than it needs."""
+    source = [slice(min(p.start, size), min(p.stop, size)) for p, size in zip(region, stored.shape, strict=True)]
+    shape, starts = [part.stop - part.start for part in region], [0] * len(region)
+    fitted = list(shape)
+    if "kv_heads" in target.axes:
+        axis = target.axes.index("kv_heads")
+        group = axis + 1
+        if stored.shape[group] != target.shape[group]:  # heads are repeated: whole heads are read, with their groups
+            copies = target.shape[axis] // stored.shape[axis]
+            first, last = region[axis].start // copies, -(-region[axis].stop // copies)
+            source[axis], source[group] = slice(first, last), slice(0, stored.shape[group])
+            starts[axis], fitted[axis] = region[axis].start - first * copies, (last - first) * copies
+    value = read(tuple(source))
+    if not value.size:
+        return np.zeros(shape, value.dtype)
+    value = fit_to_mesh(value, ParamSpec(value.shape, stored.axes), ParamSpec(tuple(fitted), target.axes))
+    return value[tuple(slice(start, start + size) for start, size in zip(starts, shape, strict=True))]
 
 
 def _repeat_kv_heads(value: np.ndarray, axis: int, copies: int, num_kv: int) -> np.ndarray:

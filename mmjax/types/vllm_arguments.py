@@ -158,7 +158,7 @@ ENGINE = _by_name(
     ignored(
         "one process drives all devices of a host",
         distributed_executor_backend=None, data_parallel_backend="mp", ray_workers_use_nsight=False,
-        master_addr="127.0.0.1", master_port=29501, distributed_timeout_seconds=None,
+        distributed_timeout_seconds=None,
         data_parallel_address=None, data_parallel_rpc_port=None,
     ),
     ignored(
@@ -179,7 +179,6 @@ ENGINE = _by_name(
         "use tensor_parallel_size or data_parallel_size",
         pipeline_parallel_size=1, prefill_context_parallel_size=1, decode_context_parallel_size=1,
     ),
-    refused("one engine runs on one host: start one per host, behind a load balancer", nnodes=1, node_rank=0),
     refused(
         "data_parallel_size runs all copies in one process, and balances their load",
         data_parallel_rank=None, data_parallel_start_rank=None, data_parallel_size_local=None,
@@ -281,8 +280,7 @@ SERVER = _by_name(
     refused("put a proxy in front of the server", middleware=[]),
     ignored("--max-body-mb limits requests", h11_max_incomplete_event_size=4194304, h11_max_header_count=256),
     ignored("`/docs` loads its scripts from elsewhere; `/openapi.json` does not", enable_offline_docs=False),
-    refused("one process serves one engine: start several behind a load balancer", headless=False,
-            api_server_count=1),
+    refused("one process serves one engine: start several behind a load balancer", api_server_count=1),
     refused("use HTTP", grpc=False),
 )  # fmt: skip
 """Flags of `vllm serve` alone that do not work here."""

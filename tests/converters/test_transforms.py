@@ -89,7 +89,7 @@ def test_split_heads() -> None:
     parts, biases = np.split(fused, 3), np.split(bias, 3)
     value = made(to.split_heads, fused, shape=(D, 3, K, H))
     np.testing.assert_array_equal(value, made(to.stack_heads, *parts, shape=(D, 3, K, H)))
-    value = made(to.fold, bias, shape=(3, K, H))
+    value = made(to.split_heads_bias, bias, shape=(3, K, H))
     np.testing.assert_array_equal(value, made(to.stack_heads_bias, *biases, shape=(3, K, H)))
 
 

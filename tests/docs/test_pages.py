@@ -146,6 +146,7 @@ def test_continuous_integration_runs_what_contributors_are_told() -> None:
         "pytest -m parity",
         "pytest -m clients",
         "pytest -m published",
+        "pytest -m hosts",
     )
     for step in wanted:
         assert step in told and any(line.startswith(step) for line in steps), step

@@ -173,8 +173,8 @@ def test_a_usual_command(parser: argparse.ArgumentParser, caplog: pytest.LogCapt
 
 
 def test_a_refused_flag_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "model", "--headless"]) == 1
-    assert "headless is not supported: one process serves one engine" in capsys.readouterr().err
+    assert main(["serve", "model", "--api-server-count", "2"]) == 1
+    assert "api_server_count is not supported: one process serves one engine" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", "model", "--max-num-batched-tokens", "many"])
     assert "must be a number such as 4096, 4k or 4K" in capsys.readouterr().err

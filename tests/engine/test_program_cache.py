@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_traced_again(
         elif damage == "other model":
             monkeypatch.setattr(runner, "program_cache", ProgramCache(tmp_path, "another model"))
         else:
-            monkeypatch.setattr(program_cache, "_source_digest", lambda: "other")
+            monkeypatch.setattr(program_cache, "source_digest", lambda: "other")
             monkeypatch.setattr(runner, "program_cache", ProgramCache(tmp_path, "a model"))
         traced = []
         whole = StepFunctions.set_logit_biases
@@ -74,7 +74,7 @@ def test_programs_of_old_code_are_removed(tmp_path: Path, monkeypatch: pytest.Mo
     program = program_cache.export(jax.jit(jnp.sin), (jnp.ones(3),))
     assert program is not None
     for code in "abcdef":
-        monkeypatch.setattr(program_cache, "_source_digest", lambda code=code: code)
+        monkeypatch.setattr(program_cache, "source_digest", lambda code=code: code)
         cache = ProgramCache(tmp_path, "a model")
         cache.write(KEY, program)
         assert cache.read(KEY) is not None
