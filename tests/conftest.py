@@ -138,6 +138,13 @@ def share_programs() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_decode_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines made meanwhile decode few sequences with the program for many: the other one takes a CPU second to
+    compile. For tests that compare with something else than the same engine's outputs at another size."""
+    monkeypatch.setattr("mmjax.engine.memory._seq_buckets", lambda largest: (largest,))
+
+
+@pytest.fixture
 def compiles() -> "Iterator[CompileCounter]":
     """Counts the programs asked of XLA while the test runs. `compiles.count` does not depend on earlier runs."""
     from mmjax.engine.compile_counter import count_compiles

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import gzip
 import http.server
 import io
@@ -60,7 +61,9 @@ def body(data: bytes, **headers: str) -> Callable[[http.server.BaseHTTPRequestHa
 
 
 def gzipped(data: bytes) -> Callable[[http.server.BaseHTTPRequestHandler], None]:
-    return body(gzip.compress(data, compresslevel=1), Content_Encoding="gzip")
+    """`data`, packed when it is asked for: modules are imported by every process, and some have 200 MB to pack."""
+    packed = functools.cache(lambda: gzip.compress(data, compresslevel=1))
+    return lambda request: body(packed(), Content_Encoding="gzip")(request)
 
 
 def trickle(pause_s: float, count: int) -> Callable[[http.server.BaseHTTPRequestHandler], None]:

@@ -89,6 +89,7 @@ def test_cached(demo: LLM) -> None:
     assert said([first]) == said([again])
 
 
+@pytest.mark.usefixtures("one_decode_size")
 def test_on_two_devices(demo: LLM, alone: list[str]) -> None:
     split = LLM(
         "demo",

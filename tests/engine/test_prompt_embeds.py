@@ -48,6 +48,7 @@ def tokens_of(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(20, 200, count).tolist()
 
 
+@pytest.mark.usefixtures("one_decode_size")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_of_tokens_give_the_same_output(family: str, taking: Any, table: Any) -> None:
     llm = taking(family)

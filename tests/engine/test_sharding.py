@@ -30,6 +30,7 @@ def one_device(shared_llm) -> dict[str, list[list[int]]]:
 
 
 # Two devices split the heads, four also repeat (Qwen2-VL) or pad them.
+@pytest.mark.usefixtures("one_decode_size")
 @pytest.mark.parametrize(
     ("family", "prompts", "ways"),
     [
@@ -49,6 +50,7 @@ def test_tensor_parallel_is_token_exact(make_llm, one_device, family: str, promp
     assert len(runner.state.kv_cache.k.devices()) == ways
 
 
+@pytest.mark.usefixtures("one_decode_size")
 def test_data_parallel_replicas_share_the_work(make_llm, one_device) -> None:
     llm: LLM = make_llm("qwen2_vl", data_parallel_size=2, tensor_parallel_size=2)
     assert output_ids(llm.generate(QWEN, greedy(), use_tqdm=False)) == one_device["qwen2_vl"]

@@ -127,7 +127,12 @@ def first_block(case: Paged, s: int) -> int:
 
 def rounded(x: Array, dtype: Any) -> Array:
     """Float32 values that `dtype` holds exactly."""
-    return np.asarray(jnp.asarray(x, dtype).astype(jnp.float32))
+    return x.astype(dtype).astype(np.float32)
+
+
+def on_device(x: Any, dtype: Any = None) -> jax.Array:
+    """As jnp.asarray, which would compile a program for every shape."""
+    return jax.device_put(np.asarray(x, dtype))
 
 
 IMPLEMENTATIONS = tuple(PLATFORM)
@@ -140,10 +145,10 @@ def program(op: str, impl: str, **static: object) -> Callable[..., jax.Array]:
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})  # compiled once, run once
 
 
-def pad_heads(x: Array, impl: str, dtype: object) -> jax.Array:
+def pad_heads(x: Array, impl: str, dtype: Any) -> jax.Array:
     """To the cache's head dim, as the callers of the ops do."""
     extra = kernels.kv_cache_head_dim(x.shape[-1], PLATFORM[impl]) - x.shape[-1]
-    return jnp.asarray(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), dtype)
+    return on_device(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)]), dtype)
 
 
 def laid_out(data: Cache, impl: str) -> tuple[Array, Array]:
@@ -161,7 +166,7 @@ def test_decode(case: Paged, impl: str) -> None:
     q = rounded(rng.standard_normal((len(case.lengths), case.kv_heads, case.group, case.head_dim)), case.dtype)
     run = program("paged_decode", impl, scale=scale, window=case.window)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
-    out = run(*arrays, jnp.asarray(data.block_table), jnp.asarray(case.lengths, jnp.int32))
+    out = run(*arrays, on_device(data.block_table), on_device(case.lengths, np.int32))
     assert out.dtype == case.dtype
     got = np.asarray(out, np.float64)[..., : case.head_dim]
     assert np.isfinite(got).all()
@@ -178,10 +183,10 @@ def test_prefill(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(1)
     data, scale = make_cache(case, rng), case.head_dim**-0.5
     q = rounded(rng.standard_normal((len(case.queries), QUERIES, case.kv_heads, case.group, case.head_dim)), case.dtype)
-    seq_index, q_start = (jnp.asarray(x, jnp.int32) for x in zip(*case.queries, strict=True))
+    seq_index, q_start = (on_device(x, np.int32) for x in zip(*case.queries, strict=True))
     run = program("paged_prefill", impl, scale=scale, causal=case.causal, window=case.window)
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
-    out = run(*arrays, jnp.asarray(data.block_table), seq_index, q_start, jnp.asarray(case.lengths, jnp.int32))
+    out = run(*arrays, on_device(data.block_table), seq_index, q_start, on_device(case.lengths, np.int32))
     assert out.dtype == case.dtype
     got = np.asarray(out, np.float64)[..., : case.head_dim]
     assert np.isfinite(got).all()
@@ -206,10 +211,10 @@ def test_segments(case: Segments, impl: str) -> None:
     ids = 3 + np.arange(len(case.lengths))  # any numbers do, as long as neighbors differ
     segment_ids = np.concatenate([np.repeat(ids, case.lengths), np.full(case.tail, -1)]).astype(np.int32)
     run = program("segment_attention", impl, scale=scale, segment_len=case.segment_len)
-    arrays = [*(jnp.asarray(x, case.dtype) for x in (q, k, v)), jnp.asarray(segment_ids)]
+    arrays = [*(on_device(x, case.dtype) for x in (q, k, v)), on_device(segment_ids)]
     if case.masked:
         key_mask = np.concatenate([np.arange(n) < n - case.masked for n in case.lengths] + [np.ones(case.tail, bool)])
-        out = run(*arrays, key_mask=jnp.asarray(key_mask))
+        out = run(*arrays, key_mask=on_device(key_mask))
     else:
         out = run(*arrays)
     assert out.dtype == case.dtype

@@ -29,12 +29,20 @@ def program(op: str, impl: str, **static: object) -> Callable[..., Any]:
     return jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})  # compiled once, run once
 
 
+# NumPy converts, cuts and sums arrays, and device_put makes them jax's: every op of jax.numpy, jnp.asarray too, is one
+# more program to compile for every shape.
+
+
 def bfloat16(x: Array) -> jax.Array:
-    return jnp.asarray(x, jnp.bfloat16)
+    return jax.device_put(np.asarray(x).astype(jnp.bfloat16))
 
 
 def exact(x: Any) -> Array:
-    return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
+    return np.asarray(x).astype(np.float64)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 def assert_close(got: Any, want: Array, eps: float = 4 * BF16) -> None:
@@ -95,13 +103,13 @@ def test_product_of_a_residual_in_parts(gated: bool, impl: str) -> None:
     out, residual, sum_squares = run(ResidualParts(parts, norm_weight), weight)
     total = exact(parts).sum(0, keepdims=True)
     assert residual.shape == (4, WIDTH)
-    assert_close(residual[:1], total, BF16)
+    assert_close(exact(residual)[:1], total, BF16)
     scaled = total * exact(norm_weight)
     if gated:
         gate, up = (scaled / rms(total) @ exact(weight)[:, side] for side in range(2))
         assert_close(out, gate / (1 + np.exp(-gate)) * up)
         return
-    assert_close(out.sum(0), scaled @ exact(weight), 8 * BF16)
+    assert_close(exact(out).sum(0), scaled @ exact(weight), 8 * BF16)
     assert_close(sum_squares, (total.reshape(4, -1) ** 2).sum(1, keepdims=True), BF16)
 
 
@@ -111,16 +119,16 @@ def test_product_of_attention_in_splits_into_residual_parts(impl: str) -> None:
     weight, residual = normal(1, WIDTH, 128), normal(2, 3, 128)
     run = program("skinny_matmul", impl, tile=Tile(64, 64, 2, split_k=2), eps=0.0, reserve=0)
     out = run(states, weight, into=residual).out
-    assert out.dtype == jnp.bfloat16 and (out[0] == residual[0]).all()
-    assert_close(out[1:].sum(0, keepdims=True), merged(states) @ exact(weight), 8 * BF16)
+    assert out.dtype == jnp.bfloat16 and (exact(out)[0] == exact(residual)[0]).all()
+    assert_close(exact(out)[1:].sum(0, keepdims=True), merged(states) @ exact(weight), 8 * BF16)
 
 
 def int8(*shape: int) -> tuple[jax.Array, jax.Array, Array]:
     """An int8 weight [N, K] or [2, F, K], the scale of each of its columns, and what both stand for, [K, ...]."""
     rng = np.random.default_rng(7)
-    values = jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+    values = jax.device_put(rng.integers(-127, 128, shape).astype(np.int8))
     scale = bfloat16(rng.uniform(0.005, 0.02, shape[:-1]))
-    return values, scale, np.moveaxis(exact(values.astype(jnp.float32)) * exact(scale)[..., None], -1, 0)
+    return values, scale, np.moveaxis(exact(values) * exact(scale)[..., None], -1, 0)
 
 
 INT8 = {
@@ -162,13 +170,13 @@ def test_int8_product_of_a_residual_in_parts(gated: bool, impl: str) -> None:
     run = program("skinny_matmul", impl, tile=tile, eps=EPS, reserve=3, into=None)
     out, residual, sum_squares = run(ResidualParts(parts, norm_weight), weight, scale)
     total = exact(parts).sum(0, keepdims=True)
-    assert_close(residual[:1], total, BF16)
+    assert_close(exact(residual)[:1], total, BF16)
     scaled = total * exact(norm_weight)
     if gated:
         gate, up = (scaled / rms(total) @ want[:, side] for side in range(2))
         assert_close(out, gate / (1 + np.exp(-gate)) * up)
         return
-    assert_close(out.sum(0), scaled @ want, 1e-5)
+    assert_close(exact(out).sum(0), scaled @ want, 1e-5)
     assert_close(sum_squares, (total.reshape(4, -1) ** 2).sum(1, keepdims=True), BF16)
 
 
@@ -177,8 +185,8 @@ def test_int8_product_of_attention_in_splits_into_residual_parts(impl: str) -> N
     states, residual, (weight, scale, want) = attn_states(4, 1), normal(2, 3, 128), int8(128, WIDTH)
     run = program("skinny_matmul", impl, tile=Tile(64, 64, 2, split_k=2), eps=0.0, reserve=0)
     out = run(states, weight, scale, into=residual).out
-    assert (out[0] == residual[0]).all()
-    assert_close(out[1:].sum(0, keepdims=True), merged(states) @ want, 8 * BF16)
+    assert (exact(out)[0] == exact(residual)[0]).all()
+    assert_close(exact(out)[1:].sum(0, keepdims=True), merged(states) @ want, 8 * BF16)
 
 
 def test_int8_product_refuses_more_rows() -> None:
@@ -200,7 +208,7 @@ REFUSED = {
 def test_product_refuses(case: tuple[tuple[int, ...], tuple[int, ...], Tile, Any]) -> None:
     rows, shape, tile, dtype = case
     with pytest.raises(NotImplementedError, match="skinny_matmul: triton does not serve"):
-        kernels.skinny_matmul(jnp.zeros(rows, dtype), jnp.zeros(shape, dtype), tile=tile, impl="triton")
+        kernels.skinny_matmul(zeros(rows, dtype), zeros(shape, dtype), tile=tile, impl="triton")
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -225,7 +233,7 @@ def test_tiles_divide_what_they_are_for(rows: int, shape: tuple[int, ...], int8:
 def attn_states(splits: int, rows: int) -> AttnStates:
     lse = np.random.default_rng(5).standard_normal((splits, rows, WIDTH // HEAD_DIM)) * 4
     lse[-1] = -1e30  # a split without keys
-    return AttnStates(normal(4, splits, rows, WIDTH), jnp.asarray(lse, jnp.float32))
+    return AttnStates(normal(4, splits, rows, WIDTH), jax.device_put(lse.astype(np.float32)))
 
 
 def merged(states: AttnStates) -> Array:
@@ -244,14 +252,14 @@ def test_merge(impl: str) -> None:
 
 def test_merge_refuses() -> None:
     with pytest.raises(NotImplementedError, match="merge_attn_states: triton"):
-        kernels.merge_attn_states(AttnStates(jnp.zeros((3, 1, 64)), jnp.zeros((3, 1, 1))), impl="triton")
+        kernels.merge_attn_states(AttnStates(zeros((3, 1, 64)), zeros((3, 1, 1))), impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("parts", [0, 4])
 def test_sum_and_norm(parts: int, impl: str) -> None:
     x, weight = normal(0, 3, 200), normal(2, 200)
-    y = normal(1, 3, 200) if not parts else normal(1, parts, 3, 200).astype(jnp.float32)
+    y = normal(1, 3, 200) if not parts else np.asarray(normal(1, parts, 3, 200)).astype(np.float32)
     total, normed = program("add_rms_norm", impl, eps=EPS)(x, y, weight)
     want = exact(x) + (exact(y).sum(0) if parts else exact(y))
     assert total.dtype == normed.dtype == jnp.bfloat16
@@ -314,8 +322,8 @@ def test_fused_decode(case: Step, impl: str) -> None:
         for array, known in zip(cache, keys, strict=True):
             known.append(exact(bfloat16(rng.standard_normal((len(at), K, H)))))
             array[blocks + table[s, at[read] // BLOCK_SIZE], at[read] % BLOCK_SIZE] = known[s][read]
-    qkv = normal(6, max(case.parts, 1), S, K, G + 2, H).astype(jnp.float32)
-    qkv = qkv if case.parts else bfloat16(qkv[0])
+    qkv = np.asarray(normal(6, max(case.parts, 1), S, K, G + 2, H))
+    qkv = jax.device_put(qkv.astype(np.float32) if case.parts else qkv[0])
     angles = rng.uniform(0, 6, (S, H // 2))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     squares = rng.uniform(50, 100, (4, S)).astype(np.float32) if case.parts else None
@@ -326,13 +334,13 @@ def test_fused_decode(case: Step, impl: str) -> None:
     slots = np.where(last >= 0, table[np.arange(S), last.clip(0) // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE, -1)
 
     pools = [bfloat16(array.swapaxes(1, 2) if impl == "reference" else array) for array in cache]
-    vectors = [jnp.asarray(x, jnp.int32) for x in (table, case.context_lens, slots, blocks)]
+    vectors = [jax.device_put(np.asarray(x, np.int32)) for x in (table, case.context_lens, slots, blocks)]
     out, *pools = program("fused_decode", impl, scale=H**-0.5, window=case.window)(qkv, epilogue, *pools, *vectors)
     if isinstance(out, AttnStates):
         assert S * K < fused_triton.PROGRAMS
         out = kernels.merge_attn_states(out, impl="reference")
     assert out.shape == (S, K * G * H) and np.isfinite(exact(out)).all()
-    k, v = (exact(pool.swapaxes(1, 2) if impl == "reference" else pool) for pool in pools)
+    k, v = (exact(pool).swapaxes(1, 2) if impl == "reference" else exact(pool) for pool in pools)
 
     x = exact(qkv).sum(0) if case.parts else exact(qkv)
     if squares is not None:
@@ -354,7 +362,7 @@ def test_fused_decode(case: Step, impl: str) -> None:
         scores = np.einsum("kgh,jkh->kgj", query[s], all_keys) * H**-0.5
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         want = np.einsum("kgj,jkh->kgh", weights / weights.sum(-1, keepdims=True), all_values)
-        assert_close(out[s], want.reshape(-1), 6 * BF16)
+        assert_close(exact(out)[s], want.reshape(-1), 6 * BF16)
     written = np.zeros(shape[:2], bool)
     written[blocks + slots[slots >= 0] // BLOCK_SIZE, slots[slots >= 0] % BLOCK_SIZE] = True
     for before, after in zip(cache, (k, v), strict=True):
@@ -372,8 +380,8 @@ def test_keys_are_split_until_there_is_work_for_every_multiprocessor() -> None:
     ("dtype", "head_dim", "block_size"), [(jnp.float32, 64, 16), (jnp.bfloat16, 80, 16), (jnp.bfloat16, 64, 48)]
 )
 def test_fused_decode_refuses(dtype: Any, head_dim: int, block_size: int) -> None:
-    qkv, cache = jnp.zeros((1, 2, 4, head_dim), dtype), jnp.zeros((2, block_size, 2, head_dim), dtype)
-    angles, one = jnp.zeros((1, head_dim // 2)), jnp.ones(1, jnp.int32)
+    qkv, cache = zeros((1, 2, 4, head_dim), dtype), zeros((2, block_size, 2, head_dim), dtype)
+    angles, one = zeros((1, head_dim // 2)), jax.device_put(np.ones(1, np.int32))
     with pytest.raises(NotImplementedError, match="fused_decode: triton does not serve"):
         kernels.fused_decode(
             qkv, QKVEpilogue(angles, angles), cache, cache, one[None], one, one, one[0], scale=1.0, impl="triton"

@@ -17,34 +17,40 @@ def heads_first(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return bool(request.param)
 
 
+def write(cache: np.ndarray, *arrays: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Keys and values written into `cache` by one program, as in a step."""
+    return jax.jit(functools.partial(write_kv_cache))(cache, cache, *arrays)
+
+
 def test_writes_slots_and_drops_the_rest(heads_first: bool) -> None:
     cache = np.zeros((3, 4, 2, 8), np.float32)
     rows = np.arange(1, 13, dtype=np.float32).reshape(6, 2, 1) * np.ones((6, 2, 8), np.float32)
-    slots = jnp.asarray([5, -1, 11, 12, 2**31 - 1, -12], jnp.int32)
+    slots = np.array([5, -1, 11, 12, 2**31 - 1, -12], np.int32)
     want = cache.reshape(12, 2, 8).copy()
     want[5], want[11] = rows[0], rows[2]
     want = want.reshape(cache.shape)
     if heads_first:
         cache, want = cache.swapaxes(1, 2), want.swapaxes(1, 2)
-    k, v = write_kv_cache(jnp.asarray(cache), jnp.asarray(cache), jnp.asarray(rows), jnp.asarray(-rows), slots)
+    k, v = write(cache, rows, -rows, slots)
     np.testing.assert_array_equal(k, want)
     np.testing.assert_array_equal(v, -want)
 
 
 def test_casts_to_the_dtype_of_the_cache(heads_first: bool) -> None:
-    cache = jnp.zeros((1, 1, 4, 8) if heads_first else (1, 4, 1, 8), jnp.float32)
-    rows = jnp.ones((1, 1, 8), jnp.bfloat16)
-    k, _ = write_kv_cache(cache, cache, rows, rows, jnp.zeros(1, jnp.int32))
+    cache = np.zeros((1, 1, 4, 8) if heads_first else (1, 4, 1, 8), np.float32)
+    rows = np.ones((1, 1, 8), jnp.bfloat16)
+    k, _ = write(cache, rows, rows, np.zeros(1, np.int32))
     assert k.dtype == jnp.float32
-    assert float(k.sum()) == 8
+    assert np.asarray(k).sum() == 8
 
 
 def test_integers_keep_the_bits_of_bfloat16(heads_first: bool) -> None:
-    cache = jnp.full((1, 1, 4, 8) if heads_first else (1, 4, 1, 8), 7, jnp.uint16)
-    rows = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 8)), jnp.float32)
-    k, _ = write_kv_cache(cache, cache, rows, rows, jnp.full(1, 2, jnp.int32))
-    found = kv_cache.cache_to_float32(k[0, 0, 2] if heads_first else k[0, 2, 0])
-    np.testing.assert_array_equal(found, rows[0, 0].astype(jnp.bfloat16).astype(jnp.float32))
+    cache = np.full((1, 1, 4, 8) if heads_first else (1, 4, 1, 8), 7, np.uint16)
+    rows = np.random.default_rng(0).standard_normal((1, 1, 8)).astype(np.float32)
+    k, _ = write(cache, rows, rows, np.full(1, 2, np.int32))
+    written = np.asarray(k)[0, 0, 2] if heads_first else np.asarray(k)[0, 2, 0]
+    found = kv_cache.cache_to_float32(jax.device_put(written))
+    np.testing.assert_array_equal(found, rows[0, 0].astype(jnp.bfloat16).astype(np.float32))
     assert np.count_nonzero(np.asarray(k) != 7) == 8
 
 
@@ -53,8 +59,8 @@ def test_donated_cache_is_updated_in_place(heads_first: bool, dtype: Any) -> Non
     block = (2, 16) if heads_first else (16, 2)
     cache, rows = jax.ShapeDtypeStruct((512, *block, 64), dtype), jax.ShapeDtypeStruct((4, 2, 64), jnp.float32)
     shapes = [cache, cache, rows, rows]
-    write = functools.partial(jax.jit, donate_argnums=(0, 1))(functools.partial(write_kv_cache))
-    memory = write.lower(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32)).compile().memory_analysis()
+    program = functools.partial(jax.jit, donate_argnums=(0, 1))(functools.partial(write_kv_cache))
+    memory = program.lower(*shapes, jax.ShapeDtypeStruct((4,), jnp.int32)).compile().memory_analysis()
     nbytes = 2 * 512 * 16 * 2 * 64 * jnp.dtype(dtype).itemsize
     assert memory.alias_size_in_bytes == nbytes
     assert memory.temp_size_in_bytes < nbytes / 100

@@ -95,19 +95,20 @@ class Bare:
         start = positions[::Q_BLOCK_SIZE].copy()
         start[start >= count] = -Q_BLOCK_SIZE
         blocks, keys = size // BLOCK_SIZE, len(embeds) if self.spec.is_encoder_decoder else 0
-        batch = Batch(
-            token_ids=jnp.asarray(tokens),
-            rope_positions=jnp.asarray(rope_positions),
-            mm_index=jnp.asarray(media),
-            # no sequence has block 0
-            slot_mapping=jnp.asarray(np.where(positions < count, positions + BLOCK_SIZE, -1)),
-            seq_index=jnp.zeros(size // Q_BLOCK_SIZE, jnp.int32),
-            q_start=jnp.asarray(start),
-            block_table=jnp.arange(1, blocks + 1, dtype=jnp.int32)[None],
-            context_lens=jnp.asarray([count], jnp.int32),
-            cross_block_table=jnp.arange(blocks + 1, blocks + 1 + -(-keys // BLOCK_SIZE), dtype=jnp.int32)[None],
-            cross_context_lens=jnp.asarray([keys], jnp.int32),
-        )
+        # By device_put: ops of jax.numpy, jnp.asarray too, would each compile a program for every shape.
+        arrays = {
+            "token_ids": tokens,
+            "rope_positions": rope_positions,
+            "mm_index": media,
+            "slot_mapping": np.where(positions < count, positions + BLOCK_SIZE, -1),  # no sequence has block 0
+            "seq_index": np.zeros(size // Q_BLOCK_SIZE, np.int32),
+            "q_start": start,
+            "block_table": np.arange(1, blocks + 1, dtype=np.int32)[None],
+            "context_lens": np.array([count], np.int32),
+            "cross_block_table": np.arange(blocks + 1, blocks + 1 + -(-keys // BLOCK_SIZE), dtype=np.int32)[None],
+            "cross_context_lens": np.array([keys], np.int32),
+        }
+        batch = Batch(**jax.device_put(arrays))
         return np.asarray(
             self._forward(self.params, batch, mm_embeds, embeds if self.spec.is_encoder_decoder else None)
         )[:count]

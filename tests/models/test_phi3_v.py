@@ -86,6 +86,7 @@ def test_vectors_of_vlm2vec(directory: Path) -> None:
     assert outputs[1].num_cached_tokens == 768
 
 
+@pytest.mark.usefixtures("one_decode_size")
 def test_devices_chunks_and_prefixes_give_the_recorded_outputs(tiny_dir: Callable[[str], Path]) -> None:
     """All prompts at once, text among images; then again, when all but the last block of each is cached."""
     options = {"max_model_len": 384, "max_num_seqs": 4, "max_num_batched_tokens": 32, "num_decode_steps": 4}

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("one_decode_size")
 @pytest.mark.parametrize("family", ["llava_onevision", "minicpmv"])
 def test_two_devices_chunks_and_prefixes_give_the_recorded_outputs(
     family: str, tiny_dir: Callable[[str], Path]
