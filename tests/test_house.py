@@ -80,6 +80,7 @@ IMPORT_RULES = {
     "engine": HOST,
     "engine.model_runner": ImportRule(banned=("orbax", "transformers")),
     "engine.programs": ImportRule(banned=("orbax", "transformers")),
+    "engine.layouts": ImportRule(banned=NO_MODEL_CODE),
     "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
