@@ -82,6 +82,7 @@ class ModelRunner:
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.compiles = 0
         self.compiles_after_warmup = 0
+        self.compile_seconds: dict[ProgramKey, float] = {}
         self.warm = False
         self.keep_compiled = False
         """Whether the cache of programs keeps executables, not only traced programs."""
@@ -210,7 +211,9 @@ class ModelRunner:
             int8=any(isinstance(value, QuantizedArray) for value in self._inputs.params),
             num_devices=self.mesh.size,
         )
+        start = time.perf_counter()
         compiled = lowered.compile(compiler_options=dict(options))
+        self.compile_seconds[key] = time.perf_counter() - start
         if cache and self.keep_compiled:
             cache.write_compiled(name, compiled)
         return compiled
@@ -240,7 +243,7 @@ class ModelRunner:
         """
         assert self.is_abstract
         layouts = layouts_of(self._inputs.params)
-        for key in self._sizing_keys():
+        for key in self.sizing_keys():
             free = [layout is None for layout in layouts]
             if any(free) and not isinstance(key, PromptLogprobs):
                 self._programs[key] = compiled = self._compile(key, free)
@@ -249,7 +252,7 @@ class ModelRunner:
 
     def measure(self) -> Measured:
         """What the largest programs need, compiled now if necessary."""
-        keys = self._sizing_keys()
+        keys = self.sizing_keys()
         with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
             compiled = list(pool.map(self.program, keys))
         state = [self.state.mm_embeds, self.state.token_counts, self.state.logit_bias]
@@ -261,7 +264,7 @@ class ModelRunner:
             layouts=layouts_of(self._inputs.params),
         )
 
-    def _sizing_keys(self) -> list[ProgramKey]:
+    def sizing_keys(self) -> list[ProgramKey]:
         """The programs that need most memory, one of each kind; first the one that runs most often."""
         keys = [key for key in self.program_keys() if self._is_largest(key)]
         decodes = [key for key in keys if isinstance(key, Decode) and not key.greedy]

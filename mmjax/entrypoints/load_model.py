@@ -42,7 +42,7 @@ def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel
     start = time.perf_counter()
     directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
-    replicas = _replica_devices(_start_jax(args), args)
+    replicas = _replica_devices(start_jax(args), args)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer(_tokenizer_directory(args, checkpoint))
     generation_config, eos_ids = _generation_config(args, checkpoint, tokenizer)
     processor = checkpoint.processor(tokenizer)
@@ -181,13 +181,14 @@ def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _start_jax(args: EngineArgs) -> types.ModuleType:
-    """Import jax. It reads the share of memory and the compilation cache when it starts, so set them first."""
+def start_jax(args: EngineArgs, cache: Path | None = None) -> types.ModuleType:
+    """Import jax. It reads the share of memory and the compilation cache when it starts, so set them first. cache:
+    directory of compiled programs; by default that of jax's configuration, else that of the environment."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
     import jax
 
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        directory = env("COMPILATION_CACHE", str(cache_root() / "xla"))
+    if cache or jax.config.values["jax_compilation_cache_dir"] is None:
+        directory = str(cache or env("COMPILATION_CACHE", str(cache_root() / "xla")))
         if directory != "0":
             jax.config.update("jax_compilation_cache_dir", directory)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

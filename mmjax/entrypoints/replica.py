@@ -143,21 +143,27 @@ class Replica:
         """What the programs need, and an abstract runner that has compiled them, if no earlier start has. On a TPU the
         compiler also chooses the layouts of the weights."""
         memory = self.memory(device)
-        per_block = EngineMemory.block_bytes(
+        blocks = max(MEASURED_CACHE_BYTES // self.block_bytes, memory.buckets.max_blocks_per_seq + 1)
+        # independent of what is free at this moment, so that the next start finds the result
+        memory = dataclasses.replace(memory, num_blocks=blocks)
+        runner = self.runner(self.abstract_params, memory)
+        cache = runner.program_cache
+        known = cache and cache.read_measured("replica")
+        if known:
+            return known, self.runner(self.abstract_params, memory, known)
+        if self.platform == "tpu":
+            runner.choose_layouts()
+        measured = runner.measure()
+        if cache:
+            cache.write_measured("replica", measured)
+        return measured, runner
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of the KV cache over all layers, on one device."""
+        return EngineMemory.block_bytes(
             self.args, self.spec, self.platform, kv_dtype=self.precision.kv_dtype, tp_size=sharding.tp_size(self.mesh)
         )
-        blocks = max(MEASURED_CACHE_BYTES // per_block, memory.buckets.max_blocks_per_seq + 1)
-        # independent of what is free at this moment, so that the next start finds the result
-        runner = self.runner(self.abstract_params, dataclasses.replace(memory, num_blocks=blocks))
-        cache = runner.program_cache
-        measured = cache and cache.read_measured("replica")
-        if not measured:
-            if self.platform == "tpu":
-                runner.choose_layouts()
-            measured = runner.measure()
-            if cache:
-                cache.write_measured("replica", measured)
-        return measured, runner
 
     def build(self, progress: ProgressBar) -> tuple[ModelRunner, EngineMemory]:
         """The runner with its weights on the devices, and its sizes. Programs that serve requests are not compiled
