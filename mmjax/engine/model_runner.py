@@ -129,10 +129,12 @@ class ModelRunner:
         return ProgramCache(
             Path(directory),
             (
-                (functions.graph, functions.paths, repr((functions.spec, functions.buckets, functions.stops_early))),
-                [(x.shape, str(x.dtype), repr(x.sharding)) for x in arrays],
-                [type(value).__name__ for value in self._inputs.params],
-                (str(self.dtype), self.platform, device.device_kind, self.mesh.size),
+                functions.graph,
+                # as text: pickles of equal values differ if one of them has two references to an equal part
+                repr((functions.paths, functions.spec, functions.buckets, functions.stops_early)),
+                repr([(x.shape, str(x.dtype), repr(x.sharding)) for x in arrays]),
+                repr([type(value).__name__ for value in self._inputs.params]),
+                repr((str(self.dtype), self.platform, device.device_kind, self.mesh.size)),
                 # of this machine, which may plan for another one
                 self.platform == "cpu" and kernels.multiplies_bfloat16(),
             ),
