@@ -98,6 +98,8 @@ def make_plan(model: str, args: EngineArgs, topology: Topology, save: Path | Non
     config.json, or a hub id. save: a directory for the executables of every program, which a start with it as
     compilation cache loads. ValueError for an unknown model or a missing compiler."""
     start_jax(args, save)
+    if topology.chip.platform != "cpu":  # jax's cache can write programs for absent devices, but not read them
+        jax.config.update("jax_enable_compilation_cache", False)
     directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
     return _Planner(model, args, topology, checkpoint).plan(keep=save is not None)
@@ -185,7 +187,7 @@ class _Planner:
     def _served(self, memory: EngineMemory) -> EngineMemory:
         """The sizes of a start with the flags of `_serve`."""
         args = dataclasses.replace(
-            self.args, kv_cache_memory_bytes=self._cache_bytes(memory), max_model_len=memory.max_model_len
+            self.replica.args, kv_cache_memory_bytes=self._cache_bytes(memory), max_model_len=memory.max_model_len
         )
         return dataclasses.replace(self.replica, args=args).memory(self._device)
 
