@@ -16,7 +16,7 @@ COLLECTIVE = re.compile(
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|called_computations|branch_computations)="
-    r"\{?((?:%?[\w.\-]+(?:, )?)+)\}?"
+    r"(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
 BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 
@@ -59,8 +59,8 @@ def collectives(text: str) -> Collectives:
             own[current].append(_collective(found[2], found[1]))
         else:
             bodies = set(BODY.findall(line))
-            for names in CALLED.findall(line):
-                called[current] += [(name, name in bodies) for name in re.findall(r"[\w.\-]+", names)]
+            for one, several in CALLED.findall(line):
+                called[current] += [(name, name in bodies) for name in re.findall(r"[\w.\-]+", one or several)]
     return Collectives(tuple(_walk(entry, own, called, False)), tuple(_walk(entry, own, called, True)))
 
 

@@ -18,7 +18,7 @@ from mmjax.engine.hlo import collectives
 from mmjax.engine.measured import Measured, ProgramUsage
 from mmjax.engine.memory import EngineMemory
 from mmjax.engine.model_runner import ModelRunner
-from mmjax.engine.programs import AllocateState, Decode, Encode, Prefill, ProgramKey
+from mmjax.engine.programs import AllocateState, Decode, Encode, Prefill, ProgramKey, PromptLogprobs
 from mmjax.entrypoints.load_model import start_jax
 from mmjax.entrypoints.replica import Replica
 from mmjax.entrypoints.topology import Topology
@@ -305,4 +305,6 @@ def _name(key: ProgramKey) -> str:
             return f"prefill of {tokens} tokens"
         case Encode(name, size):
             return f"encode: {name}, {size} inputs"
-    return f"{type(key).__name__} {key}"
+        case PromptLogprobs(tokens):
+            return f"log-probabilities of {tokens} tokens"
+    return repr(key)

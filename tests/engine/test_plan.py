@@ -188,7 +188,7 @@ HloModule jit_decode, entry_computation_layout={()}
   %all-reduce.1 = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%add
 }
 
-%body (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
+%region_0.1.clone (carry: (s32[], f32[8])) -> (s32[], f32[8]) {
   %call.1 = f32[8]{0} call(%a), to_apply=%layer
   %call.2 = f32[8]{0} call(%call.1), to_apply=%layer
   %all-gather-start.1 = (bf16[2,4]{1,0}, bf16[2,16]{1,0}) all-gather-start(%b), dimensions={1}
@@ -196,7 +196,8 @@ HloModule jit_decode, entry_computation_layout={()}
 }
 
 ENTRY %main (p: f32[8]) -> f32[8] {
-  %while.1 = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+  %conditional.1 = f32[8]{0} conditional(%i, %p, %p), branch_computations={%layer, %other}
+  %while.1 = (s32[], /*index=1*/f32[8]) while(%t), condition=%cond, body=%region_0.1.clone
   %reduce-scatter.1 = f32[2]{0} reduce-scatter(%p), to_apply=%add
 }
 """
@@ -204,7 +205,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_collectives_of_a_program() -> None:
     found = collectives(HLO)
-    assert [each.kind for each in found.once] == ["reduce-scatter"]
+    assert sorted(each.kind for each in found.once) == ["all-reduce", "reduce-scatter"]
     assert found.counts() == {"all-reduce": 2, "all-gather": 1}
     assert max(each.num_bytes for each in found.per_iteration) == 2 * 16 * 2
 
