@@ -26,6 +26,9 @@ H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 s
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 runtime_version { major: 13 minor: 0 patch: 0 }"""
 
+H200 = H100.replace("H100 80GB HBM3", "H200").replace("84978434048", "150754820096")
+GPUS = {"h100": H100, "h200": H200}
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -47,17 +50,20 @@ V6E = Chip("v6e", "tpu", int(31.25 * GIB), 1640e9, 918e12)
 V5P = Chip("v5p", "tpu", int(95.74 * GIB), 2765e9, 459e12, chips_per_host=4)
 TPU7X = Chip("tpu7x", "tpu", int(94.75 * GIB), 3690e9, 1153.5e12, devices=2, chips_per_host=4)
 H100_CHIP = Chip("h100", "gpu", 84978434048, 3352e9, 989e12)
+H200_CHIP = Chip("h200", "gpu", 150754820096, 4800e9, 989e12)
 CPU = Chip("cpu", "cpu", 0, 0.0, 0.0)
 
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 CUBES = {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+ONE_HOST = {n: f"1x1x{n}" for n in (1, 2, 4, 8)}
 SHAPES: Mapping[str, tuple[Chip, Mapping[int, str]]] = MappingProxyType(
     {
         "v5e": (V5E, FLAT),
         "v6e": (V6E, FLAT),
         "v5p": (V5P, CUBES),
         "tpu7x": (TPU7X, CUBES),
-        "h100": (H100_CHIP, {n: f"1x1x{n}" for n in (1, 2, 4, 8)}),
+        "h100": (H100_CHIP, ONE_HOST),
+        "h200": (H200_CHIP, ONE_HOST),
         "cpu": (CPU, {n: "" for n in (1, 2, 4, 8)}),
     }
 )
@@ -125,7 +131,7 @@ def _describe(platform: str, chip: str, shape: str) -> tuple[Any, ...]:
     from jax.experimental import topologies
 
     if platform == "gpu":
-        return tuple(topologies.get_topology_desc(shape, platform="cuda", target_config=H100).devices)
+        return tuple(topologies.get_topology_desc(shape, platform="cuda", target_config=GPUS[chip]).devices)
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= set("1x") else {}
     return tuple(topologies.get_topology_desc(f"{chip}:{shape}", platform="tpu", **bounds).devices)
 
