@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from mmjax import sharding
 from mmjax.config import EngineArgs
@@ -96,10 +99,13 @@ class _Device:
 def make_plan(model: str, args: EngineArgs, topology: Topology, save: Path | None = None) -> Plan:
     """The plan of a model for a slice. model: the name that the plan gives it; `args.model` is a directory with
     config.json, or a hub id. save: a directory for the executables of every program, which a start with it as
-    compilation cache loads. ValueError for an unknown model or a missing compiler."""
+    compilation cache loads. This process no longer uses jax's own cache. ValueError for an unknown model or a missing
+    compiler."""
     start_jax(args, save)
-    if topology.chip.platform != "cpu":  # jax's cache can write programs for absent devices, but not read them
-        jax.config.update("jax_enable_compilation_cache", False)
+    # jax's cache can write programs for absent devices, but not read them; and those that it reads on a CPU cannot be
+    # kept: serialized again, they lack their functions
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     directory = find_model(args.model, revision=args.revision, token=args.hf_token, cache_dir=args.download_dir)
     checkpoint = Checkpoint.open(str(directory), token=args.hf_token, overrides=args.hf_overrides)
     return _Planner(model, args, topology, checkpoint).plan(keep=save is not None)
@@ -278,19 +284,22 @@ class _Planner:
         return float(moe.top_k / moe.num_experts)
 
     def _serve(self, memory: EngineMemory) -> str:
-        args = self.args
-        flags = {
-            "tensor-parallel-size": args.tensor_parallel_size,
-            "data-parallel-size": args.data_parallel_size if args.data_parallel_size > 1 else None,
-            "max-model-len": memory.max_model_len,
-            "max-num-seqs": args.max_num_seqs,
-            "max-num-batched-tokens": args.max_num_batched_tokens,
-            "quantization": args.quantization,
-            "kv-cache-memory-bytes": self._cache_bytes(memory),
-        }
-        return " ".join(
-            ["mmjax serve", self.model, *(f"--{name} {value}" for name, value in flags.items() if value is not None)]
-        )
+        """The command that starts a server with these sizes: what was given, and what was found."""
+        found = {"max_model_len": memory.max_model_len, "kv_cache_memory_bytes": self._cache_bytes(memory)}
+        words = ["mmjax serve", shlex.quote(self.model), f"--tensor-parallel-size {self.args.tensor_parallel_size}"]
+        for field in dataclasses.fields(EngineArgs):
+            value = found.get(field.name, getattr(self.args, field.name))
+            default = {} if field.default is dataclasses.MISSING else field.default
+            if value != default and field.name not in ("model", "load_format", "tensor_parallel_size"):
+                words.append(_flag(field.name, value))
+        return " ".join(words)
+
+
+def _flag(name: str, value: Any) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {shlex.quote(json.dumps(value) if isinstance(value, dict | list) else str(value))}"
 
 
 def _device_bytes(shape: Any) -> int:

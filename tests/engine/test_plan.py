@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from mmjax.kernels import kv_cache_heads
 
 from engine_inputs import SMALL
@@ -37,6 +38,17 @@ GIB = 1 << 30
 MEASURED = Measured(state_bytes=GIB // 4, temp_bytes=GIB // 2, code_bytes=GIB // 16, layouts=())
 
 
+@pytest.fixture
+def no_compilation_cache() -> Iterator[None]:
+    """As in a plan: what jax reads from its own cache cannot be kept."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
+
+
 def replica_of(llm: LLM, directory: Path) -> Replica:
     """One of the same sizes as an engine."""
     args = EngineArgs(str(directory), **SMALL)
@@ -45,7 +57,11 @@ def replica_of(llm: LLM, directory: Path) -> Replica:
 
 
 def test_a_runner_on_shapes_compiles_what_a_start_takes(
-    qwen: LLM, tiny_dir: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qwen: LLM,
+    tiny_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_compilation_cache: None,
 ) -> None:
     """An executable that was kept for shapes is found by the runner of the arrays, loaded and run."""
     real = qwen.model.engines[0].runner
@@ -274,6 +290,13 @@ def test_a_plan_is_printed(planner: _Planner) -> None:
     assert sizes["cache_tokens"] == (memory.num_blocks - 1) * 64
     serve = sizes["serve"]
     assert "--tensor-parallel-size 4 --max-model-len 4096" in serve and "--kv-cache-memory-bytes" in serve
+    named = dataclasses.replace(
+        planner.args, quantization="int8", enable_prefix_caching=False, limit_mm_per_prompt={"image": 2}
+    )
+    given = dataclasses.replace(planner, args=named)
+    vars(given)["replica"] = planner.replica
+    for flag in ("--quantization int8", "--no-enable-prefix-caching", """--limit-mm-per-prompt '{"image": 2}'"""):
+        assert flag in given._serve(memory)
     assert planner._served(memory) == memory, "the printed flags give these sizes"
     plan = Plan("qwen3-vl-30b-a3b", "v5p-4", 4, 1, True, "", GIB, GIB // 2, **sizes)
     told = as_text(plan)
