@@ -80,7 +80,7 @@ def load_params(
         spec = specs[path]
         if storage.is_skipped(path):
             target = sharding.named_sharding(mesh, SKIPPED.axes)
-            params[path] = jnp.zeros(SKIPPED.shape, jnp.dtype(precision.compute_dtype), device=target)
+            params[path] = jax.device_put(np.zeros(SKIPPED.shape, jnp.dtype(precision.compute_dtype)), target)
             continue
         rounded = fit_to_mesh(value, stored[path], spec).astype(jnp.dtype(precision.weight_dtype), copy=False)
         array = jax.device_put(
