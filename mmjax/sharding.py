@@ -59,6 +59,14 @@ def named_sharding(mesh: Mesh, axes: Sequence[str]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 
 
+def constrain(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """x, split over the current mesh by these logical axes; () is on every device whole."""
+    current = jax.sharding.get_abstract_mesh()
+    if current.empty or current.shape[MODEL] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
+
+
 def round_up(n: int, multiple: int) -> int:
     """n rounded up to a multiple: the padded size of an axis that is split over `multiple` devices."""
     return -(-n // multiple) * multiple
@@ -67,7 +75,8 @@ def round_up(n: int, multiple: int) -> int:
 def map_heads(function: Any, in_axes: Sequence[Sequence[str]], out_axes: Any) -> Any:
     """`function` on the heads of each device: a shard_map over the current mesh, or `function` itself on one device.
 
-    Attention does not mix heads, so devices do not communicate.
+    Attention does not mix heads, so devices do not communicate. Arrays that have no heads are arguments too, with axes
+    (): one that `function` closes over belongs to another mesh, and cannot be indexed in it.
     """
     current = jax.sharding.get_abstract_mesh()
     if current.empty or current.shape[MODEL] == 1:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,14 +105,14 @@ def share_programs() -> Iterator[None]:
     made: LRUCache[Hashable, Any] = LRUCache(maxsize=96)  # 150 memory maps each
     lock = threading.Lock()
 
-    def take_or_compile(runner: ModelRunner, key: ProgramKey) -> Any:
+    def take_or_compile(runner: ModelRunner, key: ProgramKey, free: Sequence[bool] = ()) -> Any:
         functions, buckets = runner.functions, runner.functions.buckets
         sizes = dataclasses.replace(
             buckets, token_buckets=(), seq_buckets=buckets.seq_buckets[-1:], encoder_buckets={}, embed_rows=0
         )
         leaves, structure = jax.tree.flatten((runner.params, runner.state))
         whole = (
-            key,
+            (key, tuple(free)),
             functions.graph,
             functions.paths,
             repr((functions.spec, sizes, functions.stops_early, runner.dtype, runner.platform)),
@@ -124,7 +124,7 @@ def share_programs() -> Iterator[None]:
         with lock:  # a warm-up compiles in several threads
             program = made.get(whole)
         if program is None:
-            program = compile_anew(runner, key)
+            program = compile_anew(runner, key, free)
             with lock:
                 made[whole] = program
         return program

@@ -81,6 +81,7 @@ IMPORT_RULES = {
     "engine": HOST,
     "engine.model_runner": ImportRule(banned=("orbax", "transformers")),
     "engine.programs": ImportRule(banned=("orbax", "transformers")),
+    "engine.layouts": ImportRule(banned=NO_MODEL_CODE),
     "engine.program_cache": ImportRule(banned=("orbax", "transformers")),
     "engine.sampler": ImportRule(banned=("orbax", "transformers")),
     "distributed": ImportRule(banned=NO_MODEL_CODE),

@@ -242,6 +242,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "serve flags": partial(flag_table, "serve"),
     "chat flags": partial(flag_table, "chat", without="serve"),
     "run-batch flags": partial(flag_table, "run-batch", without="serve"),
+    "plan flags": partial(flag_table, "plan"),
     "bench flags": partial(flag_table, "bench latency"),
     "bench serve flags": partial(flag_table, "bench serve"),
     "demo flags": partial(flag_table, "demo"),

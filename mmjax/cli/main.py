@@ -1,4 +1,4 @@
-"""The command line: `mmjax demo|serve|chat|run-batch|run|convert|inspect|bench|version`.
+"""The command line: `mmjax demo|serve|chat|run-batch|plan|run|convert|inspect|bench|version`.
 
 Commands import what they need when they run, so that `--help` is quick.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mmjax
-from mmjax.cli import chat, flags, run
+from mmjax.cli import chat, flags, plan, run
 from mmjax.cli.bench import command as bench
 from mmjax.types import vllm_arguments
 
@@ -152,11 +152,16 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat.run(arguments, flags.engine_kwargs(arguments))
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    plan.run(arguments, flags.engine_kwargs(arguments))
+
+
 MODEL_COMMANDS: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 ] = {
     "serve": ("serve OpenAI's HTTP API", _serve_flags, _serve),
     "chat": ("chat with a model in the terminal", chat.add_flags, _chat),
+    "plan": ("say what a model needs on a slice of accelerators, without having one", plan.add_flags, _plan),
     "run-batch": ("process a file of requests in OpenAI's batch format", _batch_flags, _run_batch),
 }
 """name -> (help, adds its flags, runs it)."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmjax.config import BLOCK_SIZES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, EngineArgs
 from mmjax.engine.buckets import BucketConfig
+from mmjax.engine.measured import Measured
 from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim, kv_cache_heads, kv_heads_first, q_block_size
 from mmjax.spec import EncoderSpec, ModelSpec
 
@@ -22,7 +23,10 @@ FINE_ENCODER_BUCKETS = {"cpu": math.inf, "gpu": 8192, "tpu": math.inf}  # above,
 MAX_STOP_IDS = 16  # stop tokens per sequence that the device checks
 EMBED_ROWS = 256  # embeddings per write, if they need no encoder: one or two writes per image in most families
 CPU_CACHE_BYTES = 1 << 30
-WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for temporary arrays of the programs
+WORKSPACE_BYTES = 2 << 30  # of an accelerator's memory, for temporary arrays of programs that are not measured
+# beside what is measured: smaller programs' code; results that the host has not read; on a GPU CUDA graphs, libraries,
+# and kernels that XLA tries while it compiles
+RESERVED_BYTES = {"gpu": 1 << 30, "tpu": 1 << 28}
 
 
 class Device(Protocol):
@@ -43,17 +47,30 @@ class EngineMemory:
 
     @classmethod
     def plan(
-        cls, args: EngineArgs, spec: ModelSpec, platform: str, *, kv_dtype: str, tp_size: int, device: Device
+        cls,
+        args: EngineArgs,
+        spec: ModelSpec,
+        platform: str,
+        *,
+        kv_dtype: str,
+        tp_size: int,
+        device: Device,
+        measured: Measured | None = None,
     ) -> EngineMemory:
         """Choose sizes that fit into the memory of `device`, which already holds the weights.
 
-        Raises ValueError if one sequence of max_model_len tokens does not fit.
+        measured: what the programs need. Raises ValueError if one sequence of max_model_len tokens does not fit.
         """
         planner = _Planner(args, spec, platform)
-        budget = planner.cache_bytes(device)
+        budget = planner.cache_bytes(device, measured)
         max_model_len, num_blocks = planner.cache_size(budget, planner.block_bytes(kv_dtype, tp_size))
         num_mm_rows = planner.mm_rows(max_model_len)
         return cls(max_model_len, num_blocks, num_mm_rows, planner.buckets(max_model_len, num_mm_rows))
+
+    @staticmethod
+    def block_bytes(args: EngineArgs, spec: ModelSpec, platform: str, *, kv_dtype: str, tp_size: int) -> int:
+        """Bytes of one block of the KV cache over all layers, on one device."""
+        return _Planner(args, spec, platform).block_bytes(kv_dtype, tp_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +98,18 @@ class _Planner:
         shape, dtype = kv_block_shape(self.spec, self.block_size, kv_dtype, self.platform, tp_size)
         return 2 * self.spec.num_layers * math.prod(shape) // tp_size * dtype.itemsize
 
-    def cache_bytes(self, device: Device) -> int:
-        """Bytes that the KV cache may take on one device."""
+    def cache_bytes(self, device: Device, measured: Measured | None) -> int:
+        """Bytes that the KV cache may take on one device. Where the programs are not measured, they get a quarter of
+        what is free, at most 2 GiB."""
         if self.args.kv_cache_memory_bytes:
             return self.args.kv_cache_memory_bytes
         stats = device.memory_stats() if self.platform != "cpu" else None
         if not stats:
             return CPU_CACHE_BYTES
         free = int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
+        if measured is not None:
+            needed = measured.state_bytes + measured.temp_bytes + measured.code_bytes + RESERVED_BYTES[self.platform]
+            return max(free - needed, 0)
         return max(free - min(WORKSPACE_BYTES, free // 4), free // 4)
 
     def cache_size(self, budget: int, block_bytes: int) -> tuple[int, int]:

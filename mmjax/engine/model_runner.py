@@ -7,9 +7,10 @@ import concurrent.futures
 import dataclasses
 import functools
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 from mmjax import kernels, sharding
 from mmjax.batch import KVCache
 from mmjax.engine import sampler
 from mmjax.engine.compiler_options import compiler_options
+from mmjax.engine.layouts import chosen_layouts, freed, layouts_of, placement, with_layouts
+from mmjax.engine.measured import Layouts, Measured, ProgramUsage
 from mmjax.engine.memory import EngineMemory, kv_block_shape
 from mmjax.engine.program_cache import ProgramCache, export, named_call
 from mmjax.engine.programs import (
     Align,
+    AllocateState,
     Decode,
     DeviceState,
     Encode,
@@ -54,7 +58,6 @@ from mmjax.spec import ModelSpec
 logger = logging.getLogger(__name__)
 
 Array = jax.Array
-Compiled = Callable[..., Any]
 
 
 class ModelRunner:
@@ -70,7 +73,9 @@ class ModelRunner:
         precision: Precision,
         *,
         platform: str,
+        layouts: Layouts = (),
     ) -> None:
+        """layouts: of the parameters, if the compiler chose them."""
         self.paths = tuple(params)
         self.params = list(params.values())
         self.spec = spec
@@ -79,7 +84,10 @@ class ModelRunner:
         self.dtype = jnp.dtype(precision.compute_dtype)
         self.compiles = 0
         self.compiles_after_warmup = 0
+        self.compile_seconds: dict[ProgramKey, float] = {}
         self.warm = False
+        self.keep_compiled = False
+        """Whether the cache of programs keeps executables, not only traced programs."""
         self._programs: dict[ProgramKey, Compiled] = {}
         self.ready = memory.buckets
         """`buckets` without those whose programs are still to be compiled; the largest are always there."""
@@ -101,12 +109,17 @@ class ModelRunner:
         # Without the sampler's branches a step of one takes 0.05 ms less on an H200, but a step of 256 no less. Where
         # the host waits for each step anyway, they would only be more to compile.
         self.max_greedy_seqs = 4 if platform == "gpu" else 0
-        self._make_state = self._state_program(memory, precision.kv_dtype, platform)
-        self.state = self._make_state()
-        self._inputs = ProgramInputs(
-            self.functions, jax.tree.map(_shape, self.params), jax.tree.map(_shape, self.state), self.dtype
-        )
+        abstract_state = self._abstract_state(memory, precision.kv_dtype)
+        shapes = with_layouts(jax.tree.map(_shape, self.params), layouts)
+        self._inputs = ProgramInputs(self.functions, shapes, abstract_state, self.dtype)
         self.program_cache = self._program_cache()
+        self.is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.params))
+        """Whether there are only the shapes of the parameters. Programs are then compiled, but none can run, and the
+        mesh may be of a topology that this machine does not have."""
+        self.state = abstract_state
+        if not self.is_abstract:
+            self._make_state = self._compile(AllocateState())  # kept: waking up compiles nothing
+            self.state = self._make_state()
 
     def _program_cache(self) -> ProgramCache | None:
         """Beside jax's own cache, if that is a local directory."""
@@ -114,40 +127,43 @@ class ModelRunner:
         if not directory or "://" in directory:
             return None
         functions, device = self.functions, self.mesh.devices.flat[0]
-        arrays = jax.tree.leaves((self.params, self.state))
+        arrays = jax.tree.leaves((self._inputs.params, self._inputs.state))
         return ProgramCache(
             Path(directory),
             (
-                (functions.graph, functions.paths, repr((functions.spec, functions.buckets, functions.stops_early))),
-                [(x.shape, str(x.dtype), repr(x.sharding)) for x in arrays],
-                [type(value).__name__ for value in self.params],
-                (str(self.dtype), self.platform, device.device_kind, self.mesh.size, kernels.multiplies_bfloat16()),
+                functions.graph,
+                # as text: pickles of equal values differ if one of them has two references to an equal part
+                repr((functions.paths, functions.spec, functions.buckets, functions.stops_early)),
+                repr([(x.shape, str(x.dtype), repr(x.sharding)) for x in arrays]),
+                repr([type(value).__name__ for value in self._inputs.params]),
+                repr((str(self.dtype), self.platform, device.device_kind, self.mesh.size)),
+                # of this machine, which may plan for another one
+                self.platform == "cpu" and kernels.multiplies_bfloat16(),
             ),
         )
 
-    def _state_program(self, memory: EngineMemory, kv_dtype: str, platform: str) -> Callable[[], DeviceState]:
-        """The compiled program that allocates the state. It is kept: waking up compiles nothing."""
-        spec, buckets = self.spec, self.buckets
-        block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
-        cache_shape = (spec.num_layers * memory.num_blocks, *block)
-        rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
+    def _abstract_state(self, memory: EngineMemory, kv_dtype: str) -> DeviceState:
+        """The shapes and shardings of the state."""
+        spec, platform = self.spec, self.platform
+        block, dtype = kv_block_shape(spec, self.buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
+        cache = jax.ShapeDtypeStruct(
+            (spec.num_layers * memory.num_blocks, *block),
+            dtype,
+            sharding=sharding.named_sharding(self.mesh, kv_cache_axes(platform)),
+        )
+        rows, vocab = self.buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
-        def zeros() -> DeviceState:
-            return DeviceState(
-                kv_cache=KVCache(jnp.zeros(cache_shape, dtype), jnp.zeros(cache_shape, dtype)),
-                mm_embeds=jnp.zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
-                last_token=jnp.zeros((rows,), jnp.int32),
-                stopped=jnp.zeros((rows,), jnp.bool_),
-                token_counts=jnp.zeros((rows, vocab), jnp.int32),
-                logit_bias=jnp.zeros((rows, vocab), jnp.float32),
-            )
+        def replicated(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
-        cache_sharding = sharding.named_sharding(self.mesh, kv_cache_axes(platform))
-        shapes = jax.eval_shape(zeros)
-        in_cache = jax.tree.map(lambda _: cache_sharding, shapes.kv_cache)
-        placements = dataclasses.replace(jax.tree.map(lambda _: self._replicated, shapes), kv_cache=in_cache)
-        compiled: Callable[[], DeviceState] = jax.jit(zeros, out_shardings=placements).lower().compile()
-        return compiled
+        return DeviceState(
+            kv_cache=KVCache(cache, cache),  # type: ignore[arg-type]  # shapes in place of arrays
+            mm_embeds=replicated((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
+            last_token=replicated((rows,), jnp.int32),
+            stopped=replicated((rows,), jnp.bool_),
+            token_counts=replicated((rows, vocab), jnp.int32),
+            logit_bias=replicated((rows, vocab), jnp.float32),
+        )
 
     @property
     def param_shapes(self) -> Params:
@@ -189,29 +205,81 @@ class ModelRunner:
             self._programs[key] = self._compile(key)
         return self._programs[key]
 
-    def _compile(self, key: ProgramKey) -> Compiled:
+    def _compile(self, key: ProgramKey, free: Sequence[bool] = ()) -> Compiled:
+        """free: see `_lower`."""
+        cache = self.program_cache
+        name = (key, tuple(free), layouts_of(self._inputs.params))
+        if cache and (known := cache.read_compiled(name, tuple(self.mesh.devices.flat))):
+            return known
         # float32 is chosen for exact results, so no TF32
         precision = "highest" if self.dtype == jnp.float32 else "default"
         with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
-            lowered = self._lower(key)
+            lowered = self._lower(key, free)
         options = compiler_options(
             self.platform,
             decode=isinstance(key, Decode),
             int8=any(isinstance(value, QuantizedArray) for value in self._inputs.params),
             num_devices=self.mesh.size,
         )
-        return lowered.compile(compiler_options=dict(options))
+        start = time.perf_counter()
+        compiled = lowered.compile(compiler_options=dict(options))
+        self.compile_seconds[key] = time.perf_counter() - start
+        if cache and self.keep_compiled:
+            cache.write_compiled(name, compiled)
+        return compiled
 
-    def _lower(self, key: ProgramKey) -> Lowered:
+    def _lower(self, key: ProgramKey, free: Sequence[bool] = ()) -> Lowered:
+        """free: for each array of the parameters, whether the compiler chooses its layout."""
         program = key.program(self._inputs)
         jit = functools.partial(jax.jit, donate_argnums=program.donate, out_shardings=program.outs)
         cache = self.program_cache
         traced = cache and cache.read(key)
         if cache and not traced:
-            traced = export(jit(program.fn), program.args)
+            traced = export(jit(program.fn), program.args, self.platform if self.is_abstract else None)
             if traced:
                 cache.write(key, traced)
-        return jit(named_call(traced) if traced else program.fn).lower(*program.args)
+        fn = named_call(traced) if traced else program.fn
+        if not any(free):
+            return jit(fn).lower(*program.args)
+        args, formats = freed(program.args, free)
+        return jit(fn, in_shardings=formats).lower(*args)
+
+    def choose_layouts(self) -> None:
+        """Let the compiler choose the layouts of the parameters, and compile every program for these. For runners that
+        are abstract.
+
+        The decode loop chooses first, because it reads the language model in every step; then each encoder chooses for
+        its own. In the default layouts, the loop of a 3B model on a v5e copied 3.7 GiB of weights before it began.
+        """
+        assert self.is_abstract
+        layouts = layouts_of(self._inputs.params)
+        for key in self.sizing_keys():
+            free = [layout is None for layout in layouts]
+            if any(free) and not isinstance(key, PromptLogprobs):
+                self._programs[key] = compiled = self._compile(key, free)
+                layouts = chosen_layouts(compiled, layouts)
+                self._inputs = dataclasses.replace(self._inputs, params=with_layouts(self._inputs.params, layouts))
+
+    def measure(self) -> Measured:
+        """What the largest programs need, compiled now if necessary."""
+        keys = self.sizing_keys()
+        with concurrent.futures.ThreadPoolExecutor(max_workers=4) as pool:
+            compiled = list(pool.map(self.program, keys))
+        state = [self.state.mm_embeds, self.state.token_counts, self.state.logit_bias]
+        usages = [ProgramUsage.of(program.memory_analysis()) for program in compiled]
+        return Measured(
+            state_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in state),
+            temp_bytes=max(usage.temp_bytes + usage.output_bytes for usage in usages),
+            code_bytes=sum(usage.code_bytes for usage in usages),
+            layouts=layouts_of(self._inputs.params),
+        )
+
+    def sizing_keys(self) -> list[ProgramKey]:
+        """The programs that need most memory, one of each kind; first the one that runs most often."""
+        keys = [key for key in self.program_keys() if self._is_largest(key)]
+        decodes = [key for key in keys if isinstance(key, Decode) and not key.greedy]
+        longest = [max(decodes, key=lambda key: key.steps)] if decodes else []
+        return [*longest, *(key for key in keys if isinstance(key, Prefill | Encode | PromptLogprobs))]
 
     def program_keys(self) -> list[ProgramKey]:
         """The keys of all programs, the slowest to compile first."""
@@ -397,9 +465,9 @@ def _to_devices(shape: jax.ShapeDtypeStruct, host: np.ndarray | _HostShards | Ar
     if isinstance(host, jax.Array):
         return host
     if isinstance(host, _HostShards):
-        parts = [jax.device_put(part, device) for device, part in host.parts]
+        parts = [jax.device_put(part, placement(shape, device)) for device, part in host.parts]
         return jax.make_array_from_single_device_arrays(shape.shape, shape.sharding, parts)
-    return jax.device_put(host, shape.sharding)
+    return jax.device_put(host, placement(shape))
 
 
 def _delete(tree: Any) -> None:

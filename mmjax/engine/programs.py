@@ -297,6 +297,18 @@ class ProgramKey(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class AllocateState:
+    """An allocation of the state."""
+
+    def program(self, inputs: ProgramInputs) -> Program:
+        def zeros() -> DeviceState:
+            state: DeviceState = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs.state)
+            return state
+
+        return Program(zeros, (), inputs.state_sharding)
+
+
+@dataclasses.dataclass(frozen=True)
 class Prefill:
     """A prefill of `tokens` prompt tokens in all."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import logging
@@ -21,16 +20,12 @@ from mmjax.config import EngineArgs, cache_root, env
 from mmjax.engine.engine import Engine
 from mmjax.engine.loaded_model import LoadedModel
 from mmjax.engine.logits.structured_output import GrammarCompiler
-from mmjax.engine.memory import EngineMemory
 from mmjax.inputs.input_processor import InputConfig, InputProcessor
 from mmjax.inputs.params import ParamsChecker
 from mmjax.loader.checkpoint import Checkpoint, find_model
-from mmjax.loader.params import load_params, param_specs
-from mmjax.loader.precision import Precision
 from mmjax.multimodal.connector import Connect, Connector, IoKwargs
 from mmjax.multimodal.media_limits import MediaLimits
 from mmjax.processors.base import Processor
-from mmjax.spec import ModelSpec
 from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import RequestError, ValidationError
 
@@ -47,7 +42,7 @@ def load_model(args: EngineArgs, *, compile_behind: bool = False) -> LoadedModel
     """Load a model and compile its programs: all, or with `compile_behind` those that the first requests need, and the
     others while requests run. ValueError for a model that cannot be loaded or does not fit."""
     start = time.perf_counter()
-    _set_jax_up(args)
+    start_jax(args)
     from mmjax.distributed.hosts import Hosts
 
     hosts = Hosts.join(args)
@@ -200,13 +195,14 @@ def _tokenizer_directory(args: EngineArgs, checkpoint: Checkpoint) -> Path:
     )
 
 
-def _set_jax_up(args: EngineArgs) -> None:
-    """Import jax. It reads the share of memory and the compilation cache when it starts, so set them first."""
+def start_jax(args: EngineArgs, cache: Path | None = None) -> None:
+    """Import jax. It reads the share of memory and the compilation cache when it starts, so set them first. cache:
+    directory of compiled programs; by default that of jax's configuration, else that of the environment."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(args.gpu_memory_utilization))
     import jax
 
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        directory = env("COMPILATION_CACHE", str(cache_root() / "xla"))
+    if cache or jax.config.values["jax_compilation_cache_dir"] is None:
+        directory = str(cache or env("COMPILATION_CACHE", str(cache_root() / "xla")))
         if directory != "0":
             jax.config.update("jax_compilation_cache_dir", directory)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -236,62 +232,17 @@ def _load_engine(
     """The engine of one replica, with its weights on its devices and its programs not compiled yet; and a function that
     reads these weights again."""
     from mmjax import sharding
-    from mmjax.engine.model_runner import ModelRunner
+    from mmjax.entrypoints.replica import Replica
 
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(devices[0].platform, devices[0].platform)
-    precision = Precision.of(args.dtype, checkpoint.config, platform)
-    dummy = args.load_format == "dummy"
-    config = checkpoint.model_config(dummy=dummy, headless=args.pooling)
-    if args.pooling and config.spec.is_encoder_decoder:
-        raise ValueError("runner 'pooling' is for decoder-only models, not for encoder-decoder models")
-    encoders = {
-        name
-        for name, encoder in config.spec.encoders.items()
-        if any(limits.get(modality, 0) for modality in encoder.modalities)
-    }
-    mesh = sharding.mesh(devices)
-    load = functools.partial(
-        load_params,
-        checkpoint,
-        config,
-        mesh,
-        precision,
-        dummy_seed=args.seed if dummy else None,
-        int8=args.quantization == "int8",
-        text_only=not encoders and not config.spec.is_encoder_decoder,
-        progress=_progress_bar("Loading weights"),
-    )
-    graph, config, params = load()
-    spec = _served_spec(args, config.spec, encoders)
-    device = devices[0] if hosts is None else hosts.least_memory(mesh.local_devices[0])
-    memory = EngineMemory.plan(
-        args, spec, platform, kv_dtype=precision.kv_dtype, tp_size=sharding.tp_size(mesh), device=device
-    )
-    # the rotary frequencies of some models depend on max_model_len
-    graph, _ = param_specs(checkpoint.family, config.for_max_len(memory.max_model_len))
-    make_runner = ModelRunner if hosts is None else hosts.make_runner
-    runner = make_runner(graph, params, spec, memory, mesh, precision, platform=platform)
-    if hosts is not None:
-        hosts.check_same(args, runner, memory)
+    replica = Replica(args, checkpoint, sharding.mesh(devices), limits)
+    progress = _progress_bar("Loading weights")
+    runner, memory = replica.build(progress, hosts)
     prefix_caching = args.enable_prefix_caching
     if prefix_caching is None:
-        prefix_caching = not spec.is_encoder_decoder
-    reload = lambda: list(load()[2].values())  # noqa: E731
-    engine = Engine(runner, spec, memory, prefix_caching=prefix_caching)
+        prefix_caching = not replica.spec.is_encoder_decoder
+    engine = Engine(runner, replica.spec, memory, prefix_caching=prefix_caching)
+    reload = lambda: list(replica.load(progress).values())  # noqa: E731
     return engine, reload if hosts is None else functools.partial(hosts.reload, reload)
-
-
-def _served_spec(args: EngineArgs, spec: ModelSpec, encoders: set[str]) -> ModelSpec:
-    """The model's spec, with only the encoders that requests may use."""
-    mm_embed_dim = spec.mm_embed_dim if encoders or args.enable_mm_embeds else 0
-    if args.enable_prompt_embeds and not spec.is_encoder_decoder:
-        mm_embed_dim = spec.mm_embed_dim or spec.hidden_size
-    return dataclasses.replace(
-        spec,
-        encoders={name: encoder for name, encoder in spec.encoders.items() if name in encoders},
-        mm_embed_dim=mm_embed_dim,
-        pooling=args.pooling,
-    )
 
 
 def _generation_config(

@@ -37,6 +37,10 @@ class ParamSpec:
     axes: tuple[str, ...]
 
 
+SKIPPED = ParamSpec((0,), ("size_1",))  # what stands for a parameter that no program uses
+AbstractParam = jax.ShapeDtypeStruct | QuantizedArray
+
+
 def param_specs(family: Family, config: Config) -> tuple[nnx.GraphDef[Any], dict[str, ParamSpec]]:
     """The graph of the family's module, and its parameters by dotted path. Allocates no arrays."""
     graph, state = nnx.split(family.model(config))
@@ -63,36 +67,24 @@ def load_params(
     int8; at most one at a time is on the devices in both forms. text_only: load the language model only; no program may
     use another parameter.
     """
-    tp_size = sharding.tp_size(mesh)
-    padded = config.for_tp(tp_size)
-    graph, specs = param_specs(checkpoint.family, padded)
-
-    def dtype_of(path: str) -> jnp.dtype:
-        is_multiplied = is_matrix(specs[path].axes) and not (int8 and is_int8_param(path, specs[path]))
-        return jnp.dtype(
-            precision.matmul_dtype if is_multiplied and precision.matmul_dtype else precision.compute_dtype
-        )
-
-    def is_skipped(path: str) -> bool:
-        return text_only and not path.startswith(TEXT)
-
-    empty = ParamSpec((0,), ("size_1",))
+    padded, graph, specs = _on_mesh(checkpoint, config, mesh)
+    storage = _Storage(precision, int8, text_only)
     params: dict[str, jax.Array | QuantizedArray] = {}
     if dummy_seed is not None:
         for path, spec in progress(iter(specs.items()), len(specs)):
-            dummy = empty if is_skipped(path) else spec
-            array = random_param(path, dummy, mesh, dtype_of(path), dummy_seed)
+            shaped = storage.spec(path, spec)
+            array = random_param(path, shaped, mesh, storage.dtype(path, shaped), dummy_seed)
             params[path] = store_param(path, spec, array, mesh, int8=int8)
         return graph, padded, params
     _, stored = param_specs(checkpoint.family, config)
     readers = checkpoint.param_readers({path: spec.shape for path, spec in stored.items()})
     for path, read in progress(readers, len(stored)):
         spec = specs[path]
-        if is_skipped(path):
-            target = sharding.named_sharding(mesh, empty.axes)
-            params[path] = jnp.zeros(empty.shape, jnp.dtype(precision.compute_dtype), device=target)
+        if storage.is_skipped(path):
+            target = sharding.named_sharding(mesh, SKIPPED.axes)
+            params[path] = jax.device_put(np.zeros(SKIPPED.shape, jnp.dtype(precision.compute_dtype)), target)
             continue
-        dtypes = jnp.dtype(precision.weight_dtype), dtype_of(path)
+        dtypes = jnp.dtype(precision.weight_dtype), storage.dtype(path, spec)
         array = put_param(read, stored[path], spec, sharding.named_sharding(mesh, spec.axes), dtypes)
         params[path] = store_param(path, spec, array, mesh, int8=int8)
     return graph, padded, params
@@ -123,6 +115,68 @@ def put_param(
     return jax.make_array_from_callback(spec.shape, target, part)
 
 
+def abstract_params(
+    checkpoint: Checkpoint,
+    config: Config,
+    mesh: Mesh,
+    precision: Precision,
+    *,
+    int8: bool = False,
+    text_only: bool = False,
+) -> tuple[nnx.GraphDef[Any], Config, dict[str, AbstractParam]]:
+    """What `load_params` returns, with the shapes and shardings of the parameters in their place. Reads no tensor and
+    allocates nothing, so the mesh may be of a topology that this machine does not have."""
+    padded, graph, specs = _on_mesh(checkpoint, config, mesh)
+    storage = _Storage(precision, int8, text_only)
+
+    def shaped(shape: tuple[int, ...], axes: tuple[str, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.named_sharding(mesh, axes))
+
+    params: dict[str, AbstractParam] = {}
+    for path, spec in specs.items():
+        stored = storage.spec(path, spec)
+        dtype = storage.dtype(path, stored)
+        if not (int8 and is_int8_param(path, spec)):
+            params[path] = shaped(stored.shape, stored.axes, dtype)
+            continue
+        last, value_axes, scale_axes = int8_axes(spec, mesh)
+        order = [i for i in range(len(spec.shape)) if i not in last] + list(last)
+        lengths = tuple(1 if axis == "size_1" else size for axis, size in zip(scale_axes, spec.shape, strict=True))
+        values = shaped(tuple(spec.shape[i] for i in order), value_axes, jnp.dtype(jnp.int8))
+        params[path] = QuantizedArray(values, shaped(lengths, scale_axes, dtype), last)  # type: ignore[arg-type]  # shapes in place of arrays
+    return graph, padded, params
+
+
+def _on_mesh(
+    checkpoint: Checkpoint, config: Config, mesh: Mesh
+) -> tuple[Config, nnx.GraphDef[Any], dict[str, ParamSpec]]:
+    """(configuration padded for the mesh, its graph, its parameters)."""
+    padded = config.for_tp(sharding.tp_size(mesh))
+    return padded, *param_specs(checkpoint.family, padded)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    """In which dtype and shape parameters are stored; see `load_params`."""
+
+    precision: Precision
+    int8: bool
+    text_only: bool
+
+    def dtype(self, path: str, spec: ParamSpec) -> jnp.dtype:
+        """Of a parameter before it is quantized."""
+        is_multiplied = is_matrix(spec.axes) and not (self.int8 and is_int8_param(path, spec))
+        matmul_dtype = self.precision.matmul_dtype if is_multiplied else None
+        return jnp.dtype(matmul_dtype or self.precision.compute_dtype)
+
+    def is_skipped(self, path: str) -> bool:
+        return self.text_only and not path.startswith(TEXT)
+
+    def spec(self, path: str, spec: ParamSpec) -> ParamSpec:
+        """The parameter, or an empty one if it is skipped."""
+        return SKIPPED if self.is_skipped(path) else spec
+
+
 def store_param(path: str, spec: ParamSpec, array: jax.Array, mesh: Mesh, *, int8: bool) -> jax.Array | QuantizedArray:
     """The parameter in its stored form: in int8 if it is a matrix of the language model, else unchanged.
 
@@ -130,20 +184,27 @@ def store_param(path: str, spec: ParamSpec, array: jax.Array, mesh: Mesh, *, int
     """
     if not (int8 and is_int8_param(path, spec)):
         return array
-    contracted = contracted_axes(spec.axes)
-    # a GPU's tensor cores take bytes along the axes that are summed over
-    move_last = mesh.devices.flat[0].platform == "gpu" and "experts" not in spec.axes
-    outer = tuple(axis for i, axis in enumerate(spec.axes) if i not in contracted)
-    value_axes = (*outer, *(spec.axes[i] for i in contracted)) if move_last else spec.axes
-    scale_axes = tuple("size_1" if i in contracted else axis for i, axis in enumerate(spec.axes))
-    shardings = (sharding.named_sharding(mesh, axes) for axes in (value_axes, scale_axes))
-    quantized = _quantizer(contracted, move_last, *shardings)(array)
+    last, *axes = int8_axes(spec, mesh)
+    shardings = (sharding.named_sharding(mesh, each) for each in axes)
+    quantized = _quantizer(contracted_axes(spec.axes), bool(last), *shardings)(array)
     return jax.block_until_ready(quantized)  # else the next parameters are sent before `array` is freed
 
 
 def is_int8_param(path: str, spec: ParamSpec) -> bool:
     """Whether quantization to int8 applies to a parameter."""
     return path.startswith(TEXT) and path != EMBEDDING and bool(contracted_axes(spec.axes))
+
+
+def int8_axes(spec: ParamSpec, mesh: Mesh) -> tuple[tuple[int, ...], tuple[str, ...], tuple[str, ...]]:
+    """How an int8 parameter is stored: `QuantizedArray.last`, and the logical axes of its values and of its scale.
+
+    A GPU's tensor cores take bytes along the axes that are summed over.
+    """
+    contracted = contracted_axes(spec.axes)
+    last = contracted if mesh.devices.flat[0].platform == "gpu" and "experts" not in spec.axes else ()
+    first = tuple(axis for i, axis in enumerate(spec.axes) if i not in last)
+    scale = tuple("size_1" if i in contracted else axis for i, axis in enumerate(spec.axes))
+    return last, (*first, *(spec.axes[i] for i in last)), scale
 
 
 @functools.cache

@@ -285,8 +285,7 @@ class Model(nnx.Module):
 
     @jax.named_scope("logits")
     def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
-        out = self.text.embed.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
-        return out[:, : self.c.vocab_size]
+        return self.text.embed.logits(hidden, self.c.vocab_size)
 
     def encode(self, name: str, features: Features) -> Float[Array, "E W"]:
         return self.audio.encode_windows(log_mel(features["samples"], self.c.mel))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -52,6 +51,8 @@ def attend(
         v: Float[Array, "T K H"],
         k_cache: KVArray,
         v_cache: KVArray,
+        batch: Batch,
+        first_block: Int[Array, ""],
     ) -> tuple[Float[Array, "T K G H"], KVArray, KVArray]:
         slots = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * block_size, -1)
         with jax.named_scope("kv_cache/write"):
@@ -61,8 +62,8 @@ def attend(
         return out, k_cache, v_cache
 
     out, k_cache, v_cache = map_heads(
-        write_and_attend, (Q_AXES, KV_AXES, KV_AXES, cache_axes, cache_axes), (Q_AXES, cache_axes, cache_axes)
-    )(q, k, v, kv_cache.k, kv_cache.v)
+        write_and_attend, (Q_AXES, KV_AXES, KV_AXES, cache_axes, cache_axes, (), ()), (Q_AXES, cache_axes, cache_axes)
+    )(q, k, v, kv_cache.k, kv_cache.v, batch, first_block)
     return out, KVCache(k_cache, v_cache)
 
 
@@ -75,11 +76,15 @@ def cross_attend(
         q: Float[Array, "T K G H"],
         k_cache: KVArray,
         v_cache: KVArray,
+        batch: Batch,
+        first_block: Int[Array, ""],
     ) -> Float[Array, "T K G H"]:
         keys = Keys(batch.cross_block_table + first_block, batch.cross_context_lens, causal=False)
         return _paged_attention(q, k_cache, v_cache, keys, batch, scale=scale)
 
-    return map_heads(attend_heads, (Q_AXES, kv_cache_axes(), kv_cache_axes()), Q_AXES)(q, kv_cache.k, kv_cache.v)
+    return map_heads(attend_heads, (Q_AXES, kv_cache_axes(), kv_cache_axes(), (), ()), Q_AXES)(
+        q, kv_cache.k, kv_cache.v, batch, first_block
+    )
 
 
 @jax.named_scope("kv_cache/write")
@@ -99,12 +104,13 @@ def write_kv(
         v: Float[Array, "T K H"],
         k_cache: KVArray,
         v_cache: KVArray,
+        slot_mapping: Int[Array, "T"],
     ) -> tuple[KVArray, KVArray]:
         return write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slot_mapping)
 
     return KVCache(
-        *map_heads(write_heads, (KV_AXES, KV_AXES, cache_axes, cache_axes), (cache_axes, cache_axes))(
-            k, v, kv_cache.k, kv_cache.v
+        *map_heads(write_heads, (KV_AXES, KV_AXES, cache_axes, cache_axes, ()), (cache_axes, cache_axes))(
+            k, v, kv_cache.k, kv_cache.v, slot_mapping
         )
     )
 
@@ -125,12 +131,19 @@ def encoder_attention(
     segment_len: the length of every segment, if all have the same. key_mask: False for positions that attend but are
     not attended to.
     """
-    attend_segments = functools.partial(
-        segment_attention, segment_ids=segment_ids, scale=scale, segment_len=segment_len, key_mask=key_mask
+
+    def attend_segments(
+        q: Float[Array, "U N H"],
+        k: Float[Array, "U N H"],
+        v: Float[Array, "U N H"],
+        segment_ids: Int[Array, "U"],
+        key_mask: Bool[Array, "U"] | None,
+    ) -> Float[Array, "U N H"]:
+        return segment_attention(q, k, v, segment_ids, scale=scale, segment_len=segment_len, key_mask=key_mask)
+
+    return map_heads(attend_segments, (ENCODER_AXES, ENCODER_AXES, ENCODER_AXES, (), ()), ENCODER_AXES)(
+        q, k, v, segment_ids, key_mask
     )
-    return map_heads(
-        lambda q, k, v: attend_segments(q, k, v), (ENCODER_AXES, ENCODER_AXES, ENCODER_AXES), ENCODER_AXES
-    )(q, k, v)
 
 
 class Keys(NamedTuple):

@@ -214,5 +214,4 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "S D"]) -> Float32[Array, "S V"]:
         """Logits over the vocabulary, without its padding."""
         head = self.embed if self.head is None else self.head
-        out = head.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
-        return out[:, : self.c.vocab_size]
+        return head.logits(hidden, self.c.vocab_size)

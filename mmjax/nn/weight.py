@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Float32, Int, Int8
 
 from mmjax.kernels import current_platform
+from mmjax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +59,14 @@ class Weight(nnx.Param[Any]):
     def einsum(self, equation: str, x: Float[Array, "..."], **kwargs: Any) -> Float[Array, "..."]:
         """`jnp.einsum(equation, x, weight)`; see `weight_einsum`."""
         return weight_einsum(equation, x, self.stored, **kwargs)
+
+    def logits(self, hidden: Float[Array, "S D"], vocab_size: int) -> Float32[Array, "S V"]:
+        """Logits over a vocabulary, of a head that may be padded. On every device whole.
+
+        What the devices exchange are the logits: else XLA gathers the head, 1 GiB in each step of a 7B model.
+        """
+        out = self.einsum("sd,vd->sv", hidden, preferred_element_type=jnp.float32)
+        return constrain(constrain(out, ("position", "vocab")), ())[:, :vocab_size]
 
     def lookup(self, ids: Int[Array, "T"]) -> Float[Array, "T ..."]:
         """Rows of an embedding matrix; ids are clipped to its range."""

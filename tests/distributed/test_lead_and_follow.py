@@ -22,7 +22,9 @@ from mmjax.engine.model_runner import ModelRunner
 from mmjax.engine.programs import StepOutput
 from mmjax.entrypoints.async_llm import EngineDeadError, _unless_lost
 
-HOST_ONLY = {"wait", "warm_up", "stop_compiling", "program", "program_keys", "param_shapes"}
+HOST_ONLY = {"wait", "warm_up", "stop_compiling", "program", "program_keys", "param_shapes"} | {
+    "measure", "choose_layouts", "sizing_keys"
+}  # fmt: skip
 """Methods of the runner that each host calls for itself."""
 
 

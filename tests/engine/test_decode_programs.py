@@ -1,11 +1,15 @@
 """What a GPU does in a decode step, on the CPU: programs without sampling, and layers of fused kernels."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from mmjax.kernels import Tile
 
 from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM, SamplingParams
 from mmjax.engine.programs import Decode
+from mmjax.loader import params
 from mmjax.nn import decode_step
 
 PROMPTS = [chat_text("Hello, who are you?"), image_prompt(random_pixels(1)), {"prompt_token_ids": [5, 6, 7]}]
@@ -52,6 +56,8 @@ def test_layers_of_fused_kernels_give_the_same_tokens(
         # the tiny heads are none that the GPU would take
         return None if int8 and rows > 1 else Tile(32, 16, 2, split_k=2 if len(shape) == 2 else 1)
 
+    on_gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    monkeypatch.setattr(params, "int8_axes", lambda spec, mesh, as_on=params.int8_axes: as_on(spec, on_gpu))
     monkeypatch.setattr(decode_step, "can_run", can_run)
     monkeypatch.setattr(decode_step, "tile_for", tile_for)
     llm = make_llm(family, quantization=quantization, num_decode_steps=3)  # sizes whose programs no other test has

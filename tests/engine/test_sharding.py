@@ -6,6 +6,8 @@ import pytest
 
 from engine_inputs import chat_text, greedy, image_prompt, output_ids, random_pixels
 from mmjax import LLM
+from mmjax.engine.hlo import collectives
+from mmjax.engine.programs import Decode, Prefill
 from mmjax.loader.params import ParamSpec, fit_to_mesh
 
 QWEN = [
@@ -80,3 +82,14 @@ def test_fit_pads_with_zeros() -> None:
     leaf = ParamSpec((6, 4), ("vocab", "embed"))
     out = fit_to_mesh(np.ones((6, 4), np.float32), leaf, ParamSpec((8, 4), leaf.axes))
     assert out[:6].all() and not out[6:].any()
+
+
+def test_no_program_gathers_a_weight(make_llm) -> None:
+    """The programs that the tests above compiled: what devices gather is as small as activations and logits."""
+    for family in ("qwen2_vl", "whisper", "qwen3_vl_moe"):
+        runner = make_llm(family, tensor_parallel_size=4).model.engines[0].runner
+        weights = {leaf.shape for leaf in jax.tree.leaves(runner.params) if leaf.ndim > 1 and leaf.size > 2048}
+        for key in (Decode(4, 4), Prefill(128)):
+            exchanged = collectives(runner.program(key).as_text())
+            gathered = {each.shape for each in (*exchanged.once, *exchanged.per_iteration) if each.kind == "all-gather"}
+            assert not gathered & weights, (family, key)
