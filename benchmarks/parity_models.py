@@ -163,7 +163,8 @@ def make_prompts(case: Case, placeholders: Mapping[str, str], encode: Callable[[
         text = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>" if case.name == "Whisper" else ""
         for modality in modalities:
             media.setdefault(modality, []).append(_item(case, modality, rng))
-            text += placeholders.get(modality, "").replace("{i}", str(len(media[modality])))
+            placeholder = placeholders.get(modality, "").replace("<|image_{i}|>", "<|image|>")  # the token, not text
+            text += placeholder.replace("{i}", str(len(media[modality])))
         token_ids = [*encode(text), *rng.integers(300, 30_000, case.text).tolist()]
         prompts.append({"prompt_token_ids": token_ids, "multi_modal_data": media})
     return prompts
