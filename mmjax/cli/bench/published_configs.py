@@ -394,9 +394,9 @@ OTHER = {
 }  # fmt: skip
 
 PUBLISHED: Mapping[str, tuple[Json, Files]] = {
-    **{name: ({"architectures": [f"{kind}ForCausalLM"], **sizes}, {}) for name, (kind, sizes) in CAUSAL.items()},
-    **LLAVA,
     **QWEN_VL,
+    **LLAVA,
     **AUDIO,
     **OTHER,
+    **{name: ({"architectures": [f"{kind}ForCausalLM"], **sizes}, {}) for name, (kind, sizes) in CAUSAL.items()},
 }

@@ -24,7 +24,7 @@ QWEN_VISION = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_p
 QWEN_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 OMNI = ("AUDIO", "audio_bos", "audio_eos", "box_end", "quad_start", "quad_end")
 OMNI_VISION = ("vision_bos", "vision_eos", "vision_pad", "IMAGE", "VIDEO")
-MINICPM = (
+MINICPM = (  # their ids are not verified; only the tokenizer says them
     "image", "/image", "ref", "/ref", "box", "/box", "quad", "/quad", "point", "/point", "slice", "/slice", "image_id",
     "/image_id", "unk",
 )  # fmt: skip
