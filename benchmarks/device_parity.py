@@ -33,7 +33,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +329,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="models at a time")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for a model (default: 900)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="also write the figures to this file, and run only models that it lacks",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -339,17 +344,24 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    known: list[Json] = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    results = [result for result in known if "found" in result]
+    done = [(result["case"], result["width"]) for result in results]
+    cases = [case for case in CASES if not args.cases or case.name in args.cases]
+    pairs = [(case, width) for width in reversed(args.widths) for case in cases if (case.name, width) not in done]
     with tempfile.TemporaryDirectory(prefix="mmjax-parity-") as directory:
         args.reference = args.reference or Path(directory)
         args.reference.mkdir(parents=True, exist_ok=True)
-        cases = [case for case in CASES if not args.cases or case.name in args.cases]
         with ThreadPoolExecutor(args.processes) as pool:  # the largest first
-            jobs = [pool.submit(run_case, args, case, width) for width in reversed(args.widths) for case in cases]
-            results = [job.result() for job in jobs]
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+            for job in as_completed([pool.submit(run_case, args, *pair) for pair in pairs]):
+                results.append(job.result())
+                if args.json:
+                    args.json.write_text(json.dumps(results, indent=1) + "\n")
     failed = [result for result in results if "error" in result]
-    good = sorted((r for r in results if "found" in r), key=lambda r: (list(BY_NAME).index(r["case"]), r["width"]))
+    order = list(BY_NAME)
+    good = sorted(
+        (r for r in results if "found" in r), key=lambda r: (order.index(r["case"]), -WIDTHS.index(r["width"]))
+    )
     if good:
         print(f"{good[0]['device']}\n\n{table(good)}")
     wrong = [r for r in good if any(faults(dtype, each, r["measure"]) for dtype, each in r["found"].items())]
