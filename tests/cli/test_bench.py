@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,12 +13,15 @@ from jax.profiler import ProfileData
 
 from mmjax.cli.bench import CHAT, profile
 from mmjax.cli.bench.plot import plot_sweep
-from mmjax.cli.bench.published_sizes import MODELS, write_model
+from mmjax.cli.bench.published_configs import PUBLISHED
+from mmjax.cli.bench.published_sizes import MODELS, model_files, write_model
 from mmjax.cli.bench.serve import RandomRequests, ResponseReader, Target, arrivals, prepare, random_length
 from mmjax.cli.bench.serve_metrics import Load, RequestResult, Selection, ServeResult
 from mmjax.cli.main import main
 from mmjax.loader.checkpoint import Checkpoint
+from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
+from mmjax.models import FAMILIES
 from mmjax.tokenizer.tokenizer import Tokenizer
 
 # -- what is sent --------------------------------------------------------------------------------------------------
@@ -270,8 +273,23 @@ def test_tokenizers_of_published_sizes(name: str, tmp_path: Path) -> None:
     assert {token: tokenizer.id_of(token) for token in wanted} == wanted
 
 
-def test_all_published_sizes_are_of_known_families() -> None:
-    assert {name.partition("-")[0] for name in MODELS} == {"qwen2", "qwen2.5", "qwen3", "llava", "whisper"}
+def test_published_sizes_are_of_every_family() -> None:
+    assert {Family.of(PUBLISHED[name][0]).name for name in MODELS.values()} == set(FAMILIES.values())
+    with pytest.raises(ValueError, match="'qwen2' is not known; known are: qwen2-vl-2b, "):
+        write_model("qwen2", Path())
+
+
+def test_placeholders_of_published_sizes_are_special(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmjax.cli.bench.published_sizes.make_tokenizer", lambda size, special, bos: (size, special))
+    for name in MODELS.values():
+        files, tokenizer = model_files(name)
+        size, special = cast(Any, tokenizer)
+        config = files["config.json"]
+        part = config.get("thinker_config", config)
+        ids = {part[key] for key in part if key.endswith(("_token_id", "_token_index"))}
+        ids |= {files["generation_config.json"][f"{key}_token_id"] for key in ("bos", "eos", "pad")}
+        rows = part.get("text_config", part).get("vocab_size", 32000)
+        assert ids <= set(special) and size <= rows + (config["architectures"] == ["UltravoxModel"]), name
 
 
 # -- profiles ------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from mmjax import kernels, sharding
 from mmjax.batch import Batch, KVCache, nest
+from mmjax.cli.bench.published_configs import PUBLISHED
 from mmjax.engine.memory import kv_block_shape
 from mmjax.loader.family import Family
 from mmjax.loader.params import param_specs
 from mmjax.spec import EncoderSpec, ModelSpec
-from models.published_sizes import PUBLISHED
 
 KINDS = {"cpu": "cpu", "gpu": "NVIDIA H200", "tpu": "TPU v5 lite"}
 CORES = {"cpu": None, "gpu": 132, "tpu": 1}

@@ -2,10 +2,10 @@
 
 import pytest
 
+from mmjax.cli.bench.published_configs import PUBLISHED
 from mmjax.loader.family import Family
 from mmjax.models import FAMILIES
 from models.abstract_model import lower_published, programs
-from models.published_sizes import PUBLISHED
 
 
 def test_every_family_has_published_sizes() -> None:

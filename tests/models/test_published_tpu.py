@@ -2,8 +2,8 @@
 
 import pytest
 
+from mmjax.cli.bench.published_configs import PUBLISHED
 from models.abstract_model import lower_published
-from models.published_sizes import PUBLISHED
 
 
 @pytest.mark.published
