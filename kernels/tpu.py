@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int
 
 from . import online_softmax, tile
 from .tile import Ref
@@ -30,7 +30,7 @@ def init(row_max: Ref, row_sum: Ref, acc: Ref) -> None:
 
 
 def update(
-    index: tuple[int, ...],
+    index: tuple[int | Int[Array, ""], ...],
     row_max: Ref,
     row_sum: Ref,
     acc: Ref,

@@ -127,13 +127,14 @@ class ModelRunner:
     def _state_program(self, memory: EngineMemory, kv_dtype: str, platform: str) -> Callable[[], DeviceState]:
         """The compiled program that allocates the state. It is kept: waking up compiles nothing."""
         spec, buckets = self.spec, self.buckets
-        block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
-        cache_shape = (spec.num_layers * memory.num_blocks, *block)
+        block, dtype = kv_block_shape(spec, buckets.block_size, kv_dtype, platform)
+        k_shape = (spec.num_layers * memory.num_blocks, *block)
+        v_shape = (0, *block) if kernels.kv_in_one_array(platform) else k_shape
         rows, vocab = buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
         def zeros() -> DeviceState:
             return DeviceState(
-                kv_cache=KVCache(jnp.zeros(cache_shape, dtype), jnp.zeros(cache_shape, dtype)),
+                kv_cache=KVCache(jnp.zeros(k_shape, dtype), jnp.zeros(v_shape, dtype)),
                 mm_embeds=jnp.zeros((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
                 last_token=jnp.zeros((rows,), jnp.int32),
                 stopped=jnp.zeros((rows,), jnp.bool_),

@@ -13,20 +13,17 @@ from mmjax import kernels
 
 DEVICES = {"cuda": ("gpu", "triton"), "tpu": ("tpu", "mosaic_tpu")}
 I32 = jnp.int32
+Programs = dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]
 DECODE_STEP = ("qkv", "o", "gate_up", "down", "attend", "merge", "norm")
 
 
-def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
+def programs(platform: str, impl: str) -> Programs:
     head_dim, queries = kernels.kv_cache_head_dim(64, platform), kernels.q_block_size(platform)
-    cache, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
-    q, blocks = ((4, 2, 7, head_dim), jnp.bfloat16), ((3, queries, 2, 7, head_dim), jnp.bfloat16)
     packed = ((1024, 4, 80), jnp.bfloat16)
     options: dict[str, Any] = {"scale": 0.125, "impl": impl}
-    prefill = (blocks, cache, cache, table, ((3,), I32), ((3,), I32), ((4,), I32))
+    attention = one_array_programs if kernels.kv_in_one_array(platform) else two_array_programs
     return {
-        "decode": (functools.partial(kernels.paged_decode, **options), (q, cache, cache, table, ((4,), I32))),
-        "causal": (functools.partial(kernels.paged_prefill, causal=True, **options), prefill),
-        "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
+        **attention(head_dim, queries, options),
         "segments": (functools.partial(kernels.segment_attention, **options), (packed,) * 3 + (((1024,), I32),)),
         "masked_keys": (
             lambda *arrays: kernels.segment_attention(*arrays[:4], key_mask=arrays[4], **options),
@@ -35,7 +32,37 @@ def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tu
     }
 
 
-def decode_step_programs() -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
+def two_array_programs(head_dim: int, queries: int, options: dict[str, Any]) -> Programs:
+    cache, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
+    q, blocks = ((4, 2, 7, head_dim), jnp.bfloat16), ((3, queries, 2, 7, head_dim), jnp.bfloat16)
+    prefill = (blocks, cache, cache, table, ((3,), I32), ((3,), I32), ((4,), I32))
+    return {
+        "decode": (functools.partial(kernels.paged_decode, **options), (q, cache, cache, table, ((4,), I32))),
+        "causal": (functools.partial(kernels.paged_prefill, causal=True, **options), prefill),
+        "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
+    }
+
+
+def one_array_programs(lanes: int, queries: int, options: dict[str, Any]) -> Programs:
+    def shapes(count: int, queries: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
+        q, new = ((count, queries, 1, 7, 64), jnp.bfloat16), ((count, queries, 1, 64), jnp.bfloat16)
+        vectors = ((4, 8), I32), ((count,), I32), ((count,), I32), ((4,), I32)
+        return q, ((128, 1, 64, lanes), jnp.bfloat16), new, new, *vectors
+
+    def causal(q: Any, cache: Any, k: Any, v: Any, *batch: Any) -> Any:
+        return kernels.paged_attention(q, cache, (k, v), *batch, causal=True, **options)
+
+    def cross(q: Any, cache: Any, _k: Any, _v: Any, *batch: Any) -> Any:
+        return kernels.paged_attention(q, cache, None, *batch, causal=False, **options)
+
+    return {
+        "decode": (causal, shapes(4, 1)),
+        "causal": (causal, shapes(3, queries)),
+        "cross": (cross, shapes(3, queries)),
+    }
+
+
+def decode_step_programs() -> Programs:
     """The ops of a decode step on a GPU: rows as wide as 2048, 2 kv heads of 8 queries."""
     bf16, f32, i8 = jnp.bfloat16, jnp.float32, jnp.int8
 
