@@ -34,12 +34,12 @@ def unpack_kv(kv: Num[Array, "*shape lanes"], head_dim: int) -> tuple[Num[Array,
 
 
 def write_kv_cache(
-    k_cache: Num[Array, "num_blocks _ _ H"],
-    v_cache: Num[Array, "num_blocks _ _ H"],
+    k_cache: Num[Array, "num_blocks _ _ cache_H"],
+    v_cache: Num[Array, "v_blocks _ _ cache_H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     slot_mapping: Int[Array, "T"],
-) -> tuple[Num[Array, "num_blocks _ _ H"], Num[Array, "num_blocks _ _ H"]]:
+) -> tuple[Num[Array, "num_blocks _ _ cache_H"], Num[Array, "v_blocks _ _ cache_H"]]:
     """Write k, v at `slot_mapping` of caches [num_blocks, block_size, K, H]: slot = block id * block_size + offset.
 
     On a platform of `kv_heads_first` the caches are [num_blocks, K, block_size, H]; where `kv_in_one_array`, k_cache
@@ -54,7 +54,7 @@ def write_kv_cache(
     num_slots = k_cache.shape[0] * block_size
     slot_mapping = jnp.where(slot_mapping < 0, num_slots, slot_mapping)  # a negative index would count from the end
 
-    def write(cache: Num[Array, "num_blocks _ _ H"], new: Float[Array, "T K H"]) -> Num[Array, "num_blocks _ _ H"]:
+    def write(cache: Num[Array, "_ _ _ cache_H"], new: Float[Array, "T K H"]) -> Num[Array, "_ _ _ cache_H"]:
         if heads_first:
             slots = cache.at[slot_mapping // block_size, :, slot_mapping % block_size]
             return slots.set(to_cache_dtype(new, cache.dtype), mode="drop", unique_indices=True)

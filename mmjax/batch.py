@@ -25,7 +25,7 @@ class KVCache:
     """
 
     k: Num[Array, "num_blocks _ _ H"]
-    v: Num[Array, "num_blocks _ _ H"]
+    v: Num[Array, "v_blocks _ _ H"]
 
 
 @jax.tree_util.register_dataclass

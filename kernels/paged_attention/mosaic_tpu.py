@@ -33,7 +33,8 @@ STEP_KEYS = 512
 """Keys per product: what follows the last key of a chunk costs at most this much work."""
 GROUP_BYTES = 2 * 2**20
 """Queries, outputs and new keys of a grid step."""
-UNROLLED_HEADS = 4
+UNROLLED_HEADS, UNROLLED_ROWS = 4, 128
+"""Heads side by side in the program, and their query rows at most. More makes the program of a prefill larger only."""
 VMEM_BYTES = 48 * 2**20
 """Of the 64 MiB that a core of a tpu7x has."""
 
@@ -66,9 +67,7 @@ def run(
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - Q * G), (0, width - H)))
     inputs = [query] if new_kv is None else [query, new_rows(pack_kv(*new_kv), q_start, kv_cache.dtype)]
     group = _group_size(B, 2 * query.nbytes + sum(x.nbytes for x in inputs[1:]))
-    blocks = max(1, min(CHUNK_KEYS, CHUNK_BYTES // (K * lanes * kv_cache.dtype.itemsize)) // block_size)
-    chunk_keys = min(blocks, block_table.shape[1]) * block_size
-    step_keys = min(STEP_KEYS, pl.cdiv(chunk_keys, tpu.LANES) * tpu.LANES)
+    chunk_keys, step_keys = _chunk_size(kv_cache, block_table.shape[1])
     work = plan(seq_index, q_start, context_lens, queries=Q, block_size=block_size, causal=causal, window=window)
     kernel = _Kernel(
         count=B, queries=Q, group=group, heads_per_kv=G, block_size=block_size, table_width=block_table.shape[1],
@@ -93,7 +92,9 @@ def run(
         ),
         out_shape=shapes if kernel.writes else shapes[:1],
         input_output_aliases={1 + len(work) + len(inputs): 1} if kernel.writes else {},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES, disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="paged_attention",
     )(block_table.reshape(-1), *work, *inputs, kv_cache)
@@ -163,6 +164,14 @@ def _group_size(count: int, nbytes: int) -> int:
     """Query blocks of a grid step, which divide `count`; all together have nbytes."""
     most = max(1, GROUP_BYTES * count // nbytes)
     return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+
+
+def _chunk_size(kv_cache: Num[Array, "_ K block_size lanes"], table_width: int) -> tuple[int, int]:
+    """Keys per chunk, in whole blocks, and per step, a multiple of LANES."""
+    _, K, block_size, lanes = kv_cache.shape
+    most = min(CHUNK_KEYS, CHUNK_BYTES // (K * lanes * kv_cache.dtype.itemsize))
+    chunk_keys = min(max(1, most // block_size), table_width) * block_size
+    return chunk_keys, min(STEP_KEYS, pl.cdiv(chunk_keys, tpu.LANES) * tpu.LANES)
 
 
 def copy(src: Ref, dst: Ref, semaphore: Ref) -> Any:
@@ -256,13 +265,13 @@ class _Kernel:
         following = self._chunk(r, next_b, jnp.where(is_last, work.first_key[next_b], now.end), 1 - slot)
         if not self.writes:
             pl.when(exists)(lambda: self._start(r, following))
-            self._blocks(r, now, lambda each: each.wait())
+            self._wait(r, now)
             self._multiply(r, j, now)
         else:
             same = is_last & (work.seq_index[next_b] == work.seq_index[b])
             reads_new = exists & same & (following.end > work.q_start[b])
             pl.when(exists & ~reads_new)(lambda: self._start(r, following))
-            self._blocks(r, now, lambda each: each.wait())
+            self._wait(r, now)
             self._put_new_rows(r, j, now)
 
             @pl.when(reads_new)
@@ -276,22 +285,28 @@ class _Kernel:
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
-    def _start(self, r: _Refs, chunk: _Chunk) -> None:
-        self._blocks(r, chunk, lambda each: each.start())
+    def _num_blocks(self, chunk: _Chunk) -> Scalar:
+        return lax.div(chunk.end - chunk.first + (self.block_size - 1), self.block_size)
 
     def _block_id(self, r: _Refs, b: Scalar, key: Scalar) -> Scalar:
         return r.block_table[r.work.seq_index[b] * self.table_width + lax.div(key, self.block_size)]
 
-    def _blocks(self, r: _Refs, chunk: _Chunk, apply: Callable[[Any], None]) -> None:
-        """Start, or wait for, the copies of the chunk's blocks."""
+    def _start(self, r: _Refs, chunk: _Chunk) -> None:
+        """Start the copies of the chunk's blocks."""
 
         def block(i: Scalar, _: None) -> None:
             block_id = self._block_id(r, chunk.b, chunk.first + i * self.block_size)
             keys = pl.ds(pl.multiple_of(i * self.block_size, self.block_size), self.block_size)
-            apply(copy(r.cache.at[block_id], r.buffer.at[chunk.slot, :, keys], r.semaphores.at[chunk.slot]))
+            copy(r.cache.at[block_id], r.buffer.at[chunk.slot, :, keys], r.semaphores.at[chunk.slot]).start()
 
-        count = lax.div(chunk.end - chunk.first + (self.block_size - 1), self.block_size)
-        lax.fori_loop(0, count, block, None)
+        lax.fori_loop(0, self._num_blocks(chunk), block, None)
+
+    def _wait(self, r: _Refs, chunk: _Chunk) -> None:
+        """Wait for them. A semaphore counts bytes: one wait for each power of two of the blocks."""
+        count = self._num_blocks(chunk)
+        for power in range((self.chunk_keys // self.block_size).bit_length()):
+            keys = r.buffer.at[chunk.slot, :, pl.ds(0, self.block_size << power)]
+            pl.when((count & 1 << power) != 0)(copy(keys, keys, r.semaphores.at[chunk.slot]).wait)
 
     def _new_tiles(self, r: _Refs, chunk: _Chunk) -> tuple[Scalar, Scalar]:
         """The tiles [first, last) of the sequence in which the chunk has new keys."""
@@ -352,7 +367,7 @@ class _Kernel:
     def _step(self, r: _Refs, j: Scalar, chunk: _Chunk, t: Scalar, *, masked: bool) -> None:
         keys = pl.ds(pl.multiple_of(t * self.step_keys, self.step_keys), self.step_keys)
         first = chunk.first + t * self.step_keys
-        heads, _, width = r.query.shape[1:]
+        heads, rows, width = r.query.shape[1:]
 
         def head(h: Scalar) -> None:
             key = r.buffer[chunk.slot, h, keys, pl.ds(0, width)]
@@ -364,7 +379,8 @@ class _Kernel:
                 value = jnp.where(in_chunk, value.astype(jnp.float32), 0.0).astype(value.dtype)  # may hold anything
             tpu.update((h,), r.row_max, r.row_sum, r.acc, scores, value)
 
-        unrolled = next(n for n in range(UNROLLED_HEADS, 0, -1) if heads % n == 0)
+        most = max(1, min(UNROLLED_HEADS, UNROLLED_ROWS // rows))
+        unrolled = next(n for n in range(most, 0, -1) if heads % n == 0)
 
         def some_heads(i: Scalar, _: None) -> None:
             for n in range(unrolled):

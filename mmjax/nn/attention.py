@@ -24,7 +24,7 @@ from mmjax.sharding import map_heads
 Q_AXES = ("position", "kv_heads", "group", "head_dim")
 KV_AXES = ("position", "kv_heads", "head_dim")
 ENCODER_AXES = ("position", "heads", "head_dim")
-KVArray = Num[Array, "num_blocks _ _ cache_H"]  # the keys or the values of a KVCache
+KVArray = Num[Array, "_ _ _ cache_H"]  # the keys or the values of a KVCache
 
 
 def kv_cache_axes(platform: str | None = None) -> tuple[str, str, str, str]:

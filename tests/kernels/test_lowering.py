@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from mmjax import kernels
+from mmjax import kernels, sharding
+from mmjax.batch import Batch, KVCache
+from mmjax.nn import attention
 
 DEVICES = {"cuda": ("gpu", "triton"), "tpu": ("tpu", "mosaic_tpu")}
 I32 = jnp.int32
@@ -131,3 +133,35 @@ def lowered(device: str, function: Callable[..., Any], shapes: tuple[tuple[tuple
         gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu if device == "cuda" else None)):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(device,)).as_text()
+
+
+def test_a_layer_on_a_mesh_of_tpus() -> None:
+    """Two kv heads on two devices, one each; the batch is on all of them."""
+    mesh = AbstractMesh((2,), (sharding.MODEL,), abstract_device=tpu())
+    cache = KVCache(*(jax.ShapeDtypeStruct((n, 2, 64, 256), jnp.bfloat16) for n in (64, 0)))
+
+    def layer(q: Any, k: Any, v: Any, cache: KVCache, batch: Batch) -> Any:
+        cache = attention.write_kv(k, v, cache, batch.slot_mapping, I32(32))
+        out, cache = attention.attend(q, k, v, cache, batch, I32(0), scale=0.1)
+        return attention.cross_attend(out, cache, batch, I32(32), scale=0.1), cache
+
+    for blocks, queries in ((4, 1), (2, 64)):
+        tokens = blocks * queries
+        q, kv = (jax.ShapeDtypeStruct((tokens, 2, *inner), jnp.bfloat16) for inner in ((8, 128), (128,)))
+        shapes = {
+            "token_ids": (tokens,), "rope_positions": (1, tokens), "mm_index": (tokens,), "slot_mapping": (tokens,),
+            "seq_index": (blocks,), "q_start": (blocks,), "block_table": (blocks, 8), "context_lens": (blocks,),
+            "cross_block_table": (blocks, 4), "cross_context_lens": (blocks,),
+        }  # fmt: skip
+        batch = Batch(**{name: jax.ShapeDtypeStruct(shape, I32) for name, shape in shapes.items()})
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(layer).trace(q, kv, kv, cache, batch)
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("tpu_custom_call") == 2
+
+
+def tpu() -> AbstractDevice:
+    try:
+        return AbstractDevice("TPU v5 lite", 1, "tpu")
+    except TypeError:  # before 0.11 a device has no platform
+        return AbstractDevice("TPU v5 lite", 1)
