@@ -1,12 +1,12 @@
 """Attention on TPU, in Pallas-Mosaic: decode, prefill and steps that mix both, over the keys that are live.
 
-One program runs through the query blocks and, for each, through chunks of its keys. Two buffers hold a chunk each:
-while one is attended to, the live cache blocks of the next chunk are copied into the other, be it of the same query
-block or of the next one that has keys. A cache block is [K, block_size, lanes], keys and values side by side on the
-lanes: one copy brings both, for all kv heads, and a head's keys are whole tiles.
+One program runs through the query blocks and, for each, through chunks of its keys. While one chunk is attended to, the
+live cache blocks of the next ones are copied into other buffers, be they of the same query block or of the next ones
+that have keys. A cache block is [K, block_size, lanes], keys and values side by side on the lanes: one copy brings
+both, for all kv heads, and a head's keys are whole tiles.
 
 New keys are put into the chunk that their query block has in VMEM anyway, and the tiles of TILE_ROWS tokens that they
-touch are copied back to the cache. Where the next chunk would read these tiles, its copies wait for that.
+touch are copied back to the cache. A chunk that reads such tiles is not copied before.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Float32, Int, Num
+from jaxtyping import Array, Bool, Float, Float32, Int, Num
 
 from .. import online_softmax, tile, tpu
 from ..choose import raise_unsupported, value_lane
@@ -29,6 +29,8 @@ TILE_ROWS = 16
 """Tokens of a tile: 16 rows of bfloat16, or twice 8 of float32. Less cannot be written to the cache."""
 CHUNK_KEYS, CHUNK_BYTES = 2048, 4 * 2**20
 """The most keys, and bytes, that are copied at a time: 4 MiB take a v5e 5 us, ten times a copy's latency."""
+BUFFERS = 3
+"""Chunks in VMEM: one that is attended to, one that arrives, and one whose copies are queued behind it."""
 STEP_KEYS = 512
 """Keys per product: what follows the last key of a chunk costs at most this much work."""
 GROUP_BYTES = 2 * 2**20
@@ -84,10 +86,10 @@ def run(
             in_specs=[*(_by_group(x, group) for x in inputs), cache_spec],
             out_specs=[out_spec, cache_spec] if kernel.writes else [out_spec],
             scratch_shapes=[
-                pltpu.VMEM((2, K, pl.cdiv(chunk_keys, step_keys) * step_keys, lanes), kv_cache.dtype),
+                pltpu.VMEM((BUFFERS, K, pl.cdiv(chunk_keys, step_keys) * step_keys, lanes), kv_cache.dtype),
                 *tpu.softmax_scratch((K, rows), width),
-                pltpu.SemaphoreType.DMA((3,)),
-                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((BUFFERS + 1,)),
+                pltpu.SMEM((len(_Queue._fields),), jnp.int32),
             ],
         ),
         out_shape=shapes if kernel.writes else shapes[:1],
@@ -107,7 +109,7 @@ class Work(NamedTuple):
     """What each query block attends to: keys first_key .. end - 1 of sequence seq_index.
 
     first_key: a multiple of block_size. next_block: [0] is the first query block that has keys, [b + 1] the next one
-    after b; B where there is none.
+    after b; B where there is none. first_of_seq: the first of the neighboring query blocks of the same sequence.
     """
 
     seq_index: Int[Array, "B"]
@@ -115,6 +117,7 @@ class Work(NamedTuple):
     first_key: Int[Array, "B"]
     end: Int[Array, "B"]
     next_block: Int[Array, "B+1"]
+    first_of_seq: Int[Array, "B"]
 
 
 def plan(
@@ -135,9 +138,11 @@ def plan(
     first_key = jnp.zeros_like(end)
     if window is not None:
         first_key = lax.div(jnp.maximum(q_start - window + 1, 0), block_size) * block_size
-    index = jnp.where(first_key < end, jnp.arange(count, dtype=jnp.int32), count)
-    next_block = jnp.pad(lax.cummin(index, reverse=True), (0, 1), constant_values=count)
-    return Work(seq_index, q_start, first_key, end, next_block)
+    index = jnp.arange(count, dtype=jnp.int32)
+    live = jnp.where(first_key < end, index, count)
+    next_block = jnp.pad(lax.cummin(live, reverse=True), (0, 1), constant_values=count)
+    starts = jnp.pad(seq_index[1:] != seq_index[:-1], (1, 0), constant_values=True)
+    return Work(seq_index, q_start, first_key, end, next_block, lax.cummax(jnp.where(starts, index, 0)))
 
 
 def new_rows(
@@ -180,8 +185,7 @@ def copy(src: Ref, dst: Ref, semaphore: Ref) -> Any:
 
 
 class _Refs(NamedTuple):
-    """The arrays of a program. buffer: the two chunks. semaphores: of each, and of the writes. slot: the chunk that is
-    attended to next."""
+    """The arrays of a program. buffer: BUFFERS chunks. semaphores: of each, and of the writes. queue: a `_Queue`."""
 
     block_table: Ref
     work: Work
@@ -194,7 +198,20 @@ class _Refs(NamedTuple):
     row_sum: Ref
     acc: Ref
     semaphores: Ref
-    slot: Ref
+    queue: Ref
+
+
+class _Queue(NamedTuple):
+    """Positions in the array of this name. done, started: how many chunks were attended to, and how many are being
+    copied or were. b, first: the chunk that is copied next, which begins at key `first` of query block b."""
+
+    done: int = 0
+    started: int = 1
+    b: int = 2
+    first: int = 3
+
+
+QUEUE = _Queue()
 
 
 class _Chunk(NamedTuple):
@@ -234,15 +251,20 @@ class _Kernel:
         if self.writes:
             cache, *rest = rest  # the same memory; the interpreter keeps what is written in the output only
         r = _Refs(block_table, work, query, new, cache, out, *rest)
-        first_of_all = work.next_block[0]
 
-        @pl.when((pl.program_id(0) == 0) & (first_of_all < self.count))
-        def start_first() -> None:
-            r.slot[0] = 0
-            self._start(r, self._chunk(r, first_of_all, work.first_key[first_of_all], jnp.int32(0)))
+        @pl.when(pl.program_id(0) == 0)
+        def start_queue() -> None:
+            r.queue[QUEUE.done] = 0
+            r.queue[QUEUE.started] = 0
+            self._point_to(r, work.next_block[0])
 
         first_block = pl.program_id(0) * self.group
         lax.fori_loop(0, self.group, lambda j, _: self._attend_block(r, j, first_block + j), None)
+
+    def _point_to(self, r: _Refs, b: Scalar) -> None:
+        """The first chunk of query block b is copied next."""
+        r.queue[QUEUE.b] = b
+        r.queue[QUEUE.first] = r.work.first_key[jnp.minimum(b, self.count - 1)]
 
     def _chunk(self, r: _Refs, b: Scalar, first: Scalar, slot: Scalar) -> _Chunk:
         return _Chunk(b, first, jnp.minimum(first + self.chunk_keys, r.work.end[b]), slot)
@@ -256,32 +278,25 @@ class _Kernel:
         r.out[j] = tpu.finalize(r.row_sum, r.acc).astype(r.out.dtype)
 
     def _attend_chunk(self, r: _Refs, j: Scalar, b: Scalar, c: Scalar) -> None:
-        work, slot = r.work, r.slot[0]
-        now = self._chunk(r, b, work.first_key[b] + c * self.chunk_keys, slot)
-        is_last = now.end == work.end[b]
-        next_b = jnp.where(is_last, work.next_block[b + 1], b)
-        exists = next_b < self.count
-        next_b = jnp.where(exists, next_b, b)
-        following = self._chunk(r, next_b, jnp.where(is_last, work.first_key[next_b], now.end), 1 - slot)
+        slot = lax.rem(r.queue[QUEUE.done], BUFFERS)
+        now = self._chunk(r, b, r.work.first_key[b] + c * self.chunk_keys, slot)
+        self._start_chunks(r, b)
+        self._wait(r, now)
         if not self.writes:
-            pl.when(exists)(lambda: self._start(r, following))
-            self._wait(r, now)
             self._multiply(r, j, now)
         else:
-            same = is_last & (work.seq_index[next_b] == work.seq_index[b])
-            reads_new = exists & same & (following.end > work.q_start[b])
-            pl.when(exists & ~reads_new)(lambda: self._start(r, following))
-            self._wait(r, now)
             self._put_new_rows(r, j, now)
+            # the next query block waits for these keys: better before the products than after them
+            held_up = (now.end == r.work.end[b]) & (r.queue[QUEUE.started] < r.queue[QUEUE.done] + BUFFERS)
 
-            @pl.when(reads_new)
+            @pl.when(held_up)
             def start_after_writes() -> None:
                 self._tiles(r, now, lambda each: each.wait())
-                self._start(r, following)
+                self._start_chunks(r, b + 1)
 
             self._multiply(r, j, now)
-            pl.when(~reads_new)(lambda: self._tiles(r, now, lambda each: each.wait()))
-        r.slot[0] = 1 - slot
+            pl.when(~held_up)(lambda: self._tiles(r, now, lambda each: each.wait()))
+        r.queue[QUEUE.done] += 1
 
     # -- copies ------------------------------------------------------------------------------------------------------
 
@@ -290,6 +305,31 @@ class _Kernel:
 
     def _block_id(self, r: _Refs, b: Scalar, key: Scalar) -> Scalar:
         return r.block_table[r.work.seq_index[b] * self.table_width + lax.div(key, self.block_size)]
+
+    def _start_chunks(self, r: _Refs, unfinished: Scalar) -> None:
+        """Start the copies of chunks while there are buffers, up to one that reads keys which query block `unfinished`
+        or one after it has to write."""
+
+        def can_start() -> Bool[Array, ""]:
+            b, work = r.queue[QUEUE.b], r.work
+            exists = (b < self.count) & (r.queue[QUEUE.started] < r.queue[QUEUE.done] + BUFFERS)
+            if not self.writes:
+                return exists
+            b = jnp.minimum(b, self.count - 1)
+            writer = jnp.maximum(unfinished, work.first_of_seq[b])
+            end = jnp.minimum(r.queue[QUEUE.first] + self.chunk_keys, work.end[b])
+            return exists & ((writer >= b) | (end <= work.q_start[jnp.minimum(writer, self.count - 1)]))
+
+        def start(_: Bool[Array, ""]) -> Bool[Array, ""]:
+            b = r.queue[QUEUE.b]
+            chunk = self._chunk(r, b, r.queue[QUEUE.first], lax.rem(r.queue[QUEUE.started], BUFFERS))
+            self._start(r, chunk)
+            r.queue[QUEUE.started] += 1
+            r.queue[QUEUE.first] = chunk.end
+            pl.when(chunk.end == r.work.end[b])(lambda: self._point_to(r, r.work.next_block[b + 1]))
+            return can_start()
+
+        lax.while_loop(lambda go: go, start, can_start())
 
     def _start(self, r: _Refs, chunk: _Chunk) -> None:
         """Start the copies of the chunk's blocks."""
@@ -319,7 +359,7 @@ class _Kernel:
         def one(t: Scalar, _: None) -> None:
             key = t * TILE_ROWS
             dst = r.cache.at[self._block_id(r, chunk.b, key), :, _tile(lax.rem(key, self.block_size))]
-            apply(copy(r.buffer.at[chunk.slot, :, _tile(key - chunk.first)], dst, r.semaphores.at[2]))
+            apply(copy(r.buffer.at[chunk.slot, :, _tile(key - chunk.first)], dst, r.semaphores.at[BUFFERS]))
 
         lax.fori_loop(*self._new_tiles(r, chunk), one, None)
 
