@@ -1,10 +1,11 @@
 """Compile every GPU and TPU kernel ahead of time, on a machine that has neither.
 
-    python benchmarks/aot_kernels.py [cuda] [tpu] [-v]
+    python benchmarks/aot_kernels.py [cuda] [tpu] [v5e] [v6e] [v5p] [tpu7x] [-v]
 
-For cuda, jax[cuda13] must be installed: XLA:GPU, Triton and ptxas run for an H100. For tpu, jax[tpu]: the whole of
-libtpu, Mosaic included, for v5e and v6e. A target whose plugin is missing is skipped. Prints a table (compile seconds,
-temporary MiB beside the arguments, size of the pool) and exits 1 if anything failed.
+For cuda, jax[cuda13] must be installed: XLA:GPU, Triton and ptxas run for an H100. For a TPU, jax[tpu]: the whole of
+libtpu, Mosaic included. `tpu` is v5e and v6e; without an argument, cuda too. A target whose plugin is missing is
+skipped. Prints a table (compile seconds, temporary MiB beside the arguments, size of the pool) and exits 1 if anything
+failed.
 """
 
 import os
@@ -28,8 +29,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def kernels() -> Any:
@@ -54,17 +56,18 @@ H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 s
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 12 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 runtime_version { major: 13 minor: 0 patch: 0 }"""
 
+TPUS = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v5p": "v5p:1x1x1", "tpu7x": "tpu7x:1x1x1"}
+
 Case = tuple[str, Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]
 
 
-def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
-    """name, function, ((shape, dtype), ...) for each op over head dims, groups, pages and dtypes."""
+def two_array_cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
+    """The paged ops where keys and values have an array each."""
     i32 = jnp.int32
-    half = jnp.bfloat16 if platform == "tpu" else jnp.float16
     for head_dim, K, G, page, dtype in (
         (64, 2, 7, 64, jnp.bfloat16),
         (64, 6, 1, 64, jnp.bfloat16),
-        (64, 20, 1, 64, half),
+        (64, 20, 1, 64, jnp.float16),
         (80, 8, 1, 64, jnp.bfloat16),
         (128, 2, 8, 64, jnp.bfloat16),
         (128, 2, 6, 16, jnp.bfloat16),
@@ -77,7 +80,6 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
     ):
         tag = f"H{head_dim} K{K} G{G} page{page} {jnp.dtype(dtype).name}"
         H, Q = ops.kv_cache_head_dim(head_dim, platform), ops.q_block_size(platform)
-        K = ops.kv_cache_heads(K, platform)
         pool, table = ((2048, page, K, H), dtype), ((16, 32), i32)
         decode = functools.partial(ops.paged_decode, scale=head_dim**-0.5, impl=impl)
         yield f"paged_decode {tag}", decode, (((16, K, G, H), dtype), pool, pool, table, ((16,), i32))
@@ -91,6 +93,60 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
             )
         rows = ((64, K, H), dtype)
         yield f"write_kv_cache {tag}", ops.write_kv_cache, (pool, pool, rows, rows, ((64,), i32))
+
+
+# of published models, on one device unless another number is given: kv heads, queries per kv head, head dim, window
+PUBLISHED_HEADS = {
+    "Qwen2.5-VL-3B": (2, 8, 128, None),
+    "Qwen2.5-VL-7B": (4, 7, 128, None),
+    "Qwen2.5-VL-7B / 4": (1, 7, 128, None),
+    "Qwen2-VL-2B": (2, 6, 128, None),
+    "Qwen3-VL-4B, Llama-3.1-8B": (8, 4, 128, None),
+    "Qwen3-VL-30B-A3B / 8": (1, 4, 128, None),
+    "LLaVA-1.5-7B, Qwen2-Audio-7B": (32, 1, 128, None),
+    "LLaVA-1.5-13B": (40, 1, 128, None),
+    "LLaVA-OneVision-0.5B": (2, 7, 64, None),
+    "Ultravox-1B": (8, 4, 64, None),
+    "Phi-3.5-vision": (32, 1, 96, 262144),
+    "Phi-4": (10, 4, 128, None),
+    "Mistral-7B-v0.1": (8, 4, 128, 4096),
+    "Whisper-large-v3-turbo": (20, 1, 64, None),
+    "Whisper-tiny": (6, 1, 64, None),
+}
+
+
+def one_array_cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
+    """The paged op where keys and values share an array: decode of 128 sequences, and a prefill of 4096 tokens."""
+    i32, dtype, Q = jnp.int32, jnp.bfloat16, ops.q_block_size(platform)
+    for model, (K, G, head_dim, window) in PUBLISHED_HEADS.items():
+        scale, lanes = head_dim**-0.5, ops.kv_cache_head_dim(head_dim, platform)
+        cache = ((2048, K, 64, lanes), dtype)
+
+        def write_and_attend(
+            q: Any, cache: Any, k: Any, v: Any, *batch: Any, scale: float = scale, window: int | None = window
+        ) -> Any:
+            return ops.paged_attention(q, cache, (k, v), *batch, causal=True, scale=scale, window=window, impl=impl)
+
+        def cross(q: Any, cache: Any, *batch: Any, scale: float = scale) -> Any:
+            return ops.paged_attention(q, cache, None, *batch, causal=False, scale=scale, impl=impl)[0]
+
+        for name, count, queries in (("decode", 128, 1), ("prefill", 4096 // Q, Q)):
+            q, new = ((count, queries, K, G, head_dim), dtype), ((count, queries, K, head_dim), dtype)
+            batch = ((min(count, 128), 64), i32), ((count,), i32), ((count,), i32), ((min(count, 128),), i32)
+            yield f"{name} {model}", write_and_attend, (q, cache, new, new, *batch)
+            if "Whisper" in model:
+                yield f"cross {name} {model}", cross, (q, cache, *batch)
+        if "Whisper" in model:
+            rows = ((1500, K, head_dim), dtype)
+            empty = ((0, K, 64, lanes), dtype)
+            yield f"write_kv_cache {model}", ops.write_kv_cache, (cache, empty, rows, rows, ((1500,), i32))
+
+
+def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
+    """name, function, ((shape, dtype), ...) of each op."""
+    yield from (one_array_cases if ops.kv_in_one_array(platform) else two_array_cases)(ops, impl, platform)
+    i32 = jnp.int32
+    half = jnp.bfloat16 if platform == "tpu" else jnp.float16
     for head_dim, N, U, segment_len, dtype in (
         (64, 6, 12000, 1500, jnp.bfloat16),
         (64, 16, 577 * 8, 577, jnp.bfloat16),
@@ -107,18 +163,18 @@ def cases(ops: Any, impl: str, platform: str) -> Iterator[Case]:
 
 
 def topology(target: str) -> Any:
-    if target == "h100":
+    if target == "cuda":
         return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    return topologies.get_topology_desc(target, platform="tpu", chips_per_host_bounds=(1, 1, 1))
+    return topologies.get_topology_desc(TPUS[target], platform="tpu", chips_per_host_bounds=(1, 1, 1))
 
 
 def compile_all(ops: Any, target: str, impl: str, platform: str, verbose: bool) -> int:
     """Compile every case for a target; the number of failures."""
-    mesh = topologies.make_mesh(topology(target), (1,), ("x",))
+    mesh = Mesh(np.asarray(topology(target).devices[:1]), ("x",))  # a chip of tpu7x is two devices
     failures = 0
     for name, function, shapes in cases(ops, impl, platform):
         arguments = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, PartitionSpec())) for s, d in shapes]
-        donated = (0, 1) if name.startswith("write") else ()
+        donated = (0, 1) if name.startswith("write") else (1,) if name.startswith(("decode", "prefill")) else ()
         begun = time.perf_counter()
         try:
             with jax.set_mesh(mesh):
@@ -132,7 +188,8 @@ def compile_all(ops: Any, target: str, impl: str, platform: str, verbose: bool) 
         memory = compiled.memory_analysis()
         assert memory is not None
         temporary = memory.temp_size_in_bytes / 2**20
-        pool = 2 * arguments[1].size * arguments[1].dtype.itemsize / 2**20
+        largest = max(arguments, key=lambda x: x.size)
+        pool = (1 if platform == "tpu" else 2) * largest.size * largest.dtype.itemsize / 2**20
         seconds = time.perf_counter() - begun
         print(f"{target:8} {name:75} {seconds:5.1f} s  temp {temporary:7.1f} MiB  k+v {pool:6.0f} MiB", flush=True)
     return failures
@@ -142,16 +199,14 @@ def main() -> int:
     ops = kernels()
     chosen = [x for x in sys.argv[1:] if not x.startswith("-")] or ["cuda", "tpu"]
     failures = 0
-    for plugin, impl, platform, targets in (
-        ("cuda", "triton", "gpu", ("h100",)),
-        ("tpu", "mosaic_tpu", "tpu", ("v5e:1x1", "v6e:1x1")),
-    ):
-        found = importlib.util.find_spec("jax_cuda13_plugin" if plugin == "cuda" else "libtpu")
-        if plugin not in chosen or found is None:
-            print(f"{plugin}: skipped, {'plugin not installed' if found is None else 'not asked for'}")
+    for target, plugin in (("cuda", "jax_cuda13_plugin"), *((name, "libtpu") for name in TPUS)):
+        if target not in chosen and not ("tpu" in chosen and target in ("v5e", "v6e")):
             continue
-        for target in targets:
-            failures += compile_all(ops, target, impl, platform, "-v" in sys.argv)
+        if importlib.util.find_spec(plugin) is None:
+            print(f"{target}: skipped, {plugin} is not installed")
+            continue
+        impl, platform = ("triton", "gpu") if target == "cuda" else ("mosaic_tpu", "tpu")
+        failures += compile_all(ops, target, impl, platform, "-v" in sys.argv)
     return 1 if failures else 0
 
 

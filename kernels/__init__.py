@@ -3,6 +3,7 @@ function per op, several implementations each.
 
     paged_decode        one query per sequence, keys and values in the cache
     paged_prefill       blocks of queries, keys and values in the cache, causal or not
+    paged_attention     both of them where keys and values share one array, with the write of the new ones
     segment_attention   packed encoder sequences, attention inside each segment
     write_kv_cache      new keys and values into the cache
     fused_decode        a decode step's attention, with the norms, rotation and cache write before it
@@ -26,10 +27,11 @@ if __name__ != "kernels":
     from .choose import (
         IMPLEMENTATIONS,
         current_platform,
+        kv_block_size,
         kv_cache_dtype,
         kv_cache_head_dim,
-        kv_cache_heads,
         kv_heads_first,
+        kv_in_one_array,
         multiplies_bfloat16,
         q_block_size,
         select,
@@ -37,6 +39,7 @@ if __name__ != "kernels":
     from .fused_decode import QKVEpilogue, fused_decode
     from .kv_cache import write_kv_cache
     from .merge_attn_states import merge_attn_states
+    from .paged_attention import paged_attention
     from .paged_decode import paged_decode
     from .paged_prefill import paged_prefill
     from .segment_attention import segment_attention
@@ -52,12 +55,14 @@ if __name__ != "kernels":
         "add_rms_norm",
         "current_platform",
         "fused_decode",
+        "kv_block_size",
         "kv_cache_dtype",
         "kv_cache_head_dim",
-        "kv_cache_heads",
         "kv_heads_first",
+        "kv_in_one_array",
         "merge_attn_states",
         "multiplies_bfloat16",
+        "paged_attention",
         "paged_decode",
         "paged_prefill",
         "q_block_size",

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "paged_decode": ("reference", "triton", "mosaic_tpu"),
-        "paged_prefill": ("reference", "triton", "mosaic_tpu"),
+        "paged_decode": ("reference", "triton"),
+        "paged_prefill": ("reference", "triton"),
+        "paged_attention": ("reference", "mosaic_tpu"),
         "segment_attention": ("reference", "triton", "mosaic_tpu", "cudnn"),
         "fused_decode": ("reference", "triton"),
         "merge_attn_states": ("reference", "triton"),
@@ -28,6 +29,10 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """op -> the modules in its folder; each has `run` with the signature of the op (without `impl`)."""
+
+TPU_TABLE_BYTES = 512 * 2**10
+"""Of the 1 MiB of scalar memory. Compiled for a v5e with 128 sequences, a table of 768 KiB still fits and one of 1000
+KiB does not."""
 
 DEFAULT_IMPL: Mapping[str, str] = MappingProxyType({"cpu": "reference", "gpu": "triton", "tpu": "mosaic_tpu"})
 
@@ -78,39 +83,51 @@ def raise_unsupported(op: str, impl: str, why: str, **arrays: Shaped[Array, "...
     raise NotImplementedError(f"{op}: {impl} does not serve {shapes}: {why}")
 
 
+def kv_in_one_array(platform: str | None = None) -> bool:
+    """Whether keys and values share one array, `KVCache.k`, and `KVCache.v` is empty. None: on the current platform.
+
+    Then one copy brings a block's keys and values, and head dim 64 fills the 128 lanes that a TPU copies at a time.
+    """
+    return (platform or current_platform()) == "tpu"
+
+
 def kv_cache_head_dim(head_dim: int, platform: str) -> int:
-    """The head dim to allocate the KV cache with; callers zero-pad q, k and v to it.
+    """The last axis to allocate the KV cache with. For two arrays, callers zero-pad q, k and v to it.
 
     Zeros change no score and give zero outputs. Triton blocks are powers of two, and masking would load as much as
-    padding does; a TPU copies cache blocks in tiles of 128 lanes. The CPU needs no padding.
+    padding does. On a TPU it holds a key and a value: `kv_cache.pack_kv`. The CPU needs no padding.
     """
     if platform == "cpu":
         return head_dim
     if platform == "gpu":
         return max(16, 1 << (head_dim - 1).bit_length())
-    return -(-head_dim // 128) * 128
+    return 2 * value_lane(head_dim)
 
 
-def kv_cache_heads(kv_heads: int, platform: str) -> int:
-    """The number of kv heads to allocate the KV cache with; callers add heads of zeros to q, k and v.
-
-    A TPU stores 2, 4 or a multiple of 8 heads without gaps; for any other number XLA copies the whole cache before a
-    kernel and after a write, as the temporary bytes of programs compiled for v5e show.
-    """
-    if platform != "tpu":
-        return kv_heads
-    return max(2, 1 << (kv_heads - 1).bit_length()) if kv_heads <= 8 else -(-kv_heads // 8) * 8
+def value_lane(head_dim: int) -> int:
+    """Where a head's values begin in a cache that has them beside its keys: at lane 64 or a multiple of 128."""
+    return 64 if head_dim <= 64 else -(-head_dim // 128) * 128
 
 
 def kv_heads_first(platform: str | None = None) -> bool:
     """Whether a cache block is [K, block_size, H] instead of [block_size, K, H]. None: on the current platform.
 
-    Accelerator kernels transpose blocks while they copy them, and XLA there writes a token in place only if tokens are
-    the outer axis. On the CPU the matrix products need the keys of each head together, and transposing the blocks took
+    A GPU's kernels transpose blocks while they copy them, and XLA there writes a token in place only if tokens are the
+    outer axis. On the CPU the matrix products need the keys of each head together, and transposing the blocks took
     most of the time: cross attention of 8 sequences over 1500 keys, 6 heads of 64, went from 12.9 ms with token-major
-    blocks of 16 to 3.8 ms with heads first and blocks of 64.
+    blocks of 16 to 3.8 ms with heads first and blocks of 64. On a TPU the last two axes are stored in tiles, which
+    tokens and lanes fill for any number of heads.
     """
-    return (platform or current_platform()) == "cpu"
+    return (platform or current_platform()) != "gpu"
+
+
+def kv_block_size(smallest: int, max_tokens: int, max_seqs: int, platform: str) -> int:
+    """Tokens per cache block: `smallest`, doubled until the block table of so many sequences of so many tokens fits
+    where the platform's kernels need it. That is the scalar memory of a TPU."""
+    size = smallest
+    while platform == "tpu" and 4 * max_seqs * -(-max_tokens // size) > TPU_TABLE_BYTES:
+        size *= 2
+    return size
 
 
 def kv_cache_dtype(dtype: jax.typing.DTypeLike, platform: str) -> jnp.dtype:

@@ -19,12 +19,13 @@ LayoutFields = tuple[tuple[str, tuple[int, ...], str], ...]
 class KVCache:
     """Every layer's keys and values, in blocks: layer i has block ids [i * n, (i + 1) * n) of num_blocks = L * n.
 
-    k, v: [num_blocks, block_size, K, H], on the CPU [num_blocks, K, block_size, H]. Block 0 of a layer belongs to no
-    sequence: block tables are padded with it.
+    k, v: [num_blocks, block_size, K, H], on the CPU [num_blocks, K, block_size, H]; on a TPU k holds both, as
+    `kernels.kv_cache.pack_kv` lays them out in [num_blocks, K, block_size, lanes], and v is empty. Block 0 of a layer
+    belongs to no sequence: block tables are padded with it.
     """
 
     k: Num[Array, "num_blocks _ _ H"]
-    v: Num[Array, "num_blocks _ _ H"]
+    v: Num[Array, "v_blocks _ _ H"]
 
 
 @jax.tree_util.register_dataclass

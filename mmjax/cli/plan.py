@@ -58,7 +58,7 @@ def _model_directory(model: str) -> Iterator[str]:
     """The directory of a model, written for the time of the plan if it is the name of a published one."""
     from mmjax.cli.bench import published_sizes
 
-    if model not in published_sizes.MODELS or Path(model).is_dir():
+    if model.lower() not in published_sizes.MODELS or Path(model).is_dir():
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="mmjax-plan-") as directory:

@@ -12,7 +12,14 @@ import numpy as np
 from mmjax.config import BLOCK_SIZES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, EngineArgs
 from mmjax.engine.buckets import BucketConfig
 from mmjax.engine.measured import Measured
-from mmjax.kernels import kv_cache_dtype, kv_cache_head_dim, kv_cache_heads, kv_heads_first, q_block_size
+from mmjax.kernels import (
+    kv_block_size,
+    kv_cache_dtype,
+    kv_cache_head_dim,
+    kv_heads_first,
+    kv_in_one_array,
+    q_block_size,
+)
 from mmjax.spec import EncoderSpec, ModelSpec
 
 # Padding up to a bucket is wasted work, which hurts most on a CPU; more buckets take longer to compile, which hurts
@@ -83,7 +90,17 @@ class _Planner:
 
     @property
     def block_size(self) -> int:
-        return self.args.block_size or BLOCK_SIZES[self.platform]
+        requested = self.args.max_model_len
+        longest = requested if isinstance(requested, int) and requested > 0 else self.spec.max_positions
+        chosen = self.args.block_size
+        size = kv_block_size(chosen or BLOCK_SIZES[self.platform], longest, self.max_num_seqs, self.platform)
+        if chosen and size != chosen:
+            raise ValueError(
+                f"with block_size {chosen}, the block table of {self.max_num_seqs} sequences of {longest} tokens does "
+                f"not fit into the scalar memory of a TPU. Set block_size to {size} or leave it unset, or lower "
+                "max_model_len or max_num_seqs."
+            )
+        return size
 
     @property
     def max_num_seqs(self) -> int:
@@ -95,8 +112,9 @@ class _Planner:
 
     def block_bytes(self, kv_dtype: str, tp_size: int) -> int:
         """Bytes of one block over all layers, on one device."""
-        shape, dtype = kv_block_shape(self.spec, self.block_size, kv_dtype, self.platform, tp_size)
-        return 2 * self.spec.num_layers * math.prod(shape) // tp_size * dtype.itemsize
+        shape, dtype = kv_block_shape(self.spec, self.block_size, kv_dtype, self.platform)
+        arrays = 1 if kv_in_one_array(self.platform) else 2
+        return arrays * self.spec.num_layers * math.prod(shape) // tp_size * dtype.itemsize
 
     def cache_bytes(self, device: Device, measured: Measured | None) -> int:
         """Bytes that the KV cache may take on one device. Where the programs are not measured, they get a quarter of
@@ -187,10 +205,10 @@ class _Planner:
 
 
 def kv_block_shape(
-    spec: ModelSpec, block_size: int, dtype: str, platform: str, tp_size: int
+    spec: ModelSpec, block_size: int, dtype: str, platform: str
 ) -> tuple[tuple[int, int, int], np.dtype]:
     """(shape, dtype) of a block of the KV cache, with the axis order and padding of the platform's kernels."""
-    heads = kv_cache_heads(spec.num_kv_heads // tp_size, platform) * tp_size
+    heads = spec.num_kv_heads
     inner = (heads, block_size) if kv_heads_first(platform) else (block_size, heads)
     return (*inner, kv_cache_head_dim(spec.head_dim, platform)), kv_cache_dtype(dtype, platform)
 

@@ -145,19 +145,21 @@ class ModelRunner:
     def _abstract_state(self, memory: EngineMemory, kv_dtype: str) -> DeviceState:
         """The shapes and shardings of the state."""
         spec, platform = self.spec, self.platform
-        block, dtype = kv_block_shape(spec, self.buckets.block_size, kv_dtype, platform, sharding.tp_size(self.mesh))
-        cache = jax.ShapeDtypeStruct(
-            (spec.num_layers * memory.num_blocks, *block),
-            dtype,
-            sharding=sharding.named_sharding(self.mesh, kv_cache_axes(platform)),
-        )
+        block, dtype = kv_block_shape(spec, self.buckets.block_size, kv_dtype, platform)
+
+        def cache(blocks: int) -> Any:
+            in_cache = sharding.named_sharding(self.mesh, kv_cache_axes(platform))
+            return jax.ShapeDtypeStruct((blocks, *block), dtype, sharding=in_cache)
+
+        k_blocks = spec.num_layers * memory.num_blocks
+        v_blocks = 0 if kernels.kv_in_one_array(platform) else k_blocks
         rows, vocab = self.buckets.num_rows, 0 if spec.pooling else spec.vocab_size
 
         def replicated(shape: tuple[int, ...], dtype: Any) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=self._replicated)
 
         return DeviceState(
-            kv_cache=KVCache(cache, cache),  # type: ignore[arg-type]  # shapes in place of arrays
+            kv_cache=KVCache(cache(k_blocks), cache(v_blocks)),
             mm_embeds=replicated((max(memory.num_mm_rows, 1), max(spec.mm_embed_dim, 1)), self.dtype),
             last_token=replicated((rows,), jnp.int32),
             stopped=replicated((rows,), jnp.bool_),

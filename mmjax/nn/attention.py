@@ -9,13 +9,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from mmjax.batch import Batch, KVCache
-from mmjax.kernels import kv_heads_first, paged_decode, paged_prefill, segment_attention, write_kv_cache
+from mmjax.kernels import (
+    kv_heads_first,
+    kv_in_one_array,
+    paged_attention,
+    paged_decode,
+    paged_prefill,
+    segment_attention,
+    write_kv_cache,
+)
 from mmjax.sharding import map_heads
 
 Q_AXES = ("position", "kv_heads", "group", "head_dim")
 KV_AXES = ("position", "kv_heads", "head_dim")
 ENCODER_AXES = ("position", "heads", "head_dim")
-KVArray = Num[Array, "num_blocks _ _ cache_H"]  # the keys or the values of a KVCache
+KVArray = Num[Array, "_ _ _ cache_H"]  # the keys or the values of a KVCache
 
 
 def kv_cache_axes(platform: str | None = None) -> tuple[str, str, str, str]:
@@ -54,10 +62,13 @@ def attend(
         batch: Batch,
         first_block: Int[Array, ""],
     ) -> tuple[Float[Array, "T K G H"], KVArray, KVArray]:
+        keys = Keys(batch.block_table + first_block, batch.context_lens, causal=True, window=window)
+        if kv_in_one_array():
+            out, k_cache = _write_and_attend(q, (k, v), k_cache, keys, batch, scale=scale)
+            return out, k_cache, v_cache
         slots = jnp.where(batch.slot_mapping >= 0, batch.slot_mapping + first_block * block_size, -1)
         with jax.named_scope("kv_cache/write"):
             k_cache, v_cache = write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slots)
-        keys = Keys(batch.block_table + first_block, batch.context_lens, causal=True, window=window)
         out = _paged_attention(q, k_cache, v_cache, keys, batch, scale=scale)
         return out, k_cache, v_cache
 
@@ -80,6 +91,8 @@ def cross_attend(
         first_block: Int[Array, ""],
     ) -> Float[Array, "T K G H"]:
         keys = Keys(batch.cross_block_table + first_block, batch.cross_context_lens, causal=False)
+        if kv_in_one_array():
+            return _write_and_attend(q, None, k_cache, keys, batch, scale=scale)[0]
         return _paged_attention(q, k_cache, v_cache, keys, batch, scale=scale)
 
     return map_heads(attend_heads, (Q_AXES, kv_cache_axes(), kv_cache_axes(), (), ()), Q_AXES)(
@@ -106,7 +119,9 @@ def write_kv(
         v_cache: KVArray,
         slot_mapping: Int[Array, "T"],
     ) -> tuple[KVArray, KVArray]:
-        return write_kv_cache(k_cache, v_cache, _pad_heads(k, k_cache), _pad_heads(v, v_cache), slot_mapping)
+        if not kv_in_one_array():
+            k, v = _pad_heads(k, k_cache), _pad_heads(v, v_cache)
+        return write_kv_cache(k_cache, v_cache, k, v, slot_mapping)
 
     return KVCache(
         *map_heads(write_heads, (KV_AXES, KV_AXES, cache_axes, cache_axes, ()), (cache_axes, cache_axes))(
@@ -155,11 +170,39 @@ class Keys(NamedTuple):
     window: int | None = None
 
 
+@jax.named_scope("paged_attention")
+def _write_and_attend(
+    q: Float[Array, "T K G H"],
+    new_kv: tuple[Float[Array, "T K H"], Float[Array, "T K H"]] | None,
+    kv_cache: KVArray,
+    keys: Keys,
+    batch: Batch,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "T K G H"], KVArray]:
+    """(output, cache) where keys and values share one array. new_kv: see `paged_attention`."""
+    num_blocks = batch.seq_index.shape[0]
+    queries, *new = (x.reshape(num_blocks, -1, *x.shape[1:]) for x in (q, *(new_kv or ())))
+    out, kv_cache = paged_attention(
+        queries,
+        kv_cache,
+        (new[0], new[1]) if new else None,
+        keys.block_table,
+        batch.seq_index,
+        batch.q_start,
+        keys.context_lens,
+        causal=keys.causal,
+        scale=scale,
+        window=keys.window,
+    )
+    return out.reshape(q.shape), kv_cache
+
+
 def _paged_attention(
     q: Float[Array, "T K G H"], k_cache: KVArray, v_cache: KVArray, keys: Keys, batch: Batch, *, scale: float
 ) -> Float[Array, "T K G H"]:
     """A decode step has query blocks of one token, and token s is of sequence s; a prefill step has longer ones."""
-    tokens, heads, _, head_dim = q.shape
+    tokens, head_dim = q.shape[0], q.shape[-1]
     q = _pad_heads(q, k_cache)
     num_blocks = batch.seq_index.shape[0]
     if num_blocks == tokens:
@@ -184,12 +227,10 @@ def _paged_attention(
                 window=keys.window,
             )
         out = out.reshape(q.shape)
-    return out[:, :heads, :, :head_dim]
+    return out[..., :head_dim]
 
 
-def _pad_heads(x: Float[Array, "T K *group H"], cache: KVArray) -> Float[Array, "T _ *group cache_H"]:
-    """Zero-pad x to the heads and the head size of the cache. Zeros change no score; the caller drops their outputs."""
-    extra_heads, extra_dim = cache.shape[kv_cache_axes().index("kv_heads")] - x.shape[1], cache.shape[3] - x.shape[-1]
-    if extra_heads == extra_dim == 0:
-        return x
-    return jnp.pad(x, [(0, 0), (0, extra_heads), *[(0, 0)] * (x.ndim - 3), (0, extra_dim)])
+def _pad_heads(x: Float[Array, "T K *group H"], cache: KVArray) -> Float[Array, "T K *group cache_H"]:
+    """Zero-pad x to the head size of the cache. Zeros change no score; the caller drops their outputs."""
+    extra_dim = cache.shape[3] - x.shape[-1]
+    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, extra_dim)]) if extra_dim else x

@@ -1,7 +1,6 @@
 """Runners on shapes instead of arrays: layouts, executables that are kept, sizes from what programs need, plans."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from mmjax.kernels import kv_cache_heads
 
 from engine_inputs import SMALL
 from mmjax import LLM, sharding
-from mmjax.batch import Batch, KVCache
 from mmjax.cli.main import main
 from mmjax.cli.plan import as_text
 from mmjax.config import EngineArgs
@@ -32,7 +29,6 @@ from mmjax.entrypoints.plan import Plan, _Planner
 from mmjax.entrypoints.replica import Replica
 from mmjax.entrypoints.topology import Topology
 from mmjax.loader.checkpoint import Checkpoint
-from mmjax.nn.attention import attend
 from mmjax.nn.weight import weight
 
 GIB = 1 << 30
@@ -153,34 +149,6 @@ def test_the_cache_gets_what_programs_leave(tiny_dir: Callable[[str], Path]) -> 
             cache_bytes(platform, dataclasses.replace(MEASURED, temp_bytes=10 * GIB))
 
 
-def test_prefill_is_lowered_for_several_tpus() -> None:
-    """The kernel indexes arrays of the batch, which must be of the mesh of one device."""
-    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
-    mesh = jax.sharding.AbstractMesh((4,), (sharding.MODEL,), abstract_device=device)
-    heads, tokens, blocks, seqs = 4 * kv_cache_heads(1, "tpu"), 128, 2, 2
-
-    def array(shape: tuple[int, ...], dtype: Any = jnp.int32, axes: tuple[str, ...] = ()) -> Any:
-        sharded = jax.sharding.NamedSharding(mesh, sharding.partition_spec(axes))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
-
-    half = jnp.bfloat16
-    query = array((tokens, heads, 2, 128), half, ("position", "kv_heads"))
-    key = array((tokens, heads, 128), half, ("position", "kv_heads"))
-    cache = KVCache(*(array((32, 64, heads, 128), half, ("depth", "position", "kv_heads")),) * 2)
-    sizes = {"rope_positions": (1, tokens), "block_table": (seqs, 8), "cross_block_table": (seqs, 0)}
-    sizes |= dict.fromkeys(("seq_index", "q_start"), (blocks,)) | dict.fromkeys(("context_lens",), (seqs,))
-    sizes |= {"cross_context_lens": (seqs,)}
-    names = [field.name for field in dataclasses.fields(Batch)]
-    batch = Batch(**{name: array(sizes.get(name, (tokens,))) for name in names})
-
-    def run(*args: Any) -> Any:
-        return attend(*args, scale=0.1)
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(run).trace(query, key, key, cache, batch, array(()))
-        assert "paged_prefill" in traced.lower(lowering_platforms=("tpu",)).as_text()
-
-
 @pytest.mark.parametrize("vocab", [64, 61])
 def test_devices_exchange_logits_not_the_head(vocab: int) -> None:
     mesh = sharding.mesh(jax.devices()[:4])
@@ -258,8 +226,7 @@ def planner(tmp_path_factory: pytest.TempPathFactory) -> _Planner:
     from mmjax.cli.bench import published_sizes
 
     directory = tmp_path_factory.mktemp("model")
-    for file, content in published_sizes.MODELS["qwen3-vl-30b-a3b"]()[0].items():
-        (directory / file).write_text(json.dumps(content))
+    published_sizes.write_model("qwen3-vl-30b-a3b", directory)
     args = EngineArgs(str(directory), max_model_len=4096, tensor_parallel_size=4, dtype="bfloat16")
     planned = _Planner("qwen3-vl-30b-a3b", args, Topology.of("v5p-4"), Checkpoint.open(str(directory)))
     with pytest.MonkeyPatch.context() as patch:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from mmjax.kernels.choose import implementation
+from mmjax.kernels.kv_cache import pack_kv
+from mmjax.kernels.paged_attention import mosaic_tpu
 
 from mmjax import kernels
 
@@ -36,6 +40,7 @@ DECODE = {
     "group_1": Paged((0, 1, 32, 33), kv_heads=2, group=1),
     "group_7": Paged((33, 1, 64), kv_heads=1, group=7),
     "head_dim_80": Paged((5, 31), head_dim=80),
+    "head_dim_96": Paged((33, 2), head_dim=96, kv_heads=1),
     "head_dim_128": Paged((0, 47), head_dim=128),
     "head_dim_256": Paged((18,), kv_heads=1, head_dim=256),
     "bfloat16": Paged((3, 50), dtype=jnp.bfloat16),
@@ -136,6 +141,7 @@ def on_device(x: Any, dtype: Any = None) -> jax.Array:
 
 
 IMPLEMENTATIONS = tuple(PLATFORM)
+PAGED = ("reference", "triton")  # keys and values in two arrays
 
 
 def program(op: str, impl: str, **static: object) -> Callable[..., jax.Array]:
@@ -158,7 +164,7 @@ def laid_out(data: Cache, impl: str) -> tuple[Array, Array]:
     return data.k.swapaxes(1, 2), data.v.swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", PAGED)
 @pytest.mark.parametrize("case", DECODE.values(), ids=DECODE.keys())
 def test_decode(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(0)
@@ -177,7 +183,7 @@ def test_decode(case: Paged, impl: str) -> None:
             np.testing.assert_allclose(got[s, :, g], want, atol=bound(case.dtype), rtol=0)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", PAGED)
 @pytest.mark.parametrize("case", PREFILL.values(), ids=PREFILL.keys())
 def test_prefill(case: Paged, impl: str) -> None:
     rng = np.random.default_rng(1)
@@ -188,10 +194,15 @@ def test_prefill(case: Paged, impl: str) -> None:
     arrays = (pad_heads(x, impl, case.dtype) for x in (q, *laid_out(data, impl)))
     out = run(*arrays, on_device(data.block_table), seq_index, q_start, on_device(case.lengths, np.int32))
     assert out.dtype == case.dtype
-    got = np.asarray(out, np.float64)[..., : case.head_dim]
+    assert_attends(case, data, q, out)
+
+
+def assert_attends(case: Paged, data: Cache, q: Array, out: jax.Array) -> None:
+    """`out` is what the queries [B, Q, K, G, H] of the case attend to."""
+    got, scale = np.asarray(out, np.float64)[..., : case.head_dim], case.head_dim**-0.5
     assert np.isfinite(got).all()
     for b, (s, first) in enumerate(case.queries):
-        for j in range(QUERIES):
+        for j in range(q.shape[1]):
             position, context_lens = first + j, case.lengths[s]
             end = min(position + 1, context_lens) if case.causal else context_lens
             if first < 0 or end == 0 or (case.causal and position >= context_lens):
@@ -200,6 +211,109 @@ def test_prefill(case: Paged, impl: str) -> None:
             for g in range(case.group):
                 want = attend(q[b, j, :, g].astype(np.float64), data.keys[s][keys], data.values[s][keys], scale)
                 np.testing.assert_allclose(got[b, j, :, g], want, atol=bound(case.dtype), rtol=0)
+
+
+def in_order(case: Paged) -> Paged:
+    """The query blocks in order of position; of a decode, the newest token of each sequence."""
+    newest = tuple((s, n - 1) for s, n in enumerate(case.lengths))
+    return dataclasses.replace(case, queries=tuple(sorted(case.queries, key=lambda x: (x[1] < 0, x))) or newest)
+
+
+ONE_ARRAY = {
+    **{f"decode_{name}": (in_order(case), 1) for name, case in DECODE.items()},
+    **{f"prefill_{name}": (in_order(case), QUERIES) for name, case in PREFILL.items()},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A call of paged_attention: its arrays, and the cache that it must return."""
+
+    q: Array
+    arrays: tuple[Any, ...]
+    cache: jax.Array
+    data: Cache
+
+
+def make_step(case: Paged, queries: int) -> Step:
+    """The keys of the queries are not in the cache yet, unless they attend to an encoder's."""
+    rng = np.random.default_rng(1)
+    data = make_cache(case, rng)
+    q = rng.standard_normal((len(case.queries), queries, case.kv_heads, case.group, case.head_dim))
+    new = rng.standard_normal((2, *q.shape[:3], case.head_dim))  # rows past a sequence's end are not written
+    before = [data.k.copy(), data.v.copy()]
+    for b, (s, first) in enumerate(case.queries):
+        for position in range(max(first, 0), min(first + queries, case.lengths[s])) if case.causal else ():
+            at = data.block_table[s, position // BLOCK_SIZE], position % BLOCK_SIZE
+            new[0, b, position - first], new[1, b, position - first] = data.keys[s][position], data.values[s][position]
+            before[0][at] = before[1][at] = np.nan
+            data.k[at], data.v[at] = data.keys[s][position], data.values[s][position]
+    cache, full = (
+        pack_kv(*(jnp.asarray(x.swapaxes(1, 2), case.dtype) for x in pair)) for pair in (before, (data.k, data.v))
+    )
+    new_kv = tuple(jnp.asarray(x, case.dtype) for x in new) if case.causal else None
+    vectors = (jnp.asarray(x, jnp.int32) for x in (*zip(*case.queries, strict=True), case.lengths))
+    q = rounded(q, case.dtype)
+    arrays = (jnp.asarray(q, case.dtype), cache, new_kv, jnp.asarray(data.block_table), *vectors)
+    return Step(q, arrays, full, data)
+
+
+BY_REFERENCE = ("decode_group_7", "prefill_history_and_padding", "prefill_cross")
+ONE_ARRAY_RUNS = [("mosaic_tpu", name) for name in ONE_ARRAY] + [("reference", name) for name in BY_REFERENCE]
+
+
+@pytest.mark.parametrize(("impl", "name"), ONE_ARRAY_RUNS)
+def test_keys_and_values_in_one_array(impl: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, queries = ONE_ARRAY[name]
+    long = max(case.lengths) > 200  # chunks of several steps and of less than one
+    monkeypatch.setattr(mosaic_tpu, "CHUNK_KEYS", 4 * 64 if long else 64)
+    monkeypatch.setattr(mosaic_tpu, "STEP_KEYS", 128)
+    step = make_step(case, queries)
+    run = program("paged_attention", impl, scale=case.head_dim**-0.5, causal=case.causal, window=case.window)
+    out, cache = run(*step.arrays)
+    assert out.dtype == case.dtype
+    assert_attends(case, step.data, step.q, out)
+    np.testing.assert_array_equal(rounded(cache, jnp.float32), rounded(step.cache, jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("case", "queries"),
+    [
+        (in_order(Paged((0, 40, 1, 300, 33, 0), window=100, kv_heads=1)), 1),
+        (Paged((70, 20, 0, 33), queries=((0, 32), (0, 48), (0, 64), (1, 4), (3, 32), (2, -16)), group=1), QUERIES),
+    ],
+    ids=["decode_window", "mixed_step"],
+)
+def test_copies_the_live_bytes(case: Paged, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reads each block that a query block attends to once, and writes the tiles of the new keys."""
+    started: Counter[tuple[int, ...]] = Counter()
+
+    class Counted:
+        """A copy that is counted when it starts."""
+
+        def __init__(self, src: Any, dst: Any, semaphore: Any) -> None:
+            self.copy, self.shape = pltpu.make_async_copy(src, dst, semaphore), src.shape
+            self.wait = self.copy.wait
+
+        def start(self) -> None:
+            jax.debug.callback(lambda: started.update([self.shape]))
+            self.copy.start()
+
+    monkeypatch.setattr(mosaic_tpu, "copy", Counted)
+    monkeypatch.setattr(mosaic_tpu, "CHUNK_KEYS", 64)
+    step = make_step(case, queries)
+    run = program("paged_attention", "mosaic_tpu", scale=0.1, causal=True, window=case.window)
+    jax.block_until_ready(run(*step.arrays))
+    jax.effects_barrier()
+    blocks, tiles = 0, 0
+    for s, first in case.queries:
+        last = min(first + queries, case.lengths[s]) - 1
+        if first >= 0 and last >= 0:
+            lowest = max(0, first + 1 - case.window) if case.window else 0
+            blocks += last // BLOCK_SIZE - lowest // BLOCK_SIZE + 1
+            tiles += last // 16 - first // 16 + 1
+    lanes = step.cache.shape[3]
+    assert started == {(case.kv_heads, BLOCK_SIZE, lanes): blocks, (case.kv_heads, 16, lanes): tiles}
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -53,10 +53,9 @@ def test_segment_len_must_divide() -> None:
 
 
 def test_sizes() -> None:
-    assert [kernels.kv_cache_head_dim(80, p) for p in ("cpu", "gpu", "tpu")] == [80, 128, 128]
+    assert [kernels.kv_cache_head_dim(80, p) for p in ("cpu", "gpu", "tpu")] == [80, 128, 256]
     assert [kernels.kv_cache_head_dim(64, p) for p in ("cpu", "gpu", "tpu")] == [64, 64, 128]
-    assert [kernels.kv_cache_heads(k, "tpu") for k in (1, 2, 3, 6, 8, 12, 20)] == [2, 2, 4, 8, 8, 16, 24]
-    assert kernels.kv_cache_heads(6, "gpu") == 6
+    assert [kernels.kv_cache_head_dim(h, "tpu") for h in (96, 128, 256)] == [256, 256, 512]  # keys and values
     assert all(kernels.q_block_size(p) % 16 == 0 for p in ("cpu", "gpu", "tpu"))
     assert kernels.kv_cache_dtype("bfloat16", "cpu") == jnp.uint16
     assert kernels.kv_cache_dtype(jnp.bfloat16, "gpu") == jnp.bfloat16

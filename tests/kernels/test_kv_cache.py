@@ -54,6 +54,20 @@ def test_integers_keep_the_bits_of_bfloat16(heads_first: bool) -> None:
     assert np.count_nonzero(np.asarray(k) != 7) == 8
 
 
+def test_keys_and_values_in_one_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "kv_in_one_array", lambda: True)
+    k, v = np.random.default_rng(0).standard_normal((2, 5, 2, 48)).astype(np.float32)
+    cache, empty = np.zeros((3, 2, 16, 128), np.float32), jnp.zeros((0, 2, 16, 128))
+    slots = [17, -1, 47, 48, 2]
+    got, same = write_kv_cache(jnp.asarray(cache), empty, jnp.asarray(k), jnp.asarray(v), jnp.asarray(slots))
+    for row, slot in enumerate(slots):
+        if 0 <= slot < 48:
+            cache[slot // 16, :, slot % 16, :48] = k[row]
+            cache[slot // 16, :, slot % 16, 64:112] = v[row]
+    np.testing.assert_array_equal(got, cache)
+    assert same is empty
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint16])
 def test_donated_cache_is_updated_in_place(heads_first: bool, dtype: Any) -> None:
     block = (2, 16) if heads_first else (16, 2)

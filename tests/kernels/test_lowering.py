@@ -9,24 +9,23 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from mmjax import kernels
+from mmjax import kernels, sharding
+from mmjax.batch import Batch, KVCache
+from mmjax.nn import attention
 
 DEVICES = {"cuda": ("gpu", "triton"), "tpu": ("tpu", "mosaic_tpu")}
 I32 = jnp.int32
+Programs = dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]
 DECODE_STEP = ("qkv", "o", "gate_up", "down", "attend", "merge", "norm")
 
 
-def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
+def programs(platform: str, impl: str) -> Programs:
     head_dim, queries = kernels.kv_cache_head_dim(64, platform), kernels.q_block_size(platform)
-    cache, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
-    q, blocks = ((4, 2, 7, head_dim), jnp.bfloat16), ((3, queries, 2, 7, head_dim), jnp.bfloat16)
     packed = ((1024, 4, 80), jnp.bfloat16)
     options: dict[str, Any] = {"scale": 0.125, "impl": impl}
-    prefill = (blocks, cache, cache, table, ((3,), I32), ((3,), I32), ((4,), I32))
+    attention = one_array_programs if kernels.kv_in_one_array(platform) else two_array_programs
     return {
-        "decode": (functools.partial(kernels.paged_decode, **options), (q, cache, cache, table, ((4,), I32))),
-        "causal": (functools.partial(kernels.paged_prefill, causal=True, **options), prefill),
-        "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
+        **attention(head_dim, queries, options),
         "segments": (functools.partial(kernels.segment_attention, **options), (packed,) * 3 + (((1024,), I32),)),
         "masked_keys": (
             lambda *arrays: kernels.segment_attention(*arrays[:4], key_mask=arrays[4], **options),
@@ -35,7 +34,37 @@ def programs(platform: str, impl: str) -> dict[str, tuple[Callable[..., Any], tu
     }
 
 
-def decode_step_programs() -> dict[str, tuple[Callable[..., Any], tuple[tuple[tuple[int, ...], Any], ...]]]:
+def two_array_programs(head_dim: int, queries: int, options: dict[str, Any]) -> Programs:
+    cache, table = ((128, 64, 2, head_dim), jnp.bfloat16), ((4, 8), I32)
+    q, blocks = ((4, 2, 7, head_dim), jnp.bfloat16), ((3, queries, 2, 7, head_dim), jnp.bfloat16)
+    prefill = (blocks, cache, cache, table, ((3,), I32), ((3,), I32), ((4,), I32))
+    return {
+        "decode": (functools.partial(kernels.paged_decode, **options), (q, cache, cache, table, ((4,), I32))),
+        "causal": (functools.partial(kernels.paged_prefill, causal=True, **options), prefill),
+        "cross": (functools.partial(kernels.paged_prefill, causal=False, **options), prefill),
+    }
+
+
+def one_array_programs(lanes: int, queries: int, options: dict[str, Any]) -> Programs:
+    def shapes(count: int, queries: int) -> tuple[tuple[tuple[int, ...], Any], ...]:
+        q, new = ((count, queries, 1, 7, 64), jnp.bfloat16), ((count, queries, 1, 64), jnp.bfloat16)
+        vectors = ((4, 8), I32), ((count,), I32), ((count,), I32), ((4,), I32)
+        return q, ((128, 1, 64, lanes), jnp.bfloat16), new, new, *vectors
+
+    def causal(q: Any, cache: Any, k: Any, v: Any, *batch: Any) -> Any:
+        return kernels.paged_attention(q, cache, (k, v), *batch, causal=True, **options)
+
+    def cross(q: Any, cache: Any, _k: Any, _v: Any, *batch: Any) -> Any:
+        return kernels.paged_attention(q, cache, None, *batch, causal=False, **options)
+
+    return {
+        "decode": (causal, shapes(4, 1)),
+        "causal": (causal, shapes(3, queries)),
+        "cross": (cross, shapes(3, queries)),
+    }
+
+
+def decode_step_programs() -> Programs:
     """The ops of a decode step on a GPU: rows as wide as 2048, 2 kv heads of 8 queries."""
     bf16, f32, i8 = jnp.bfloat16, jnp.float32, jnp.int8
 
@@ -105,3 +134,35 @@ def lowered(device: str, function: Callable[..., Any], shapes: tuple[tuple[tuple
         gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu if device == "cuda" else None)):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=(device,)).as_text()
+
+
+def test_a_layer_on_a_mesh_of_tpus() -> None:
+    """Two kv heads on two devices, one each; the batch is on all of them."""
+    mesh = AbstractMesh((2,), (sharding.MODEL,), abstract_device=tpu())
+    cache = KVCache(*(jax.ShapeDtypeStruct((n, 2, 64, 256), jnp.bfloat16) for n in (64, 0)))
+
+    def layer(q: Any, k: Any, v: Any, cache: KVCache, batch: Batch) -> Any:
+        cache = attention.write_kv(k, v, cache, batch.slot_mapping, I32(32))
+        out, cache = attention.attend(q, k, v, cache, batch, I32(0), scale=0.1)
+        return attention.cross_attend(out, cache, batch, I32(32), scale=0.1), cache
+
+    for blocks, queries in ((4, 1), (2, 64)):
+        tokens = blocks * queries
+        q, kv = (jax.ShapeDtypeStruct((tokens, 2, *inner), jnp.bfloat16) for inner in ((8, 128), (128,)))
+        shapes = {
+            "token_ids": (tokens,), "rope_positions": (1, tokens), "mm_index": (tokens,), "slot_mapping": (tokens,),
+            "seq_index": (blocks,), "q_start": (blocks,), "block_table": (blocks, 8), "context_lens": (blocks,),
+            "cross_block_table": (blocks, 4), "cross_context_lens": (blocks,),
+        }  # fmt: skip
+        batch = Batch(**{name: jax.ShapeDtypeStruct(shape, I32) for name, shape in shapes.items()})
+        with jax.sharding.use_abstract_mesh(mesh):
+            traced = jax.jit(layer).trace(q, kv, kv, cache, batch)
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("tpu_custom_call") == 2
+
+
+def tpu() -> AbstractDevice:
+    try:
+        return AbstractDevice("TPU v5 lite", 1, "tpu")
+    except TypeError:  # before 0.11 a device has no platform
+        return AbstractDevice("TPU v5 lite", 1)

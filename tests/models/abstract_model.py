@@ -104,7 +104,7 @@ def programs(
     graph, specs = param_specs(family, sizes)
     spec, dtype = sizes.spec, DTYPE[platform]
     params = nest({path: jax.ShapeDtypeStruct(each.shape, dtype) for path, each in specs.items()})
-    block, kv_dtype = kv_block_shape(spec, BLOCK_SIZE, jnp.dtype(dtype).name, platform, 1)
+    block, kv_dtype = kv_block_shape(spec, BLOCK_SIZE, jnp.dtype(dtype).name, platform)
     cache = (jax.ShapeDtypeStruct((spec.num_layers * CACHE_BLOCKS, *block), kv_dtype),) * 2
     mm_embeds = jax.ShapeDtypeStruct((1024, max(spec.mm_embed_dim, 1)), dtype)
 
