@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from mmjax.entrypoints import topology
 from mmjax.entrypoints.plan import Plan, _Planner
 from mmjax.entrypoints.replica import Replica
 from mmjax.entrypoints.topology import Topology
+from mmjax.loader import params
 from mmjax.loader.checkpoint import Checkpoint
 from mmjax.nn.weight import weight
 
@@ -51,6 +53,24 @@ def replica_of(llm: LLM, directory: Path) -> Replica:
     args = EngineArgs(str(directory), **SMALL)
     devices = list(llm.model.engines[0].runner.mesh.devices.flat)
     return Replica(args, Checkpoint.open(str(directory)), sharding.mesh(devices), {"image": 1, "video": 1})
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_shapes_of_int8_parameters_are_those_of_the_loaded_ones(
+    tiny_dir: Callable[[str], Path], platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU stores them in another order."""
+    there = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    monkeypatch.setattr(params, "int8_axes", lambda spec, mesh, as_on=params.int8_axes: as_on(spec, there))
+    directory = tiny_dir("qwen2_vl")
+    args = EngineArgs(str(directory), quantization="int8", **SMALL)
+    replica = Replica(args, Checkpoint.open(str(directory)), sharding.mesh(jax.devices()[:2]), {"image": 1})
+    loaded = replica.load(lambda values, count: values)
+
+    def described(tree: Any) -> Any:
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree)
+
+    assert described(loaded) == described(replica.abstract_params)
 
 
 def test_a_runner_on_shapes_compiles_what_a_start_takes(
