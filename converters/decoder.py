@@ -38,20 +38,20 @@ FUSED = (
 _EXPERT = f"{_S}.mlp.experts.{{j}}"
 _ROUTED = (
     Rule(f"{_S}.mlp.gate.weight", f"{_T}.experts.router", to.transpose),
-    Rule((f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight"), f"{_T}.experts.gate_up", to.fuse_gate_up),
+    Rule((f"{_EXPERT}.gate_proj.weight", f"{_EXPERT}.up_proj.weight"), f"{_T}.experts.gate_up", to.join_gate_up),
     Rule(f"{_EXPERT}.down_proj.weight", f"{_T}.experts.down", to.transpose),
 )
 # Experts one by one, or all in one tensor as published: [experts, in, out].
 EXPERTS = (
     *_ROUTED,
-    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.expert_gate_up),
+    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up"),
     Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down"),
 )
 # As transformers 5 saves them, under the same names: [experts, out, in]. One of the two tensors may be square, never
 # both, so that the shapes of the two together always tell which layout it is.
 TRANSPOSED_EXPERTS = (
     *_ROUTED,
-    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.transposed_expert_gate_up),
+    Rule(f"{_S}.mlp.experts.gate_up_proj", f"{_T}.experts.gate_up", to.transpose_experts),
     Rule(f"{_S}.mlp.experts.down_proj", f"{_T}.experts.down", to.transpose_experts),
 )
 

@@ -238,19 +238,15 @@ def _split_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
     return _gate_up(*np.split(fused, 2), shape=shape)
 
 
-def _expert_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
-    experts, width, two, mlp = shape
-    return ((experts, width, two * mlp),)
+def _join_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
+    width, twice_mlp = shape
+    if twice_mlp % 2:
+        raise ValueError(f"gate and up side by side are [width, 2 * mlp], not {shape}")
+    return ((twice_mlp // 2, width),) * 2
 
 
-def _transposed_expert_gate_up_sources(shape: Shape) -> tuple[Shape, ...]:
-    experts, width, two, mlp = shape
-    return ((experts, two * mlp, width),)
-
-
-def _transposed_expert_gate_up(fused: np.ndarray, *, shape: Shape) -> np.ndarray:
-    experts, width, two, mlp = shape
-    return fused.reshape(experts, two, mlp, width).transpose(0, 3, 1, 2)
+def _join_gate_up(gate: np.ndarray, up: np.ndarray, *, shape: Shape) -> np.ndarray:
+    return np.concatenate([transposed(gate), transposed(up)], axis=1)
 
 
 def _transpose_experts_sources(shape: Shape) -> tuple[Shape, ...]:
@@ -328,9 +324,7 @@ regroup_qkv = Transform(_regroup_qkv_sources, _regroup_qkv, (1,), _qkv_rows)
 split_gate_up = Transform(_split_gate_up_sources, _split_gate_up, (2,), _gate_up_halves)
 # n equal tensors -> [n, ...]
 stack = Transform(_stack_sources, _stack, ANY_AXIS[1:])
-# experts' [E, D, 2F] (gate first) -> [E, D, 2, F]
-expert_gate_up = Transform(_expert_gate_up_sources, _fold, (0,))
-# experts' [E, 2F, D] -> [E, D, 2, F]
-transposed_expert_gate_up = Transform(_transposed_expert_gate_up_sources, _transposed_expert_gate_up, (0,))
+# an expert's gate [F, D], up [F, D] -> [D, 2F]
+join_gate_up = Transform(_join_gate_up_sources, _join_gate_up)
 # [E, out, in] -> [E, in, out]
 transpose_experts = Transform(_transpose_experts_sources, _transpose_experts, (0,))

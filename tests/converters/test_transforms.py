@@ -107,6 +107,11 @@ def test_fuse_gate_up() -> None:
     np.testing.assert_array_equal(value[:, 1], up.T)
 
 
+def test_join_gate_up() -> None:
+    gate, up = numbers(F, D), -numbers(F, D)
+    np.testing.assert_array_equal(made(to.join_gate_up, gate, up, shape=(D, 2 * F)), np.concatenate([gate, up]).T)
+
+
 def test_patches_equal_a_convolution() -> None:
     for lead in ((3,), (3, 2)):
         kernel, pixels = numbers(D, *lead, 5, 5), numbers(*lead, 5, 5)
@@ -121,6 +126,7 @@ def test_patches_equal_a_convolution() -> None:
         (to.fuse_qkv_bias, (7,)),
         (to.fuse_v_bias, (3, 3, 2)),
         (to.fuse_gate_up, (7, 3, 11)),
+        (to.join_gate_up, (7, 11)),
         (to.stack_heads, (7, 3, 4)),
         (to.patches(3), (3 * 5 * 6, 4)),
         (to.patches(3, 2), (7,)),

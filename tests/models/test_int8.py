@@ -132,7 +132,7 @@ def test_a_product_with_steps_and_scales(
 
 
 def test_which_axes_are_summed_over() -> None:
-    assert contracted_axes(("experts", "embed", "pair", "expert_mlp")) == (1,)
+    assert contracted_axes(("experts", "embed", "expert_mlp")) == (1,)
     assert contracted_axes(("experts", "expert_mlp", "embed")) == (1,)
     for axes in (
         ("embed",),

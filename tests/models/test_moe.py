@@ -25,7 +25,7 @@ D, F, E, TOP = 12, 10, 7, 3
 
 def weights(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return tuple(rng.standard_normal(s).astype(np.float32) / 3 for s in ((E, D, 2, F), (E, F, D)))  # type: ignore[return-value]
+    return tuple(rng.standard_normal(s).astype(np.float32) / 3 for s in ((E, D, 2 * F), (E, F, D)))  # type: ignore[return-value]
 
 
 def plainly(
@@ -34,7 +34,7 @@ def plainly(
     out = np.zeros_like(x, np.float64)
     for t, j in np.ndindex(expert_ids.shape):
         if 0 <= (e := expert_ids[t, j]) < len(down):
-            gate, up = x[t].astype(np.float64) @ gate_up[e, :, 0], x[t].astype(np.float64) @ gate_up[e, :, 1]
+            gate, up = np.split(x[t].astype(np.float64) @ gate_up[e], 2)
             out[t] += expert_weights[t, j] * ((gate / (1 + np.exp(-gate)) * up) @ down[e])
     return out
 
@@ -95,7 +95,7 @@ def test_router_and_shards(tp_size: int, norm_topk_prob: bool) -> None:
     expert_weights = expert_weights / expert_weights.sum(1, keepdims=True) if norm_topk_prob else expert_weights
 
     mesh = sharding.mesh(jax.devices()[:tp_size])
-    axes = {"router": ("embed", "router"), "gate_up": ("experts", "embed", "pair", "expert_mlp")}
+    axes = {"router": ("embed", "router"), "gate_up": ("experts", "embed", "expert_mlp")}
     axes["down"] = ("experts", "expert_mlp", "embed")
     params = {
         name: jax.device_put(value, sharding.named_sharding(mesh, axes[name]))
