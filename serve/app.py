@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
-from mmjax.serve import audio, chat, completions, embeddings, errors, openapi, responses, system_routes
+from mmjax.serve import audio, chat, completions, embeddings, errors, messages, openapi, responses, system_routes
 from mmjax.serve.context import ServerContext, ServerSettings
 from mmjax.serve.middleware import RequestGate
 
@@ -60,4 +60,4 @@ def _routers(engine: AsyncLLM) -> list[Callable[[ServerContext], APIRouter]]:
         return [embeddings.router]
     if Speech.supports(engine):
         return [audio.router, system_routes.generate_router]
-    return [completions.router, chat.router, responses.router, system_routes.generate_router]
+    return [completions.router, chat.router, responses.router, messages.router, system_routes.generate_router]

@@ -133,7 +133,8 @@ def test_routes_depend_on_the_model(client: TestClient, speech_client: TestClien
         }
 
     chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
-    assert routes(client) == {*chats, "/v1/completions"}
+    messages = {"/v1/messages", "/v1/messages/count_tokens"}
+    assert routes(client) == {*chats, *messages, "/v1/completions"}
     assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
     assert routes(vector_client) == {"/v1/embeddings"}
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
