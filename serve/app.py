@@ -9,7 +9,18 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
-from mmjax.serve import audio, chat, completions, embeddings, errors, messages, openapi, responses, system_routes
+from mmjax.serve import (
+    audio,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    messages,
+    openapi,
+    responses,
+    scoring,
+    system_routes,
+)
 from mmjax.serve.context import ServerContext, ServerSettings
 from mmjax.serve.middleware import RequestGate
 
@@ -57,7 +68,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
 def _routers(engine: AsyncLLM) -> list[Callable[[ServerContext], APIRouter]]:
     """The routers of the routes that depend on what the model can do."""
     if engine.llm.args.pooling:
-        return [embeddings.router]
+        return [embeddings.router, scoring.router]
     if Speech.supports(engine):
-        return [audio.router, system_routes.generate_router]
-    return [completions.router, chat.router, responses.router, messages.router, system_routes.generate_router]
+        return [audio.router, system_routes.generate_router, scoring.refusing_router]
+    chats = [completions.router, chat.router, responses.router, messages.router]
+    return [*chats, system_routes.generate_router, scoring.refusing_router]

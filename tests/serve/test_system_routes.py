@@ -136,7 +136,7 @@ def test_routes_depend_on_the_model(client: TestClient, speech_client: TestClien
     messages = {"/v1/messages", "/v1/messages/count_tokens"}
     assert routes(client) == {*chats, *messages, "/v1/completions"}
     assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
-    assert routes(vector_client) == {"/v1/embeddings"}
+    assert routes(vector_client) == {"/v1/embeddings", "/v1/score", "/v1/rerank"}
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
 
 
