@@ -73,6 +73,7 @@ FITTING: Json = {
     "language": {"enum": ["en", "de"]},
     "to_language": {"enum": ["en"]},
     "chat_template": {"type": "null"},
+    "previous_response_id": {"type": "null"},
     "mm_processor_kwargs": {"enum": [{}, {"min_pixels": 784}]},
     "dimensions": {"enum": [1, 8]},
     "arguments": {"enum": ["{}", '{"a": 1}']},
@@ -193,6 +194,8 @@ def test_no_request_causes_a_server_error(kind: str, request: pytest.FixtureRequ
         answered = answers(client, EXAMPLES, valid=operation.as_strategy(), against=against)
         answered += answers(client, EXAMPLES, fitting=few(published, near[label]))
         print(f"{kind} {label}:", ", ".join(f"{sort} {status} x{n}" for (sort, status), n in sorted(answered.items())))
+        if "/v1/responses/{" in label:  # no response has the names that are tried
+            continue
         asked = sum(count for (sort, _), count in answered.items() if sort == "fitting")
         assert answered["fitting", 200] >= 0.5 * asked > 0, (label, answered)
     engine.check()

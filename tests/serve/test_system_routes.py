@@ -132,7 +132,7 @@ def test_routes_depend_on_the_model(client: TestClient, speech_client: TestClien
             path for path in of.get("/openapi.json").json()["paths"] if path.startswith("/v1/") and "models" not in path
         }
 
-    chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
+    chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/responses/{name}"}
     messages = {"/v1/messages", "/v1/messages/count_tokens"}
     assert routes(client) == {*chats, *messages, "/v1/completions"}
     assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
