@@ -43,6 +43,7 @@ class RequestGate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         scope.setdefault("state", {})["request_id"] = given if _is_valid_id(given) else uuid.uuid4().hex
+        is_head = scope["method"] == "HEAD"
         status, start = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -52,6 +53,8 @@ class RequestGate:
                 if self.tell_id:
                     name = scope["state"]["request_id"].encode("latin-1")
                     message.setdefault("headers", []).append((b"x-request-id", name))
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -59,7 +62,9 @@ class RequestGate:
             if refusal is not None:
                 await self._respond(scope, send_with_id, *refusal)
             else:
-                await self.app(scope, self._counted(receive), send_with_id)
+                # HEAD is GET without the body: FastAPI's routes only know the methods that they name
+                asked = {**scope, "method": "GET"} if is_head else scope
+                await self.app(asked, self._counted(receive), send_with_id)
         except Exception as error:  # no route raises it on purpose: a bug
             described = errors.describe(error, scope["state"]["request_id"])
             if not status:  # else the response has begun; it breaks off
