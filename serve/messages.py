@@ -111,9 +111,11 @@ class MessageBuilder:
 
     def add(self, message: Json) -> Iterator[Json]:
         """Add the `delta` of a chat's chunk, or the `message` of a complete chat."""
+        if message.get("reasoning"):
+            yield from self._open_text({"type": "thinking", "thinking": "", "signature": ""})
+            yield self._delta({"type": "thinking_delta", "thinking": message["reasoning"]}, message["reasoning"])
         if message.get("content"):
-            if not self._is_open or self._content[-1]["type"] != "text":
-                yield from self._open({"type": "text", "text": ""})
+            yield from self._open_text({"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": message["content"]}, message["content"])
         for call in message.get("tool_calls") or ():
             function = call["function"]
@@ -144,6 +146,11 @@ class MessageBuilder:
         content: list[Json] = self.message["content"]
         return content
 
+    def _open_text(self, block: Json) -> Iterator[Json]:
+        """Open a block of text, unless one of its type is open."""
+        if not self._is_open or self._content[-1]["type"] != block["type"]:
+            yield from self._open(block)
+
     def _open(self, block: Json) -> Iterator[Json]:
         yield from self._close()
         self._content.append(block)
@@ -159,10 +166,10 @@ class MessageBuilder:
         if not self._is_open:
             return
         block, text = self._content[-1], "".join(self._pieces)
-        if block["type"] == "text":
-            block["text"] = text
-        else:
+        if block["type"] == "tool_use":
             block["input"] = _read_input(text)
+        else:
+            block[block["type"]] = text
         self._pieces, self._is_open = [], False
         yield {"type": "content_block_stop", "index": len(self._content) - 1}
 

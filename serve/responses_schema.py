@@ -178,6 +178,10 @@ def _call_output(item: Json, messages: list[Json]) -> None:
     messages.append({"role": "tool", "tool_call_id": _text(item, "call_id"), "content": _content(item, "output")})
 
 
+def _reasoning(_: Json, __: list[Json]) -> None:
+    """What the model thought before an earlier answer. It is left out, as chat templates do."""
+
+
 def _text(item: Json, name: str) -> str:
     if not isinstance(item.get(name), str):
         raise RequestError(f"{name} must be a text")
@@ -199,4 +203,5 @@ READ_ITEM: Mapping[str, Callable[[Json, list[Json]], None]] = {
     "message": _message,
     "function_call": _call,
     "function_call_output": _call_output,
+    "reasoning": _reasoning,
 }

@@ -163,6 +163,18 @@ def test_arguments_that_come_in_pieces() -> None:
     assert builder.message["stop_reason"] == "tool_use" and builder.message["usage"]["input_tokens"] == 2
 
 
+def test_reasoning_is_a_block_of_thinking() -> None:
+    builder = MessageBuilder({"content": []})
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 0}}
+    pieces = [{"reasoning": "Hm"}, {"reasoning": "m."}, {"content": "No"}, {"content": "on."}]
+    events = [event for piece in pieces for event in builder.add(piece)] + list(builder.end("stop", None, usage))
+    assert names(events) == [*BLOCK_EVENTS, *BLOCK_EVENTS, "message_delta", "message_stop"]
+    assert events[1]["delta"] == {"type": "thinking_delta", "thinking": "Hm"}
+    thinking, text = builder.message["content"]
+    assert thinking == {"type": "thinking", "thinking": "Hmm.", "signature": ""}
+    assert text == {"type": "text", "text": "Noon."} and builder.message["stop_reason"] == "end_turn"
+
+
 def test_messages_of_a_chat() -> None:
     use = {"type": "tool_use", "id": "1", "name": "now", "input": {"a": "ü"}}
     given: list[Json] = [

@@ -309,6 +309,7 @@ def test_items_become_messages() -> None:
         {"type": "message", "role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": [{"type": "output_text", "text": "Wait."}]},
         call,
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
         {**call, "call_id": "2"},
         {"type": "function_call_output", "call_id": "1", "output": "noon"},
         call,
