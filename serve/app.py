@@ -9,7 +9,19 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.security import HTTPBearer
-from mmjax.serve import audio, chat, completions, embeddings, errors, openapi, responses, system_routes
+from mmjax.serve import (
+    audio,
+    chat,
+    completions,
+    development_routes,
+    embeddings,
+    errors,
+    messages,
+    openapi,
+    responses,
+    scoring,
+    system_routes,
+)
 from mmjax.serve.context import ServerContext, ServerSettings
 from mmjax.serve.middleware import RequestGate
 
@@ -35,8 +47,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     app.include_router(system_routes.router(context))
     app.include_router(system_routes.models_router(context), responses=openapi.MODEL_ERRORS, **keyed)
     if settings.development:
-        app.include_router(system_routes.development_router(context), responses=openapi.UNAUTHORIZED, **keyed)
-    for router in (system_routes.tokens_router, *_routers(engine)):
+        app.include_router(development_routes.router(context), responses=openapi.MODEL_ERRORS, **keyed)
+    for router in (system_routes.tokens_router, *_routers(engine, development=settings.development)):
         app.include_router(router(context), responses=openapi.GENERATION_ERRORS, **keyed)
     app.add_middleware(
         RequestGate,
@@ -54,10 +66,12 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     return app
 
 
-def _routers(engine: AsyncLLM) -> list[Callable[[ServerContext], APIRouter]]:
+def _routers(engine: AsyncLLM, *, development: bool) -> list[Callable[[ServerContext], APIRouter]]:
     """The routers of the routes that depend on what the model can do."""
     if engine.llm.args.pooling:
-        return [embeddings.router]
+        return [embeddings.router, scoring.router]
     if Speech.supports(engine):
-        return [audio.router, system_routes.generate_router]
-    return [completions.router, chat.router, responses.router, system_routes.generate_router]
+        return [audio.router, system_routes.generate_router, scoring.refusing_router]
+    chats = [completions.router, chat.router, responses.router, messages.router]
+    chats += [development_routes.chat_router] if development else []
+    return [*chats, system_routes.generate_router, scoring.refusing_router]

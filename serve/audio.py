@@ -189,25 +189,28 @@ class AudioHandler:
     async def _events(self, work: Any) -> AsyncGenerator[Json, None]:
         """The chunks of the text. Each is an event of OpenAI's transcriptions and also a chunk of vLLM's."""
         outputs: list[RequestOutput] = []
+        token_ids: list[int] = []
         texts_sent: list[str] = []
         include_usage = self.body.stream_include_usage or self.context.settings.always_usage
-        async with self.context.admitted(again=True), aclosing(self.speech.stream(work, outputs)) as texts:
+        async with self.context.admitted(again=True), aclosing(self.speech.stream(work, outputs, token_ids)) as texts:
             async for text in texts:
                 texts_sent.append(text)
                 chunk = self._chunk({"content": text}, None) | {"type": "transcript.text.delta", "delta": text}
                 if self.body.stream_continuous_usage_stats:
-                    chunk["usage"] = self._usage(work, outputs)
+                    chunk["usage"] = self._usage(work, len(token_ids))
                 yield chunk
         self._record(outputs)
         done = {"type": "transcript.text.done", "text": "".join(texts_sent)}
         is_truncated = any(output.outputs[0].finish_reason == "length" for output in outputs)
-        yield self._chunk({"content": ""}, "length" if is_truncated else "stop") | done
+        chunk = self._chunk({"content": ""}, "length" if is_truncated else "stop") | done
+        if self.body.stream_continuous_usage_stats:
+            chunk["usage"] = self._usage(work, len(token_ids))
+        yield chunk
         if include_usage:
-            yield {**self._head(), "choices": [], "usage": self._usage(work, outputs)}
+            yield {**self._head(), "choices": [], "usage": self._usage(work, len(token_ids))}
 
-    def _usage(self, work: Any, outputs: Sequence[RequestOutput]) -> Json:
-        prompt = sum(len(each.token_ids) for each in work.engine_inputs)
-        counts = usage(prompt, sum(len(output.outputs[0].token_ids) for output in outputs))
+    def _usage(self, work: Any, num_generated: int) -> Json:
+        counts = usage(sum(len(each.token_ids) for each in work.engine_inputs), num_generated)
         return {"type": "duration", "seconds": math.ceil(work.recording.seconds)} | counts
 
     def _head(self) -> Json:

@@ -111,8 +111,14 @@ class ChatHandler:
         return self.prepared
 
     async def answer(self) -> Json:
-        """The response, once it is complete."""
-        engine_input, params = await self.prepare()
+        """Prepare, and return the response once it is complete."""
+        await self.prepare()
+        return await self.complete()
+
+    async def complete(self) -> Json:
+        """The response to a prepared request, once it is complete."""
+        assert self.prepared is not None
+        engine_input, params = self.prepared
         async with self.context.admitted(again=True):
             output = await self.context.engine.complete(engine_input, params, self.grammar)
         self.context.metrics.record(output)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
+from mmjax.serve.response_store import ResponseStore
 
 from mmjax import AsyncLLM, EngineMetrics
 from mmjax.types import RequestError, ValidationError
@@ -31,7 +32,8 @@ class ServerSettings:
     content_format, template_kwargs: how chat templates are applied. prompt_details: usage reports cached tokens.
     always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
     origin_methods, origin_headers, credentials: CORS. tool_parser: the format of tool calls in outputs; None = they
-    stay in the text. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes that empty caches.
+    stay in the text. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes for development.
+    store_mb: MiB of the responses that are stored; 0 = none are.
     """
 
     names: tuple[str, ...]
@@ -55,6 +57,7 @@ class ServerSettings:
     tool_parser: str | None = "hermes"
     api_docs: bool = True
     development: bool = False
+    store_mb: float = 64.0
 
 
 class ServerContext:
@@ -66,6 +69,7 @@ class ServerContext:
         self.metrics = EngineMetrics(engine.model, settings.names[0])
         self.started = int(time.time())
         self.num_requests = 0
+        self.responses = ResponseStore(int(settings.store_mb * 2**20))
 
     @property
     def name(self) -> str:

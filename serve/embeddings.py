@@ -1,10 +1,10 @@
-"""POST /v1/embeddings: a vector for each text, or for a conversation with its media."""
+"""POST /v1/embeddings: a vector for each text, or for a conversation with its media. POST /pooling: the same, or the
+hidden states of all tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import struct
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -65,6 +65,19 @@ class EmbeddingRequest(ChatFields):
         return [{"prompt" if isinstance(each, str) else "prompt_token_ids": each} for each in given or ()]
 
 
+class PoolingRequest(EmbeddingRequest):
+    task: Literal["embed", "token_embed"] = "token_embed"
+    """`token_embed` returns the hidden states of all tokens, `embed` the vector of /v1/embeddings."""
+    use_activation: bool | None = None
+    """The same as `normalize`, which it overrides."""
+
+    @model_validator(mode="after")
+    def _one_name(self) -> PoolingRequest:
+        if self.use_activation is not None:
+            self.normalize = self.use_activation
+        return self
+
+
 def router(context: ServerContext) -> APIRouter:
     """The embeddings route."""
     routes = APIRouter()
@@ -73,35 +86,54 @@ def router(context: ServerContext) -> APIRouter:
     async def embed(body: EmbeddingRequest, request: Request) -> Response:
         """Compute embeddings: the hidden state of the last token, by default scaled to length 1."""
         context.check_model(body.model)
-        outputs = await cancel_on_disconnect(request, _answer(context, body))
-        token_usage = usage(sum(len(output.prompt_token_ids) for output in outputs), 0)
+        outputs = await cancel_on_disconnect(request, _answer(context, body, "embed"))
+        head = {"id": f"embd-{request.state.request_id}", **head_of_list(context)}
+        return await _list_response(head, outputs, body, "embedding", "embedding")
 
-        def rows() -> list[Json]:
-            vectors = [_encode_vector(output.outputs.data, body.encoding_format) for output in outputs]
-            return [{"index": i, "object": "embedding", "embedding": vector} for i, vector in enumerate(vectors)]
+    @routes.post("/pooling", response_model=None)
+    async def pool(body: PoolingRequest, request: Request) -> Response:
+        """Compute the final hidden states of all tokens, or embeddings."""
+        context.check_model(body.model)
+        outputs = await cancel_on_disconnect(request, _answer(context, body, body.task))
+        head = {"id": f"pool-{request.state.request_id}", **head_of_list(context)}
+        return await _list_response(head, outputs, body, "pooling", "data")
 
-        data = await asyncio.to_thread(rows)
-        head = {
-            "id": f"embd-{request.state.request_id}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": context.name,
-        }
-        return await json_response({**head, "data": data, "usage": token_usage})
+    @routes.post("/classify", include_in_schema=False)
+    async def classify() -> None:
+        """Not supported."""
+        context.engine.llm.classify()
 
     return routes
 
 
-async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[PoolingRequestOutput]:
+def head_of_list(context: ServerContext) -> Json:
+    """The fields of a response that is a list, but its id."""
+    return {"object": "list", "created": int(time.time()), "model": context.name}
+
+
+async def _list_response(
+    head: Json, outputs: Sequence[PoolingRequestOutput], body: EmbeddingRequest, object_type: str, field: str
+) -> Response:
+    """The response with an object for each output. field: the name of its numbers."""
+    token_usage = usage(sum(len(output.prompt_token_ids) for output in outputs), 0)
+
+    def rows() -> list[Json]:
+        vectors = [_encode_numbers(output.outputs.data, body.encoding_format) for output in outputs]
+        return [{"index": i, "object": object_type, field: vector} for i, vector in enumerate(vectors)]
+
+    return await json_response({**head, "data": await asyncio.to_thread(rows), "usage": token_usage})
+
+
+async def _answer(context: ServerContext, body: EmbeddingRequest, task: str) -> list[PoolingRequestOutput]:
     engine = context.engine
-    params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize)
+    params = PoolingParams(dimensions=body.dimensions, use_activation=body.normalize, task=task)
     options = tokenization_kwargs(body)
     if body.add_special_tokens is not None:
         options["add_special_tokens"] = body.add_special_tokens
     if body.messages is not None:
         async with context.admitted():
             engine_input = await engine.prepare_chat(body.messages, options, **context.chat_kwargs(body.chat_kwargs()))
-            return [await engine.embed(engine_input, params)]
+            return [await engine.embed(engine_input, params, task=task)]
     prompts = body.prompts()
     if not prompts:
         raise RequestError("input: the list is empty")
@@ -109,15 +141,15 @@ async def _answer(context: ServerContext, body: EmbeddingRequest) -> list[Poolin
         raise RequestError(f"input: {len(prompts)} texts in one request, at most {MAX_INPUTS}")
 
     async def embed(prompt: Json) -> PoolingRequestOutput:
-        return await engine.embed(await engine.prepare(prompt, options), params)
+        return await engine.embed(await engine.prepare(prompt, options), params, task=task)
 
     async with context.admitted():
         return await gather_or_cancel(*map(embed, prompts))
 
 
-def _encode_vector(vector: Any, encoding_format: str) -> list[float] | str:
-    """A list of numbers, or little-endian float32 in base64."""
-    numbers: Sequence[float] = vector.tolist()
+def _encode_numbers(array: Any, encoding_format: str) -> list[Any] | str:
+    """Lists of numbers, or row by row as little-endian float32 in base64."""
     if encoding_format == "float":
-        return list(numbers)
-    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+        numbers: list[Any] = array.tolist()
+        return numbers
+    return base64.b64encode(array.astype("<f4").tobytes()).decode()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,6 +22,14 @@ from mmjax.types import RequestError, TooDeepError, ValidationError
 
 logger = logging.getLogger(__name__)
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+MESSAGES = "/v1/messages"  # routes below it have errors in Anthropic's form
+MESSAGE_ERRORS: Mapping[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class NoSuchModel(Exception):
@@ -68,6 +77,19 @@ def describe(error: BaseException, request_id: str) -> tuple[int, dict[str, Any]
     return 500, body(words, "InternalServerError", 500)
 
 
+def is_messages(path: str) -> bool:
+    """Whether a path is one of Anthropic's API."""
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/")
+
+
+def as_message_error(status: int, content: dict[str, Any], request_id: str) -> dict[str, Any]:
+    """An error in the form of Anthropic's API. content: as from `body`, or the refusal of a key."""
+    error = content["error"]
+    kind = MESSAGE_ERRORS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    message = error if isinstance(error, str) else error["message"]
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+
+
 def _refusal(error: RequestError) -> tuple[int, dict[str, Any]]:
     if error.code == "fetch_status":
         return 422, body(str(error), "UnprocessableEntityError", 422)
@@ -94,6 +116,8 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         status, content = describe(error, request.state.request_id)
+        if is_messages(request.scope["path"].removeprefix(request.scope.get("root_path", ""))):
+            content = as_message_error(status, content, request.state.request_id)
         headers = {"Retry-After": "1"} if status == 429 else dict(getattr(error, "headers", None) or {})
         return JSONResponse(content, status, headers)
 

@@ -10,6 +10,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from mmjax.serve import errors
 from starlette.exceptions import HTTPException
@@ -42,6 +43,7 @@ class RequestGate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         scope.setdefault("state", {})["request_id"] = given if _is_valid_id(given) else uuid.uuid4().hex
+        is_head = scope["method"] == "HEAD"
         status, start = 0, time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -51,18 +53,22 @@ class RequestGate:
                 if self.tell_id:
                     name = scope["state"]["request_id"].encode("latin-1")
                     message.setdefault("headers", []).append((b"x-request-id", name))
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
             refusal = self._refuse(scope, headers)
             if refusal is not None:
-                await _respond(send_with_id, *refusal)
+                await self._respond(scope, send_with_id, *refusal)
             else:
-                await self.app(scope, self._counted(receive), send_with_id)
+                # HEAD is GET without the body: FastAPI's routes only know the methods that they name
+                asked = {**scope, "method": "GET"} if is_head else scope
+                await self.app(asked, self._counted(receive), send_with_id)
         except Exception as error:  # no route raises it on purpose: a bug
             described = errors.describe(error, scope["state"]["request_id"])
             if not status:  # else the response has begun; it breaks off
-                await _respond(send_with_id, *described)
+                await self._respond(scope, send_with_id, *described)
         finally:
             self._log(scope, status, time.monotonic() - start)
 
@@ -73,12 +79,23 @@ class RequestGate:
         words = (client, scope["method"], path, status, seconds, scope["state"]["request_id"])
         logger.log(level, "%s %s %s %d in %.3f s, request %s", *words)
 
-    def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, object] | None:
+    async def _respond(self, scope: Scope, send: Send, status: int, content: dict[str, Any]) -> None:
+        if errors.is_messages(_path(scope)):
+            content = errors.as_message_error(status, content, scope["state"]["request_id"])
+        text = json.dumps(content).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": text})
+
+    def _refuse(self, scope: Scope, headers: dict[bytes, bytes]) -> tuple[int, dict[str, Any]] | None:
         """(status, body) if the request is refused."""
-        path, method = scope["path"].removeprefix(scope.get("root_path", "")), scope["method"]
+        path, method = _path(scope), scope["method"]
         if method == "OPTIONS":
             return None
-        if self.digests and path not in OPEN and not self._has_key(headers.get(b"authorization", b"")):
+        authorization = headers.get(b"authorization", b"")
+        if errors.is_messages(path) and b"x-api-key" in headers:  # as Anthropic's clients send it
+            authorization = b"Bearer " + headers[b"x-api-key"]
+        if self.digests and path not in OPEN and not self._has_key(authorization):
             return 401, {"error": "Unauthorized"}
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
@@ -116,8 +133,6 @@ def _is_valid_id(name: str) -> bool:
     return 0 < len(name) <= 200 and name.isascii() and name.isprintable()
 
 
-async def _respond(send: Send, status: int, content: object) -> None:
-    text = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(text)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text})
+def _path(scope: Scope) -> str:
+    """The path of a request, without the prefix that a proxy strips."""
+    return str(scope["path"].removeprefix(scope.get("root_path", "")))

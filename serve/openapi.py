@@ -49,6 +49,19 @@ class UnauthorizedResponse(BaseModel):
     error: Literal["Unauthorized"]
 
 
+class MessageErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class MessageErrorResponse(BaseModel):
+    """The body of every error of Anthropic's API."""
+
+    type: Literal["error"]
+    error: MessageErrorDetail
+    request_id: str
+
+
 Responses = dict[int | str, Json]
 
 
@@ -75,4 +88,8 @@ GENERATION_ERRORS: Responses = {
     422: _error("A site answered a media URL with an error status, or `file` is not a file."),
     429: _error("Too many requests are in progress."),
     503: _error("The engine has stopped."),
+}
+MESSAGES_ERRORS: Responses = {
+    status: {"model": MessageErrorResponse, "description": response["description"]}
+    for status, response in GENERATION_ERRORS.items()
 }

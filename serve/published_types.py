@@ -168,7 +168,13 @@ class CallOutputItem(PublishedType):
     output: str | list[Part]
 
 
-Items = Annotated[list[MessageItem | CallItem | CallOutputItem], Field(min_length=1)]
+class ReasoningItem(PublishedType):
+    """What the model thought before an earlier answer. It is left out."""
+
+    type: Literal["reasoning"]
+
+
+Items = Annotated[list[MessageItem | CallItem | CallOutputItem | ReasoningItem], Field(min_length=1)]
 
 
 class Function(PublishedType):

@@ -1,8 +1,11 @@
-"""POST /v1/responses: chat through OpenAI's newer API. The server stores no responses."""
+"""POST /v1/responses: chat through OpenAI's newer API, which continues conversations that the server stores."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
+import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
@@ -13,10 +16,14 @@ from mmjax.serve import errors
 from mmjax.serve.chat import ChatHandler
 from mmjax.serve.context import ServerContext, cancel_on_disconnect, json_response, sse_response
 from mmjax.serve.openapi import STREAM
+from mmjax.serve.response_store import StoredResponse, owner_of
 from mmjax.serve.responses_schema import ResponsesRequest
 from starlette.exceptions import HTTPException
 
+from mmjax.types import RequestError, ValidationError
+
 Json = dict[str, Any]
+TOO_LONG = ("input_tokens", "input_text", "max_tokens")  # what errors name if a prompt leaves too little room
 
 
 def router(context: ServerContext) -> APIRouter:
@@ -25,33 +32,143 @@ def router(context: ServerContext) -> APIRouter:
 
     @routes.post("/v1/responses", response_model=None, responses=STREAM)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
-        """Answer a conversation, which is a list of items. The server stores no responses."""
+        """Answer a conversation, which is a list of items."""
         context.check_model(body.model)
-        handler = ChatHandler(context, body.chat(), request.state.request_id, details=True)
+        conversation = Conversation(context, body, request)
+        handler = ChatHandler(context, body.chat(conversation.before), conversation.request_id, details=True)
+        await cancel_on_disconnect(request, _prepare(handler, body))
+        builder = ResponseBuilder(_head(handler, body, is_stored=await conversation.may_be_stored()))
         if body.stream:
-            await cancel_on_disconnect(request, handler.prepare())
-            return sse_response(_events(handler, body, request.state.request_id), request.state.request_id, named=True)
-        chat = await cancel_on_disconnect(request, handler.answer())
-        builder, [choice] = ResponseBuilder(_head(handler, body)), chat["choices"]
+            events = _events(handler, builder, conversation, request.state.request_id)
+            return sse_response(events, request.state.request_id, named=True)
+        chat = await cancel_on_disconnect(request, handler.complete())
+        [choice] = chat["choices"]
         for _ in builder.add(choice["message"], choice["logprobs"]):
             pass
         for _ in builder.end(choice["finish_reason"], chat["usage"]):
             pass
+        await conversation.store(builder.response)
         return await json_response(builder.response)
 
-    @routes.api_route("/v1/responses/{name}", methods=["GET", "DELETE"], include_in_schema=False)
+    @routes.get("/v1/responses/{name}", response_model=None)
+    async def stored(name: str, request: Request, stream: bool = False) -> Response:
+        """A stored response."""
+        if stream:
+            raise RequestError("stream: a stored response is not sent in events; leave `stream` out")
+        found = context.responses.get((owner_of(request), name))
+        if found is None:
+            raise _no_response(name)
+        return await json_response(found.response)
+
+    @routes.delete("/v1/responses/{name}", response_model=None)
+    async def delete(name: str, request: Request) -> Json:
+        """Delete a stored response. Those that continue it remain."""
+        if not context.responses.delete((owner_of(request), name)):
+            raise _no_response(name)
+        return {"id": name, "object": "response", "deleted": True}
+
     @routes.api_route("/v1/responses/{name}/{of_it}", methods=["GET", "POST"], include_in_schema=False)
-    async def stored_response(name: str) -> None:
-        """No response is stored."""
-        raise HTTPException(404, f"There is no response {name!r}: the server keeps none once they are answered.")
+    async def of_stored(name: str, of_it: str, request: Request) -> None:
+        """Not supported."""
+        if context.responses.get((owner_of(request), name)) is None:
+            raise _no_response(name)
+        if of_it == "cancel":
+            raise RequestError("Only responses that are made in the background can be cancelled, and none are here.")
+        raise HTTPException(404, f"{of_it!r} of a response is not offered.")
 
     return routes
 
 
-async def _events(handler: ChatHandler, body: ResponsesRequest, request_id: str) -> AsyncGenerator[Json, None]:
+def _no_response(name: str) -> HTTPException:
+    words = "it was not stored, was deleted, or had to make room for newer ones"
+    return HTTPException(404, f"There is no response {name!r}: {words}.")
+
+
+class Conversation:
+    """The stored conversation of a request. before: the items that its input continues. ValidationError if it names a
+    response that is not stored, or wants to store one where none are."""
+
+    def __init__(self, context: ServerContext, body: ResponsesRequest, request: Request) -> None:
+        self._store, self._body, self._owner = context.responses, body, owner_of(request)
+        self._previous = None
+        if (name := body.previous_response_id) is not None:
+            self._previous = self._store.get((self._owner, name))
+            if self._previous is None:
+                raise ValidationError(f"{_no_response(name).detail}", parameter="previous_response_id")
+        asks_to_store = body.store and "store" in body.model_fields_set
+        if asks_to_store and not self._store.max_bytes:
+            words = "store: this server stores no responses (MMJAX_RESPONSES_STORE_MB); leave it out, or send false"
+            raise ValidationError(words, parameter="store")
+        self.before = self._previous.items if self._previous is not None else []
+        self.request_id: str = request.state.request_id
+        given_id = body.request_id or self.request_id
+        if body.store and self._store.get((self._owner, f"resp_{given_id}")) is not None:
+            if body.request_id is not None:
+                raise ValidationError("request_id: a response with this id is stored.", parameter="request_id")
+            self.request_id = uuid.uuid4().hex
+        self._size = 0  # of the items, as JSON
+
+    async def may_be_stored(self) -> bool:
+        """Whether the response will be stored, as far as the length of its input shows."""
+        if not self._body.store:
+            return False
+        before = 0 if self._previous is None else self._previous.size
+        self._size = before + await asyncio.to_thread(_size, self._body.items)
+        return self._size < self._store.max_bytes
+
+    async def store(self, response: Json) -> None:
+        """Store the response, if it says so."""
+        if response["store"]:
+            items = [*self.before, *self._body.items, *response["output"]]
+            size = self._size + await asyncio.to_thread(_size, response)
+            response["store"] = self._store.put((self._owner, response["id"]), StoredResponse(response, items, size))
+
+
+def _size(value: Any) -> int:
+    """Bytes as JSON, where all is ASCII; Python's objects of a text take about as much."""
+    return len(json.dumps(value))
+
+
+async def _prepare(handler: ChatHandler, body: ResponsesRequest) -> None:
+    """Prepare a chat. With truncation `auto`, as few of the first turns as possible are left out of a conversation that
+    is too long; a turn begins with a message of the user."""
+    try:
+        await handler.prepare()
+        return
+    except ValidationError as error:
+        if body.truncation != "auto" or error.parameter not in TOO_LONG:
+            raise
+        too_long = error
+    messages = handler.body.messages
+    first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user" and i > first]
+
+    async def fits(start: int) -> bool:
+        handler.body = handler.body.model_copy(update={"messages": [*messages[:first], *messages[start:]]})
+        try:
+            await handler.prepare()
+        except ValidationError as error:
+            if error.parameter not in TOO_LONG:
+                raise
+            return False
+        return True
+
+    if not starts or not await fits(starts[-1]):
+        raise too_long
+    low, high = 0, len(starts) - 1  # bisect: starts[high] fits, and was the last one that did
+    while low < high:
+        middle = (low + high) // 2
+        if await fits(starts[middle]):
+            high = middle
+        else:
+            low = middle + 1
+
+
+async def _events(
+    handler: ChatHandler, builder: ResponseBuilder, conversation: Conversation, request_id: str
+) -> AsyncGenerator[Json, None]:
     """The chunks of a chat as typed events. After an error, the last event reports it."""
-    builder, reason = ResponseBuilder(_head(handler, body)), None
-    usage: Json = {}
+    reason, usage = None, dict[str, Any]()
     for event in builder.begin():
         yield event
     try:
@@ -62,13 +179,15 @@ async def _events(handler: ChatHandler, body: ResponsesRequest, request_id: str)
                     reason = choice["finish_reason"] or reason
                     for event in builder.add(choice["delta"], choice["logprobs"]):
                         yield event
-        for event in builder.end(reason, usage):
+        ending = list(builder.end(reason, usage))
+        await conversation.store(builder.response)  # before the client knows, and goes on
+        for event in ending:
             yield event
     except Exception as error:
         yield builder.fail(errors.describe(error, request_id)[1]["error"]["message"])
 
 
-def _head(handler: ChatHandler, body: ResponsesRequest) -> Json:
+def _head(handler: ChatHandler, body: ResponsesRequest, *, is_stored: bool) -> Json:
     """A Response object without output: the request's fields, with the defaults that apply."""
     assert handler.prepared is not None
     _, params = handler.prepared
@@ -88,15 +207,15 @@ def _head(handler: ChatHandler, body: ResponsesRequest) -> Json:
         "model": handler.context.name,
         "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "previous_response_id": None,
-        "store": False,
+        "previous_response_id": body.previous_response_id,
+        "store": is_stored,
         "temperature": params.temperature,
         "text": {"format": body.output_format},
         "tool_choice": body.tool_choice or "auto",
         "tools": tools,
         "top_logprobs": body.top_logprobs or 0,
         "top_p": params.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -19,18 +19,15 @@ LOGPROBS = "message.output_text.logprobs"
 FORMATS = ("text", "json_object", "json_schema")
 NOT_STORED = "nothing is kept here; send the whole conversation as `input`"
 UNSUPPORTED = {
-    "store": "answers are not kept here; leave it out, or send false",
-    "previous_response_id": NOT_STORED,
     "conversation": NOT_STORED,
     "prompt": "no prompts are kept here; send `instructions` and `input`",
     "background": "answers are made while the client waits; leave it out, and use `stream`",
-    "truncation": "items are never left out; send fewer, or 'disabled'",
 }
 
 
 class ResponsesRequest(GenerationFields, ChatFields):
     input: published.ResponsesInput
-    """A text, or the whole conversation as items: the server stores none."""
+    """A text, or items: those that follow the response `previous_response_id`, or the whole conversation."""
     instructions: str | None = None
     """A system message before the conversation."""
     max_output_tokens: PositiveInt | None = None
@@ -49,18 +46,18 @@ class ResponsesRequest(GenerationFields, ChatFields):
     """Return the log-probabilities of this many most likely tokens at each position."""
     metadata: dict[str, str] | None = None
     """Returned with the response."""
-    store: Literal[False] | None = None
-    """Not supported: the server stores no responses."""
-    previous_response_id: None = None
-    """Not supported."""
+    store: bool = True
+    """Keep the response for later requests, as long as the server's memory for responses has room."""
+    previous_response_id: str | None = None
+    """A stored response, which `input` continues. Its `instructions` are not used again."""
     conversation: None = None
     """Not supported."""
     prompt: None = None
     """Not supported."""
     background: Literal[False] | None = None
     """Not supported."""
-    truncation: Literal["disabled"] | None = None
-    """Not supported: no items are left out."""
+    truncation: Literal["auto", "disabled"] | None = None
+    """`auto` leaves out the first turns of a conversation that is longer than the model allows."""
 
     @field_validator(*UNSUPPORTED, mode="wrap")
     @classmethod
@@ -103,14 +100,20 @@ class ResponsesRequest(GenerationFields, ChatFields):
         """The format of the output that the request asks for."""
         return (self.text or {}).get("format") or {"type": "text"}
 
-    def chat(self) -> ChatRequest:
-        """The same request to /v1/chat/completions. ValidationError for an invalid item."""
+    @property
+    def items(self) -> list[Json]:
+        """`input` as items."""
+        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+
+    def chat(self, before: Sequence[Json] = ()) -> ChatRequest:
+        """The same request to /v1/chat/completions. before: the items of the conversation that `input` continues.
+        ValidationError for an invalid item."""
         names = (GenerationFields.model_fields.keys() | ChatFields.model_fields.keys()) - {"tools"}
         wants = LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
         try:
             return ChatRequest(
                 **{name: getattr(self, name) for name in names},
-                messages=messages_of(self.input, self.instructions),
+                messages=messages_of(self.items, self.instructions, before),
                 max_completion_tokens=self.max_output_tokens,
                 tools=[{"type": "function", "function": _without_type(tool)} for tool in self.tools or ()] or None,
                 tool_choice=_nested(self.tool_choice, "function"),
@@ -140,15 +143,13 @@ def _nested(given: Any, type_name: str) -> Any:
     return given
 
 
-def messages_of(given: str | list[Json], instructions: str | None) -> list[Json]:
+def messages_of(given: Sequence[Json], instructions: str | None, before: Sequence[Json] = ()) -> list[Json]:
     """The messages of a chat. Instructions become the first message; calls are added to the assistant's message before
-    them. ValidationError names an item that is invalid."""
+    them. before: earlier items. ValidationError names an item that is invalid."""
     messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
-    if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
     if not given:
         raise ValidationError("input: the list is empty", parameter="input")
-    for index, item in enumerate(given):
+    for index, item in enumerate([*before, *given], -len(before)):
         item_type = item.get("type") or "message"
         if not isinstance(item_type, str) or item_type not in READ_ITEM:
             words = f"items of type {item_type!r} are not taken; known are {', '.join(READ_ITEM)}"
@@ -177,6 +178,10 @@ def _call_output(item: Json, messages: list[Json]) -> None:
     messages.append({"role": "tool", "tool_call_id": _text(item, "call_id"), "content": _content(item, "output")})
 
 
+def _reasoning(_: Json, __: list[Json]) -> None:
+    """What the model thought before an earlier answer. It is left out, as chat templates do."""
+
+
 def _text(item: Json, name: str) -> str:
     if not isinstance(item.get(name), str):
         raise RequestError(f"{name} must be a text")
@@ -198,4 +203,5 @@ READ_ITEM: Mapping[str, Callable[[Json, list[Json]], None]] = {
     "message": _message,
     "function_call": _call,
     "function_call_output": _call_output,
+    "reasoning": _reasoning,
 }

@@ -90,24 +90,6 @@ def models_router(context: ServerContext) -> APIRouter:
     return routes
 
 
-def development_router(context: ServerContext) -> APIRouter:
-    """The routes that empty the caches, for development."""
-    routes = APIRouter()
-
-    @routes.post("/reset_mm_cache")
-    async def reset_mm_cache() -> Response:
-        """Empty the cache of processed media."""
-        await context.engine.between_steps(context.engine.llm.reset_mm_cache)
-        return Response()
-
-    @routes.post("/reset_prefix_cache")
-    async def reset_prefix_cache() -> Json:
-        """Empty the prefix cache, if no request is running."""
-        return {"done": await context.engine.between_steps(context.engine.llm.reset_prefix_cache)}
-
-    return routes
-
-
 def tokens_router(context: ServerContext) -> APIRouter:
     """The routes of the tokenizer."""
     routes = APIRouter()
@@ -171,7 +153,7 @@ def generate_router(context: ServerContext) -> APIRouter:
         async with context.admitted():
             grammar = await cancel_on_disconnect(request, engine.compile_grammar(params))
             outputs = await cancel_on_disconnect(request, gather_or_cancel(*map(generate_one, prompts)))
-        return JSONResponse(await asyncio.to_thread(_to_json, outputs))
+        return JSONResponse(await asyncio.to_thread(to_json, outputs))
 
     return routes
 
@@ -184,14 +166,14 @@ def _check_names(fields: Mapping[str, Any]) -> Json:
     return dict(fields)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Outputs as values that JSON can write: dataclasses become objects, and infinite numbers +-9999."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _to_json(entry) for key, entry in value.items()}
+        return {str(key): to_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_to_json(entry) for entry in value]
+        return [to_json(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else math.copysign(9999.0, value)
     return value

@@ -132,6 +132,7 @@ def server_settings(arguments: argparse.Namespace) -> Any:
         max_stops=int(env_number("MAX_STOP_STRINGS", 4)),
         max_prompts=int(env_number("MAX_COMPLETION_PROMPTS", 1024)),
         development=env_flag("SERVER_DEV_MODE", False),
+        store_mb=env_number("RESPONSES_STORE_MB", 64),
     )
 
 

@@ -23,6 +23,7 @@ from mmjax.entrypoints.llm import LLM, check_adapters
 from mmjax.entrypoints.request_stream import RequestStream
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.outputs.completion import Delta
+from mmjax.outputs.pooling import check_pairs, score_pairs
 from mmjax.outputs.request import GenerateRequest, PoolingRequest
 from mmjax.outputs.streamed import StreamedOutputs
 from mmjax.types import (
@@ -32,6 +33,7 @@ from mmjax.types import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    ScoringRequestOutput,
 )
 
 logger = logging.getLogger(__name__)
@@ -265,6 +267,12 @@ class AsyncLLM:
         )
         self._submit(stream)
         return await self._finish(stream)
+
+    async def score(self, first: Sequence[EngineInput], second: Sequence[EngineInput]) -> list[ScoringRequestOutput]:
+        """`LLM.score` of processed prompts."""
+        check_pairs(len(first), len(second))
+        vectors = await asyncio.gather(*(self.embed(each, PoolingParams()) for each in (*first, *second)))
+        return score_pairs(vectors[: len(first)], vectors[len(first) :], self.model.tokenizer)
 
     def submit(
         self,

@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import numpy as np
-
 from mmjax.chat import ChatOptions, RenderedChat, load_template, split
 from mmjax.config import EngineArgs, env
 from mmjax.engine.loaded_model import LoadedModel
@@ -21,7 +19,7 @@ from mmjax.entrypoints.metrics import EngineMetrics
 from mmjax.inputs import parse
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.inputs.params import check_count
-from mmjax.outputs.pooling import as_embeddings
+from mmjax.outputs.pooling import as_embeddings, check_pairs, score_pairs
 from mmjax.outputs.request import GenerateRequest, PoolingRequest
 from mmjax.types import (
     EmbeddingRequestOutput,
@@ -30,7 +28,6 @@ from mmjax.types import (
     RequestError,
     RequestOutput,
     SamplingParams,
-    ScoringOutput,
     ScoringRequestOutput,
 )
 from mmjax.types.metrics import Metric
@@ -248,10 +245,7 @@ class LLM:
         if chat_template is not None:
             raise RequestError("chat_template is only supported for cross-encoder models.", "no_cross_encoder")
         first, second = parse.split_prompts(data_1), parse.split_prompts(data_2)
-        if len(first) not in (1, len(second)) or not second:
-            raise RequestError(
-                f"score compares 1 prompt with N, or N with N, got {len(first)} and {len(second)}.", "length_mismatch"
-            )
+        check_pairs(len(first), len(second))
         vectors = self.encode(
             [*first, *second],
             pooling_params,
@@ -260,18 +254,7 @@ class LLM:
             pooling_task="embed",
             tokenization_kwargs=tokenization_kwargs,
         )
-        ones, others = vectors[: len(first)], vectors[len(first) :]
-        tokenizer = self.model.tokenizer
-        between = [] if tokenizer is None or tokenizer.pad_id is None else [tokenizer.pad_id]
-        return [
-            ScoringRequestOutput(
-                request_id=f"{one.request_id}_{other.request_id}",
-                outputs=ScoringOutput(_cosine(one.outputs.data, other.outputs.data)),
-                prompt_token_ids=[*one.prompt_token_ids, *between, *other.prompt_token_ids],
-                num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
-            )
-            for one, other in zip(ones * len(others) if len(ones) == 1 else ones, others, strict=True)
-        ]
+        return score_pairs(vectors[: len(first)], vectors[len(first) :], self.model.tokenizer)
 
     # -- running -----------------------------------------------------------------------------------------------------
 
@@ -417,12 +400,6 @@ class LLM:
         "init_weight_transfer_engine", "start an engine with the new weights, or use `sleep(level=2)` and `wake_up`"
     )
     update_weights = _unsupported("update_weights", "write a checkpoint, and use `sleep(level=2)` and `wake_up`")
-
-
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """The cosine of two vectors [D]; 0 for a vector of length 0."""
-    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
-    return float(np.dot(one, other)) / norms if norms else 0.0
 
 
 def check_adapters(count: int, lora_request: Any) -> None:

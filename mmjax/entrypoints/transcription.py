@@ -287,8 +287,11 @@ class Speech:
             if word.text.strip()
         ]
 
-    async def stream(self, job: TranscriptionJob, outputs: list[RequestOutput]) -> AsyncGenerator[str, None]:
-        """`transcribe` without timestamps, in pieces. Each chunk's output is added to `outputs` once complete."""
+    async def stream(
+        self, job: TranscriptionJob, outputs: list[RequestOutput], token_ids: list[int] | None = None
+    ) -> AsyncGenerator[str, None]:
+        """`transcribe` without timestamps, in pieces. Each chunk's output is added to `outputs` once complete, and what
+        is generated to `token_ids`, if given, as it comes."""
         streams: list[RequestStream[RequestOutput]] = []
         # The whole text is stripped, so trailing spaces are held back until more text follows.
         held_back, started = "", False
@@ -297,6 +300,8 @@ class Speech:
                 streams.append(self.engine.submit(engine_input, job.params, streaming=True))
             for stream in streams:
                 async for delta in self.engine.stream(stream):
+                    if token_ids is not None:
+                        token_ids += delta.token_ids
                     text = held_back + delta.text if started else delta.text.lstrip()
                     released = text.rstrip()
                     held_back = text[len(released) :]

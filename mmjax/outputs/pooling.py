@@ -8,10 +8,14 @@ import numpy as np
 
 from mmjax.engine.output_processor import PromptChunk, StepResult
 from mmjax.engine.sequence import EngineSequence
+from mmjax.tokenizer.tokenizer import Tokenizer
 from mmjax.types import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingRequestOutput,
+    RequestError,
+    ScoringOutput,
+    ScoringRequestOutput,
 )
 
 
@@ -27,6 +31,34 @@ def as_embeddings(outputs: Sequence[PoolingRequestOutput]) -> list[EmbeddingRequ
         )
         for output in outputs
     ]
+
+
+def check_pairs(first: int, second: int) -> None:
+    """RequestError unless as many prompts can be compared: 1 with N, or N with N."""
+    if first not in (1, second) or not second:
+        raise RequestError(f"score compares 1 prompt with N, or N with N, got {first} and {second}.", "length_mismatch")
+
+
+def score_pairs(
+    first: Sequence[PoolingRequestOutput], second: Sequence[PoolingRequestOutput], tokenizer: Tokenizer | None
+) -> list[ScoringRequestOutput]:
+    """The cosine of each pair of vectors [D]. One vector in `first` is compared with all of `second`."""
+    between = [] if tokenizer is None or tokenizer.pad_id is None else [tokenizer.pad_id]
+    return [
+        ScoringRequestOutput(
+            request_id=f"{one.request_id}_{other.request_id}",
+            outputs=ScoringOutput(_cosine(one.outputs.data, other.outputs.data)),
+            prompt_token_ids=[*one.prompt_token_ids, *between, *other.prompt_token_ids],
+            num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
+        )
+        for one, other in zip([*first] * len(second) if len(first) == 1 else first, second, strict=True)
+    ]
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """The cosine of two vectors [D]; 0 for a vector of length 0."""
+    norms = float(np.linalg.norm(one)) * float(np.linalg.norm(other))
+    return float(np.dot(one, other)) / norms if norms else 0.0
 
 
 class PoolingState:

@@ -14,7 +14,7 @@ from mmjax.config import VARIABLES
 from mmjax.models import FAMILIES
 from mmjax.types import SAMPLING_PARAMETERS
 
-HIDDEN = {"/", "/reset_mm_cache", "/reset_prefix_cache"}  # the page, and what MMJAX_SERVER_DEV_MODE adds
+HIDDEN = {"/"}  # the page
 COMMANDS = (*MODEL_COMMANDS, "bench throughput", "bench latency", "bench serve", "demo", "run", "convert", "inspect")
 
 
@@ -137,19 +137,22 @@ def test_inputs_by_family(tables: ModuleType) -> None:
 
 
 def test_routes() -> None:
-    """Every route with its methods, but the page and those of MMJAX_SERVER_DEV_MODE."""
-    code = "".join(path.read_text() for path in (ROOT / "serve").glob("*.py"))
-    there = {
-        (method.upper(), path.replace(":path", ""))
-        for method, path in re.findall(r'@routes\.(get|post)\("([^"]+)"', code)
-    }
-    told = set()
-    for row in between("server.md", "routes"):
-        method = ""
-        for given, path in re.findall(r"`(POST |GET )?(/[\w/{}]*)`", row.split("|")[1]):
-            method = given.strip() or method
-            told.add((method, path))
-    assert told == {(method, path) for method, path in there if path not in HIDDEN}
+    """Every route with its methods, but the page; those of MMJAX_SERVER_DEV_MODE in a table of their own."""
+    sources = set((ROOT / "serve").glob("*.py"))
+    developing = {ROOT / "serve" / "development_routes.py"}
+    for name, files in (("routes", sources - developing), ("development routes", developing)):
+        code = "".join(path.read_text() for path in files)
+        there = {
+            (method.upper(), path.replace(":path", ""))
+            for method, path in re.findall(r'@routes\.(get|post)\("([^"]+)"', code)
+        }
+        told = set()
+        for row in between("server.md", name):
+            method = ""
+            for given, path in re.findall(r"`(POST |GET )?(/[\w/{}]*)`", row.split("|")[1]):
+                method = given.strip() or method
+                told.add((method, path))
+        assert told == {(method, path) for method, path in there if path not in HIDDEN}
 
 
 def test_metrics() -> None:

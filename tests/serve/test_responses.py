@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pydantic
@@ -176,10 +176,10 @@ def test_refusals(ask: "openai.OpenAI") -> None:
     user = {"role": "user", "content": "hi"}
     file = {"type": "input_image", "file_id": "file-1"}
     wrong: dict[str, dict[str, Any]] = {
-        "not kept here": {"store": True},
-        "send the whole conversation": {"previous_response_id": "resp_1"},
+        "There is no response 'resp_1'": {"previous_response_id": "resp_1"},
+        "send the whole conversation": {"conversation": "conv_1"},
         "use `stream`": {"background": True},
-        "never left out": {"truncation": "auto"},
+        "truncation: Input should be": {"truncation": "middle"},
         "list is empty": {"input": []},
         "input.1: items of type 'item_reference'": {"input": [user, {"type": "item_reference", "id": "msg_1"}]},
         "input.0: call_id": {"input": [{"type": "function_call_output", "output": "x"}]},
@@ -205,9 +205,102 @@ def test_refusals(ask: "openai.OpenAI") -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         ask.responses.create(model="gpt-4", input="hi")
     for late in (ask.responses.retrieve, ask.responses.cancel, ask.responses.delete, ask.responses.input_items.list):
-        with pytest.raises(openai.NotFoundError, match="keeps none"):
+        with pytest.raises(openai.NotFoundError, match="There is no response 'resp_1'"):
             late("resp_1")
     assert ask.responses.create(input="hi", **GREEDY).output_text
+
+
+def test_a_stored_response_is_continued(ask: "openai.OpenAI") -> None:
+    first = ask.responses.create(input="the lazy dog", instructions="Be brief.", **GREEDY)
+    assert first.store and ask.responses.retrieve(first.id) == first
+    second = ask.responses.create(input="And now?", previous_response_id=first.id, **GREEDY)
+    turns = [{"role": "user", "content": "the lazy dog"}, *first.output, {"role": "user", "content": "And now?"}]
+    whole = ask.responses.create(input=turns, store=False, **GREEDY)
+    assert second.output_text == whole.output_text and second.usage.input_tokens == whole.usage.input_tokens
+    assert second.previous_response_id == first.id and not whole.store
+    *_, last = ask.responses.create(input="Why?", previous_response_id=second.id, stream=True, **GREEDY)
+    assert ask.responses.retrieve(last.response.id) == last.response
+    assert last.response.usage.input_tokens > second.usage.input_tokens
+    ask.responses.delete(first.id)
+    for gone in (first.id, whole.id):
+        with pytest.raises(openai.NotFoundError, match="There is no response"):
+            ask.responses.retrieve(gone)
+    assert ask.responses.create(input="Why?", previous_response_id=second.id, **GREEDY).output_text
+    with pytest.raises(openai.BadRequestError, match=r"input\.0: content"):
+        ask.responses.create(input=[{"role": "user"}], previous_response_id=second.id, **GREEDY)
+    with pytest.raises(openai.BadRequestError, match="in the background"):
+        ask.responses.cancel(second.id)
+
+
+def test_calls_of_a_stored_response_are_answered(ask: "openai.OpenAI") -> None:
+    pytest.importorskip("llguidance")
+    forced: Any = {"tools": [WEATHER], "tool_choice": {"type": "function", "name": "weather"}}
+    first = ask.responses.create(input="Is it warm?", **forced, **GREEDY | {"max_output_tokens": 60})
+    [call] = first.output
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "yes"}
+    given = {"tools": [WEATHER], **GREEDY}
+    second = ask.responses.create(input=[output], previous_response_id=first.id, **given)
+    turns = [{"role": "user", "content": "Is it warm?"}, call, output]
+    assert second.usage.input_tokens == ask.responses.create(input=turns, **given).usage.input_tokens
+
+
+def test_the_store_is_bounded(make_client: Callable[..., TestClient]) -> None:
+    client, without = make_client(store_mb=0.008, keys=("one", "two")), make_client(store_mb=0)
+
+    def respond(text: str, key: str = "one", **body: Any) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        response = client.post("/v1/responses", json={"input": text, **GREEDY, **body}, headers=headers)
+        return response.json()
+
+    def is_there(response: Any, key: str = "one") -> bool:
+        headers = {"Authorization": f"Bearer {key}"}
+        return client.get(f"/v1/responses/{response['id']}", headers=headers).status_code == 200
+
+    first = respond("the lazy dog")
+    assert is_there(first) and not is_there(first, "two"), "responses belong to their key"
+    later = [respond("the lazy dog") for _ in range(9)]
+    assert not is_there(first) and is_there(later[-1]), "the oldest makes room"
+    large = respond("the lazy dog", instructions="a", metadata={"a": "b" * 9000})
+    assert large["store"] is False and not is_there(large)
+    named = respond("a", request_id="same")
+    assert named["id"] == "resp_same" and "is stored" in respond("b", request_id="same")["error"]["message"]
+    assert respond("b", "two", request_id="same")["id"] == "resp_same"
+    ids = [
+        client.post(
+            "/v1/responses", json={"input": "a", **GREEDY}, headers={"Authorization": "Bearer one", "X-Request-Id": "x"}
+        ).json()["id"]
+        for _ in range(2)
+    ]
+    assert ids[0] == "resp_x" != ids[1], "no stored response is overwritten"
+    plain = without.post("/v1/responses", json={"input": "a", **GREEDY})
+    assert plain.status_code == 200 and plain.json()["store"] is False
+    refused = without.post("/v1/responses", json={"input": "a", "store": True, **GREEDY})
+    assert refused.status_code == 400 and "MMJAX_RESPONSES_STORE_MB" in refused.json()["error"]["message"]
+    assert client.get("/v1/responses/resp_same?stream=true", headers={"Authorization": "Bearer one"}).status_code == 400
+
+
+def test_truncation(ask: "openai.OpenAI") -> None:
+    """The length of the model is 384 tokens."""
+    turns = []
+    for i in range(12):
+        turns += [{"role": "user", "content": f"{i} " + "the lazy dog " * 5}, {"role": "assistant", "content": "a"}]
+    turns.append({"role": "user", "content": "And now?"})
+    given = {"instructions": "Be brief.", **GREEDY}
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        ask.responses.create(input=turns, **given)
+    whole = ask.responses.create(input=turns, truncation="auto", **given)
+    assert whole.truncation == "auto"
+    short, shorter = (
+        ask.responses.create(input=turns[start:], **given).usage.input_tokens
+        for start in (len(turns) - 5, len(turns) - 3)
+    )
+    assert short <= whole.usage.input_tokens <= 384 - 8
+    assert whole.usage.input_tokens + (short - shorter) > 384 - 8, "as few turns as possible are left out"
+    *_, last = ask.responses.create(input=turns, truncation="auto", stream=True, **given)
+    assert last.response.usage.input_tokens == whole.usage.input_tokens
+    for too_long in ("the lazy dog " * 300, "long " * 3000):
+        with pytest.raises(openai.BadRequestError, match="maximum context length"):
+            ask.responses.create(input=too_long, truncation="auto", **given)
 
 
 def test_items_become_messages() -> None:
@@ -216,6 +309,7 @@ def test_items_become_messages() -> None:
         {"type": "message", "role": "developer", "content": "Be brief."},
         {"role": "assistant", "content": [{"type": "output_text", "text": "Wait."}]},
         call,
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
         {**call, "call_id": "2"},
         {"type": "function_call_output", "call_id": "1", "output": "noon"},
         call,

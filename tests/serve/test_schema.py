@@ -32,6 +32,7 @@ CLIPS = [
     for seed in (3, 5)
 ]
 SOUNDS = [base64_wav(random_chord(seed, 0.3 * (seed + 1))) for seed in range(2)]
+BASE64 = {"type": "base64", "media_type": "image/png", "data": base64_image(random_image(1))}
 LINKS = {
     "ImageLink": PICTURES,
     "InputImagePart": PICTURES,
@@ -43,8 +44,8 @@ BOUNDS = {
     "/v1/audio/translations": "max_completion_tokens",
     "/v1/responses": "max_output_tokens",
 }
-CONTENT_FIELDS = {"Message": "content", "MessageItem": "content", "CallOutputItem": "output"}
-PARTS = {"TextPart", "ImagePart", "InputImagePart", "VideoPart"}  # those that a Qwen2-VL takes
+CONTENT_FIELDS = {"Message": "content", "MessageItem": "content", "CallOutputItem": "output", "UserMessage": "content"}
+PARTS = {"TextPart", "ImagePart", "InputImagePart", "VideoPart", "TextBlock", "ImageBlock"}  # those of a Qwen2-VL
 IMAGE_PROMPTS = [{"prompt": "What is <image>?", "multi_modal_data": {"image": picture}} for picture in PICTURES]
 TEXT: Json = {"type": "string", "maxLength": 30}
 IDS: Json = {"type": "array", "items": {"type": "integer", "minimum": 5, "maximum": 90}, "maxItems": 6}
@@ -65,11 +66,14 @@ FITTING: Json = {
     "prompt": {**TEXT, "minLength": 1},
     "logit_bias": {"type": "object", "properties": {"7": {"type": "number"}}, "additionalProperties": False},
     "structured_outputs": {"enum": [{"choice": ["yes", "no"]}, {"regex": "[ab]{2}"}, {"json": {"type": "integer"}}]},
+    "source": {"enum": [{"type": "url", "url": PICTURES[0]}, BASE64]},
+    "stop_sequences": {"enum": [["a"], []]},
     "role": {"enum": ["system", "user", "assistant"]},
     "name": TEXT,
     "language": {"enum": ["en", "de"]},
     "to_language": {"enum": ["en"]},
     "chat_template": {"type": "null"},
+    "previous_response_id": {"type": "null"},
     "mm_processor_kwargs": {"enum": [{}, {"min_pixels": 784}]},
     "dimensions": {"enum": [1, 8]},
     "arguments": {"enum": ["{}", '{"a": 1}']},
@@ -77,7 +81,15 @@ FITTING: Json = {
         "anyOf": [{**TEXT, "minLength": 1}, {**IDS, "minItems": 1}, {"enum": IMAGE_PROMPTS}, {"enum": [IMAGE_PROMPTS]}]
     },
 }
-VECTORS = {"input": {**TEXT, "minLength": 1}}
+DOCUMENT: Json = {"enum": ["a cat", {"text": "a dog"}, {"image": PICTURES[0]}]}
+DOCUMENTS: Json = {"type": "array", "items": DOCUMENT, "minItems": 1, "maxItems": 2}
+VECTORS = {
+    "input": {**TEXT, "minLength": 1},
+    "query": DOCUMENT,
+    **dict.fromkeys(("text_1", "data_1", "queries"), DOCUMENT),
+    **dict.fromkeys(("text_2", "data_2", "documents", "items"), DOCUMENTS),
+    "truncation_side": {"enum": ["left", "right"]},
+}
 SPEECH = {
     "messages": {"not": {}},  # Whisper has no template
     "prompts": {"enum": [{"prompt": "", "multi_modal_data": {"audio": link}} for link in LINKS["AudioLink"]]},
@@ -93,7 +105,7 @@ def fitting(node: Any, values: Json, name_of_type: str = "") -> Any:
     out = {key: fitting(value, values, key) for key, value in node.items()}
     if isinstance(node.get("properties"), dict):
         for name in out["properties"].keys() & values.keys():
-            if out["properties"][name].get("type") != "null":
+            if out["properties"][name].get("type") != "null" and "const" not in out["properties"][name]:
                 out["properties"][name] = values[name]
         talks, items = (out["properties"].get(name, {}) for name in ("messages", "input"))
         for talk in (talks, talks.get("items", {}), *items.get("anyOf", ())):
@@ -182,6 +194,8 @@ def test_no_request_causes_a_server_error(kind: str, request: pytest.FixtureRequ
         answered = answers(client, EXAMPLES, valid=operation.as_strategy(), against=against)
         answered += answers(client, EXAMPLES, fitting=few(published, near[label]))
         print(f"{kind} {label}:", ", ".join(f"{sort} {status} x{n}" for (sort, status), n in sorted(answered.items())))
+        if "/v1/responses/{" in label:  # no response has the names that are tried
+            continue
         asked = sum(count for (sort, _), count in answered.items() if sort == "fitting")
         assert answered["fitting", 200] >= 0.5 * asked > 0, (label, answered)
     engine.check()

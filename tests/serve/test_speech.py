@@ -91,6 +91,13 @@ def test_stream_has_the_same_text(speech_client: TestClient) -> None:
     assert len(chunks) > 5
 
 
+def test_usage_in_every_chunk(speech_client: TestClient) -> None:
+    given = {"stream_include_usage": "true", "stream_continuous_usage_stats": "true"}
+    *chunks, last = sse_events(listen(speech_client, sound(LONG), language="en", stream="true", **given))
+    made = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert 0 < made[0] < made[-1] and made == sorted(made) and chunks[-1]["usage"] == last["usage"]
+
+
 def test_languages_and_prompts(speech_client: TestClient, listening: AsyncLLM) -> None:
     found = listen(speech_client, response_format="verbose_json").json()["language"]
     assert found in Speech(listening).languages

@@ -5,6 +5,7 @@ import json
 import re
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.context import json_response
@@ -119,11 +120,94 @@ def test_what_gateways_read(client: TestClient, served: AsyncLLM) -> None:
     assert adapters.labels == labels and adapters.value > before["vllm:lora_requests_info"].value
 
 
+DEVELOPMENT = [
+    ("POST", "/reset_mm_cache"),
+    ("POST", "/reset_prefix_cache"),
+    ("POST", "/sleep"),
+    ("POST", "/wake_up"),
+    ("GET", "/is_sleeping"),
+    ("POST", "/start_profile"),
+    ("POST", "/stop_profile"),
+    ("GET", "/tokenizer_info"),
+    ("POST", "/v1/chat/completions/render"),
+]
+
+
 def test_caches_are_emptied_in_development_only(make_client: Any) -> None:
     plain, developing = make_client(), make_client(development=True)
     for path in ("/reset_mm_cache", "/reset_prefix_cache"):
-        assert plain.post(path).status_code == 404
         assert developing.post(path).status_code == 200
+    for method, path in DEVELOPMENT:
+        assert plain.request(method, path, json={} if method == "POST" else None).status_code == 404
+
+
+def test_sleep(make_client: Any, served: AsyncLLM) -> None:
+    client = make_client(development=True)
+    body = {"prompt": "the lazy dog", "max_tokens": 4, "temperature": 0}
+    before = client.post("/v1/completions", json=body).json()["choices"]
+    for wrong in ("level=3", "level=a", "mode=now"):
+        assert client.post(f"/sleep?{wrong}").status_code == 400
+    assert client.post("/sleep?level=1").status_code == 200
+    assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+    refused = client.post("/v1/completions", json=body)
+    assert refused.status_code == 400 and "call wake_up first" in refused.json()["error"]["message"]
+    assert client.post("/wake_up?tags=memory").status_code == 400
+    assert client.post("/wake_up?tags=weights").status_code == 200
+    assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+    assert client.post("/wake_up").status_code == 200
+    assert client.get("/is_sleeping").json() == {"is_sleeping": False}
+    assert client.post("/v1/completions", json=body).json()["choices"] == before
+
+
+def test_profiles(make_client: Any, served: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, calls = make_client(development=True), []
+
+    def refuse() -> None:
+        raise RuntimeError("No profile started")
+
+    monkeypatch.setattr(served.llm, "start_profile", lambda: calls.append("start"))
+    monkeypatch.setattr(served.llm, "stop_profile", lambda: calls.append("stop"))
+    assert client.post("/start_profile").status_code == client.post("/stop_profile").status_code == 200
+    assert calls == ["start", "stop"]
+    monkeypatch.setattr(served.llm, "stop_profile", refuse)
+    refused = client.post("/stop_profile")
+    assert refused.status_code == 400 and refused.json()["error"]["message"] == "No profile started"
+
+
+def test_the_tokenizer_is_described(make_client: Any, served: AsyncLLM) -> None:
+    info = make_client(development=True).get("/tokenizer_info").json()
+    tokenizer = served.get_tokenizer()
+    assert info["tokenizer_class"] == type(tokenizer).__name__ and info["chat_template"] == tokenizer.chat_template
+
+
+def test_a_rendered_chat_can_be_generated(make_client: Any) -> None:
+    client = make_client(development=True)
+    body = {"messages": user_messages("the lazy dog"), "max_tokens": 4, "temperature": 0, "stop": ["zzz"]}
+    rendered = client.post("/v1/chat/completions/render", json=body).json()
+    chat = client.post("/v1/chat/completions", json=body).json()
+    assert len(rendered["token_ids"]) == chat["usage"]["prompt_tokens"] and "the lazy dog" in rendered["prompt"]
+    given = {"prompts": rendered["token_ids"], "sampling_params": rendered["sampling_params"]}
+    [output] = client.post("/generate", json=given).json()
+    assert output["outputs"][0]["text"] == chat["choices"][0]["message"]["content"]
+    assert client.post("/v1/chat/completions/render", json={"messages": []}).status_code == 400
+
+
+def test_head_is_get_without_the_body(make_client: Any, address: str) -> None:
+    client = make_client(keys=("sesame",))
+    for path in ("/", "/health", "/metrics", "/version", "/openapi.json", "/docs"):
+        head, get = client.head(path), client.get(path)
+        assert head.status_code == get.status_code == 200 and head.content == b""
+        if path != "/metrics":
+            assert head.headers["content-length"] == get.headers["content-length"]
+    assert client.head("/v1/models").status_code == 401 and client.head("/none").status_code == 401
+    key = {"Authorization": "Bearer sesame"}
+    assert client.head("/v1/models", headers=key).status_code == 200
+    assert client.head("/none", headers=key).status_code == 404
+    refused = client.head("/v1/completions", headers=key)
+    assert refused.status_code == 405 and refused.content == b""
+    with httpx.Client(base_url=address) as connection:  # over a socket, where a body would break the next response
+        assert [connection.head("/version").status_code, connection.get("/version").status_code] == [200, 200]
+        assert connection.head("/v1/models").content == b""
 
 
 def test_routes_depend_on_the_model(client: TestClient, speech_client: TestClient, vector_client: TestClient) -> None:
@@ -132,10 +216,11 @@ def test_routes_depend_on_the_model(client: TestClient, speech_client: TestClien
             path for path in of.get("/openapi.json").json()["paths"] if path.startswith("/v1/") and "models" not in path
         }
 
-    chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses"}
-    assert routes(client) == {*chats, "/v1/completions"}
+    chats = {"/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/v1/responses/{name}"}
+    messages = {"/v1/messages", "/v1/messages/count_tokens"}
+    assert routes(client) == {*chats, *messages, "/v1/completions"}
     assert routes(speech_client) == {"/v1/audio/transcriptions", "/v1/audio/translations"}
-    assert routes(vector_client) == {"/v1/embeddings"}
+    assert routes(vector_client) == {"/v1/embeddings", "/v1/score", "/v1/rerank"}
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
 
 
