@@ -103,14 +103,16 @@ class AsyncLLM:
     # -- parameters --------------------------------------------------------------------------------------------------
 
     async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
-        """Check parameters, and compile their grammar, if any, on a worker thread, where it delays no other request.
+        """Check parameters, and compile their grammar, if any, on a thread for grammars, where it delays no other
+        request.
 
         RequestError for parameters that this model cannot serve.
         """
         self.model.params_checker.check_sampling(params)
         if params.structured_outputs is None:
             return None
-        return await self._on_worker(self.model.compile_grammar, params)
+        threads = self.model.grammar_compiler.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, self.model.compile_grammar, params)
 
     def check_length(self, engine_input: EngineInput, params: SamplingParams) -> None:
         """ValidationError when the prompt leaves too little room for max_tokens."""
@@ -277,19 +279,25 @@ class AsyncLLM:
     ) -> RequestStream[RequestOutput]:
         """Queue a request. The caller must `drop` the stream in the end.
 
-        request_id: for `abort`. grammar: from `compile_grammar`; without it, the engine's thread compiles it.
+        request_id: for `abort`. grammar: from `compile_grammar`; without it, it is compiled before the request starts.
         EngineDeadError if that thread has ended, RequestError for parameters that this model cannot serve.
         """
         self.check()
         self.model.params_checker.check_sampling(params)
         if request_id and any(stream.request_id == request_id for stream in list(self._streams)):
             raise RequestError(f"A request with the id {request_id!r} is already running.", "id_in_use")
+        compiled: concurrent.futures.Future[CompiledGrammar | None] = concurrent.futures.Future()
+        if grammar is None and params.structured_outputs is not None:
+            compiled = self.model.grammar_compiler.threads.submit(self.model.compile_grammar, params)
+        else:
+            compiled.set_result(grammar)
         stream = RequestStream(
-            lambda: GenerateRequest(self.model, engine_input, params, grammar),
+            lambda: GenerateRequest(self.model, engine_input, params, compiled.result()),
             streaming=streaming,
             request_id=request_id,
         )
-        self._submit(stream)
+        self._streams.add(stream)
+        compiled.add_done_callback(lambda _: self._submit(stream))
         return stream
 
     async def stream(self, stream: RequestStream[RequestOutput]) -> AsyncIterator[Delta]:

@@ -3,12 +3,14 @@
 import json
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from mmjax import AsyncLLM
+from mmjax.engine.logits.structured_output import GrammarCompiler
 
 pytest.importorskip("llguidance")
 
@@ -85,4 +87,108 @@ def test_a_slow_grammar_does_not_delay_others(
     go.set()
     slow_request.join()
     assert result[0].json()["choices"][0]["message"]["content"] == "yes"
-    assert len(threads) == 1 and threads[0].startswith("inputs")
+    assert len(threads) == 1 and threads[0].startswith("grammar")
+
+
+def test_the_slowest_other_request_is_as_fast_under_bombardment(client: TestClient) -> None:
+    """The first mask of each of these took 1.3 s inside the engine's step."""
+
+    def slowest_of_three() -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            assert chat(client, max_tokens=12, ignore_eos=True).status_code == 200
+            times.append(time.perf_counter() - start)
+        return max(times)
+
+    def under_bombardment() -> float:
+        codes: list[int] = []
+
+        def throw(count: int) -> None:
+            codes.append(chat(client, structured_outputs={"regex": f"(abcdefghij){{{count}}}"}).status_code)
+
+        threads = [threading.Thread(target=throw, args=(1_000_000 + i,)) for i in range(8)]
+        for thread in threads:
+            thread.start()
+        took = slowest_of_three()
+        for thread in threads:
+            thread.join()
+        assert codes == [400] * 8
+        return took
+
+    slowest_of_three()
+    ratios: list[float] = []
+    while not ratios or (min(ratios) > 1.5 and len(ratios) < 5):  # other processes may disturb a round
+        ratios.append(under_bombardment() / slowest_of_three())
+    assert min(ratios) <= 1.5, ratios
+
+
+def test_a_slow_mask_does_not_delay_others(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, begun, go, threads = GrammarCompiler.allowed_tokens, threading.Event(), threading.Event(), set()
+
+    def slow(self: GrammarCompiler, matcher: Any, num_tokens: int) -> Any:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        if num_tokens == 2:
+            begun.set()
+            assert go.wait(300)
+        return plain(self, matcher, num_tokens)
+
+    monkeypatch.setattr(GrammarCompiler, "allowed_tokens", slow)
+    result: list[Any] = []
+    regex = {"structured_outputs": {"regex": "[ab]{9}"}}
+    slow_request = threading.Thread(target=lambda: result.append(chat(client, **regex)))
+    slow_request.start()
+    assert begun.wait(300)
+    for _ in range(2):
+        assert chat(client, max_tokens=3).status_code == 200
+    assert not result
+    go.set()
+    slow_request.join()
+    assert re.fullmatch("[ab]{9}", result[0].json()["choices"][0]["message"]["content"])
+    assert threads == {"grammar", "mask"}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "limit"),
+    [
+        ({"regex": "(abcdefghij){1000000}"}, "at most 20000"),
+        ({"regex": "a{1000000}"}, "at most 20000"),
+        ({"regex": "((a{100}){100}){100}"}, "at most 20000"),
+        ({"json": {"type": "string", "pattern": "^(abcdefghij){1000000}$"}}, "at most 20000"),
+        ({"json": {"type": "object", "patternProperties": {"a{99999}": {}}}}, "at most 20000"),
+        ({"grammar": "start: /a{1000000}/"}, "at most 20000"),
+        ({"choice": [f"word {i}" for i in range(4097)]}, "at most 4096"),
+        ({"json": {"$ref": "#"}}, "no end"),
+        ({"json": {"anyOf": [{"$ref": "#"}]}}, "no end"),
+        ({"grammar": "start: start"}, "no end"),
+    ],
+)
+def test_limits_are_named(client: TestClient, constraint: Any, limit: str) -> None:
+    refused = chat(client, structured_outputs=constraint)
+    assert refused.status_code == 400 and limit in refused.json()["error"]["message"], refused.text
+    assert refused.json()["error"]["param"] == "structured_outputs"
+
+
+def test_a_long_list_of_choices(client: TestClient) -> None:
+    choices = [f"word {i}" for i in range(4096)]
+    body = {"structured_outputs": {"choice": choices}, "temperature": 2.0, "max_tokens": 60}
+    choice = chat(client, **body).json()["choices"][0]
+    assert choice["message"]["content"] in choices and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_constraint_that_gives_up_later_is_an_error(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    plain = GrammarCompiler.allowed_tokens
+
+    def give_up(self: GrammarCompiler, matcher: Any, num_tokens: int) -> Any:
+        if num_tokens == 2:
+            matcher.consume_tokens([0])
+            assert matcher.is_error()
+        return plain(self, matcher, num_tokens)
+
+    monkeypatch.setattr(GrammarCompiler, "allowed_tokens", give_up)
+    response = chat(client, structured_outputs={"regex": "[ab]{9}"}, stream=stream)
+    assert "after 2 tokens" in response.text and '"finish_reason":"stop"' not in response.text.replace(" ", "")
+    assert response.status_code == (200 if stream else 400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,10 @@ class LogitsProcessor(Protocol):
         token is ever biased."""
         ...
 
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> Future[np.ndarray] | None:
+        """Begin to compute the row after `output_ids` on another thread. None: `bias_row` takes no time."""
+        ...
+
 
 class NoBias:
     """A `LogitsProcessor` that leaves the logits alone."""
@@ -35,4 +40,8 @@ class NoBias:
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> None:
         """None: no token is ever biased."""
+        return None
+
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> None:
+        """None: there is no row."""
         return None
