@@ -71,7 +71,7 @@ class CompletionHandler:
             return await engine.prepare({name: prompt, **salt}, options)
 
         async with self.context.admitted():
-            params = sampling_params(body.sampling_fields(), engine.llm.get_default_sampling_params())
+            params = sampling_params(self.context.close_objects(body), engine.llm.get_default_sampling_params())
             self.grammar = await engine.compile_grammar(params)
             engine_inputs = await gather_or_cancel(*map(prepare, prompts))
         for engine_input in engine_inputs:

@@ -120,6 +120,12 @@ class SamplingFields(
                 raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
         return self
 
+    @property
+    def has_strict_schema(self) -> bool:
+        """Whether `response_format` has a schema with `strict`."""
+        schema = (self.response_format or {}).get("json_schema")
+        return isinstance(schema, dict) and schema.get("strict") is True
+
     def sampling_fields(self) -> Json:
         """The fields of `SamplingParams` that are not null."""
         given = {name: getattr(self, name) for name in OF_COMPLETIONS if getattr(self, name) is not None}
@@ -212,7 +218,7 @@ class ChatRequest(SamplingFields, ChatFields):
     tool_choice: published.ToolChoice | None = None
     """Which tools the model may or must call; null: `auto`."""
     parallel_tool_calls: bool | None = None
-    """Allow several calls in one output; null: true."""
+    """Allow several calls in one output; null: true, but one call if `tool_choice` is `required`."""
     echo: bool = False
     """Begin each output with the last message, if it has the role of the output: with `continue_final_message`, what
     the model continues."""
