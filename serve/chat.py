@@ -248,10 +248,11 @@ class ChatHandler:
     def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[dict[int, Any]]) -> list[Json]:
         """OpenAI's log-probabilities of each token and of the most likely ones in its place."""
         tokens_as_ids, count = self.body.return_tokens_as_token_ids, self.body.top_logprobs or 0
+        bytes_of = self.context.engine.bytes_of
 
         def entry(token: int, logprob: Any) -> Json:
             text = token_text(token, logprob, tokens_as_ids)
-            return {"token": text, "logprob": finite_logprob(logprob.logprob), "bytes": list(text.encode())}
+            return {"token": text, "logprob": finite_logprob(logprob.logprob), "bytes": list(bytes_of(token))}
 
         out = []
         for token, candidates in zip(tokens, logprobs, strict=True):

@@ -78,6 +78,9 @@ def _refusal(error: RequestError) -> tuple[int, dict[str, Any]]:
 def _messages(error: RequestValidationError) -> str:
     messages = []
     for fault in error.errors():
+        if fault["type"] == "json_invalid":  # its location is an offset, which says nothing to whoever built the body
+            messages.append(f"The body is not valid JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
+            continue
         where = ".".join(str(part) for part in fault["loc"] if part != "body")
         words = str(fault["msg"]).removeprefix("Value error, ")
         messages.append(f"{where}: {words}" if where else words)
@@ -85,8 +88,10 @@ def _messages(error: RequestValidationError) -> str:
 
 
 def _param(error: RequestValidationError) -> str | None:
-    location = [str(part) for part in error.errors()[0]["loc"] if part != "body"] if error.errors() else []
-    return location[0] if location else None
+    first = next(iter(error.errors()), None)
+    if first is None or first["type"] == "json_invalid":
+        return None
+    return next((str(part) for part in first["loc"] if part != "body"), None)
 
 
 def install(app: FastAPI) -> None:

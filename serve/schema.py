@@ -6,7 +6,8 @@ below a field is its description in the API's own documentation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from mmjax.serve import published_types as published
@@ -25,9 +26,18 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from mmjax import RequestError, SamplingParams
 from mmjax.types import GENERATION_KEYS
 
+logger = logging.getLogger(__name__)
+_unserved: set[str] = set()  # of which the log has told
 Json = dict[str, Any]
 MAX_DEPTH = 200  # nested lists and objects; recursive code that reads them needs up to 3 calls for each level
 CONTAINERS = frozenset({dict, list})
+GUIDED = {
+    **{f"guided_{name}": f'"structured_outputs": {{"{name}": ...}}' for name in ("json", "regex", "choice", "grammar")},
+    "guided_json_object": '"structured_outputs": {"json_object": true}',
+    "guided_whitespace_pattern": '"disable_any_whitespace": true in "structured_outputs", beside "json"',
+    "guided_decoding_backend": '"structured_outputs"; there is one backend',
+}
+MAX_TOLD = 100  # names of unknown fields in the log; clients choose them
 MAX_TOKENIZED = 1 << 20  # characters or tokens in one call of the tokenizer, during which other requests wait
 Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
 CacheSalt = Annotated[str, Field(min_length=1)]
@@ -64,6 +74,22 @@ def _check_depth(value: Any) -> None:
         level = [member for members in nested for member in members if type(member) in CONTAINERS]
 
 
+def tell_unserved(given: Json, served: Set[str]) -> None:
+    """ValueError for fields that other servers have or had and that change what the output is; a warning in the log,
+    once for each name, for every other field that is not served."""
+    for name, value in given.items():
+        if name in served or value is None:
+            continue
+        if name in GUIDED:
+            raise ValueError(f"{name} is not served; write {GUIDED[name]}.")
+        if name == "best_of":
+            if value not in (1, given.get("n")):
+                raise ValueError("best_of is not served; use `n`, and choose among the outputs.")
+        elif name not in _unserved and len(_unserved) < MAX_TOLD:
+            _unserved.add(name)
+            logger.warning("the field %.100r of a request is not served, and has no effect", name)
+
+
 class StreamOptions(RequestBody):
     include_usage: bool = False
     """Send a last chunk with the usage."""
@@ -81,6 +107,14 @@ class GenerationFields(
     """The name of the model; null: the model that the server has."""
     stream: bool = False
     """Send the output in chunks, as it is generated."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tell_unserved(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            tell_unserved(given, cls.model_fields.keys())
+        return given
+
     truncate_prompt_tokens: TruncatePromptTokens | None = None
     """Use only this many of the prompt's tokens; -1: as many as the model's length allows."""
     truncation_side: TruncationSide | None = None
@@ -274,7 +308,9 @@ class ConversationsRequest(ChatRequest):
 class CompletionRequest(SamplingFields):
     prompt: str | list[int] | list[str] | list[list[int]]
     """A text or a list of token ids, or a list of several such prompts. Media cannot be sent to this route."""
-    max_tokens: PositiveInt | None = Field(SamplingParams.max_tokens, description=description("max_tokens"))
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        SamplingParams.max_tokens, description=description("max_tokens")
+    )
     logprobs: Annotated[int, Field(ge=-1)] | None = Field(None, description=description("logprobs"))
     echo: bool = False
     """Begin each output with the prompt."""
@@ -282,6 +318,17 @@ class CompletionRequest(SamplingFields):
     """Not supported."""
     add_special_tokens: bool = True
     """Let the tokenizer add its special tokens to the prompt."""
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or 0 with `echo`.")
+        return self
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the prompt alone is wanted. The engine then samples one token, which is left out."""
+        return self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each a text or a list of token ids."""
@@ -293,6 +340,8 @@ class CompletionRequest(SamplingFields):
 
     def sampling_fields(self) -> Json:
         given = super().sampling_fields()
+        if self.only_echoes:
+            given |= {"max_tokens": 1, "min_tokens": 0}
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
             if self.echo and "prompt_logprobs" not in given:

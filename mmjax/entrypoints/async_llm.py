@@ -23,6 +23,7 @@ from mmjax.entrypoints.llm import LLM, check_adapters
 from mmjax.entrypoints.request_stream import RequestStream
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.outputs.completion import Delta
+from mmjax.outputs.detokenizer import bytes_of
 from mmjax.outputs.request import GenerateRequest, PoolingRequest
 from mmjax.outputs.streamed import StreamedOutputs
 from mmjax.types import (
@@ -99,6 +100,14 @@ class AsyncLLM:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special ones included. RequestError without a tokenizer."""
         return self.model.decode(tokens)
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token adds to a text. No bytes without a tokenizer."""
+        return b"" if self.model.tokenizer is None else bytes_of(self.model.tokenizer, token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is special, so that texts leave it out unless `skip_special_tokens` is False."""
+        return self.model.tokenizer is not None and token in self.model.tokenizer.special_ids
 
     # -- parameters --------------------------------------------------------------------------------------------------
 

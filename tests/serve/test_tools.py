@@ -208,9 +208,9 @@ def test_schemas_of_pydantic_end(make_client: Callable[..., TestClient], how: st
         "strict": {"response_format": named},
         "responses": {"text": {"format": {"type": "json_schema", **named["json_schema"]}}},
     }[how]
-    path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "red?"}], "max_tokens": 60}
+    path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "red?"}], "max_tokens": 120}
     if how == "responses":
-        path, asked = "/v1/responses", {"input": "red?", "max_output_tokens": 60}
+        path, asked = "/v1/responses", {"input": "red?", "max_output_tokens": 120}
 
     def end(client: TestClient) -> str:
         """Why the output ends if the model writes a comma wherever it may."""
