@@ -91,6 +91,9 @@ def _param(error: RequestValidationError) -> str | None:
     first = next(iter(error.errors()), None)
     if first is None or first["type"] == "json_invalid":
         return None
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ValidationError) and cause.parameter is not None:  # of a check of the whole body
+        return cause.parameter
     return next((str(part) for part in first["loc"] if part != "body"), None)
 
 

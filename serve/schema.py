@@ -1,7 +1,8 @@
 """The bodies of requests: OpenAI's fields, and those that vLLM adds to them.
 
-Unknown fields are ignored. Only the form of a field is checked here; its value is checked where it is used. The text
-below a field is its description in the API's own documentation.
+Unknown fields are ignored with a warning in the log, or refused; see `tell_unserved`. Only the form of a field is
+checked here; its value is checked where it is used. The text below a field is its description in the API's own
+documentation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mmjax.serve.sampling_schema import (
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from mmjax import RequestError, SamplingParams
-from mmjax.types import GENERATION_KEYS
+from mmjax.types import GENERATION_KEYS, ValidationError
 
 logger = logging.getLogger(__name__)
 _unserved: set[str] = set()  # of which the log has told
@@ -75,16 +76,16 @@ def _check_depth(value: Any) -> None:
 
 
 def tell_unserved(given: Json, served: Set[str]) -> None:
-    """ValueError for fields that other servers have or had and that change what the output is; a warning in the log,
-    once for each name, for every other field that is not served."""
+    """ValidationError for fields of other servers that change what the output is; a warning in the log, once for each
+    name, for every other field that is not served."""
     for name, value in given.items():
         if name in served or value is None:
             continue
         if name in GUIDED:
-            raise ValueError(f"{name} is not served; write {GUIDED[name]}.")
+            raise ValidationError(f"{name} is not served; write {GUIDED[name]}.", parameter=name)
         if name == "best_of":
             if value not in (1, given.get("n")):
-                raise ValueError("best_of is not served; use `n`, and choose among the outputs.")
+                raise ValidationError("best_of is not served; use `n`, and choose among the outputs.", parameter=name)
         elif name not in _unserved and len(_unserved) < MAX_TOLD:
             _unserved.add(name)
             logger.warning("the field %.100r of a request is not served, and has no effect", name)

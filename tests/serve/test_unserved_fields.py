@@ -19,7 +19,8 @@ def test_fields_that_are_not_served_are_told(
     given = {fields[path]: body[fields[path]], "max_output_tokens" if "responses" in path else "max_tokens": 1}
     for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "best_of"):
         refused = client.post(path, json={**given, name: 7})
-        assert refused.status_code == 400 and f"{name} is not served" in refused.json()["error"]["message"]
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and f"{name} is not served" in error["message"] and error["param"] == name
     assert not caplog.records
     for _ in range(2):
         assert client.post(path, json={**given, "wings": 2, "guided_json": None, "best_of": 1}).is_success

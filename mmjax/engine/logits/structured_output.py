@@ -42,6 +42,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 250_000,
 }
 MAX_COMPILE_S = 10.0
+NO_EXTENSION = "NoExtensionBias"  # llguidance's word for a grammar that allows no token, and no end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +115,8 @@ class GrammarCompiler:
         eos_ids = [token for token in self.eos_ids if token < self.vocab_size]
         has_ended = matcher.is_stopped() and not matcher.is_error()
         if not has_ended and (not allowed.any() or (allowed[eos_ids].any() and not matcher.is_accepting())):
-            reason = matcher.get_error().partition("\n")[0].strip() or "nothing that the model can write follows"
+            reason = matcher.get_error().partition("\n")[0].strip()
+            reason = "nothing that the model can write follows" if reason in ("", NO_EXTENSION) else reason
             figures = ", ".join(f"{name} {value}" for name, value in LIMITS.items())
             raise _invalid(
                 f"cannot be followed after {num_tokens} tokens: {reason}. The constraint has no end, or needs more "
