@@ -3,6 +3,7 @@ the device runs the next."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -34,9 +35,9 @@ from mmjax.engine.sequence import EngineSequence
 from mmjax.processors.base import MediaItem
 from mmjax.spec import ModelSpec
 
-# How long a step waits for biases that other threads compute, once for each, so that batches stay whole; and how long
-# it waits when nothing else can run.
-BIAS_WAIT_S, IDLE_BIAS_WAIT_S = 0.001, 0.02
+# How long a step waits for biases that other threads compute, so that batches stay whole, unless they are known to be
+# slow; and how long it waits when nothing else can run.
+BIAS_WAIT_S, IDLE_BIAS_WAIT_S = 0.01, 0.02
 MAX_IN_FLIGHT = 2  # dispatches: one running and one queued. Interleaved decode steps do not count.
 
 
@@ -157,12 +158,15 @@ class Engine:
         return changed
 
     def _wait_for_biases(self) -> None:
-        """Wait a moment for the biases that have just begun to be computed. A sequence whose bias comes later sits out
-        the steps until then."""
-        pending = {each for seq in self.scheduler.running if seq.awaits_bias and (each := seq.pending_bias) is not None}
-        if new := pending - self._late_biases:
-            wait(new, BIAS_WAIT_S)
-        self._late_biases = {each for each in pending if not each.done()}
+        """Wait a moment for biases that have just begun to be computed, once for each. A sequence whose bias comes
+        later sits out the steps until then."""
+        pending = [each for seq in self.scheduler.running if seq.awaits_bias and (each := seq.pending_bias) is not None]
+        deadline = time.perf_counter() + BIAS_WAIT_S
+        for row, is_slow in pending:
+            if not is_slow and row not in self._late_biases:
+                with contextlib.suppress(TimeoutError):
+                    row.exception(max(0.0, deadline - time.perf_counter()))
+        self._late_biases = {row for row, _ in pending if not row.done()}
 
     def align(self, modality: str, item: MediaItem, token_ids: np.ndarray) -> Future[Any]:
         """Alignment scores f32[A, T, U] of a transcript of an item, after what is dispatched already."""

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class PendingRow(NamedTuple):
+    """A row that another thread computes. is_slow: the row before it took so long that no step should wait for this."""
+
+    row: Future[np.ndarray]
+    is_slow: bool
 
 
 class LogitsProcessor(Protocol):
@@ -27,7 +34,7 @@ class LogitsProcessor(Protocol):
         token is ever biased."""
         ...
 
-    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> Future[np.ndarray] | None:
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> PendingRow | None:
         """Begin to compute the row after `output_ids` on another thread. None: `bias_row` takes no time."""
         ...
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmjax.engine.logits import PendingRow
 from mmjax.engine.logits.bias import LogitsBias
 from mmjax.engine.logits.grammar_limits import check_choices, check_repeats, patterns_of
 from mmjax.tokenizer.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 250_000,
 }
 MAX_COMPILE_S = 10.0
+SLOW_MASK_S = 0.001  # of CPU time
 NO_EXTENSION = "NoExtensionBias"  # llguidance's word for a grammar that allows no token, and no end
 
 
@@ -67,7 +69,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         cores = os.cpu_count() or 1
         self.threads = ThreadPoolExecutor(max(1, cores // 4), "grammar")
-        self.mask_threads = ThreadPoolExecutor(max(1, min(8, cores // 2)), "mask")
+        self.mask_threads = ThreadPoolExecutor(max(2, min(8, cores // 2)), "mask")
 
     def compile(self, structured: Any) -> CompiledGrammar:
         """Compile the constraint in `SamplingParams.structured_outputs`, and compute its first mask.
@@ -138,27 +140,31 @@ class StructuredOutput:
         self._matcher = grammar.matcher.deep_copy()
         self._bias = bias
         self._num_consumed = 0
+        self._is_slow = False
         self._next: Future[np.ndarray] = Future()  # the row of the token after these
         self._next.set_result(self._biased(grammar.first_allowed, ()))
 
-    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> Future[np.ndarray]:
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> PendingRow:
         """Compute the row after `output_ids`, which must only grow from call to call, on another thread."""
         if len(output_ids) != self._num_consumed:
             new_ids = [int(token) for token in output_ids[self._num_consumed :]]
             self._num_consumed = len(output_ids)
             self._next = self._compiler.mask_threads.submit(self._advance, self._next, new_ids, list(output_ids))
-        return self._next
+        return PendingRow(self._next, self._is_slow)
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """f32[V] to add to the logits of the token after `output_ids`, which must only grow from call to call.
         ValidationError if the grammar cannot be followed any further."""
-        return self.prepare(output_ids).result()
+        return self.prepare(output_ids).row.result()
 
     def _advance(self, previous: Future[np.ndarray], new_ids: list[int], output_ids: list[int]) -> np.ndarray:
         previous.result()
+        start = time.thread_time()
         if not self._matcher.is_stopped():
             self._matcher.consume_tokens(new_ids)
-        return self._biased(self._compiler.allowed_tokens(self._matcher, len(output_ids)), output_ids)
+        row = self._biased(self._compiler.allowed_tokens(self._matcher, len(output_ids)), output_ids)
+        self._is_slow = time.thread_time() - start > SLOW_MASK_S
+        return row
 
     def _biased(self, allowed: np.ndarray, output_ids: Sequence[int]) -> np.ndarray:
         row = np.where(allowed, np.float32(0), np.float32(-np.inf))
