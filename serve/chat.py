@@ -21,7 +21,7 @@ from mmjax.serve.context import (
 )
 from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling_params
-from mmjax.serve.tools import CLOSE, MAX_CALLS, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
+from mmjax.serve.tools import CLOSE, MAX_CALLS, Arguments, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestError, RequestOutput, SamplingParams
 
@@ -87,15 +87,16 @@ class ChatHandler:
         self.echo = body.echoed(context.settings.role)
         self.schema, self.function = None, None
         if body.tool_choice not in (None, "none", "auto"):
-            most = 1 if body.parallel_tool_calls is False else MAX_CALLS
-            self.schema, self.function = schema_of(body.tools or [], body.tool_choice, most)
+            most = MAX_CALLS if body.parallel_tool_calls else 1
+            closed = context.settings.closed_objects is not False
+            self.schema, self.function = schema_of(body.tools or [], body.tool_choice, most, closed=closed)
 
     async def prepare(self) -> tuple[Any, SamplingParams]:
         """(engine input, sampling parameters). All errors of the request are raised here."""
         engine, body = self.context.engine, self.body
         options = self.context.chat_kwargs(body.chat_kwargs())
         self.context.check_stops(body.stop)
-        fields = body.sampling_fields()
+        fields = self.context.close_objects(body)
         if self.schema is not None:
             if "structured_outputs" in fields:
                 raise RequestError("tool_choice and a response format cannot both say what the answer looks like")
@@ -164,7 +165,7 @@ class ChatHandler:
     def _chunks(self, delta: Delta, parser: ToolCallParser | ForcedToolCallParser | None) -> list[Json]:
         """The chunks for newly generated tokens."""
         finished = delta.finish_reason is not None
-        pieces: list[str | ToolCall] = [delta.text]
+        pieces: list[str | ToolCall | Arguments] = [delta.text]
         if parser is not None:
             pieces = list(parser.feed(delta.text, last=finished))
         chunks = []
@@ -173,6 +174,10 @@ class ChatHandler:
                 assert parser is not None
                 call = {"index": parser.calls, **piece.as_json()}
                 parser.calls += 1
+                chunks.append(self._chunk(delta.index, {"tool_calls": [call]}))
+            elif isinstance(piece, Arguments):
+                assert parser is not None
+                call = {"index": parser.calls - 1, "function": {"arguments": str(piece)}}
                 chunks.append(self._chunk(delta.index, {"tool_calls": [call]}))
             elif piece:
                 chunks.append(self._chunk(delta.index, {"content": piece}))
@@ -183,8 +188,8 @@ class ChatHandler:
             if self.body.logprobs and delta.logprobs is not None:
                 last["logprobs"] = {"content": self._logprobs(delta.token_ids, delta.logprobs)}
             if finished:
-                called = parser is not None and parser.calls > 0 and delta.finish_reason == "stop"
-                last["finish_reason"] = "tool_calls" if called else delta.finish_reason
+                called = parser is not None and parser.calls > 0
+                last["finish_reason"] = self._finish_reason(delta.finish_reason, called=called)
                 last["stop_reason"] = self._stop_reason(delta.stop_reason)
             if self.body.return_token_ids:
                 last["token_ids"] = delta.token_ids
@@ -200,6 +205,10 @@ class ChatHandler:
     def _stops_after_call(self) -> bool:
         """Whether the output ends after the first call."""
         return self.body.parallel_tool_calls is False and isinstance(self._parser(), ToolCallParser)
+
+    def _finish_reason(self, reason: str | None, *, called: bool) -> str | None:
+        """OpenAI's: an output with calls ends with "tool_calls", except for that of a function that was named."""
+        return "tool_calls" if called and reason == "stop" and self.function is None else reason
 
     def _stop_reason(self, stop: int | str | None) -> int | str | None:
         """The stop reason, unless it is the stop string that this class has added."""
@@ -219,7 +228,6 @@ class ChatHandler:
         if parser is not None:
             content, calls = parser.read(completion.text)
         content = self.echo + content
-        called = bool(calls) and completion.finish_reason == "stop"
         logprobs = None
         if self.body.logprobs and completion.logprobs is not None:
             logprobs = {"content": self._logprobs(completion.token_ids, completion.logprobs)}
@@ -233,7 +241,7 @@ class ChatHandler:
             "index": completion.index,
             "message": message,
             "logprobs": logprobs,
-            "finish_reason": "tool_calls" if called else completion.finish_reason,
+            "finish_reason": self._finish_reason(completion.finish_reason, called=bool(calls)),
             "stop_reason": self._stop_reason(completion.stop_reason),
             "token_ids": list(completion.token_ids) if self.body.return_token_ids else None,
         }
@@ -246,10 +254,11 @@ class ChatHandler:
     def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[dict[int, Any]]) -> list[Json]:
         """OpenAI's log-probabilities of each token and of the most likely ones in its place."""
         tokens_as_ids, count = self.body.return_tokens_as_token_ids, self.body.top_logprobs or 0
+        bytes_of = self.context.engine.bytes_of
 
         def entry(token: int, logprob: Any) -> Json:
             text = token_text(token, logprob, tokens_as_ids)
-            return {"token": text, "logprob": finite_logprob(logprob.logprob), "bytes": list(text.encode())}
+            return {"token": text, "logprob": finite_logprob(logprob.logprob), "bytes": list(bytes_of(token))}
 
         out = []
         for token, candidates in zip(tokens, logprobs, strict=True):

@@ -136,6 +136,9 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
         origin_methods=tuple(itertools.chain(*arguments.allowed_methods)),
         origin_headers=tuple(itertools.chain(*arguments.allowed_headers)),
         credentials=arguments.allow_credentials,
+        closed_objects=(getattr(arguments, "structured_outputs_config", None) or {}).get(
+            "disable_additional_properties"
+        ),
         api_docs=not arguments.disable_fastapi_docs,
         tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
         **environment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from mmjax.serve.context import (
 )
 from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import CompletionRequest, sampling_params, tokenization_kwargs
+from mmjax.serve.text_offsets import TextOffsets, prompt_offsets
 
 from mmjax import RequestError, RequestOutput, SamplingParams
 
@@ -42,6 +44,10 @@ def router(context: ServerContext) -> APIRouter:
         return await json_response(await cancel_on_disconnect(request, work.answer()))
 
     return routes
+
+
+# What a delta has if only the prompt is wanted.
+NO_OUTPUT: Json = {"text": "", "token_ids": [], "logprobs": None, "stop_reason": None}
 
 
 class CompletionHandler:
@@ -71,7 +77,7 @@ class CompletionHandler:
             return await engine.prepare({name: prompt, **salt}, options)
 
         async with self.context.admitted():
-            params = sampling_params(body.sampling_fields(), engine.llm.get_default_sampling_params())
+            params = sampling_params(self.context.close_objects(body), engine.llm.get_default_sampling_params())
             self.grammar = await engine.compile_grammar(params)
             engine_inputs = await gather_or_cancel(*map(prepare, prompts))
         for engine_input in engine_inputs:
@@ -86,6 +92,8 @@ class CompletionHandler:
             outputs = await self.context.engine.complete_all([(each, params) for each in engine_inputs], self.grammar)
         for output in outputs:
             self.context.metrics.record(output)
+        if self.body.only_echoes:
+            outputs = [_without_output(output) for output in outputs]
         choices = [self._choice(output, i * params.n) for i, output in enumerate(outputs)]
         return {**self._head(), "choices": flatten(choices), "usage": self._usage(outputs)}
 
@@ -102,15 +110,23 @@ class CompletionHandler:
                 for engine_input in engine_inputs:
                     streams.append(engine.submit(engine_input, params, self.grammar, streaming=True))
                 for i, stream in enumerate(streams):
+                    prompt_text = self._prompt_text(engine_inputs[i]) if self.body.echo else ""
+                    skip = params.skip_special_tokens
+                    offsets = [TextOffsets(engine, len(prompt_text), skip_special=skip) for _ in range(params.n)]
                     if self.body.echo:
                         for index in range(params.n):
-                            yield self._chunk(i * params.n + index, self._prompt_text(engine_inputs[i]))
+                            yield self._chunk(i * params.n + index, prompt_text)
                     async for delta in engine.stream(stream):
+                        if self.body.only_echoes:
+                            delta = dataclasses.replace(
+                                delta, **NO_OUTPUT, finish_reason=delta.finish_reason and "length"
+                            )
                         chunk = self._chunk(i * params.n + delta.index, delta.text)
                         choice = chunk["choices"][0]
                         choice["finish_reason"], choice["stop_reason"] = delta.finish_reason, delta.stop_reason
                         if delta.logprobs is not None:
-                            choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs, 0)
+                            starts = offsets[delta.index].take(delta.token_ids)
+                            choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs, starts)
                         if self.body.return_token_ids:
                             choice["token_ids"] = delta.token_ids
                         output_tokens += len(delta.token_ids)
@@ -121,6 +137,8 @@ class CompletionHandler:
         outputs = [stream.output for stream in streams if stream.output is not None]
         for output in outputs:
             self.context.metrics.record(output)
+        if self.body.only_echoes:
+            outputs = [_without_output(output) for output in outputs]
         if self.context.settings.always_usage or (options is not None and options.include_usage):
             yield {**self._head(), "choices": [], "usage": self._usage(outputs)}
 
@@ -148,10 +166,14 @@ class CompletionHandler:
             logprobs = None
             if completion.logprobs is not None:
                 tokens, reports = list(completion.token_ids), list(completion.logprobs)
+                engine, skip = self.context.engine, self.body.skip_special_tokens is not False
+                offsets = TextOffsets(engine, len(prompt_text), skip_special=skip).take(tokens)
                 if self.body.echo and output.prompt_logprobs is not None:
-                    tokens = [*(output.prompt_token_ids or ()), *tokens]
+                    prompt_tokens = list(output.prompt_token_ids or ())
+                    offsets = prompt_offsets(engine, prompt_tokens, prompt_text) + offsets
+                    tokens = prompt_tokens + tokens
                     reports = [*(report or {} for report in output.prompt_logprobs), *reports]
-                logprobs = self._logprobs(tokens, reports, 0)
+                logprobs = self._logprobs(tokens, reports, offsets)
             choices.append(
                 {
                     "index": first + completion.index,
@@ -170,10 +192,10 @@ class CompletionHandler:
         cached = sum(output.num_cached_tokens or 0 for output in outputs)
         return usage(prompt, output_tokens, cached if self.context.settings.prompt_details else None)
 
-    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[dict[int, Any]], offset: int) -> Json:
+    def _logprobs(self, tokens: Sequence[int], logprobs: Sequence[dict[int, Any]], offsets: list[int]) -> Json:
         """The log-probabilities as OpenAI's completions API has them. The first token of the prompt has none."""
         tokens_as_ids, count = self.body.return_tokens_as_token_ids, self.body.logprobs or 0
-        texts, values, tops, offsets = [], [], [], []
+        texts, values, tops = [], [], []
         for token, candidates in zip(tokens, logprobs, strict=True):
             text = (
                 token_text(token, candidates[token], tokens_as_ids)
@@ -187,6 +209,16 @@ class CompletionHandler:
             tops.append(
                 {token_text(t, e, tokens_as_ids): finite_logprob(e.logprob) for t, e in best} if candidates else None
             )
-            offsets.append(offset)
-            offset += len(text)
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _without_output(output: RequestOutput) -> RequestOutput:
+    """A request without the token that was sampled for it."""
+    completions = [
+        dataclasses.replace(
+            completion, text="", token_ids=[], logprobs=None if completion.logprobs is None else [],
+            finish_reason="length", stop_reason=None,
+        )
+        for completion in output.outputs
+    ]  # fmt: skip
+    return dataclasses.replace(output, outputs=completions)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
+from mmjax.serve.closed_schemas import close_objects
 from mmjax.serve.response_store import ResponseStore
 
 from mmjax import AsyncLLM, EngineMetrics
@@ -32,8 +33,9 @@ class ServerSettings:
     content_format, template_kwargs: how chat templates are applied. prompt_details: usage reports cached tokens.
     always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
     origin_methods, origin_headers, credentials: CORS. tool_parser: the format of tool calls in outputs; None = they
-    stay in the text. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes for development.
-    store_mb: MiB of the responses that are stored; 0 = none are.
+    stay in the text. closed_objects: constrained objects have only the properties that their schema lists; None = those
+    of forced tools and of strict schemas. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes
+    for development. store_mb: MiB of the responses that are stored; 0 = none are.
     """
 
     names: tuple[str, ...]
@@ -55,6 +57,7 @@ class ServerSettings:
     origin_headers: tuple[str, ...] = ("*",)
     credentials: bool = False
     tool_parser: str | None = "hermes"
+    closed_objects: bool | None = None
     api_docs: bool = True
     development: bool = False
     store_mb: float = 64.0
@@ -109,6 +112,15 @@ class ServerContext:
             "chat_template_kwargs": template_kwargs,
             "chat_template_content_format": content_format,
         }
+
+    def close_objects(self, body: Any) -> dict[str, Any]:
+        """`sampling_fields` of a chat or completion, whose schema is closed if the request or the operator wants it."""
+        fields: dict[str, Any] = body.sampling_fields()
+        constraint, closed = fields.get("structured_outputs"), self.settings.closed_objects
+        wants = body.has_strict_schema if closed is None else closed
+        if wants and isinstance(constraint, dict) and isinstance(constraint.get("json"), dict):
+            fields["structured_outputs"] = constraint | {"json": close_objects(constraint["json"])}
+        return fields
 
     @asynccontextmanager
     async def admitted(self, *, again: bool = False) -> AsyncIterator[None]:

@@ -100,6 +100,9 @@ def _refusal(error: RequestError) -> tuple[int, dict[str, Any]]:
 def _messages(error: RequestValidationError) -> str:
     messages = []
     for fault in error.errors():
+        if fault["type"] == "json_invalid":  # its location is an offset, which says nothing to whoever built the body
+            messages.append(f"The body is not valid JSON: {fault.get('ctx', {}).get('error', fault['msg'])}")
+            continue
         where = ".".join(str(part) for part in fault["loc"] if part != "body")
         words = str(fault["msg"]).removeprefix("Value error, ")
         messages.append(f"{where}: {words}" if where else words)
@@ -107,8 +110,13 @@ def _messages(error: RequestValidationError) -> str:
 
 
 def _param(error: RequestValidationError) -> str | None:
-    location = [str(part) for part in error.errors()[0]["loc"] if part != "body"] if error.errors() else []
-    return location[0] if location else None
+    first = next(iter(error.errors()), None)
+    if first is None or first["type"] == "json_invalid":
+        return None
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ValidationError) and cause.parameter is not None:  # of a check of the whole body
+        return cause.parameter
+    return next((str(part) for part in first["loc"] if part != "body"), None)
 
 
 def install(app: FastAPI) -> None:

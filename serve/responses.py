@@ -228,6 +228,7 @@ class ResponseBuilder:
         self._suffix = head["id"].removeprefix("resp_")
         self._num_events = 0
         self._texts: list[str] | None = None  # the pieces of the open message; None = no message is open
+        self._arguments: str | None = None  # of the open call; None = no call is open
         self._logprobs: list[Json] = []  # of all tokens of the open message
         self._num_sent = 0  # how many of those a delta has had
 
@@ -242,8 +243,13 @@ class ResponseBuilder:
         if message.get("content"):
             yield from self._add_text(message["content"])
         for call in message.get("tool_calls") or ():
-            yield from self._close("completed")
-            yield from self._call(call)
+            if "id" in call:
+                yield from self._close("completed")
+                yield self._begin_call(call)
+            if call["function"]["arguments"]:
+                self._arguments = (self._arguments or "") + call["function"]["arguments"]
+                delta = {"delta": call["function"]["arguments"]}
+                yield self._event("function_call_arguments.delta", **self._position(), **delta)
 
     def end(self, reason: str | None, usage: Json) -> Iterator[Json]:
         """Complete the response. reason, usage: the chat's finish_reason and usage."""
@@ -273,6 +279,8 @@ class ResponseBuilder:
         return self._event("failed", response=self._snapshot())
 
     def _add_text(self, text: str) -> Iterator[Json]:
+        if self._arguments is not None:
+            yield from self._end_call("completed")
         if self._texts is None:
             yield from self._open()
         assert self._texts is not None
@@ -287,7 +295,9 @@ class ResponseBuilder:
         yield self._event("content_part.added", **self._position(), content_index=0, part=_part("", []))
 
     def _close(self, status: str) -> Iterator[Json]:
-        """Close the message, if one is open."""
+        """Close the message or the call, if one is open."""
+        if self._arguments is not None:
+            yield from self._end_call(status)
         if self._texts is None:
             return
         part = _part("".join(self._texts), self._logprobs)
@@ -298,15 +308,18 @@ class ResponseBuilder:
         yield self._event("content_part.done", **position, content_index=0, part=part)
         yield self._finish_item({"id": position["item_id"], **_message(status, part)})
 
-    def _call(self, call: Json) -> Iterator[Json]:
-        """Add a complete call: chats do not stream parts of one."""
-        function = call["function"]
-        head = {"id": self._item_id("fc"), "type": "function_call", "call_id": call["id"], "name": function["name"]}
-        yield self._add_item({**head, "status": "in_progress", "arguments": ""})
-        position, arguments = self._position(), function["arguments"]
-        yield self._event("function_call_arguments.delta", **position, delta=arguments)
-        yield self._event("function_call_arguments.done", **position, name=function["name"], arguments=arguments)
-        yield self._finish_item({**head, "status": "completed", "arguments": arguments})
+    def _begin_call(self, call: Json) -> Json:
+        """Open a call, whose arguments follow."""
+        self._arguments = ""
+        head = {"id": self._item_id("fc"), "type": "function_call", "call_id": call["id"]}
+        return self._add_item({**head, "name": call["function"]["name"], "status": "in_progress", "arguments": ""})
+
+    def _end_call(self, status: str) -> Iterator[Json]:
+        arguments, self._arguments = self._arguments, None
+        item = self.response["output"][-1]
+        done = {"name": item["name"], "arguments": arguments}
+        yield self._event("function_call_arguments.done", **self._position(), **done)
+        yield self._finish_item({**item, "status": status, "arguments": arguments})
 
     def _event(self, kind: str, **more: Any) -> Json:
         self._num_events += 1

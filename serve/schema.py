@@ -1,12 +1,14 @@
 """The bodies of requests: OpenAI's fields, and those that vLLM adds to them.
 
-Unknown fields are ignored. Only the form of a field is checked here; its value is checked where it is used. The text
-below a field is its description in the API's own documentation.
+Unknown fields are ignored with a warning in the log, or refused; see `tell_unserved`. Only the form of a field is
+checked here; its value is checked where it is used. The text below a field is its description in the API's own
+documentation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Set
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from mmjax.serve import published_types as published
@@ -23,11 +25,20 @@ from mmjax.serve.sampling_schema import (
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from mmjax import RequestError, SamplingParams
-from mmjax.types import GENERATION_KEYS
+from mmjax.types import GENERATION_KEYS, ValidationError
 
+logger = logging.getLogger(__name__)
+_unserved: set[str] = set()  # of which the log has told
 Json = dict[str, Any]
 MAX_DEPTH = 200  # nested lists and objects; recursive code that reads them needs up to 3 calls for each level
 CONTAINERS = frozenset({dict, list})
+GUIDED = {
+    **{f"guided_{name}": f'"structured_outputs": {{"{name}": ...}}' for name in ("json", "regex", "choice", "grammar")},
+    "guided_json_object": '"structured_outputs": {"json_object": true}',
+    "guided_whitespace_pattern": '"disable_any_whitespace": true in "structured_outputs", beside "json"',
+    "guided_decoding_backend": '"structured_outputs"; there is one backend',
+}
+MAX_TOLD = 100  # names of unknown fields in the log; clients choose them
 MAX_TOKENIZED = 1 << 20  # characters or tokens in one call of the tokenizer, during which other requests wait
 Text = Annotated[str, Field(max_length=MAX_TOKENIZED)]
 CacheSalt = Annotated[str, Field(min_length=1)]
@@ -64,6 +75,22 @@ def _check_depth(value: Any) -> None:
         level = [member for members in nested for member in members if type(member) in CONTAINERS]
 
 
+def tell_unserved(given: Json, served: Set[str]) -> None:
+    """ValidationError for fields of other servers that change what the output is; a warning in the log, once for each
+    name, for every other field that is not served."""
+    for name, value in given.items():
+        if name in served or value is None:
+            continue
+        if name in GUIDED:
+            raise ValidationError(f"{name} is not served; write {GUIDED[name]}.", parameter=name)
+        if name == "best_of":
+            if value not in (1, given.get("n")):
+                raise ValidationError("best_of is not served; use `n`, and choose among the outputs.", parameter=name)
+        elif name not in _unserved and len(_unserved) < MAX_TOLD:
+            _unserved.add(name)
+            logger.warning("the field %.100r of a request is not served, and has no effect", name)
+
+
 class StreamOptions(RequestBody):
     include_usage: bool = False
     """Send a last chunk with the usage."""
@@ -81,6 +108,14 @@ class GenerationFields(
     """The name of the model; null: the model that the server has."""
     stream: bool = False
     """Send the output in chunks, as it is generated."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tell_unserved(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            tell_unserved(given, cls.model_fields.keys())
+        return given
+
     truncate_prompt_tokens: TruncatePromptTokens | None = None
     """Use only this many of the prompt's tokens; -1: as many as the model's length allows."""
     truncation_side: TruncationSide | None = None
@@ -119,6 +154,12 @@ class SamplingFields(
             if self.stream and self.prompt_logprobs != 0:
                 raise ValueError("`prompt_logprobs` are not available when `stream=True`.")
         return self
+
+    @property
+    def has_strict_schema(self) -> bool:
+        """Whether `response_format` has a schema with `strict`."""
+        schema = (self.response_format or {}).get("json_schema")
+        return isinstance(schema, dict) and schema.get("strict") is True
 
     def sampling_fields(self) -> Json:
         """The fields of `SamplingParams` that are not null."""
@@ -212,7 +253,7 @@ class ChatRequest(SamplingFields, ChatFields):
     tool_choice: published.ToolChoice | None = None
     """Which tools the model may or must call; null: `auto`."""
     parallel_tool_calls: bool | None = None
-    """Allow several calls in one output; null: true."""
+    """Allow several calls in one output; null: true, but one call if `tool_choice` is `required`."""
     echo: bool = False
     """Begin each output with the last message, if it has the role of the output: with `continue_final_message`, what
     the model continues."""
@@ -268,7 +309,9 @@ class ConversationsRequest(ChatRequest):
 class CompletionRequest(SamplingFields):
     prompt: str | list[int] | list[str] | list[list[int]]
     """A text or a list of token ids, or a list of several such prompts. Media cannot be sent to this route."""
-    max_tokens: PositiveInt | None = Field(SamplingParams.max_tokens, description=description("max_tokens"))
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        SamplingParams.max_tokens, description=description("max_tokens")
+    )
     logprobs: Annotated[int, Field(ge=-1)] | None = Field(None, description=description("logprobs"))
     echo: bool = False
     """Begin each output with the prompt."""
@@ -276,6 +319,17 @@ class CompletionRequest(SamplingFields):
     """Not supported."""
     add_special_tokens: bool = True
     """Let the tokenizer add its special tokens to the prompt."""
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or 0 with `echo`.")
+        return self
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the prompt alone is wanted. The engine then samples one token, which is left out."""
+        return self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each a text or a list of token ids."""
@@ -287,6 +341,8 @@ class CompletionRequest(SamplingFields):
 
     def sampling_fields(self) -> Json:
         given = super().sampling_fields()
+        if self.only_echoes:
+            given |= {"max_tokens": 1, "min_tokens": 0}
         if self.logprobs is not None:
             given["logprobs"] = self.logprobs
             if self.echo and "prompt_logprobs" not in given:

@@ -73,7 +73,8 @@ def _read_message(message: Any, where: str) -> Message:
 
 
 def _read_tool_calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls with parsed arguments: clients send JSON text, but templates print the values."""
+    """Tool calls with parsed arguments: clients send JSON text, but templates print the values. Text that is not JSON
+    is passed on as it is: a model wrote it, and must see what it wrote."""
     if not isinstance(calls, (list, tuple)):
         raise RequestTypeError(f"{where}: 'tool_calls' should be a list, got {type(calls).__name__}")
     parsed = []
@@ -85,7 +86,9 @@ def _read_tool_calls(calls: Any, where: str) -> list[Any]:
         if not isinstance(arguments, Mapping):
             try:
                 arguments = json.loads(arguments) if arguments else {}
-            except (TypeError, ValueError) as error:
+            except ValueError:
+                pass
+            except TypeError as error:
                 raise RequestError(f"{where}.tool_calls[{index}]: arguments are not valid JSON.", "bad_call") from error
             except RecursionError as error:
                 raise TooDeepError from error

@@ -163,6 +163,8 @@ def _base64_audio(payload: Any, part_format: PartFormat, where: str, bare: bool)
         return None
     if not isinstance(data, str) or not data:
         raise _unreadable(part_format, where, "'data' must be a non-empty string in base64")
+    if data[:5].lower() == "data:":
+        return data
     if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]{1,64}", name):
         raise _unreadable(part_format, where, "'format' must be a name such as 'wav' or 'mp3'")
     return f"data:audio/{name};base64,{data}"

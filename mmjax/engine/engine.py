@@ -3,11 +3,12 @@ the device runs the next."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,9 @@ from mmjax.engine.sequence import EngineSequence
 from mmjax.processors.base import MediaItem
 from mmjax.spec import ModelSpec
 
+# How long a step waits for biases that other threads compute, so that batches stay whole, unless they are known to be
+# slow; and how long it waits when nothing else can run.
+BIAS_WAIT_S, IDLE_BIAS_WAIT_S = 0.01, 0.02
 MAX_IN_FLIGHT = 2  # dispatches: one running and one queued. Interleaved decode steps do not count.
 
 
@@ -100,6 +104,7 @@ class Engine:
         self._outputs: dict[int, OutputProcessor] = {}
         self._in_flight: deque[InFlightStep] = deque()
         self._bias_errors: dict[int, Exception] = {}  # by sequence: what its logits processor raised
+        self._late_biases: set[Future[np.ndarray]] = set()  # no step waits for these again
 
     def add(self, output: OutputProcessor) -> None:
         """Queue the sequence of this output."""
@@ -132,6 +137,7 @@ class Engine:
         that changed. A logits processor or an output processor that raises ends its own sequence only."""
         start, wait_before = time.perf_counter(), self.stats.wait_s
         was_idle = not self._in_flight
+        self._wait_for_biases()
         try:
             scheduled = self.scheduler.schedule(in_flight=bool(self._in_flight))
         except NeedsResults:
@@ -144,10 +150,23 @@ class Engine:
         self._bias_errors.clear()
         if scheduled is None and self._in_flight:
             changed += self._collect(self._in_flight.popleft())
+        elif scheduled is None and self._late_biases:
+            wait(self._late_biases, IDLE_BIAS_WAIT_S, FIRST_COMPLETED)
         while sum(not step.interleaved_decode for step in self._in_flight) >= MAX_IN_FLIGHT:
             changed += self._collect(self._in_flight.popleft())
         self.stats.host_s += time.perf_counter() - start - (self.stats.wait_s - wait_before)
         return changed
+
+    def _wait_for_biases(self) -> None:
+        """Wait a moment for biases that have just begun to be computed, once for each. A sequence whose bias comes
+        later sits out the steps until then."""
+        pending = [each for seq in self.scheduler.running if seq.awaits_bias and (each := seq.pending_bias) is not None]
+        deadline = time.perf_counter() + BIAS_WAIT_S
+        for row, is_slow in pending:
+            if not is_slow and row not in self._late_biases:
+                with contextlib.suppress(TimeoutError):
+                    row.exception(max(0.0, deadline - time.perf_counter()))
+        self._late_biases = {row for row, _ in pending if not row.done()}
 
     def align(self, modality: str, item: MediaItem, token_ids: np.ndarray) -> Future[Any]:
         """Alignment scores f32[A, T, U] of a transcript of an item, after what is dispatched already."""
@@ -278,6 +297,8 @@ class Engine:
             output, before = self._outputs[seq.seq_id], seq.num_tokens
             try:
                 output.take(result, column, steps)
+                if output.finish_reason is None and seq.logits_processor.dynamic:
+                    seq.pending_bias = seq.logits_processor.prepare(seq.output_ids)
             except Exception as error:
                 changed.append(self._fail(output, error))
                 continue

@@ -138,7 +138,7 @@ class Scheduler:
         seq.num_hashed_blocks = max(seq.num_hashed_blocks, len(hashes))
 
     def _decodable(self) -> list[EngineSequence]:
-        return [s for s in self.running if not s.is_prefilling and s.num_sampled < s.max_tokens]
+        return [s for s in self.running if not (s.is_prefilling or s.awaits_bias) and s.num_sampled < s.max_tokens]
 
     def _schedule_decode(self, in_flight: bool, *, interleaved: bool) -> SchedulerOutput | None:
         ready = self._decodable()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmjax.engine.block_pool import block_hash
-from mmjax.engine.logits import LogitsProcessor, NoBias
+from mmjax.engine.logits import LogitsProcessor, NoBias, PendingRow
 from mmjax.processors.base import MediaItem
 from mmjax.types import SamplingParams
 
@@ -71,6 +71,7 @@ class EngineSequence:
         self.seed_words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32)
         self.stop_ids = tuple(stop_ids)
         self.logits_processor = logits_processor or NoBias()
+        self.pending_bias: PendingRow | None = None  # the next row of the logits processor
         self.needs_all_tokens = needs_all_tokens
         self.prompt_len = len(prompt.token_ids)
         longest = max_model_len - self.prompt_len
@@ -109,6 +110,11 @@ class EngineSequence:
     def is_prefilling(self) -> bool:
         """Whether more tokens must be prefilled before the next one can be sampled."""
         return self.num_scheduled < self.prefill_target
+
+    @property
+    def awaits_bias(self) -> bool:
+        """Whether another thread still computes the bias of the next token."""
+        return self.pending_bias is not None and not self.pending_bias.row.done()
 
     @property
     def has_penalties(self) -> bool:

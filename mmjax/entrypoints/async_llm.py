@@ -23,6 +23,7 @@ from mmjax.entrypoints.llm import LLM, check_adapters
 from mmjax.entrypoints.request_stream import RequestStream
 from mmjax.inputs.input_processor import EngineInput
 from mmjax.outputs.completion import Delta
+from mmjax.outputs.detokenizer import bytes_of
 from mmjax.outputs.pooling import check_pairs, score_pairs
 from mmjax.outputs.request import GenerateRequest, PoolingRequest
 from mmjax.outputs.streamed import StreamedOutputs
@@ -102,17 +103,27 @@ class AsyncLLM:
         """The text of token ids, special ones included. RequestError without a tokenizer."""
         return self.model.decode(tokens)
 
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token adds to a text. No bytes without a tokenizer."""
+        return b"" if self.model.tokenizer is None else bytes_of(self.model.tokenizer, token)
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token is special, so that texts leave it out unless `skip_special_tokens` is False."""
+        return self.model.tokenizer is not None and token in self.model.tokenizer.special_ids
+
     # -- parameters --------------------------------------------------------------------------------------------------
 
     async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
-        """Check parameters, and compile their grammar, if any, on a worker thread, where it delays no other request.
+        """Check parameters, and compile their grammar, if any, on a thread for grammars, where it delays no other
+        request.
 
         RequestError for parameters that this model cannot serve.
         """
         self.model.params_checker.check_sampling(params)
         if params.structured_outputs is None:
             return None
-        return await self._on_worker(self.model.compile_grammar, params)
+        threads = self.model.grammar_compiler.threads
+        return await asyncio.get_running_loop().run_in_executor(threads, self.model.compile_grammar, params)
 
     def check_length(self, engine_input: EngineInput, params: SamplingParams) -> None:
         """ValidationError when the prompt leaves too little room for max_tokens."""
@@ -285,19 +296,25 @@ class AsyncLLM:
     ) -> RequestStream[RequestOutput]:
         """Queue a request. The caller must `drop` the stream in the end.
 
-        request_id: for `abort`. grammar: from `compile_grammar`; without it, the engine's thread compiles it.
+        request_id: for `abort`. grammar: from `compile_grammar`; without it, it is compiled before the request starts.
         EngineDeadError if that thread has ended, RequestError for parameters that this model cannot serve.
         """
         self.check()
         self.model.params_checker.check_sampling(params)
         if request_id and any(stream.request_id == request_id for stream in list(self._streams)):
             raise RequestError(f"A request with the id {request_id!r} is already running.", "id_in_use")
+        compiled: concurrent.futures.Future[CompiledGrammar | None] = concurrent.futures.Future()
+        if grammar is None and params.structured_outputs is not None:
+            compiled = self.model.grammar_compiler.threads.submit(self.model.compile_grammar, params)
+        else:
+            compiled.set_result(grammar)
         stream = RequestStream(
-            lambda: GenerateRequest(self.model, engine_input, params, grammar),
+            lambda: GenerateRequest(self.model, engine_input, params, compiled.result()),
             streaming=streaming,
             request_id=request_id,
         )
-        self._submit(stream)
+        self._streams.add(stream)
+        compiled.add_done_callback(lambda _: self._submit(stream))
         return stream
 
     async def stream(self, stream: RequestStream[RequestOutput]) -> AsyncIterator[Delta]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from mmjax.multimodal.arrays import to_numpy
 from mmjax.multimodal.media_limits import DEFAULT, MediaLimits
+from mmjax.multimodal.url_sources import bare_base64
 from mmjax.types import RequestError
 
 STORAGES = {
@@ -77,7 +78,7 @@ def base642tensor(encoded: str, *, limits: MediaLimits = DEFAULT) -> np.ndarray:
     if limits.tensor_bytes and len(encoded) // 4 * 3 > limits.tensor_bytes + MAX_PICKLE_BYTES:
         raise _too_large(limits)
     try:
-        data = base64.b64decode(encoded, validate=True)
+        data = base64.b64decode(bare_base64(encoded), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError("The tensor is not valid base64.", "bad_base64") from error
     return read_tensor(data, limits)

@@ -38,8 +38,17 @@ def split_data_url(url: str) -> tuple[str, str]:
     return media_type.strip().lower(), text
 
 
+def bare_base64(text: str) -> str:
+    """Base64 text without line breaks and without the `data:<type>;base64,` that may stand before it."""
+    if text[:5].lower() == "data:":
+        text = split_data_url(text)[1]
+    return text.replace("\n", "").replace("\r", "") if "\n" in text or "\r" in text else text
+
+
 def from_base64(text: str, limits: MediaLimits = DEFAULT) -> bytes:
-    """Decode strict standard base64. RequestError for other characters, bad padding, no data, or too much."""
+    """Decode standard base64, also with the line breaks that `base64 file` prints, and after a `data:` prefix.
+    RequestError for other characters, bad padding, no data, or too much."""
+    text = bare_base64(text)
     if limits.source_bytes and len(text) // 4 * 3 > limits.source_bytes + 2:
         raise RequestError(
             f"The base64 data hold more than the {limits.source_bytes} bytes that are decoded. Send a smaller file, or "

@@ -214,3 +214,8 @@ _BYTES = _byte_alphabet()
 @functools.lru_cache(maxsize=8)
 def _token_bytes(tokenizer: TextDecoder) -> _TokenBytes:
     return _TokenBytes(tokenizer)
+
+
+def bytes_of(tokenizer: TextDecoder, token: int) -> bytes:
+    """The bytes that a token adds to a text: part of a character if it is one of several tokens of it."""
+    return _token_bytes(tokenizer).get(token)[0]

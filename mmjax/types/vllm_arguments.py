@@ -229,7 +229,10 @@ ENGINE = _by_name(
     refused("no model here prunes videos", video_pruning_rate=None),
     refused("an engine also has the language model", mm_encoder_only=False),
     # -- structured outputs, speculation, adapters
-    ignored("llguidance compiles every grammar", structured_outputs_config={}),
+    ignored(
+        "llguidance compiles every grammar; `mmjax serve` reads `disable_additional_properties`",
+        structured_outputs_config={},
+    ),
     refused("there is no speculative decoding", speculative_config={}),
     ignored(
         "there are no adapters",

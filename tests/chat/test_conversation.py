@@ -123,7 +123,7 @@ def test_other_fields_of_a_message() -> None:
         ([{"role": "assistant", "tool_calls": 3}], TypeError, "'tool_calls' should be a list"),
         ([{"role": "assistant", "tool_calls": [{}]}], RequestError, "needs a 'function'"),
         (
-            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 3}}]}],
             RequestError,
             "not valid JSON",
         ),

@@ -64,6 +64,10 @@ MEDIA: list[tuple[dict[str, Any], tuple[str, str, Any, str | None]]] = [
     ({"type": "input_audio", "input_audio": {"data": "QUJD"}}, ("audio", "url", "data:audio/wav;base64,QUJD", None)),
     ({"type": "input_audio", "input_audio": None, "uuid": "u"}, ("audio", "url", None, "u")),
     ({"input_audio": {"data": "QUJD", "format": "wav"}}, ("audio", "url", "data:audio/wav;base64,QUJD", None)),
+    (
+        {"input_audio": {"data": "data:audio/mp3;base64,QUJD", "format": "wav"}},
+        ("audio", "url", "data:audio/mp3;base64,QUJD", None),
+    ),
     ({"input_audio": URL}, ("audio", "url", URL, None)),
     ({"input_audio": None, "uuid": "u"}, ("audio", "url", None, "u")),
     ({"type": "video_url", "video_url": {"url": URL}}, ("video", "url", URL, None)),

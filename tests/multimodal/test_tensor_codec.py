@@ -31,6 +31,9 @@ def text(data: bytes) -> str:
 def test_round_trip(dtype: Any, shape: tuple[int, ...]) -> None:
     array = np.asarray(np.random.default_rng(0).integers(0, 2, shape)).astype(dtype)
     made = base642tensor(tensor2base64(array))
+    whole = tensor2base64(array)
+    for written in (f"data:application/octet-stream;base64,{whole}", f"{whole[:8]}\r\n{whole[8:]}\n"):
+        np.testing.assert_array_equal(base642tensor(written), made)
     assert made.dtype == array.dtype and made.shape == shape
     np.testing.assert_array_equal(made, array)
     assert tensor2base64(array) == tensor2base64(array.copy())

@@ -5,6 +5,7 @@ import io
 import json
 from typing import Any
 
+import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -181,3 +182,42 @@ def test_several_conversations_in_one_request(client: TestClient) -> None:
     twice = client.post("/v1/chat/completions/batch", json={**body, "temperature": 1, "n": 2, "return_token_ids": True})
     assert [choice["index"] for choice in twice.json()["choices"]] == list(range(8))
     assert [len(ids) for ids in twice.json()["prompt_token_ids"]] == [one["usage"]["prompt_tokens"] for one in alone]
+
+
+def test_the_bytes_of_tokens_are_their_own(client: TestClient) -> None:
+    pytest.importorskip("llguidance")
+    body = {"messages": [{"role": "user", "content": "hi"}], "logprobs": True, "top_logprobs": 1, "max_tokens": 20}
+    for more in ({}, {"return_tokens_as_token_ids": True}):
+        given = {**body, **more, "structured_outputs": {"choice": ["x😀y"]}}
+        [choice] = client.post("/v1/chat/completions", json=given).json()["choices"]
+        content = choice["logprobs"]["content"]
+        assert b"".join(bytes(entry["bytes"]) for entry in content).startswith("x😀y".encode())
+        assert [240] in [entry["bytes"] for entry in content], "a part of a character"
+
+
+def test_malformed_arguments_of_earlier_calls_are_passed_on(client: TestClient) -> None:
+    def tokens(arguments: object) -> int:
+        call = {"id": "c", "type": "function", "function": {"name": "w", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "w?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+        ]
+        answer = client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["prompt_tokens"])
+
+    assert tokens("not json") > 0 and tokens('{"a": 1') > 0 and tokens("") > 0
+
+
+def test_base64_as_tools_write_it(client: TestClient) -> None:
+    url = image_data_url()
+    head, _, data = url.partition(",")
+    broken = "\r\n".join(data[at : at + 76] for at in range(0, len(data), 76)) + "\n"
+    texts = []
+    for each in (url, f"{head},{broken}"):
+        parts = [{"type": "image_url", "image_url": {"url": each}}, {"type": "text", "text": "What?"}]
+        answer = chat(client, messages=[{"role": "user", "content": parts}], max_tokens=3)
+        assert answer.status_code == 200, answer.text
+        texts.append(answer.json()["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1]

@@ -75,6 +75,13 @@ def test_server_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.tool_parser is None
 
 
+@pytest.mark.parametrize(("words", "closed"), [("", None), (".backend=guidance", None), (
+    ".disable_additional_properties=false", False), (".disable_additional_properties=true", True)])  # fmt: skip
+def test_closed_objects(words: str, closed: bool | None) -> None:
+    given = [f"--structured-outputs-config{words}"] if words else []
+    assert server_settings(_model_command("serve", ["X", *given])).closed_objects is closed
+
+
 def test_flags_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "flags.yaml"
     file.write_text(

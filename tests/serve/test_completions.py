@@ -50,6 +50,40 @@ def test_echo_and_log_probabilities(client: TestClient) -> None:
     assert sse_events(complete(client, "the dog", echo=True, stream=True))[0]["choices"][0]["text"] == "the dog"
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_text_offsets(client: TestClient, as_ids: bool) -> None:
+    """In streams, after an echo, and where several tokens make one character."""
+    smileys = {"max_tokens": 30, "ignore_eos": False, "structured_outputs": {"choice": ["a😀b😀c"]}}
+    body = {"logprobs": 1, "echo": True, "return_tokens_as_token_ids": as_ids, **smileys}
+    pytest.importorskip("llguidance")
+    for prompt in ("the dög", client.post("/tokenize", json={"prompt": "the dög"}).json()["tokens"]):
+        [whole] = complete(client, prompt, **body).json()["choices"]
+        chunks = [event["choices"][0] for event in sse_events(complete(client, prompt, **body, stream=True))]
+        offsets = [offset for chunk in chunks for offset in (chunk["logprobs"] or {}).get("text_offset", ())]
+        assert whole["text"] == "".join(chunk["text"] for chunk in chunks) == "the döga😀b😀c"
+        reported = whole["logprobs"]["text_offset"]
+        assert reported[0] == 0 and reported[-len(offsets) :] == offsets and reported == sorted(reported)
+        for sign in "abc":
+            assert whole["text"].index(sign) in offsets
+        assert offsets[0] == len("the dög") and max(offsets) <= len(whole["text"])
+        assert sum(offset == whole["text"].index("😀") for offset in offsets) > 1, "a character of several tokens"
+
+
+def test_only_the_prompt(client: TestClient) -> None:
+    body = {"echo": True, "logprobs": 1, "max_tokens": 0, "n": 2, "temperature": 1}
+    answer = complete(client, ["a b", "the dog"], **body).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["a b", "a b", "the dog", "the dog"]
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+    assert all("".join(choice["logprobs"]["tokens"]) == choice["text"] for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 0
+    chunks = sse_events(complete(client, "a b", stream=True, stream_options={"include_usage": True}, **body))
+    assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == ["a b", "a b", "", ""]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[2:-1]] == ["length"] * 2
+    assert chunks[-1]["usage"]["completion_tokens"] == 0
+    refused = complete(client, "a b", max_tokens=0)
+    assert refused.status_code == 400 and "with `echo`" in refused.json()["error"]["message"]
+
+
 def test_refusals(client: TestClient) -> None:
     cases: list[tuple[Any, dict[str, Any], int]] = [
         ([], {}, 400),

@@ -187,8 +187,8 @@ def test_refusals(ask: "openai.OpenAI") -> None:
         "input.0: items of type": {"input": [{"type": ["message"], "role": "user", "content": "hi"}]},
         "no files are kept": {"input": [{"role": "user", "content": [file]}]},
         "Unknown part type": {"input": [{"role": "user", "content": [{"type": "input_file", "file_data": "x"}]}]},
-        "arguments are not valid JSON": {
-            "input": [{"type": "function_call", "call_id": "a", "name": "now", "arguments": "{"}]
+        "arguments must be a text": {
+            "input": [{"type": "function_call", "call_id": "a", "name": "now", "arguments": {}}]
         },
         "each must be": {"tools": [{"type": "web_search"}]},
         "`tools` must be set": {"tool_choice": "required"},

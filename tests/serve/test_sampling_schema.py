@@ -29,7 +29,7 @@ BUCKETS = BucketConfig(
 # what no request can send, and how OpenAI's routes have their own fields for some parameters
 NOT_SENT = {"output_kind"}
 OWN_FIELDS = {
-    "CompletionRequest": {"detokenize", "extra_args"},
+    "CompletionRequest": {"max_tokens", "detokenize", "extra_args"},  # 0 is allowed beside `echo`
     "ChatRequest": {"logprobs", "detokenize", "extra_args"},
     "ResponsesRequest": {"n", "max_tokens", "logprobs", "prompt_logprobs", "detokenize", "extra_args"},
 }

@@ -1,11 +1,13 @@
 """Tool calls in complete and streamed outputs, and forced calls."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from mmjax.serve.tools import ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
+from mmjax.serve.closed_schemas import close_objects, close_parameters
+from mmjax.serve.tools import Arguments, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
 
 from api_server import sse_events
 
@@ -58,10 +60,38 @@ def test_arguments_are_json_text() -> None:
 
 def test_forced_outputs() -> None:
     assert [call.name for call in ForcedToolCallParser(None).read('[{"name": "now", "parameters": {}}]')[1]] == ["now"]
-    assert ForcedToolCallParser("weather").read('{"city": "Bern"')[1] == [], "a truncated output is not a call"
+    [truncated] = ForcedToolCallParser("weather").read('{"city": "Bern"')[1]
+    assert truncated.arguments == '{"city": "Bern"', "the finish reason says that it is truncated"
+    assert ForcedToolCallParser(None).read('[{"na') == ('[{"na', [])
     for choice, words in ((("sometimes"), "none of none"), ({"function": {"name": "fly"}}, "fly")):
         with pytest.raises(ValueError, match=words):
             schema_of(TOOLS, choice)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, "now"])
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+def test_forced_outputs_in_pieces(size: int, name: str | None) -> None:
+    """Streamed and whole are equal for every prefix."""
+    arguments = ['{"a":"}],\\\\\\"{","b":[{}]}', "{}", "[1]", '"x"']
+    names = ["now", 'a"b', "c", "d"]
+    text = (
+        "["
+        + ",".join(f'{{"name":{json.dumps(n)},"parameters":{a}}}' for n, a in zip(names, arguments, strict=True))
+        + "]"
+    )
+    for end in range(len(text) + 1):
+        parser, pieces = ForcedToolCallParser(name), []
+        for at in range(0, end, size):
+            for piece in parser.feed(text[at : min(end, at + size)]):
+                parser.calls += isinstance(piece, ToolCall)
+                pieces.append(piece)
+        pieces += parser.feed("", last=True)
+        content, calls = ForcedToolCallParser(name).read(text[:end])
+        assert [piece.name for piece in pieces if isinstance(piece, ToolCall)] == [call.name for call in calls]
+        streamed = "".join(piece for piece in pieces if isinstance(piece, Arguments))
+        assert streamed == "".join(call.arguments for call in calls)
+        assert "".join(p for p in pieces if type(p) is str) == content and not (content and calls)
+    assert [call.arguments for call in calls] == (arguments if name is None else [text])
 
 
 def test_forced_calls(client: TestClient) -> None:
@@ -74,13 +104,15 @@ def test_forced_calls(client: TestClient) -> None:
     named = {"type": "function", "function": {"name": "weather"}}
     [choice] = ask(tool_choice=named).json()["choices"]
     [call] = choice["message"]["tool_calls"]
-    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] is None, "OpenAI's, for a named function"
     assert json.loads(call["function"]["arguments"])["city"] in ("Bern", "Wien")
     lines = ask(tool_choice=named, stream=True).text.split("\n\n")
     deltas = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
-    [streamed] = [delta["delta"]["tool_calls"][0] for delta in deltas if "tool_calls" in delta["delta"]]
-    assert streamed["index"] == 0 and streamed["function"] == call["function"]
-    assert deltas[-1]["finish_reason"] == "tool_calls"
+    first, *more = [delta["delta"]["tool_calls"][0] for delta in deltas if "tool_calls" in delta["delta"]]
+    assert first["index"] == 0 and first["function"] == {"name": "weather", "arguments": ""} and first["id"]
+    assert len(more) > 1 and all(piece.keys() == {"index", "function"} and piece["index"] == 0 for piece in more)
+    assert "".join(piece["function"]["arguments"] for piece in more) == call["function"]["arguments"]
+    assert deltas[-1]["finish_reason"] == "stop"
     assert ask(tool_choice={"type": "function", "function": {"name": "fly"}}).status_code == 400
     assert ask(tool_choice="sometimes").status_code == 400
 
@@ -94,7 +126,7 @@ def test_forced_calls_are_limited(client: TestClient, monkeypatch: pytest.Monkey
     ]
     never = {str(token): -100 for token in ends}
     body = {"messages": [{"role": "user", "content": "Time?"}], "temperature": 0, "max_tokens": 250, "tools": TOOLS[1:]}
-    for more, count in (({}, 3), ({"parallel_tool_calls": True}, 3), ({"parallel_tool_calls": False}, 1)):
+    for more, count in (({}, 1), ({"parallel_tool_calls": True}, 3), ({"parallel_tool_calls": False}, 1)):
         given = {**body, "tool_choice": "required", "logit_bias": never, **more}
         [choice] = client.post("/v1/chat/completions", json=given).json()["choices"]
         assert choice["finish_reason"] == "tool_calls", choice
@@ -135,3 +167,57 @@ def test_an_unknown_tool_choice_is_refused(client: TestClient, named: dict[str, 
     }
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400 and "is none of the tools, f" in response.json()["error"]["message"]
+
+
+PYDANTIC: dict[str, Any] = {
+    "$defs": {"Size": {"properties": {"w": {"type": "boolean"}}, "required": ["w"], "type": "object"}},
+    "properties": {
+        "red": {"type": "boolean"},
+        "size": {"$ref": "#/$defs/Size"},
+        "more": {"anyOf": [{"items": {"properties": {}, "type": "object"}, "type": "array"}, {"type": "null"}]},
+        "free": {"additionalProperties": True, "type": "object"},
+    },
+    "required": ["red", "size"],
+    "type": "object",
+}
+
+
+def test_closed_objects() -> None:
+    closed = close_objects(PYDANTIC)
+    assert closed["additionalProperties"] is closed["$defs"]["Size"]["additionalProperties"] is False
+    assert closed["properties"]["more"]["anyOf"][0]["items"]["additionalProperties"] is False
+    assert closed["properties"]["free"] == PYDANTIC["properties"]["free"] and "additionalProperties" not in PYDANTIC
+    combined = {"allOf": [{"$ref": "#/$defs/A"}, {"properties": {"b": {}}}], "$defs": {"A": {"properties": {"a": {}}}}}
+    assert close_objects(combined) == combined, "each part would exclude the properties of the other"
+    for none in (None, {}, {"type": "object"}):
+        assert close_parameters(none) == {"type": "object", "properties": {}, "additionalProperties": False}
+    for opened in ({"properties": {}, "additionalProperties": True}, {"type": "string"}):
+        assert close_parameters(opened) == opened
+
+
+@pytest.mark.parametrize("how", ["named", "required", "strict", "responses"])
+def test_schemas_of_pydantic_end(make_client: Callable[..., TestClient], how: str) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"red": {"type": "boolean"}}, "required": ["red"]}
+    function = {"name": "Out", "parameters": schema}
+    tools: dict[str, Any] = {"tools": [{"type": "function", "function": function}]}
+    named = {"type": "json_schema", "json_schema": {"name": "Out", "strict": True, "schema": schema}}
+    body = {
+        "named": {**tools, "tool_choice": {"type": "function", "function": {"name": "Out"}}},
+        "required": {**tools, "tool_choice": "required"},
+        "strict": {"response_format": named},
+        "responses": {"text": {"format": {"type": "json_schema", **named["json_schema"]}}},
+    }[how]
+    path, asked = "/v1/chat/completions", {"messages": [{"role": "user", "content": "red?"}], "max_tokens": 120}
+    if how == "responses":
+        path, asked = "/v1/responses", {"input": "red?", "max_output_tokens": 120}
+
+    def end(client: TestClient) -> str:
+        """Why the output ends if the model writes a comma wherever it may."""
+        [comma] = client.post("/tokenize", json={"prompt": ",", "add_special_tokens": False}).json()["tokens"]
+        result = client.post(path, json={"temperature": 0, "logit_bias": {str(comma): 100}, **asked, **body}).json()
+        return str(result["status"] if how == "responses" else result["choices"][0]["finish_reason"])
+
+    expected = {"required": "tool_calls", "responses": "completed"}.get(how, "stop")
+    assert end(make_client()) == expected
+    assert end(make_client(closed_objects=False)) in ("length", "incomplete")

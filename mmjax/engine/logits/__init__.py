@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+
+class PendingRow(NamedTuple):
+    """A row that another thread computes. is_slow: the row before it took so long that no step should wait for this."""
+
+    row: Future[np.ndarray]
+    is_slow: bool
 
 
 class LogitsProcessor(Protocol):
@@ -26,6 +34,10 @@ class LogitsProcessor(Protocol):
         token is ever biased."""
         ...
 
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> PendingRow | None:
+        """Begin to compute the row after `output_ids` on another thread. None: `bias_row` takes no time."""
+        ...
+
 
 class NoBias:
     """A `LogitsProcessor` that leaves the logits alone."""
@@ -35,4 +47,8 @@ class NoBias:
 
     def bias_row(self, output_ids: Sequence[int] | np.ndarray) -> None:
         """None: no token is ever biased."""
+        return None
+
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> None:
+        """None: there is no row."""
         return None

@@ -68,6 +68,10 @@ class LogitsBias:
         row[banned] = -np.inf
         return row
 
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> None:
+        """None: `bias_row` takes no time."""
+        return None
+
 
 def _fixed_row(params: SamplingParams, vocab: int, banned: Sequence[int]) -> np.ndarray:
     row = np.zeros(vocab, np.float32)
