@@ -16,6 +16,7 @@ from mmjax.serve.app import create_app
 from mmjax.serve.context import ServerSettings
 
 from mmjax import LLM, AsyncLLM
+from mmjax.parsers import REASONING_PARSERS, TOOL_PARSERS
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +44,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--trust-request-chat-template", action=yes, default=False, help="accept chat templates in requests"
     )
     group.add_argument(
-        "--tool-call-parser", choices=("hermes", "none"), default="hermes",
-        help="format of tool calls in outputs; `none` leaves them in the text",
+        "--tool-call-parser", choices=("auto", *TOOL_PARSERS, "none"), default="auto",
+        help="format of tool calls in outputs; `auto` takes it from the chat template, `none` leaves them in the text",
+    )  # fmt: skip
+    group.add_argument(
+        "--reasoning-parser", choices=("auto", *REASONING_PARSERS, "none"), default="auto",
+        help="format of reasoning in outputs; `auto` takes it from the chat template, `none` leaves it in the text",
     )  # fmt: skip
     group.add_argument(
         "--enable-auto-tool-choice", action=yes, help="accepted; the tools of a request are always enabled"
@@ -138,6 +143,7 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
         credentials=arguments.allow_credentials,
         api_docs=not arguments.disable_fastapi_docs,
         tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
+        reasoning_parser=None if arguments.reasoning_parser == "none" else arguments.reasoning_parser,
         **environment,
     )
 
