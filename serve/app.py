@@ -12,6 +12,7 @@ from fastapi.security import HTTPBearer
 from mmjax.serve import audio, chat, completions, embeddings, errors, openapi, responses, system_routes
 from mmjax.serve.context import ServerContext, ServerSettings
 from mmjax.serve.middleware import RequestGate
+from mmjax.serve.tracing import TracedRequests
 
 from mmjax import AsyncLLM, Speech, __version__
 
@@ -24,6 +25,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         engine.close()
+        if context.tracer is not None:
+            context.tracer.close()
 
     described: dict[str, Any] = {} if settings.api_docs else {"openapi_url": None}  # /docs and /redoc need it
     app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan, **described)
@@ -38,6 +41,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
         app.include_router(system_routes.development_router(context), responses=openapi.UNAUTHORIZED, **keyed)
     for router in (system_routes.tokens_router, *_routers(engine)):
         app.include_router(router(context), responses=openapi.GENERATION_ERRORS, **keyed)
+    if context.tracer is not None:
+        app.add_middleware(TracedRequests)
     app.add_middleware(
         RequestGate,
         keys=settings.keys,

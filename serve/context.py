@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
+from mmjax.serve.tracing import RequestTracer
 
 from mmjax import AsyncLLM, EngineMetrics
 from mmjax.parsers import REASONING_PARSERS, TOOL_PARSERS, reasoning_parser_for, tool_parser_for
@@ -33,7 +34,8 @@ class ServerSettings:
     always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
     origin_methods, origin_headers, credentials: CORS. tool_parser, reasoning_parser: the formats of tool calls and of
     reasoning in outputs; auto = as the chat template shows, None = they stay in the text. api_docs: serve /docs, /redoc
-    and /openapi.json. development: add the routes that empty caches.
+    and /openapi.json. traces_endpoint: URL of the collector of OpenTelemetry's traces; None = no traces are made.
+    development: add the routes that empty caches.
     """
 
     names: tuple[str, ...]
@@ -57,6 +59,7 @@ class ServerSettings:
     tool_parser: str | None = "auto"
     reasoning_parser: str | None = "auto"
     api_docs: bool = True
+    traces_endpoint: str | None = None
     development: bool = False
 
 
@@ -64,13 +67,16 @@ class ServerContext:
     """The state that all routes of one server share.
 
     num_requests: how many requests are in progress. tool_parser, reasoning_parser: for the model's outputs; None = tool
-    calls, or reasoning, stay in the text.
+    calls, or reasoning, stay in the text. tracer: None = no traces are made.
     """
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = EngineMetrics(engine.model, settings.names[0])
+        endpoint = settings.traces_endpoint
+        self.tracer = None if endpoint is None else RequestTracer.to(endpoint, settings.names[0])
+        listener = None if self.tracer is None else self.tracer.record
+        self.metrics = EngineMetrics(engine.model, settings.names[0], listener)
         self.started = int(time.time())
         self.num_requests = 0
         template = engine.chat_template

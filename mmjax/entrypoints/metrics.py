@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import prometheus_client
@@ -65,11 +65,12 @@ COUNTERS = {  # engine counter -> (metric, meaning)
 class EngineMetrics:
     """The metrics of one LLM or server. Counters are read from the engine when they are asked for.
 
-    name: of the model, their label.
+    name: of the model, their label. listener: also called with each finished request.
     """
 
-    def __init__(self, model: LoadedModel, name: str) -> None:
+    def __init__(self, model: LoadedModel, name: str, listener: Callable[[Any], None] | None = None) -> None:
         self.model = model
+        self._listener = listener
         self.name = name
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -85,6 +86,8 @@ class EngineMetrics:
 
     def record(self, output: RequestOutput | PoolingRequestOutput) -> None:
         """Count a finished request. One for a vector has no times."""
+        if self._listener is not None:
+            self._listener(output)
         if isinstance(output, PoolingRequestOutput):
             self._sizes["prompt"].observe(len(output.prompt_token_ids))
             self._finished["stop"] = self._finished.get("stop", 0) + 1
