@@ -24,6 +24,7 @@ from mmjax.serve import (
 )
 from mmjax.serve.context import ServerContext, ServerSettings
 from mmjax.serve.middleware import RequestGate
+from mmjax.serve.tracing import TracedRequests
 
 from mmjax import AsyncLLM, Speech, __version__
 
@@ -36,6 +37,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         engine.close()
+        if context.tracer is not None:
+            context.tracer.close()
 
     described: dict[str, Any] = {} if settings.api_docs else {"openapi_url": None}  # /docs and /redoc need it
     app = FastAPI(title="mmjax", version=__version__, lifespan=lifespan, **described)
@@ -50,6 +53,8 @@ def create_app(engine: AsyncLLM, settings: ServerSettings) -> FastAPI:
         app.include_router(development_routes.router(context), responses=openapi.MODEL_ERRORS, **keyed)
     for router in (system_routes.tokens_router, *_routers(engine, development=settings.development)):
         app.include_router(router(context), responses=openapi.GENERATION_ERRORS, **keyed)
+    if context.tracer is not None:
+        app.add_middleware(TracedRequests)
     app.add_middleware(
         RequestGate,
         keys=settings.keys,

@@ -21,9 +21,10 @@ from mmjax.serve.context import (
 )
 from mmjax.serve.openapi import STREAM
 from mmjax.serve.schema import ChatRequest, ConversationsRequest, sampling_params
-from mmjax.serve.tools import CLOSE, MAX_CALLS, Arguments, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
+from mmjax.serve.tools import MAX_CALLS, Arguments, ForcedToolCallParser, schema_of
 
 from mmjax import CompletionOutput, Delta, RequestError, RequestOutput, SamplingParams
+from mmjax.parsers import OutputParser, Piece, Reasoning, ReasoningParser, ToolCall, ToolParser
 
 Json = dict[str, Any]
 PER_PROMPT = ("prompt_logprobs", "prompt_token_ids")
@@ -101,8 +102,10 @@ class ChatHandler:
             if "structured_outputs" in fields:
                 raise RequestError("tool_choice and a response format cannot both say what the answer looks like")
             fields["structured_outputs"] = {"json": self.schema, "disable_any_whitespace": True}
-        elif self._stops_after_call():
-            fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), CLOSE]
+        elif self._call_end() is not None:
+            fields["stop"] = [*([body.stop] if isinstance(body.stop, str) else body.stop or ()), self._call_end()]
+        if any(parser is not None and parser.special for parser in (self._tool_parser(), self._reasoning_parser())):
+            fields["skip_special_tokens"] = False
         async with self.context.admitted():
             params = sampling_params(fields, engine.llm.get_default_sampling_params())
             self.grammar = await engine.compile_grammar(params)
@@ -162,10 +165,10 @@ class ChatHandler:
         if include_usage:
             yield {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage(stream.output)}
 
-    def _chunks(self, delta: Delta, parser: ToolCallParser | ForcedToolCallParser | None) -> list[Json]:
+    def _chunks(self, delta: Delta, parser: OutputParser | ForcedToolCallParser | None) -> list[Json]:
         """The chunks for newly generated tokens."""
         finished = delta.finish_reason is not None
-        pieces: list[str | ToolCall | Arguments] = [delta.text]
+        pieces: list[Piece | Arguments] = [delta.text]
         if parser is not None:
             pieces = list(parser.feed(delta.text, last=finished))
         chunks = []
@@ -180,7 +183,8 @@ class ChatHandler:
                 call = {"index": parser.calls - 1, "function": {"arguments": str(piece)}}
                 chunks.append(self._chunk(delta.index, {"tool_calls": [call]}))
             elif piece:
-                chunks.append(self._chunk(delta.index, {"content": piece}))
+                field = "reasoning" if isinstance(piece, Reasoning) else "content"
+                chunks.append(self._chunk(delta.index, {field: piece}))
         if not chunks and (finished or delta.logprobs):
             chunks.append(self._chunk(delta.index, {"content": ""}))
         if chunks:
@@ -195,16 +199,35 @@ class ChatHandler:
                 last["token_ids"] = delta.token_ids
         return chunks
 
-    def _parser(self) -> ToolCallParser | ForcedToolCallParser | None:
-        """The parser of tool calls, if the output may have any."""
+    def _parser(self) -> OutputParser | ForcedToolCallParser | None:
+        """The parser of the output, if there is something to find in it."""
+        assert self.prepared is not None
         if self.schema is not None:
             return ForcedToolCallParser(self.function)
-        may_call = self.body.tools and self.body.tool_choice != "none"
-        return ToolCallParser() if may_call and self.context.settings.tool_parser else None
+        engine_input, params = self.prepared
+        tools, reasoning = self._tool_parser(), self._reasoning_parser()
+        if params.structured_outputs is not None:  # they hold from the first token on
+            reasoning = None
+        if tools is None and reasoning is None:
+            return None
+        return OutputParser(
+            None if reasoning is None else reasoning(engine_input.prompt),
+            None if tools is None else tools(self.body.tools or ()),
+            max_calls=1 if self.body.parallel_tool_calls is False else None,
+        )
 
-    def _stops_after_call(self) -> bool:
-        """Whether the output ends after the first call."""
-        return self.body.parallel_tool_calls is False and isinstance(self._parser(), ToolCallParser)
+    def _tool_parser(self) -> type[ToolParser] | None:
+        """The parser of calls that the model may make."""
+        may_call = self.schema is None and self.body.tools and self.body.tool_choice != "none"
+        return self.context.tool_parser if may_call else None
+
+    def _reasoning_parser(self) -> type[ReasoningParser] | None:
+        return self.context.reasoning_parser if self.schema is None else None
+
+    def _call_end(self) -> str | None:
+        """The stop string that ends the output after one call, if the request wants no more and the format has one."""
+        parser = self._tool_parser()
+        return parser.close if parser is not None and self.body.parallel_tool_calls is False else None
 
     def _finish_reason(self, reason: str | None, *, called: bool) -> str | None:
         """OpenAI's: an output with calls ends with "tool_calls", except for that of a function that was named."""
@@ -212,7 +235,7 @@ class ChatHandler:
 
     def _stop_reason(self, stop: int | str | None) -> int | str | None:
         """The stop reason, unless it is the stop string that this class has added."""
-        return None if stop == CLOSE and self._stops_after_call() else stop
+        return None if stop is not None and stop == self._call_end() else stop
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.context.name}
@@ -222,10 +245,12 @@ class ChatHandler:
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def _choice(self, completion: CompletionOutput) -> Json:
-        content = completion.text
+        reasoning, content = "", completion.text
         calls: list[ToolCall] = []
         parser = self._parser()
-        if parser is not None:
+        if isinstance(parser, OutputParser):
+            reasoning, content, calls = parser.read(completion.text)
+        elif parser is not None:
             content, calls = parser.read(completion.text)
         content = self.echo + content
         logprobs = None
@@ -236,6 +261,7 @@ class ChatHandler:
             "content": content if content or not calls else None,
             "refusal": None,
             "tool_calls": [call.as_json() for call in calls],
+            **({"reasoning": reasoning} if reasoning else {}),
         }
         return {
             "index": completion.index,

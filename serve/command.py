@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from mmjax.serve import tracing
 from mmjax.serve.app import create_app
 from mmjax.serve.context import ServerSettings
 
 from mmjax import LLM, AsyncLLM
+from mmjax.parsers import REASONING_PARSERS, TOOL_PARSERS
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +45,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--trust-request-chat-template", action=yes, default=False, help="accept chat templates in requests"
     )
     group.add_argument(
-        "--tool-call-parser", choices=("hermes", "none"), default="hermes",
-        help="format of tool calls in outputs; `none` leaves them in the text",
+        "--tool-call-parser", choices=("auto", *TOOL_PARSERS, "none"), default="auto",
+        help="format of tool calls in outputs; `auto` takes it from the chat template, `none` leaves them in the text",
+    )  # fmt: skip
+    group.add_argument(
+        "--reasoning-parser", choices=("auto", *REASONING_PARSERS, "none"), default="auto",
+        help="format of reasoning in outputs; `auto` takes it from the chat template, `none` leaves it in the text",
     )  # fmt: skip
     group.add_argument(
         "--enable-auto-tool-choice", action=yes, help="accepted; the tools of a request are always enabled"
@@ -61,6 +67,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-request-id-headers", action=yes, default=False,
         help="add X-Request-Id to responses: the client's, or a random one",
+    )  # fmt: skip
+    group.add_argument(
+        "--otlp-traces-endpoint", metavar="URL",
+        help="collector of OpenTelemetry that gets a trace of each request; a URL with a path is HTTP, else gRPC",
     )  # fmt: skip
     group.add_argument("--max-queue", type=int, default=1024, help="most requests in progress; further ones get 429")
     group.add_argument("--max-body-mb", type=float, default=256.0, help="largest request in MiB; larger ones get 413")
@@ -141,6 +151,8 @@ def settings(arguments: argparse.Namespace, *, keys: tuple[str, ...], **environm
         ),
         api_docs=not arguments.disable_fastapi_docs,
         tool_parser=None if arguments.tool_call_parser == "none" else arguments.tool_call_parser,
+        reasoning_parser=None if arguments.reasoning_parser == "none" else arguments.reasoning_parser,
+        traces_endpoint=arguments.otlp_traces_endpoint,
         **environment,
     )
 
@@ -155,6 +167,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: there is no file {file}")
     if arguments.ssl_keyfile and not arguments.ssl_certfile:
         raise ValueError("--ssl-keyfile needs --ssl-certfile")
+    if arguments.otlp_traces_endpoint is not None:
+        tracing.check(arguments.otlp_traces_endpoint)
     if not 0 <= arguments.port < 2**16:
         raise ValueError(f"--port {arguments.port}: ports end at 65535")
 

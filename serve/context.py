@@ -15,8 +15,10 @@ from fastapi.responses import Response, StreamingResponse
 from mmjax.serve import errors
 from mmjax.serve.closed_schemas import close_objects
 from mmjax.serve.response_store import ResponseStore
+from mmjax.serve.tracing import RequestTracer
 
 from mmjax import AsyncLLM, EngineMetrics
+from mmjax.parsers import REASONING_PARSERS, TOOL_PARSERS, reasoning_parser_for, tool_parser_for
 from mmjax.types import RequestError, ValidationError
 
 Out = TypeVar("Out")
@@ -32,10 +34,12 @@ class ServerSettings:
     and prompts in one request; 0 = no limit. template_from_requests: a request may have its own chat template.
     content_format, template_kwargs: how chat templates are applied. prompt_details: usage reports cached tokens.
     always_usage: every stream ends with its usage. request_id_headers: responses have the header X-Request-Id. origins,
-    origin_methods, origin_headers, credentials: CORS. tool_parser: the format of tool calls in outputs; None = they
-    stay in the text. closed_objects: constrained objects have only the properties that their schema lists; None = those
-    of forced tools and of strict schemas. api_docs: serve /docs, /redoc and /openapi.json. development: add the routes
-    for development. store_mb: MiB of the responses that are stored; 0 = none are.
+    origin_methods, origin_headers, credentials: CORS. tool_parser, reasoning_parser: the formats of tool calls and of
+    reasoning in outputs; auto = as the chat template shows, None = they stay in the text. closed_objects: constrained
+    objects have only the properties that their schema lists; None = those of forced tools and of strict schemas.
+    api_docs: serve /docs, /redoc and /openapi.json. traces_endpoint: URL of the collector of OpenTelemetry's traces;
+    None = no traces are made. development: add the routes for development. store_mb: MiB of the responses that are
+    stored; 0 = none are.
     """
 
     names: tuple[str, ...]
@@ -56,23 +60,38 @@ class ServerSettings:
     origin_methods: tuple[str, ...] = ("*",)
     origin_headers: tuple[str, ...] = ("*",)
     credentials: bool = False
-    tool_parser: str | None = "hermes"
+    tool_parser: str | None = "auto"
+    reasoning_parser: str | None = "auto"
     closed_objects: bool | None = None
     api_docs: bool = True
+    traces_endpoint: str | None = None
     development: bool = False
     store_mb: float = 64.0
 
 
 class ServerContext:
-    """The state that all routes of one server share. num_requests: how many requests are in progress."""
+    """The state that all routes of one server share.
+
+    num_requests: how many requests are in progress. tool_parser, reasoning_parser: for the model's outputs; None = tool
+    calls, or reasoning, stay in the text. tracer: None = no traces are made.
+    """
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.settings = settings
-        self.metrics = EngineMetrics(engine.model, settings.names[0])
+        endpoint = settings.traces_endpoint
+        self.tracer = None if endpoint is None else RequestTracer.to(endpoint, settings.names[0])
+        listener = None if self.tracer is None else self.tracer.record
+        self.metrics = EngineMetrics(engine.model, settings.names[0], listener)
         self.started = int(time.time())
         self.num_requests = 0
         self.responses = ResponseStore(int(settings.store_mb * 2**20))
+        template = engine.chat_template
+        tools, reasoning = settings.tool_parser, settings.reasoning_parser
+        tools = tool_parser_for(template) if tools == "auto" else tools
+        reasoning = reasoning_parser_for(template) if reasoning == "auto" else reasoning
+        self.tool_parser = None if tools is None else TOOL_PARSERS[tools]
+        self.reasoning_parser = None if reasoning is None else REASONING_PARSERS[reasoning]
 
     @property
     def name(self) -> str:

@@ -229,6 +229,7 @@ class ResponseBuilder:
         self._num_events = 0
         self._texts: list[str] | None = None  # the pieces of the open message; None = no message is open
         self._arguments: str | None = None  # of the open call; None = no call is open
+        self._reasoning: list[str] | None = None  # likewise, of the open item of reasoning
         self._logprobs: list[Json] = []  # of all tokens of the open message
         self._num_sent = 0  # how many of those a delta has had
 
@@ -240,6 +241,8 @@ class ResponseBuilder:
     def add(self, message: Json, logprobs: Json | None) -> Iterator[Json]:
         """Add the `delta` of a chat's chunk, or the `message` of a complete chat, and its `logprobs`."""
         self._logprobs += logprobs["content"] if logprobs else ()
+        if message.get("reasoning"):
+            yield from self._add_reasoning(message["reasoning"])
         if message.get("content"):
             yield from self._add_text(message["content"])
         for call in message.get("tool_calls") or ():
@@ -290,12 +293,14 @@ class ResponseBuilder:
 
     def _open(self) -> Iterator[Json]:
         """Open a message."""
+        yield from self._close_reasoning("completed")
         self._texts = []
         yield self._add_item({"id": self._item_id("msg"), **_message("in_progress")})
         yield self._event("content_part.added", **self._position(), content_index=0, part=_part("", []))
 
     def _close(self, status: str) -> Iterator[Json]:
-        """Close the message or the call, if one is open."""
+        """Close the message, the call or the reasoning that is open."""
+        yield from self._close_reasoning(status)
         if self._arguments is not None:
             yield from self._end_call(status)
         if self._texts is None:
@@ -320,6 +325,25 @@ class ResponseBuilder:
         done = {"name": item["name"], "arguments": arguments}
         yield self._event("function_call_arguments.done", **self._position(), **done)
         yield self._finish_item({**item, "status": status, "arguments": arguments})
+
+    def _add_reasoning(self, text: str) -> Iterator[Json]:
+        if self._reasoning is None:
+            yield from self._close("completed")
+            self._reasoning = []
+            yield self._add_item({"id": self._item_id("rs"), **_reasoning("in_progress")})
+            part = {"type": "reasoning_text", "text": ""}
+            yield self._event("content_part.added", **self._position(), content_index=0, part=part)
+        self._reasoning.append(text)
+        yield self._event("reasoning_text.delta", **self._position(), content_index=0, delta=text)
+
+    def _close_reasoning(self, status: str) -> Iterator[Json]:
+        if self._reasoning is None:
+            return
+        part = {"type": "reasoning_text", "text": "".join(self._reasoning)}
+        self._reasoning, position = None, self._position()
+        yield self._event("reasoning_text.done", **position, content_index=0, text=part["text"])
+        yield self._event("content_part.done", **position, content_index=0, part=part)
+        yield self._finish_item({"id": position["item_id"], **_reasoning(status, part)})
 
     def _event(self, kind: str, **more: Any) -> Json:
         self._num_events += 1
@@ -348,6 +372,10 @@ class ResponseBuilder:
 
 def _message(status: str, *parts: Json) -> Json:
     return {"type": "message", "status": status, "role": "assistant", "content": list(parts)}
+
+
+def _reasoning(status: str, *parts: Json) -> Json:
+    return {"type": "reasoning", "status": status, "summary": [], "content": list(parts)}
 
 
 def _part(text: str, logprobs: list[Json]) -> Json:

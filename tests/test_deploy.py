@@ -3,20 +3,28 @@
 import argparse
 import fnmatch
 import importlib
+import json
 import re
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from mmjax.serve import command
+from prometheus_client.parser import text_string_to_metric_families
 
+from mmjax import CompletionOutput, RequestOutput
 from mmjax.cli import flags
+from mmjax.engine.engine import STEP_TOKENS, TOKEN_SECONDS
+from mmjax.engine.histogram import Histogram
+from mmjax.entrypoints.metrics import EngineMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 IMAGES = ("Dockerfile", "Dockerfile.gpu")
+METRIC = re.compile(r"(?:vllm|mmjax):\w+")
 MANIFESTS = ("gpu.yaml", "tpu.yaml")
 
 
@@ -174,6 +182,42 @@ def test_replicas_on_ray() -> None:
 
     module, _, name = application["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))
+
+
+def served_samples() -> set[str]:
+    """The names of all samples of a server's /metrics after one request."""
+    engine = types.SimpleNamespace(
+        step_tokens=Histogram(STEP_TOKENS),
+        inter_token_latency=Histogram(TOKEN_SECONDS),
+        block_pool=types.SimpleNamespace(block_size=16, num_blocks=9),
+        scheduler=types.SimpleNamespace(prefix_caching=True),
+    )
+    model: Any = types.SimpleNamespace(
+        max_model_len=128, engines=[engine], counters=dict, load=lambda: (0, 0, 0.0), sleep_state="awake"
+    )
+    metrics = EngineMetrics(model, "model")
+    outputs = [CompletionOutput(0, "", [1], finish_reason="stop")]
+    metrics.record(RequestOutput("0", "a", [1], None, outputs, finished=True))
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {sample.name for family in families for sample in family.samples}
+
+
+def test_dashboard() -> None:
+    """Grafana asks for metrics that exist, and shows every one of them."""
+    dashboard = json.loads((DEPLOY / "grafana" / "mmjax.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len({panel["title"] for panel in panels}) == len(panels)
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+    assert len(places) == len(panels) and all(panel["datasource"]["uid"] == "${datasource}" for panel in panels)
+    asked = {name for panel in panels for target in panel["targets"] for name in METRIC.findall(target["expr"])}
+    served = served_samples()
+    assert asked and asked <= served
+    variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+    assert set(variables) == {"datasource", "model_name"}
+    assert set(METRIC.findall(variables["model_name"]["query"]["query"])) <= served
+    older = {"vllm:gpu_cache_usage_perc", "vllm:time_per_output_token_seconds", "vllm:lora_requests_info"}
+    known = set(METRIC.findall((ROOT / "mmjax" / "entrypoints" / "metrics.py").read_text())) - older
+    assert {name for name in known if not any(each.startswith(name) for each in asked)} == set()
 
 
 def test_gateway() -> None:

@@ -21,7 +21,7 @@ OUTSIDE = ("tests", "benchmarks", "examples", "docs")
 # From the bottom up. A package imports from itself and from lower layers, never from its own layer or above.
 LAYERS = (
     ("types", "version"),
-    ("config", "hf_config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters"),
+    ("config", "hf_config", "batch", "sharding", "spec", "tokenizer", "kernels", "converters", "parsers"),
     ("multimodal", "mel"),
     ("assets", "utils", "chat", "processors", "nn"),
     ("inputs", "models"),
@@ -63,6 +63,7 @@ IMPORT_RULES = {
     "mel": HOST,
     "multimodal": HOST,
     "assets": HOST,
+    "parsers": ImportRule(ours=("parsers",), banned=(*DEVICE, "transformers")),
     "utils": ImportRule(ours=("multimodal",), banned=(*DEVICE, "transformers")),
     "tokenizer": ImportRule(banned=DEVICE),
     "chat": HOST,
@@ -87,7 +88,7 @@ IMPORT_RULES = {
     "distributed": ImportRule(banned=NO_MODEL_CODE),
     "engine.compile_counter": ImportRule(banned=NO_MODEL_CODE),
     "ray": HOST,
-    "serve": ImportRule(ours=("serve", "types", "*"), banned=(*DEVICE, "transformers")),
+    "serve": ImportRule(ours=("serve", "parsers", "types", "*"), banned=(*DEVICE, "transformers")),
 }
 NO_FAMILY = ("engine", "inputs", "outputs", "loader", "entrypoints", "chat")  # packages that treat all families alike
 

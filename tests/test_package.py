@@ -89,6 +89,10 @@ def test_the_type_checker_sees_every_package() -> None:
     assert links == {package: ROOT / package for package in PACKAGES if package != "mmjax"}
 
 
+# packages that several distributions fill
+SHARED = {"opentelemetry": ["opentelemetry-sdk", "opentelemetry-exporter-otlp"]}
+
+
 def third_party() -> Iterator[str]:
     for path in sources(ROOT, *PACKAGES):
         module = dotted(path, ROOT)
@@ -103,10 +107,10 @@ def test_dependencies_are_what_is_imported() -> None:
         return re.split(r"[<>=!~ \[]", name)[0].lower().replace("_", "-")
 
     owner = importlib.metadata.packages_distributions()
-    needed = {plain(owner.get(name, [name])[0]) for name in third_party()}
+    needed = {plain(each) for name in third_party() for each in SHARED.get(name, owner.get(name, [name])[:1])}
     declared = {plain(name) for name in PYPROJECT["project"]["dependencies"]}
     optional = PYPROJECT["project"]["optional-dependencies"]
-    extras = {plain(name) for extra in ("structured", "bench", "ray") for name in optional[extra]}
+    extras = {plain(name) for extra in ("structured", "bench", "otel", "ray") for name in optional[extra]}
     assert needed | BEHIND_OTHERS == declared | extras
 
 

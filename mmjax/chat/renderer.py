@@ -131,6 +131,13 @@ class ChatRenderer:
         count = max(1, int(env_number("MEDIA_LOADING_THREAD_COUNT", 8)))
         return concurrent.futures.ThreadPoolExecutor(max_workers=count, thread_name_prefix="fetch")
 
+    def template_text(self, *, tools: bool) -> str | None:
+        """The template of requests that bring none; None if there is none."""
+        try:
+            return self.stored.resolve(self.default_template, tools=tools)
+        except template.ChatTemplateResolutionError:
+            return None
+
     def render(self, messages: Any, options: ChatOptions) -> RenderedChat:
         """Check and render one conversation. All checks that need no media are made here.
 

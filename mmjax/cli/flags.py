@@ -27,8 +27,10 @@ log = logging.getLogger(__name__)
 
 HINTS = typing.get_type_hints(EngineArgs)
 FIELDS = {field.name: field for field in dataclasses.fields(EngineArgs) if field.name != "model"}
+# engine arguments of vLLM that are flags of the server here: see mmjax.serve.command
+OF_SERVER = ("served_model_name", "reasoning_parser", "otlp_traces_endpoint")
 # accepted, but neither listed by --help nor fields of EngineArgs: see mmjax.types.vllm_arguments
-UNLISTED = [name for name in (*KEYWORDS, *RENAMED) if name not in FIELDS and name != "served_model_name"]
+UNLISTED = [name for name in (*KEYWORDS, *RENAMED) if name not in FIELDS and name not in OF_SERVER]
 MAPPINGS = frozenset(
     name
     for name in FIELDS

@@ -24,6 +24,7 @@ from mmjax.engine.batch_builder import (
 from mmjax.engine.block_pool import BlockPool
 from mmjax.engine.device_queue import DeviceQueue
 from mmjax.engine.encoder_cache import EncoderCache
+from mmjax.engine.histogram import Histogram
 from mmjax.engine.memory import EngineMemory
 from mmjax.engine.model_runner import ModelRunner
 from mmjax.engine.output_processor import OutputProcessor, PromptChunk, StepResult
@@ -38,6 +39,10 @@ from mmjax.spec import ModelSpec
 # How long a step waits for biases that other threads compute, so that batches stay whole, unless they are known to be
 # slow; and how long it waits when nothing else can run.
 BIAS_WAIT_S, IDLE_BIAS_WAIT_S = 0.01, 0.02
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TOKEN_SECONDS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0
+)  # fmt: skip
 MAX_IN_FLIGHT = 2  # dispatches: one running and one queued. Interleaved decode steps do not count.
 
 
@@ -70,6 +75,7 @@ class InFlightStep:
     members: list[tuple[EngineSequence, int, int]]
     calls: list[Future[Any]] = dataclasses.field(default_factory=list)
     interleaved_decode: bool = False
+    prefill_tokens: int = 0
     prompt_chunks: list[PromptChunk] = dataclasses.field(default_factory=list)
     prompt_logprobs: Future[PromptLogprobs] | None = None
 
@@ -101,6 +107,8 @@ class Engine:
         self.sampling_state = SamplingState(buckets.num_rows, buckets.max_stop_ids, buckets.cross_blocks_per_seq)
         self.device = DeviceQueue()
         self.stats = EngineStats()
+        self.step_tokens = Histogram(STEP_TOKENS)  # of each dispatch: those of prompts, and the sampled ones
+        self.inter_token_latency = Histogram(TOKEN_SECONDS)  # tokens of one dispatch share the time since the last
         self._outputs: dict[int, OutputProcessor] = {}
         self._in_flight: deque[InFlightStep] = deque()
         self._bias_errors: dict[int, Exception] = {}  # by sequence: what its logits processor raised
@@ -226,7 +234,8 @@ class Engine:
         if step.prompt_chunks and not self.spec.pooling:
             targets = build_logprob_targets(tokens, step.prompt_chunks)
             step.prompt_logprobs = self.device.run(lambda: self.runner.prompt_logprobs(output.result(), targets))
-        self.stats.prefill_tokens += sum(chunk.num_tokens for chunk in chunks)
+        step.prefill_tokens = sum(chunk.num_tokens for chunk in chunks)
+        self.stats.prefill_tokens += step.prefill_tokens
         return step
 
     def _prompt_chunks(self, chunks: tuple[ScheduledChunk, ...]) -> list[PromptChunk]:
@@ -283,7 +292,7 @@ class Engine:
         result = StepResult(step.output.result(), logprobs)
         result.wait()
         self.stats.wait_s += time.perf_counter() - start
-        changed = []
+        changed, tokens_before, now = [], self.stats.output_tokens, time.monotonic()
         for chunk in step.prompt_chunks:
             if not chunk.seq.finished:
                 output = self._outputs[chunk.seq.seq_id]
@@ -303,11 +312,20 @@ class Engine:
                 changed.append(self._fail(output, error))
                 continue
             self.stats.output_tokens += seq.num_tokens - before
+            self._note_tokens(seq, seq.num_tokens - before, now)
             self.scheduler.cache_blocks(seq, seq.num_tokens - 1)
             if output.finish_reason is not None:
                 self._end(output)
             changed.append(output)
+        self.step_tokens.observe(step.prefill_tokens + self.stats.output_tokens - tokens_before)
         return changed
+
+    def _note_tokens(self, seq: EngineSequence, count: int, now: float) -> None:
+        """Observe the time since the last token of a sequence, which has `count` new ones."""
+        if count and seq.last_token_time is not None:
+            self.inter_token_latency.observe((now - seq.last_token_time) / count, count)
+        if count:
+            seq.last_token_time = now
 
     def _fail(self, output: OutputProcessor, error: Exception) -> OutputProcessor:
         """End a sequence whose output cannot be made. Its request reports the error."""

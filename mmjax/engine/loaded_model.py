@@ -152,6 +152,15 @@ class LoadedModel:
                 engine.runner.restore_state()
         self.asleep -= waking
 
+    @property
+    def sleep_state(self) -> str:
+        """ "awake", "weights_offloaded" to the host, "discard_all", or "waking" while only a part is back."""
+        if not self.asleep:
+            return "awake"
+        if self.asleep != frozenset(MEMORY):
+            return "waking"
+        return "discard_all" if None in self._params_on_host else "weights_offloaded"
+
     def check_awake(self) -> None:
         """RequestError while the engine sleeps."""
         if self.asleep:

@@ -88,6 +88,7 @@ class EngineSequence:
         self.num_hashed_blocks = 0
         self.num_cached_tokens: int | None = None  # tokens found in the prefix cache when it first started
         self.scheduled_time: float | None = None
+        self.last_token_time: float | None = None  # when the host read its newest token
         self.finished = False
         self.has_bias = self.logits_processor.dynamic or self.logits_processor.bias_row(()) is not None
 

@@ -69,6 +69,11 @@ class AsyncLLM:
     def model(self) -> LoadedModel:
         return self.llm.model
 
+    @property
+    def chat_template(self) -> str:
+        """The text of the model's chat template for requests with tools; empty if it has none."""
+        return self.model.chat.template_text(tools=True) or ""
+
     # -- prompts -----------------------------------------------------------------------------------------------------
 
     async def prepare(self, prompt: Any, tokenization_kwargs: Mapping[str, Any] | None = None) -> EngineInput:

@@ -99,6 +99,7 @@ class GenerateRequest(EngineRequest[RequestOutput]):
         grammar: CompiledGrammar | None = None,
     ) -> None:
         super().__init__(model, engine_input, _completion_states(model, engine_input, params, grammar))
+        self.metrics.max_tokens = params.max_tokens
 
     def output(self) -> RequestOutput:
         """The request's outputs so far."""

@@ -64,13 +64,14 @@ class CompletionOutput:
 
 @dataclass
 class RequestMetrics:
-    """Times of a request, in seconds of the engine's monotonic clock; None = not reached."""
+    """Times of a request, in seconds of the engine's monotonic clock; None = not reached. max_tokens: the parameter."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
     finished_time: float | None = None
+    max_tokens: int | None = None
 
     @property
     def time_in_queue(self) -> float | None:

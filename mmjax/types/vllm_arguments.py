@@ -255,7 +255,7 @@ ENGINE = _by_name(
         aggregate_engine_logging=False, enable_logging_iteration_details=False,
     ),
     ignored("profile with `LLM.start_profile`", collect_detailed_traces=[], enable_layerwise_nvtx_tracing=False),
-    refused("read `/metrics` instead: no traces are sent", otlp_traces_endpoint=None),
+    refused("only the server sends traces: `mmjax serve --otlp-traces-endpoint`", otlp_traces_endpoint=None),
     ignored("the server always logs one line per request, at level info", enable_log_requests=False),
     ignored("a variable with an unusable value is always an error", fail_on_environ_validation=False),
     ignored("`mmjax serve --drain-timeout` sets how long a shutdown waits", shutdown_timeout=0),

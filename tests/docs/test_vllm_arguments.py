@@ -86,7 +86,7 @@ def test_engine_arguments(page: str, parser: argparse.ArgumentParser, caplog: py
             assert name in flags.FIELDS and flags.flag(name) in parser._option_string_actions
         elif name in flags.FIELDS:  # checked as any other field
             check(outcome, note, name, not ENGINE[name].default, caplog)
-        elif name == "served_model_name":  # the server's flag of this name works
+        elif name in flags.OF_SERVER:  # the server's flag of this name works
             check(outcome, note, name, "name", caplog)
         else:
             check(outcome, note, name, parse(parser, name, ENGINE[name]), caplog)

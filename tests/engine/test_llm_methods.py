@@ -42,6 +42,7 @@ def test_sleep(level: int, awake: LLM, compiles: CompileCounter) -> None:
     wanted, used = texts(awake), on_device(awake)
     before = compiles.count
     awake.sleep(level)
+    assert awake.model.sleep_state == ("weights_offloaded" if level == 1 else "discard_all")
     assert on_device(awake) == 0
     with pytest.raises(RequestError, match=r"The engine sleeps .*: call wake_up first"):
         texts(awake)
@@ -117,6 +118,46 @@ def test_metrics(qwen: LLM) -> None:
     assert isinstance(sizes, Histogram) and sizes.count - before[sizes.name].count == 2
     assert sizes.sum - before[sizes.name].sum == made
     assert sizes.buckets["+Inf"] == sizes.count and list(sizes.buckets)[-1] == "+Inf" and "10.0" in sizes.buckets
+
+
+def test_metrics_of_phases(qwen: LLM) -> None:
+    """Each token, dispatch and second is counted once, under vLLM's names and in its buckets."""
+    texts(qwen)
+    before = {metric.name: metric for metric in qwen.get_metrics()}
+    outputs = qwen.generate(PROMPTS, greedy(6), use_tqdm=False)
+    after = {metric.name: metric for metric in qwen.get_metrics()}
+
+    def gained(name: str) -> tuple[int, float]:
+        new, old = after[f"vllm:{name}"], before[f"vllm:{name}"]
+        assert isinstance(new, Histogram) and isinstance(old, Histogram)
+        return new.count - old.count, new.sum - old.sum
+
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    times = [output.metrics for output in outputs]
+    computed = sum(len(output.prompt_token_ids) - output.num_cached_tokens for output in outputs)
+    assert gained("request_prefill_kv_computed_tokens") == (2, computed)
+    assert gained("iteration_tokens_total")[1] == computed + sum(lengths)
+    assert gained("request_params_max_tokens") == (2, 12) and gained("request_params_n") == (2, 2)
+    assert gained("request_max_num_generation_tokens") == (2, sum(lengths))
+    for name, seconds in (
+        ("request_queue_time_seconds", [each.first_scheduled_time - each.arrival_time for each in times]),
+        ("request_prefill_time_seconds", [each.first_token_time - each.first_scheduled_time for each in times]),
+        ("request_decode_time_seconds", [each.last_token_time - each.first_token_time for each in times]),
+        ("request_inference_time_seconds", [each.last_token_time - each.first_scheduled_time for each in times]),
+    ):
+        assert min(seconds) >= 0 and gained(name) == (2, pytest.approx(sum(seconds)))
+    count, seconds = gained("inter_token_latency_seconds")
+    assert count == sum(lengths) - 2
+    assert seconds == pytest.approx(gained("request_decode_time_seconds")[1], abs=0.05)
+    buckets = after["vllm:request_queue_time_seconds"].buckets
+    assert [*buckets][:3] == ["0.3", "0.5", "0.8"] and [*buckets][-2:] == ["7680.0", "+Inf"]
+
+
+def test_sleep_state(qwen: LLM) -> None:
+    states = [metric for metric in qwen.get_metrics() if metric.name == "vllm:engine_sleep_state"]
+    assert {each.labels["sleep_state"]: each.value for each in states} == {
+        "awake": 1, "weights_offloaded": 0, "discard_all": 0
+    }  # fmt: skip
 
 
 def test_queue(qwen: LLM) -> None:

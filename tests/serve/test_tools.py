@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from mmjax.serve.closed_schemas import close_objects, close_parameters
-from mmjax.serve.tools import Arguments, ForcedToolCallParser, ToolCall, ToolCallParser, schema_of
+from mmjax.serve.tools import Arguments, ForcedToolCallParser, schema_of
 
 from api_server import sse_events
+from mmjax.parsers import TOOL_PARSERS, ToolCall
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
 TOOLS = [
@@ -43,17 +44,17 @@ TOOLS = [
     ],
 )
 def test_parsing_in_pieces(text: str, content: str, names: list[str], size: int) -> None:
-    parser, pieces = ToolCallParser(), []
+    parser, pieces = TOOL_PARSERS["hermes"](), []
     for at in range(0, len(text), size):
         pieces += parser.feed(text[at : at + size])
     pieces += parser.feed("", last=True)
     assert "".join(piece for piece in pieces if isinstance(piece, str)) == content
     assert [piece.name for piece in pieces if isinstance(piece, ToolCall)] == names
-    assert [call.name for call in ToolCallParser().read(text)[1]] == names
+    assert [call.name for call in TOOL_PARSERS["hermes"]().read(text)[1]] == names
 
 
 def test_arguments_are_json_text() -> None:
-    [call] = ToolCallParser().read(CALL)[1]
+    [call] = TOOL_PARSERS["hermes"]().read(CALL)[1]
     assert json.loads(call.arguments) == {"city": "Zürich"}
     assert call.as_json()["type"] == "function" and call.id.startswith("chatcmpl-tool-")
 
