@@ -83,8 +83,8 @@ class AsyncLLM:
     async def prepare_chat(
         self, messages: Any, tokenization_kwargs: Mapping[str, Any] | None = None, **options: Any
     ) -> EngineInput:
-        """Process one conversation as `LLM.chat` takes it. No thread waits while its media are fetched. options: fields of
-        `mmjax.chat.ChatOptions`."""
+        """Process one conversation as `LLM.chat` takes it. No thread waits while its media are fetched. options: the
+        fields of `ChatOptions`."""
         chat = self.model.chat
         rendered = await self._on_worker(lambda: chat.render(messages, ChatOptions(**options)))
         prompt = await chat.fetch_async(rendered)
@@ -117,7 +117,7 @@ class AsyncLLM:
     # -- parameters --------------------------------------------------------------------------------------------------
 
     async def compile_grammar(self, params: SamplingParams) -> CompiledGrammar | None:
-        """Check parameters, and compile their grammar, if any, on a thread for grammars, where it delays no other request.
+        """Check parameters, and compile their grammar, if any, on a thread where it delays no other request.
         RequestError for parameters that this model cannot serve."""
         self.model.params_checker.check_sampling(params)
         if params.structured_outputs is None:
