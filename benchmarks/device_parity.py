@@ -71,11 +71,15 @@ class Given:
         row[self.token_ids[min(len(output_ids), len(self.token_ids) - 1)]] = 0
         return row
 
+    def prepare(self, output_ids: Sequence[int] | np.ndarray) -> None:
+        """Nothing: a row is quickly made."""
+
 
 def prepare_mmjax(*, emulate: bool) -> None:
     """Give mmjax the weights and the logits processor of this file. emulate: let a CPU compute in bfloat16 wherever an
     accelerator does."""
     import mmjax.entrypoints.load_model as loading
+    import mmjax.entrypoints.replica as replica
     import mmjax.outputs.request as requests
     from mmjax.loader.checkpoint import Checkpoint
     from mmjax.loader.params import param_specs
@@ -85,10 +89,10 @@ def prepare_mmjax(*, emulate: bool) -> None:
         def model_config(self, *, dummy: bool = False, headless: bool = False) -> Any:
             return super().model_config(dummy=True, headless=headless)
 
-        def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+        def param_readers(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
             _, specs = param_specs(self.family, self.model_config())
             for path, shape in shapes.items():
-                yield path, draw(path, shape, specs[path].axes)
+                yield path, lambda region, path=path, shape=shape: draw(path, shape, specs[path].axes)[region]
 
     class DevicePrecision(Precision):
         @classmethod
@@ -105,7 +109,7 @@ def prepare_mmjax(*, emulate: bool) -> None:
     vars(requests)["_logits_processors"] = processors
     vars(loading)["Checkpoint"] = HostWeights
     if emulate:
-        vars(loading)["Precision"] = DevicePrecision
+        vars(replica)["Precision"] = DevicePrecision
 
 
 def observe(case: Case, width: str, dtype: str, devices: int) -> Arrays:
