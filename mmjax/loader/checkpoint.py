@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmjax.converters.formats import ADAPTER, GGUF, format_hint, refuse_quantized
 from mmjax.converters.table import Part, Read, Tensor, readers
 from mmjax.hf_config import HfConfig, MissingNameError, Overrides, canonical, override, unread_changes
@@ -148,10 +146,6 @@ class Checkpoint:
                     f"{self.directory}: parameter {path!r} needs shape {shape}, found {found}; convert it again"
                 )
             yield path, self.tensors[path].read
-
-    def param_values(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, value) of every parameter, one at a time."""
-        return ((path, read(())) for path, read in self.param_readers(shapes))
 
 
 def find_model(

@@ -12,7 +12,7 @@ from PIL import Image
 BICUBIC = Image.Resampling.BICUBIC
 
 # An image of more pixels is resized in strips by several threads, unless another one is: several at once keep the cores
-# busy anyway. For 640x480 that takes half the time on a machine with an H200, where it was a third of a first token's.
+# busy anyway. For 640x480, on a machine with an H200 and 16 cores: 10.6 to 6.0 ms after a pause, 6.2 to 5.1 ms without.
 MIN_SPLIT_PIXELS = 2**17
 MAX_STRIPS = 4
 

@@ -39,7 +39,8 @@ def edit(directory: Path, change: dict[str, Any], name: str = "config.json") -> 
 
 def values(checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
     _, specs = param_specs(checkpoint.family, checkpoint.model_config())
-    return checkpoint.param_values({path: spec.shape for path, spec in specs.items()})
+    readers = checkpoint.param_readers({path: spec.shape for path, spec in specs.items()})
+    return ((path, read(())) for path, read in readers)
 
 
 def layers(directory: Path, overrides: Any) -> int:
