@@ -5,6 +5,7 @@ min_pixels..max_pixels. Layout of `pixels`: patches are in the order (t, h / 2, 
 ones form an embedding; a patch is (channel, frame of the pair, row, column).
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -296,9 +297,7 @@ class WindowedQwenVLProcessor(QwenVLProcessor):
 
     def _windows(self, h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
         """Of a frame of h x w patches: the window of each embedding, and the order that sorts them by it."""
-        row, column = np.indices((h // self.merge_size, w // self.merge_size)).reshape(2, -1) // self.window_embeds
-        window = row * (column[-1] + 1) + column
-        return window, np.argsort(window, kind="stable")  # inside a window the order stays
+        return windows(h // self.merge_size, w // self.merge_size, self.window_embeds)
 
     def patch_order(self, h: int, w: int) -> np.ndarray | slice:
         """Window by window."""
@@ -332,6 +331,15 @@ class WindowedQwenVLProcessor(QwenVLProcessor):
         times = np.floor(item.frame_times or self._step_positions(item.grid[0], DEFAULT_FPS)).astype(np.int32)
         block[0] = times[block[0]]
         return block
+
+
+@functools.lru_cache(maxsize=8)  # asked for twice for each image, and images of a batch often have one size
+def windows(h: int, w: int, edge: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a frame of h x w embeddings: the window of each, of `edge` by `edge`, and the order that sorts them by it;
+    inside a window the order stays. Neither array may be changed."""
+    row, column = np.indices((h, w)).reshape(2, -1) // edge
+    window = row * (column[-1] + 1) + column
+    return window, np.argsort(window, kind="stable")
 
 
 def frame_rate(video: Video, kwargs: ProcessorKwargs, default: float) -> float:
